@@ -1,0 +1,8 @@
+"""The small data set that the quickstart makes for itself."""
+from mmvssm.datasets.quickstart import (QUICKSTART_CLASSES,
+                                        QUICKSTART_PALETTE,
+                                        make_quickstart_dataset)
+
+__all__ = [
+    'QUICKSTART_CLASSES', 'QUICKSTART_PALETTE', 'make_quickstart_dataset'
+]

@@ -1,0 +1,330 @@
+"""Scenes of textured shapes over photographs, with exact masks.
+
+A scene is a background and a list of objects, each with the share of every
+pixel that it covers. Images, label maps and instance masks are all derived
+from the same scene, so they cannot disagree.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from mmvssm.datasets.photos import PhotoRegion, random_patch
+
+BACKGROUND = 1
+UNLABELLED = 0
+# A pixel of which no class covers this much has no true label.
+PURE_SHARE = 0.75
+SUPERSAMPLING = 8
+# The side, in pixels, at which the texture periods below are given.
+NOMINAL_SIDE = 128
+
+
+class ObjectClass(NamedTuple):
+    """What makes an object a member of its class: never its colour."""
+    name: str
+    shape: str
+    texture: str
+
+
+OBJECT_CLASSES = (
+    ObjectClass('striped disc', 'disc', 'stripes'),
+    ObjectClass('striped square', 'square', 'stripes'),
+    ObjectClass('checked triangle', 'triangle', 'checks'),
+    ObjectClass('checked star', 'star', 'checks'),
+    ObjectClass('dotted cross', 'cross', 'dots'),
+    ObjectClass('rippled hexagon', 'hexagon', 'ripples'),
+    ObjectClass('photo ring', 'ring', 'photo'),
+)
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """An object as it would look if nothing stood in front of it.
+
+    Attributes:
+        category (int): Label of its class, from 2; 1 is the background.
+        coverage (numpy.ndarray): float32 (H, W), the share of each pixel
+            that lies inside the outline, in [0, 1].
+        appearance (numpy.ndarray): float32 (H, W, 3), its colours in [0, 1].
+        shadow (numpy.ndarray): float32 (H, W), by how much it darkens what
+            lies behind it, in [0, 1].
+    """
+    category: int
+    coverage: np.ndarray
+    appearance: np.ndarray
+    shadow: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background and the objects before it.
+
+    Attributes:
+        background (numpy.ndarray): float32 (H, W, 3), in [0, 1].
+        objects (tuple[SceneObject, ...]): From the back to the front.
+    """
+    background: np.ndarray
+    objects: tuple[SceneObject, ...]
+
+    def image(self) -> np.ndarray:
+        """Compose the colours: float32 (H, W, 3), in [0, 1]."""
+        canvas = self.background
+        for item in self.objects:
+            share = item.coverage[..., None]
+            canvas = canvas * (1 - item.shadow[..., None])
+            canvas = canvas * (1 - share) + item.appearance * share
+        return canvas
+
+    def visible_coverage(self) -> np.ndarray:
+        """Share of each pixel in which each object is seen.
+
+        Returns:
+            numpy.ndarray: float32 (1 + number of objects, H, W): the
+            background, then the objects in order; sums to 1 in each pixel.
+        """
+        free = np.ones(self.background.shape[:2], dtype=np.float32)
+        shares = []
+        for item in reversed(self.objects):
+            shares.append(free * item.coverage)
+            free = free * (1 - item.coverage)
+        return np.stack([free, *reversed(shares)])
+
+    def label_map(self) -> np.ndarray:
+        """Label of each pixel, as ADE20K writes them.
+
+        Returns:
+            numpy.ndarray: uint8 (H, W): the class that covers at least
+            ``PURE_SHARE`` of the pixel, from 1, or 0 where none does (the
+            anti-aliased outlines).
+        """
+        categories = [BACKGROUND] + [item.category for item in self.objects]
+        shares = np.zeros((len(OBJECT_CLASSES) + 2, *self.background.shape[:2]),
+                          dtype=np.float32)
+        for category, visible in zip(categories, self.visible_coverage()):
+            shares[category] += visible
+        labels = shares.argmax(0).astype(np.uint8)
+        labels[shares.max(0) < PURE_SHARE] = UNLABELLED
+        return labels
+
+
+def _spokes(count: int, inner: float) -> np.ndarray:
+    """A star of ``count`` tips at radius 1, its notches at ``inner``."""
+    angle = np.arange(2 * count) * np.pi / count
+    radius = np.where(np.arange(2 * count) % 2, inner, 1.0)
+    return np.stack([np.cos(angle), np.sin(angle)], 1) * radius[:, None]
+
+
+def _regular(count: int, radius: float = 1.0) -> np.ndarray:
+    return radius * _spokes(count, np.cos(np.pi / count))
+
+
+def _cross(arm: float = 0.36) -> np.ndarray:
+    corner = np.array([[1, -arm], [1, arm], [arm, arm]])
+    turn = np.array([[0, 1], [-1, 0]])
+    return np.concatenate(
+        [corner @ np.linalg.matrix_power(turn, k) for k in range(4)])
+
+
+def polygon_area(vertices: np.ndarray) -> float:
+    """Area of a simple polygon given as (V, 2) vertices (shoelace)."""
+    x, y = vertices.T
+    return abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
+
+
+def _unit_area(*outlines: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Scale an outline and its hole to area 1: classes equally large."""
+    area = polygon_area(outlines[0]) - sum(map(polygon_area, outlines[1:]))
+    return tuple(outline / np.sqrt(area) for outline in outlines)
+
+
+# For each shape its outline and, where there is one, the hole in it.
+SHAPES: dict[str, tuple[np.ndarray, ...]] = {
+    'disc': _unit_area(_regular(48)),
+    'square': _unit_area(_regular(4)),
+    'triangle': _unit_area(_regular(3)),
+    'star': _unit_area(_spokes(5, 0.45)),
+    'cross': _unit_area(_cross()),
+    'hexagon': _unit_area(_regular(6)),
+    'ring': _unit_area(_regular(48), _regular(48, 0.55)),
+}
+
+
+def rasterise(outlines: tuple[np.ndarray, ...], height: int,
+              width: int) -> np.ndarray:
+    """Share of every pixel that lies inside an outline.
+
+    Args:
+        outlines (tuple[numpy.ndarray, ...]): (V, 2) vertices (x, y) in
+            pixels: the outline, then the holes in it. Pixel (row, column)
+            spans [column, column + 1] x [row, row + 1].
+        height (int): Height of the canvas in pixels.
+        width (int): Width of the canvas in pixels.
+
+    Returns:
+        numpy.ndarray: float32 (height, width), in [0, 1], from
+        ``SUPERSAMPLING`` squared samples in each pixel.
+    """
+    fine = Image.new('L', (width * SUPERSAMPLING, height * SUPERSAMPLING))
+    draw = ImageDraw.Draw(fine)
+    for index, outline in enumerate(outlines):
+        # Pillow puts the integer coordinates at the centres of its pixels.
+        points = (outline * SUPERSAMPLING - 0.5).ravel().tolist()
+        draw.polygon(points, fill=255 if index == 0 else 0)
+    coverage = fine.reduce(SUPERSAMPLING)
+    return np.asarray(coverage, dtype=np.float32) / 255
+
+
+def _stripes(x, y, rng):
+    return np.sin(x * (2 * np.pi / rng.uniform(7, 11)))
+
+
+def _checks(x, y, rng):
+    pace = 2 * np.pi / rng.uniform(13, 18)
+    return 2 * np.sin(x * pace) * np.sin(y * pace)
+
+
+def _dots(x, y, rng):
+    pace = 2 * np.pi / rng.uniform(8, 11)
+    return np.cos(x * pace) + np.cos(y * pace) - 0.6
+
+
+def _ripples(x, y, rng):
+    pace = 2 * np.pi / rng.uniform(7, 11)
+    return np.sin(np.hypot(x, y) * pace + rng.uniform(0, 2 * np.pi))
+
+
+# Functions of (x, y) in nominal pixels from the object's centre and of a
+# random generator; the sign says which of two colours a point has.
+TEXTURES: dict[str, Callable] = {
+    'stripes': _stripes,
+    'checks': _checks,
+    'dots': _dots,
+    'ripples': _ripples,
+}
+
+
+def _two_colours(patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Two colours of a photograph that differ enough to show a pattern."""
+    pixels = patch.reshape(-1, 3)[rng.integers(patch[..., 0].size, size=24)]
+    contrast = np.abs((pixels[1:] - pixels[0]).mean(1))
+    visible = np.flatnonzero(contrast > 0.3)
+    second = rng.choice(visible) if len(visible) else contrast.argmax()
+    pair = pixels[[0, second + 1]]
+    if not len(visible):
+        # A flat patch: move the colours apart about their mean.
+        centre = np.clip(pair.mean(0), 0.2, 0.8)
+        sign = 1 if rng.random() < 0.5 else -1
+        pair = centre + np.array([[0.17], [-0.17]]) * sign
+    return pair.astype(np.float32)
+
+
+def _appearance(texture: str, centre: np.ndarray, patch: np.ndarray,
+                rng: np.random.Generator) -> np.ndarray:
+    """Colours of an object over the whole canvas: float32 (H, W, 3)."""
+    height, width = patch.shape[:2]
+    y, x = np.mgrid[:height, :width].astype(np.float32) + 0.5
+    scale = NOMINAL_SIDE / min(height, width)
+    x, y = (x - centre[0]) * scale, (y - centre[1]) * scale
+    angle = rng.uniform(0, 2 * np.pi)
+    along = np.cos(angle) * x + np.sin(angle) * y
+    across = np.cos(angle) * y - np.sin(angle) * x
+    colours = patch
+    if texture != 'photo':
+        pattern = TEXTURES[texture](along, across, rng)
+        share = np.clip(0.5 + 2 * pattern, 0, 1).astype(np.float32)[..., None]
+        first, second = _two_colours(patch, rng)
+        grain = patch - patch.mean((0, 1))
+        colours = first * share + second * (1 - share) + 0.25 * grain
+    light = rng.normal(0, 0.006, 2)
+    shading = 1 + np.clip(light[0] * x + light[1] * y, -0.3, 0.3)
+    return np.clip(colours * shading[..., None], 0, 1).astype(np.float32)
+
+
+def _shadow(coverage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A soft shadow, displaced from the object that throws it."""
+    side = min(coverage.shape)
+    shift = rng.integers(-side // 32, side // 32 + 1, size=2)
+    mask = Image.fromarray((coverage * 255).astype(np.uint8))
+    mask = mask.filter(ImageFilter.GaussianBlur(side * rng.uniform(.01, .03)))
+    moved = np.roll(np.asarray(mask, dtype=np.float32), shift, axis=(0, 1))
+    return moved * (rng.uniform(0.1, 0.5) / 255)
+
+
+def _place(height: int, width: int, count: int,
+           rng: np.random.Generator) -> list[tuple[np.ndarray, float]]:
+    """Centres (x, y) and sides of objects that overlap by their rims only.
+
+    Args:
+        height (int): Height of the canvas in pixels.
+        width (int): Width of the canvas in pixels.
+        count (int): How many objects to try to place.
+        rng (numpy.random.Generator): The only source of randomness.
+
+    Returns:
+        list[tuple[numpy.ndarray, float]]: At least one place; the side is
+        the root of the object's area.
+    """
+    places = []
+    for _ in range(20 * count):
+        side = min(height, width) * rng.uniform(0.2, 0.36)
+        centre = rng.uniform(0.12, 0.88, size=2) * (width, height)
+        if all(np.hypot(*(centre - other)) > 0.5 * (side + size)
+               for other, size in places):
+            places.append((centre, side))
+        if len(places) == count:
+            break
+    return places
+
+
+def random_object(category: int, centre: np.ndarray, side: float,
+                  patch: np.ndarray,
+                  rng: np.random.Generator) -> SceneObject:
+    """Draw an object of a class in a random pose, texture and light.
+
+    Args:
+        category (int): Label of the class, 2 to ``len(OBJECT_CLASSES) + 1``.
+        centre (numpy.ndarray): (x, y) in pixels.
+        side (float): Root of the object's area, in pixels.
+        patch (numpy.ndarray): float32 (H, W, 3), a piece of a photograph to
+            take colours and grain from; its size is that of the canvas.
+        rng (numpy.random.Generator): The only source of randomness.
+
+    Returns:
+        SceneObject: The object on an (H, W) canvas.
+    """
+    kind = OBJECT_CLASSES[category - BACKGROUND - 1]
+    stretch, angle = rng.uniform(0.85, 1.18), rng.uniform(0, 2 * np.pi)
+    cos, sin = np.cos(angle), np.sin(angle)
+    pose = np.diag([stretch, 1 / stretch]) @ [[cos, sin], [-sin, cos]]
+    coverage = rasterise(
+        tuple(outline @ pose * side + centre
+              for outline in SHAPES[kind.shape]), *patch.shape[:2])
+    return SceneObject(
+        category, coverage, _appearance(kind.texture, centre, patch, rng),
+        _shadow(coverage, rng))
+
+
+def random_scene(regions: tuple[PhotoRegion, ...], height: int, width: int,
+                 rng: np.random.Generator) -> Scene:
+    """Compose a scene of three to six objects, fewer where room is short.
+
+    Args:
+        regions (tuple[PhotoRegion, ...]): Where background, colours and
+            grain may come from.
+        height (int): Height in pixels.
+        width (int): Width in pixels.
+        rng (numpy.random.Generator): The only source of randomness.
+
+    Returns:
+        Scene: The scene.
+    """
+    background = random_patch(regions, height, width, rng)
+    objects = []
+    for centre, side in _place(height, width, int(rng.integers(3, 7)), rng):
+        category = int(rng.integers(len(OBJECT_CLASSES))) + BACKGROUND + 1
+        patch = random_patch(regions, height, width, rng)
+        objects.append(random_object(category, centre, side, patch, rng))
+    return Scene(background, tuple(objects))
