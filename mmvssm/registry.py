@@ -1,0 +1,15 @@
+"""Child registries of mmengine's, in the scope ``mmvssm``.
+
+``type='mmvssm.VSSM'`` in anybody's config is enough to find a module of this
+package: mmengine imports ``mmvssm.registry`` for the prefix and then the
+``locations`` below, so neither ``custom_imports`` nor a working directory is
+needed.
+"""
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import Registry
+
+MODELS = Registry(
+    'model',
+    parent=MMENGINE_MODELS,
+    scope='mmvssm',
+    locations=['mmvssm.backbones', 'mmvssm.heads'])
