@@ -1,0 +1,64 @@
+# Everything from a bare clone: `make quickstart`, `make test`.
+#
+# Variables: PYTHON (3.10 to 3.12) makes the virtual environment VENV. pip's own
+# settings are honoured: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
+STAMP := $(VENV)/.mmvssm-installed
+
+.PHONY: help
+help: ## Show this list.
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.PHONY: install
+install: $(STAMP) ## Make .venv with the tested stack and this package (editable).
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard requirements/*.txt)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "error: $(PYTHON) is missing or older than 3.10 ($$($(PYTHON) -V 2>&1))." \
+	         "Name a newer one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "error: $(PYTHON) cannot make virtual environments." \
+	         "On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo '==> [1/4] virtual environment $(VENV)'
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) -q setuptools wheel
+	@echo '==> [2/4] torch, mmengine and this package (the longest download)'
+	@$(INSTALL) --no-build-isolation -e '.[quickstart,test]'
+	@echo '==> [3/4] requirements of mmsegmentation'
+	@$(INSTALL) -r requirements/seg.txt
+	@echo '==> [4/4] mmsegmentation and mmcv-lite'
+	@$(INSTALL) --no-deps --no-build-isolation -r requirements/openmmlab.txt
+	@touch $@
+	@echo '==> installed'
+
+.PHONY: quickstart
+quickstart: install ## Train, evaluate and draw a small VMamba-UperNet on the CPU.
+	@$(RUN) tools/quickstart.py
+
+.PHONY: test
+test: lint ## Lint, then run every test.
+	@$(RUN) -m pytest
+
+.PHONY: lint
+lint: install ## Check style without changing a file.
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+.PHONY: format
+format: install ## Sort imports, format, apply ruff's safe fixes.
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+.PHONY: clean
+clean: ## Remove the virtual environment, builds and caches (work_dirs/ and data/ stay).
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,182 @@
+"""What is installed here and which scan backends can run.
+
+``python -m mmvssm.collect_env`` prints the report to paste into an issue.
+Versions are read from the installed metadata: a package that fails to import
+(a torchvision built for another torch, an mmdet that refuses the mmcv beside
+it) is reported all the same.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+import mmvssm
+from mmvssm.ops.backends import (
+    ENV_VARIABLE,
+    BackendUnavailableError,
+    backend_status,
+    backend_summary,
+    choose_backend,
+)
+
+# Import name -> the distributions that supply it; one at most may be there.
+_DISTRIBUTIONS = {
+    'mmengine': ('onedl-mmengine', 'mmengine'),
+    'mmcv': ('onedl-mmcv', 'mmcv', 'mmcv-lite'),
+    'mmseg': ('onedl-mmsegmentation', 'mmsegmentation'),
+    'mmdet': ('onedl-mmdetection', 'mmdet'),
+    'mamba_ssm': ('mamba-ssm',),
+    'triton': ('triton', 'triton-windows'),
+    'torchvision': ('torchvision',),
+    'numpy': ('numpy',),
+    'safetensors': ('safetensors',),
+}
+_USED_FOR = {
+    'mmengine': 'needed; pip install onedl-mmengine',
+    'mmcv': 'needed by mmseg and mmdet',
+    'mmseg': 'needed for segmentation',
+    'mmdet': 'needed for detection',
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def collect_env() -> dict[str, dict[str, str]]:
+    """Describe the machine, the packages and the scan backends.
+
+    Returns:
+        Section title -> name -> one line of text. It needs neither mmcv, mmseg
+        nor mmdet, and never raises because of another package's state.
+    """
+    return {
+        'Machine': _machine(),
+        'Packages': {'mmvssm': mmvssm.__version__, 'torch': _torch()}
+        | {name: _package(name) for name in _DISTRIBUTIONS},
+        'Scan backends': {
+            name: f'cannot run: {reason}'
+            if reason
+            else f'can run ({backend_summary(name)})'
+            for name, reason in backend_status().items()
+        },
+        'Backend a tensor gets': {device: _choice(device) for device in ('cpu', 'cuda')}
+        | {ENV_VARIABLE: os.environ.get(ENV_VARIABLE) or 'not set'},
+    }
+
+
+def _machine() -> dict[str, str]:
+    gpus = {}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            gpus[f'GPU {index}'] = (
+                f'{gpu.name}, compute capability {gpu.major}.{gpu.minor}, '
+                f'{gpu.total_memory / 2**30:.0f} GiB'
+            )
+    return {
+        'OS': platform.platform(),
+        'CPU': f'{_cpu_name()}, {_usable_cores()} cores usable',
+        **(gpus or {'GPU': 'none that torch can use'}),
+        'Python': platform.python_version(),
+        'C++ compiler': _first_line('c++', '--version'),
+        'CUDA compiler': _first_line('nvcc', '--version', line=-1),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path('/proc/cpuinfo')
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _first_line(program: str, *arguments: str, line: int = 0) -> str:
+    """One line of what a program prints, or that it is not on the path."""
+    path = shutil.which(program)
+    if path is None:
+        return f'no {program} on the path'
+    try:
+        out = subprocess.run(
+            [path, *arguments], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return f'{path} fails: {error}'
+    lines = out.stdout.strip().splitlines()
+    return lines[line] if lines else f'{path} prints no version'
+
+
+def _torch() -> str:
+    cuda = torch.version.cuda or torch.version.hip
+    build = f'built for CUDA {cuda}' if cuda else 'a build without CUDA'
+    return f'{torch.__version__}, {build}, {torch.get_num_threads()} threads'
+
+
+def _package(module: str) -> str:
+    """Version and distribution of a module, and what is wrong with it."""
+    found = {}
+    for distribution in _DISTRIBUTIONS[module]:
+        try:
+            found[distribution] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    if not found:
+        used_for = _USED_FOR.get(module)
+        return f'not installed ({used_for})' if used_for else 'not installed'
+    text = ', '.join(f'{version} ({name})' for name, version in found.items())
+    if module == 'mmcv':
+        text += ', with compiled ops' if _has_mmcv_ops() else ', without compiled ops'
+    if len(found) > 1:
+        text += (
+            '; CONFLICT: they overwrite each other, pip uninstall all of them '
+            'and install one'
+        )
+    return text
+
+
+def _has_mmcv_ops() -> bool:
+    spec = find_spec('mmcv')
+    folders = spec.submodule_search_locations if spec else []
+    return any(any(Path(folder).glob('_ext*')) for folder in folders or [])
+
+
+def _choice(device: str) -> str:
+    """The backend for tensors of this device, by dtype where it differs."""
+    chosen = {}
+    for dtype in _DTYPES:
+        try:
+            backend = choose_backend(device, dtype)
+        except (BackendUnavailableError, ValueError) as error:
+            backend = f'none: {error}'
+        chosen.setdefault(backend, []).append(str(dtype).removeprefix('torch.'))
+    text = '; '.join(
+        name if len(chosen) == 1 else f'{name} ({", ".join(dtypes)})'
+        for name, dtypes in chosen.items()
+    )
+    if device == 'cuda' and not torch.cuda.is_available():
+        text += ' (there is no such device here)'
+    return text
+
+
+def main() -> None:
+    """Print the report."""
+    for title, entries in collect_env().items():
+        print(title)
+        width = max(map(len, entries))
+        for name, text in entries.items():
+            print(f'  {name:<{width}}  {text}')
+
+
+if __name__ == '__main__':
+    main()
