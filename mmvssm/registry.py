@@ -6,6 +6,7 @@ package: mmengine imports ``mmvssm.registry`` for the prefix and then the
 needed.
 """
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
 MODELS = Registry(
@@ -13,3 +14,8 @@ MODELS = Registry(
     parent=MMENGINE_MODELS,
     scope='mmvssm',
     locations=['mmvssm.backbones', 'mmvssm.heads'])
+OPTIM_WRAPPERS = Registry(
+    'optimizer wrapper',
+    parent=MMENGINE_OPTIM_WRAPPERS,
+    scope='mmvssm',
+    locations=['mmvssm.engine'])

@@ -1,0 +1,169 @@
+r"""Parameters and FLOPs of a model, the scan included.
+
+The convention is that of the published tables (and of fvcore and mmengine):
+
+- a multiply-add of a matrix product or a convolution is one FLOP;
+- a norm costs 5 per element (4 without affine parameters), an evaluated
+  batch norm 2 (1); bilinear resizing 4 per output, average pooling 1 per
+  input; activations, additions, products of elements and copies are free;
+- a selective scan over B sequences of L positions with D channels and N
+  states costs
+
+  .. math:: 9 B L D N + B D L \; [\text{skip}\ D] + B D L \; [\text{gate}\ z].
+
+SS2D scans four routes at once, so there D is four times its inner channels,
+and the projections to Δ, B and C are counted as the products they are.
+"""
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from mmengine.analysis.jit_handles import get_shape
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import register_flop_formula
+
+import mmvssm.ops  # noqa: F401  registers the ops named below
+
+aten = torch.ops.aten
+SCAN = torch.ops.mmvssm.selective_scan
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """What :func:`count_flops` counted.
+
+    Attributes:
+        params: Number of parameters.
+        flops: FLOPs of one forward pass.
+        by_operator: Those FLOPs by the name of the operator.
+    """
+    params: int
+    flops: int
+    by_operator: dict[str, int]
+
+
+def scan_flops(batch: int, channels: int, length: int, states: int,
+               skip: bool = True, gate: bool = False) -> int:
+    """FLOPs of one selective scan, 9BLDN + BDL [skip] + BDL [gate]."""
+    return batch * channels * length * (9 * states + skip + gate)
+
+
+def count_flops(model: nn.Module,
+                input_shape: Sequence[int] = (1, 3, 224, 224)) -> Complexity:
+    """Count the FLOPs of ``model(image)`` in eval mode, without computing it.
+
+    Shapes are all that is propagated, so any size takes a few seconds and no
+    memory. The model is left as it was, its mode included.
+
+    Args:
+        model: Takes one tensor. A segmentor of mmseg does, and returns the
+            logits at the decode head's resolution; its auxiliary head then
+            has parameters but runs no FLOPs.
+        input_shape: Shape of that tensor, (batch, channels, height, width).
+
+    Raises:
+        NotImplementedError: The model runs an op of mmvssm that has no
+            formula here.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        counter = _FlopCounter()
+        with FakeTensorMode() as fake, torch.no_grad():
+            state = {
+                name: fake.from_tensor(tensor) for name, tensor in
+                (*model.named_parameters(), *model.named_buffers())
+            }
+            device = next(iter(state.values())).device if state else 'cpu'
+            image = torch.empty(tuple(input_shape), device=device)
+            with counter:
+                functional_call(model, state, (image, ))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return Complexity(
+        sum(p.numel() for p in model.parameters()),
+        counter.flops.total(), dict(counter.flops))
+
+
+class _FlopCounter(TorchDispatchMode):
+
+    def __init__(self):
+        super().__init__()
+        self.flops = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        op = func.overloadpacket
+        if op in FORMULAS:
+            name = op._qualified_op_name.removeprefix('aten::')
+            self.flops[name] += FORMULAS[op](args, out)
+        elif func.namespace == 'mmvssm':
+            raise NotImplementedError(
+                f'{func} has no formula in mmvssm.analysis.flops.FORMULAS, '
+                'and its FLOPs would be missing from the count')
+        return out
+
+
+def _product(first: int) -> Callable[[tuple, Tensor], int]:
+    """A matrix product, whose left factor is argument number ``first``."""
+    return lambda args, out: out.numel() * args[first].shape[-1]
+
+
+def _convolution(args: tuple, out: Tensor) -> int:
+    x, weight, transposed = args[0], args[1], args[6]
+    pixels = (x if transposed else out).shape[2:]
+    return out.shape[0] * weight.numel() * prod(pixels)
+
+
+def _norm(weight: int, per_element: int) -> Callable[[tuple, Any], int]:
+    """A norm whose affine weight is argument number ``weight``."""
+    return lambda args, out: args[0].numel() * (
+        per_element - (args[weight] is None))
+
+
+def _scan(args: tuple, out: tuple[Tensor, ...]) -> int:
+    u, _, A, _, _, D, z = args[:7]
+    return scan_flops(*u.shape, A.shape[1], D is not None, z is not None)
+
+
+# Each formula takes the positional arguments of the op and what it returned.
+FORMULAS: dict[Any, Callable[[tuple, Any], int]] = {
+    aten.mm: _product(0),
+    aten.bmm: _product(0),
+    aten.addmm: _product(1),
+    aten.baddbmm: _product(1),
+    aten.convolution: _convolution,
+    aten.native_layer_norm: _norm(2, 5),
+    aten.native_group_norm: _norm(1, 5),
+    aten.native_batch_norm: _norm(1, 2),
+    aten._native_batch_norm_legit_no_training: _norm(1, 2),
+    aten.cudnn_batch_norm: _norm(1, 2),
+    aten.upsample_bilinear2d: lambda args, out: 4 * out.numel(),
+    aten._adaptive_avg_pool2d: lambda args, out: args[0].numel(),
+    SCAN: _scan,
+}
+
+
+def _scan_handle(inputs: list, outputs: list) -> int:
+    u, A = get_shape(inputs[0]), get_shape(inputs[2])
+    skip, gate = (get_shape(inputs[i]) is not None for i in (5, 6))
+    return scan_flops(*u, A[1], skip, gate)
+
+
+# For counters that trace a model, mmengine's and fvcore's:
+# FlopAnalyzer(model, image).set_op_handle(**SCAN_HANDLES)
+SCAN_HANDLES = {'mmvssm::selective_scan': _scan_handle}
+
+
+# torch.utils.flop_counter.FlopCounterMode, which counts a multiply-add of
+# everything else as two, finds the scan once this module is imported.
+@register_flop_formula(SCAN)
+def _(u, delta, A, B, C, D=None, z=None, *args, out_shape=None, **kwargs):
+    return scan_flops(*u, A[1], D is not None, z is not None)

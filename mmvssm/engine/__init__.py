@@ -1,0 +1,13 @@
+"""What the tools are made of, for scripts of one's own too."""
+from .config import enable_amp, enable_painting, enable_tta, load_config
+from .data import check_datasets
+from .errors import UsageError, require_file, run_tool
+from .launch import prepare_launch
+from .optim import Bf16OptimWrapper
+from .weights import verify_checkpoint
+
+__all__ = [
+    'Bf16OptimWrapper', 'UsageError', 'check_datasets', 'enable_amp',
+    'enable_painting', 'enable_tta', 'load_config', 'prepare_launch',
+    'require_file', 'run_tool', 'verify_checkpoint'
+]

@@ -1,0 +1,146 @@
+"""Read a config for a tool, and switch on what its flags ask for."""
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.device import get_device
+
+from .errors import UsageError
+
+
+def load_config(path: str,
+                options: Sequence[str] | None = None,
+                work_dir: str | None = None,
+                required: Iterable[str] = ('model', )) -> Config:
+    """Read a config file as every tool does.
+
+    Args:
+        path: A file, or ``'package::name.py'`` for a config that an installed
+            package ships.
+        options: ``'key.subkey=value'`` strings of ``--cfg-options``.
+        work_dir: Where results go. Without it the config's own ``work_dir``
+            holds, and without that ``./work_dirs/<name of the config>``.
+        required: Top-level keys the tool cannot do without.
+
+    Raises:
+        UsageError: No such file, a file that is not a config, a key that is
+            missing or an option that does not fit.
+    """
+    cfg = _read(path)
+    if options:
+        try:
+            cfg.merge_from_dict(_parse_options(options))
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f'--cfg-options {" ".join(options)} does not fit {path}: '
+                f'{error}. Write KEY.SUBKEY=VALUE.') from error
+    missing = [key for key in required if cfg.get(key) is None]
+    if missing:
+        raise UsageError(
+            f'{path} has no {", ".join(missing)}: it is not a whole '
+            'experiment. Give a file such as configs/upernet_vmamba_t.py, '
+            'not a part of one.')
+    name = Path(path.split('::')[-1]).stem
+    cfg.work_dir = work_dir or cfg.get('work_dir') or f'./work_dirs/{name}'
+    return cfg
+
+
+def _read(path: str) -> Config:
+    packaged = '::' in path
+    if not packaged and not Path(path).is_file():
+        beside = sorted(p.name for p in Path(path).parent.glob('*.py'))
+        hint = f' That folder has {", ".join(beside)}.' if beside else ''
+        raise UsageError(f'no config file at {Path(path).absolute()}.{hint}')
+    try:
+        if packaged:
+            return Config.fromstring(f'_base_ = {path!r}', '.py')
+        return Config.fromfile(path)
+    except Exception as error:
+        # A config is a program of the user's: it can fail in any way.
+        raise UsageError(f'cannot read the config {path}: '
+                         f'{type(error).__name__}: {error}') from error
+
+
+def _parse_options(options: Sequence[str]) -> dict:
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--options', nargs='+', action=DictAction)
+    return parser.parse_args(['--options', *options]).options
+
+
+def enable_amp(cfg: Config, dtype: str = 'bfloat16') -> None:
+    """Train in mixed precision.
+
+    Args:
+        cfg: Changed in place.
+        dtype: ``'bfloat16'`` needs no loss scaling and runs on any device,
+            the CPU included (:class:`~mmvssm.engine.Bf16OptimWrapper`).
+            ``'float16'`` takes mmengine's ``AmpOptimWrapper`` with a dynamic
+            loss scale and needs a GPU.
+
+    Raises:
+        UsageError: float16 without a GPU, or an optimiser wrapper that mixed
+            precision would replace.
+    """
+    wrapper = cfg.optim_wrapper
+    kind = wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper',
+                    'mmvssm.Bf16OptimWrapper'):
+        raise UsageError(
+            f'--amp replaces an OptimWrapper, but optim_wrapper.type is '
+            f'{kind!r}: set its precision in the config instead.')
+    for key in ('dtype', 'loss_scale'):
+        wrapper.pop(key, None)
+    if dtype == 'bfloat16':
+        wrapper.type = 'mmvssm.Bf16OptimWrapper'
+    elif get_device() == 'cpu':
+        raise UsageError('--amp float16 needs a GPU and this machine has '
+                         'none: use --amp bfloat16, or leave --amp out.')
+    else:
+        wrapper.update(
+            type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')
+
+
+def enable_tta(cfg: Config) -> None:
+    """Test at several scales and flipped, with the config's TTA settings.
+
+    Args:
+        cfg: Changed in place; needs ``tta_model`` and ``tta_pipeline``.
+
+    Raises:
+        UsageError: One of the two is missing.
+    """
+    missing = [k for k in ('tta_model', 'tta_pipeline') if k not in cfg]
+    if missing:
+        raise UsageError(
+            f'--tta needs {" and ".join(missing)} in the config; '
+            'configs/_base_/default_runtime.py and '
+            'configs/_base_/datasets/ade20k.py show them.')
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def enable_painting(cfg: Config,
+                    show_dir: str | None = None,
+                    show: bool = False,
+                    wait_time: float = 2.) -> None:
+    """Paint truth and prediction of every tested image.
+
+    Args:
+        cfg: Changed in place; needs a ``visualizer`` and the
+            ``visualization`` hook.
+        show_dir: Folder for the pictures.
+        show: Open a window for each.
+        wait_time: Seconds a window stays open.
+
+    Raises:
+        UsageError: The config has no visualizer or no such hook.
+    """
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None or cfg.get('visualizer') is None:
+        raise UsageError(
+            '--show and --show-dir need a visualizer and the hook '
+            "default_hooks.visualization=dict(type='SegVisualizationHook').")
+    hook.update(draw=True, show=show, wait_time=wait_time)
+    if show_dir:
+        cfg.visualizer.save_dir = show_dir

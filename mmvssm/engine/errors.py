@@ -1,0 +1,35 @@
+"""What a tool prints instead of a traceback when its user is at fault."""
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UsageError(Exception):
+    """A mistake of the user's; its message says what to do about it."""
+
+
+def require_file(path: str, what: str) -> None:
+    """Raise :class:`UsageError` unless ``path`` is a file (or a URL)."""
+    if '://' not in path and not Path(path).is_file():
+        raise UsageError(f'no {what} at {Path(path).absolute()}.')
+
+
+def run_tool(main: Callable[[], int | None]) -> None:
+    """Run a command-line tool and exit.
+
+    A :class:`UsageError` ends in its message and exit code 2, said once
+    however many processes run the tool. Anything else keeps its traceback:
+    it is a bug.
+
+    Args:
+        main: The tool; returns the exit code, None for 0.
+    """
+    try:
+        code = main()
+    except UsageError as error:
+        rank = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
+        if rank == '0':
+            print(f'error: {error}', file=sys.stderr)
+        code = 2
+    sys.exit(code)

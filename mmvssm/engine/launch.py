@@ -1,0 +1,92 @@
+"""Several processes on a machine without an accelerator."""
+import os
+import subprocess
+import warnings
+from datetime import timedelta
+
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from .errors import UsageError
+
+# Where a launcher leaves (rank, number of processes, rank on this machine).
+_VARIABLES = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE',
+            'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
+
+
+def prepare_launch(cfg: Config, launcher: str) -> None:
+    """Set the launcher, and see to what mmengine assumes of a GPU.
+
+    mmengine's launchers pin every process to a GPU and hand its number to
+    DDP. Where there is no accelerator this joins the processes through gloo
+    instead (mmengine leaves a process group alone that is already there) and
+    sets ``model_wrapper_cfg`` for the CPU. SyncBN, which exists only for
+    CUDA, becomes BN with a warning.
+
+    Args:
+        cfg: Changed in place.
+        launcher: ``'none'``, ``'pytorch'`` (torchrun), ``'slurm'`` or
+            ``'mpi'``.
+
+    Raises:
+        UsageError: The launcher's environment variables are not there.
+    """
+    cfg.launcher = launcher
+    if launcher == 'none':
+        return
+    absent = [key for key in _VARIABLES[launcher] if key not in os.environ]
+    if absent:
+        starter = {'pytorch': 'torchrun or tools/dist_train.sh',
+                   'slurm': 'srun or tools/slurm_train.sh',
+                   'mpi': 'mpirun'}[launcher]
+        raise UsageError(
+            f'--launcher {launcher} but {", ".join(absent)} is not set: '
+            f'start the processes with {starter}.')
+    if get_device() != 'cpu':
+        return
+    _init_gloo(cfg, launcher)
+    cfg.setdefault('model_wrapper_cfg', dict(
+        type='MMDistributedDataParallel',
+        find_unused_parameters=cfg.get('find_unused_parameters', False)))
+    if _replace_sync_bn(cfg.model):
+        warnings.warn('SyncBN needs CUDA: the processes use BN, each with '
+                      'the statistics of its own part of the batch.')
+
+
+def _init_gloo(cfg: Config, launcher: str) -> None:
+    rank, size, local_rank = (os.environ[k] for k in _VARIABLES[launcher])
+    os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local_rank)
+    os.environ.setdefault('MASTER_PORT', '29500')
+    if 'MASTER_ADDR' not in os.environ:
+        os.environ['MASTER_ADDR'] = _first_host(launcher)
+    dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
+    timeout = dist_cfg.get('timeout')
+    dist.init_process_group(
+        'gloo', timeout=timedelta(seconds=timeout) if timeout else None)
+
+
+def _first_host(launcher: str) -> str:
+    if launcher != 'slurm':
+        raise UsageError('MASTER_ADDR is not set: export the address of the '
+                         'machine that rank 0 runs on.')
+    hosts = subprocess.run(
+        ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']],
+        check=True, capture_output=True, text=True)
+    return hosts.stdout.split()[0]
+
+
+def _replace_sync_bn(node) -> bool:
+    """Turn every ``type='SyncBN'`` below ``node`` into BN; True if any."""
+    if isinstance(node, dict):
+        found = node.get('type') == 'SyncBN'
+        if found:
+            node['type'] = 'BN'
+        return any([found, *map(_replace_sync_bn, node.values())])
+    if isinstance(node, (list, tuple)):
+        return any([_replace_sync_bn(item) for item in node])
+    return False
