@@ -1,0 +1,153 @@
+"""Bring the keys of a published or own checkpoint into one form."""
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mmvssm.checkpoints import vmamba
+from mmvssm.checkpoints.families import recognise
+from mmvssm.checkpoints.read import CheckpointError, read_state_dict
+
+# Families whose weights can be converted: a module with BACKBONE_KEY,
+# rename, file_format, reshape and describe.
+FAMILIES = {'VMamba': vmamba}
+
+_SEGMENTOR_HEADS = ('decode_head.', 'auxiliary_head.')
+_DETECTOR_HEADS = ('rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.')
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint in the canonical form.
+
+    Attributes:
+        family: ``'VMamba'``.
+        format: Which published naming the file had: ``'v0-old'``,
+            ``'v0-new'`` or ``'v2'``.
+        contents: ``'classifier'``, ``'backbone'``, ``'segmentor'`` or
+            ``'detector'``.
+        arch: Model the shapes belong to, such as ``'vmamba_t_s1l8'``.
+        backbone: ``{name: tensor}`` with the backbone's own names.
+        others: ``{name: tensor}`` of classifier, heads and necks.
+        renamed: How many names the conversion changed.
+    """
+
+    family: str
+    format: str
+    contents: str
+    arch: str
+    backbone: dict[str, torch.Tensor]
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
+    renamed: int = 0
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors, the backbone's without prefix."""
+        return {**self.backbone, **self.others}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Names to write to a file.
+
+        A segmentor's or detector's backbone gets the prefix ``backbone.`` that
+        mmengine's runner expects; a backbone or classifier file keeps the
+        current published names.
+        """
+        if self.contents in ('backbone', 'classifier'):
+            return self.tensors
+        backbone = {f'backbone.{k}': v for k, v in self.backbone.items()}
+        return {**backbone, **self.others}
+
+    def __str__(self) -> str:
+        return (f'{self.family} {self.contents} in {self.format} format, '
+                f'{self.arch}: {len(self.backbone)} backbone tensors, '
+                f'{len(self.others)} others'
+                f'{summarise(self.others, ": ")}; {self.renamed} renamed')
+
+
+def convert(source: str | Path | Mapping,
+            prefix: str | None = None) -> Checkpoint:
+    """Read a checkpoint, recognise and convert it.
+
+    Args:
+        source: A ``.pth`` or ``.safetensors`` file, an http(s) address, or a
+            state dict.
+        prefix: Take only the keys behind this prefix. By default the place of
+            the backbone is found by the keys.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file cannot be read, or its keys are of no known
+            family.
+    """
+    return to_canonical(*read_named(source, prefix))
+
+
+def read_named(source: str | Path | Mapping,
+               prefix: str | None = None) -> tuple[dict, str]:
+    """Read a state dict and what to call it in an error message."""
+    what = 'the state dict' if isinstance(source, Mapping) else str(source)
+    state = read_state_dict(source)
+    if prefix:
+        state = {
+            key.removeprefix(prefix): value
+            for key, value in state.items() if key.startswith(prefix)
+        }
+        if not state:
+            raise CheckpointError(f"{what} has no keys behind '{prefix}'")
+    return state, what
+
+
+def to_canonical(state: Mapping[str, torch.Tensor], what: str) -> Checkpoint:
+    """Recognise and convert a state dict; see :func:`convert`."""
+    found = recognise(state, what)
+    family = FAMILIES.get(found.family)
+    if family is None:
+        raise CheckpointError(
+            f'{what} holds {found.family} weights; this version converts '
+            f'{", ".join(FAMILIES)}')
+    own, foreign = split_keys(state, found.prefix)
+    changed = sum(family.rename(key) != key for key in own)
+    backbone, others = {}, {key: state[full] for key, full in foreign.items()}
+    for key, full in own.items():
+        name = family.rename(key)
+        target = backbone if family.BACKBONE_KEY.match(name) else others
+        target[name] = family.reshape(name, state[full])
+    return Checkpoint(found.family, family.file_format(own), _contents(others),
+                      family.describe(backbone), backbone, others, changed)
+
+
+def split_keys(keys: Iterable[str],
+               prefix: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Split names into the backbone's and others, as ``{short: full}``.
+
+    ``'module.backbone.layers...'`` with the prefix ``'module.backbone.'``
+    gives ``'layers...'``; then ``'module.decode_head...'`` beside it gives
+    ``'decode_head...'``.
+    """
+    outer = prefix.removesuffix('backbone.')
+    own, foreign = {}, {}
+    for key in keys:
+        if key.startswith(prefix):
+            own[key.removeprefix(prefix)] = key
+        else:
+            foreign[key.removeprefix(outer)] = key
+    return own, foreign
+
+
+def _contents(others: Iterable[str]) -> str:
+    others = list(others)
+    for contents, heads in (('segmentor', _SEGMENTOR_HEADS),
+                            ('detector', _DETECTOR_HEADS),
+                            ('classifier', ('classifier.', ))):
+        if any(key.startswith(heads) for key in others):
+            return contents
+    return 'backbone'
+
+
+def summarise(keys: Iterable[str], lead: str = '') -> str:
+    """``'classifier.* (4), decode_head.* (30)'``, empty for no keys."""
+    counts = Counter(key.split('.', 1)[0] for key in keys)
+    text = ', '.join(f'{name}.* ({n})' for name, n in counts.items())
+    return lead + text if text else ''

@@ -1,0 +1,161 @@
+"""Load a checkpoint into a model and say what was loaded."""
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from mmengine.model import is_model_wrapper
+from torch import nn
+
+from mmvssm.checkpoints.convert import (
+    FAMILIES,
+    Checkpoint,
+    read_named,
+    split_keys,
+    summarise,
+    to_canonical,
+)
+from mmvssm.checkpoints.families import recognise
+from mmvssm.checkpoints.read import CheckpointError
+
+
+@dataclass
+class LoadReport:
+    """What :func:`load_checkpoint` did. ``print`` it.
+
+    Attributes:
+        family: Family of the file and the model, such as ``'VMamba'``.
+        format: Naming the file had, such as ``'v2'``.
+        contents: ``'classifier'``, ``'backbone'``, ``'segmentor'`` or
+            ``'detector'``.
+        arch: Model the file belongs to, such as ``'vmamba_t_s1l8'``.
+        matched: Names in the model that were loaded.
+        missing: Names in the model that the file does not have; they keep
+            their values.
+        unexpected: Names in the file, converted, that the model does not have.
+    """
+
+    family: str
+    format: str
+    contents: str
+    arch: str
+    matched: list[str]
+    missing: list[str]
+    unexpected: list[str]
+
+    def __str__(self) -> str:
+        total = len(self.matched) + len(self.missing)
+        lines = [
+            f'{self.family} {self.contents} checkpoint in {self.format} '
+            f'format ({self.arch}): loaded {len(self.matched)} of the '
+            f"model's {total} tensors"
+        ]
+        if self.missing:
+            lines.append('  not in the file, left as initialised: ' +
+                         summarise(self.missing))
+            if self.contents == 'classifier' and any('outnorm' in key
+                                                     for key in self.missing):
+                lines.append('  (classification files have no output norms: '
+                             'outnorm* is expected)')
+        if self.unexpected:
+            lines.append('  in the file only, not used: ' +
+                         summarise(self.unexpected))
+        return '\n'.join(lines)
+
+
+def load_checkpoint(model: nn.Module,
+                    source: str | Path | Mapping,
+                    *,
+                    prefix: str | None = None) -> LoadReport:
+    """Load published or own weights into a model.
+
+    Family and format are recognised by the keys and converted. The model may
+    be a backbone, a classifier, or a whole segmentor or detector with a
+    ``backbone``; so may the file. Heads of the file are loaded where the model
+    has them. Nothing in the file is executed (``weights_only``).
+
+    Args:
+        model: The model, or its distributed wrapper.
+        source: A ``.pth`` or ``.safetensors`` file, an http(s) address of one,
+            or a state dict.
+        prefix: Take only the keys of the file behind this prefix. By default
+            the place of the backbone is found by the keys.
+
+    Returns:
+        What matched, what the file misses and what it has left over.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file cannot be read, is of another family, or of
+            another arch. The model is then unchanged.
+    """
+    if is_model_wrapper(model):
+        model = model.module
+    target = model.state_dict()
+    owner = recognise(target, f'the model {type(model).__name__}')
+    state, what = read_named(source, prefix)
+    family = recognise(state, what).family
+    if family != owner.family:
+        raise CheckpointError(
+            f'{what} holds {family} weights, but the model '
+            f'{type(model).__name__} is {owner.family}')
+    checkpoint = to_canonical(state, what)
+
+    own, foreign = split_keys(target, owner.prefix)
+    names = {**foreign, **own}
+    tensors = checkpoint.tensors
+    matched = [key for key in names if key in tensors]
+    missing = [key for key in names if key not in tensors]
+    unexpected = [key for key in tensors if key not in names]
+    wrong = {
+        key: f'{key} is {_shape(tensors[key])} in the file and '
+        f'{_shape(target[names[key]])} in the model'
+        for key in matched if tensors[key].shape != target[names[key]].shape
+    }
+    _check_arch(checkpoint, {key: target[own[key]] for key in own}, wrong, what)
+    if wrong:
+        raise CheckpointError(
+            f'{what} has a head of another shape: {_first(wrong.values())}. '
+            'Build the model with as many classes, or load into '
+            'model.backbone to leave the head out')
+    model.load_state_dict({names[key]: tensors[key] for key in matched},
+                          strict=False)
+    return LoadReport(checkpoint.family, checkpoint.format,
+                      checkpoint.contents, checkpoint.arch,
+                      [names[key] for key in matched],
+                      [names[key] for key in missing], unexpected)
+
+
+def _check_arch(checkpoint: Checkpoint, model: Mapping[str, torch.Tensor],
+                wrong: Mapping[str, str], what: str) -> None:
+    """Refuse a file of another arch, whose names may be the same in part.
+
+    Stages that a model with few ``out_indices`` lacks may be left over.
+    """
+    family = FAMILIES[checkpoint.family]
+    file = checkpoint.backbone
+    built = {family.component(key) for key in model}
+    problems = [wrong[key] for key in file if key in wrong]
+    problems += [
+        f'{key} is not in the file' for key in model
+        if key not in file and family.component(key)
+    ]
+    problems += [
+        f'{key} is not in the model' for key in file
+        if key not in model and family.component(key) in built - {None}
+    ]
+    if problems:
+        raise CheckpointError(
+            f'{what} does not fit the model: the file looks like '
+            f'{checkpoint.arch}, the model like {family.describe(model)}; '
+            f'{_first(problems)}')
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return 'x'.join(map(str, tensor.shape)) or 'a scalar'
+
+
+def _first(problems: Iterable[str], limit: int = 4) -> str:
+    problems = list(problems)
+    more = len(problems) - limit
+    return '; '.join(problems[:limit]) + (f'; {more} more' if more > 0 else '')

@@ -1,0 +1,80 @@
+"""VMamba checkpoints: formats, names and what their shapes tell."""
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from mmvssm.backbones.vssm import ARCH_ZOO
+
+# Old name -> name of the current published code.
+_RENAMES = (
+    (r'patch_embed\.proj\.', 'patch_embed.0.'),
+    (r'patch_embed\.norm\.', 'patch_embed.2.'),
+    (r'(layers\.\d+\.blocks\.\d+)\.ln_1\.', r'\1.norm.'),
+    (r'(layers\.\d+\.blocks\.\d+)\.self_attention\.', r'\1.op.'),
+    (r'norm\.', 'classifier.norm.'),
+    (r'head\.', 'classifier.head.'),
+)
+_RENAMES = tuple((re.compile(old), new) for old, new in _RENAMES)
+BACKBONE_KEY = re.compile(r'(patch_embed|layers|outnorm\d+)\.')
+
+
+def rename(key: str) -> str:
+    """Old or current name, without prefix -> current name."""
+    for old, new in _RENAMES:
+        if old.match(key):
+            return old.sub(new, key, count=1)
+    return key
+
+
+def file_format(keys: Iterable[str]) -> str:
+    """``'v0-old'``, ``'v0-new'`` or ``'v2'``."""
+    keys = list(keys)
+    if any(rename(key) != key and key.startswith(('layers.', 'patch_embed.'))
+           for key in keys):
+        return 'v0-old'
+    return 'v2' if any('.mlp.' in key for key in keys) else 'v0-new'
+
+
+def component(key: str) -> str | None:
+    """Which part the name belongs to that is there as a whole or not at all.
+
+    None for output norms, which classification files do not have, and for
+    downsampling, which the last stage of a model does not have.
+    """
+    match = re.match(r'patch_embed\.|layers\.\d+\.blocks\.', key)
+    return match and match[0]
+
+
+def reshape(key: str, value: torch.Tensor) -> torch.Tensor:
+    """1x1 convolutions -> linear weights."""
+    pointwise = value.ndim == 4 and value.shape[2:] == (1, 1)
+    return value.flatten(1) if pointwise and '.conv2d.' not in key else value
+
+
+def describe(state: Mapping[str, torch.Tensor]) -> str:
+    """Name of the arch that current keys and their shapes belong to."""
+    depths = {}
+    for key in state:
+        match = re.match(r'layers\.(\d+)\.blocks\.(\d+)\.', key)
+        if match:
+            stage, block = map(int, match.groups())
+            depths[stage] = max(depths.get(stage, 0), block + 1)
+    first = 'layers.0.blocks.0.op.'
+    try:
+        inner, states = state[first + 'Ds'].numel() // 4, \
+            state[first + 'A_logs'].shape[1]
+        rows, dims = state[first + 'in_proj.weight'].shape[:2]
+    except (KeyError, IndexError, ValueError):
+        return 'an incomplete VMamba'
+    found = dict(
+        depths=tuple(depths[stage] for stage in sorted(depths)),
+        dims=dims,
+        ssm_d_state=states,
+        ssm_ratio=inner / dims,
+        forward_type='v0' if rows == 2 * inner else 'v05_noz')
+    for name, arch in ARCH_ZOO.items():
+        if all(arch[key] == value for key, value in found.items()):
+            return f'vmamba_{name}'
+    return 'a VMamba with ' + ', '.join(
+        f'{key}={value}' for key, value in found.items())

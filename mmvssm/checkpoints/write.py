@@ -1,0 +1,56 @@
+"""Write a converted checkpoint."""
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mmvssm.checkpoints.convert import Checkpoint
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
+    """Write ``.pth`` (mmengine's form) or ``.safetensors``.
+
+    The file appears under its name only when it is complete.
+
+    Args:
+        checkpoint: What :func:`mmvssm.checkpoints.convert` returned.
+        path: Where to; the suffix chooses the form.
+
+    Raises:
+        ValueError: Another suffix.
+    """
+    path = Path(path)
+    if path.suffix not in ('.pth', '.safetensors'):
+        raise ValueError(
+            f'can write .pth and .safetensors, not {path.name!r}')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Heads can share memory with one another, which safetensors refuses.
+    state = {
+        key: value.detach().clone(memory_format=torch.contiguous_format)
+        for key, value in checkpoint.state_dict().items()
+    }
+    meta = dict(
+        family=checkpoint.family,
+        contents=checkpoint.contents,
+        arch=checkpoint.arch)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+    os.close(handle)
+    try:
+        if path.suffix == '.pth':
+            torch.save(dict(meta=meta, state_dict=state), temporary)
+        else:
+            from safetensors.torch import save_file
+            save_file(state, temporary, metadata=meta)
+        # mkstemp makes files private.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,4 @@
+"""Classification heads."""
+from mmvssm.heads.classifier import ClassificationHead, ImageClassifier
+
+__all__ = ['ClassificationHead', 'ImageClassifier']

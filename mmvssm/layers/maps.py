@@ -1,0 +1,53 @@
+"""Layers on feature maps (B, C, H, W) that act on the channels alone.
+
+They read and write channels-last memory (the strides of NHWC): there the
+permutations below move no data. Maps with other strides give the same numbers
+at the price of a copy.
+"""
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer normalisation over the channels of a (B, C, H, W) map."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Linear2d(nn.Linear):
+    """A 1x1 convolution of a (B, C, H, W) map with the parameters of a linear.
+
+    ``weight`` is 2-d (C_out, C_in). The 4-d weight (C_out, C_in, 1, 1) of a
+    convolution is accepted by ``load_state_dict``.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str,
+                              *args: Any) -> None:
+        weight = state_dict.get(prefix + 'weight')
+        if weight is not None and weight.shape[2:] == (1, 1):
+            state_dict[prefix + 'weight'] = weight.flatten(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Mlp2d(nn.Module):
+    """Two linear layers with a GELU between them, on a (B, C, H, W) map.
+
+    Args:
+        channels: C of input and output.
+        hidden_channels: Channels between the two layers.
+    """
+
+    def __init__(self, channels: int, hidden_channels: int):
+        super().__init__()
+        self.fc1 = Linear2d(channels, hidden_channels)
+        self.act = nn.GELU()
+        self.fc2 = Linear2d(hidden_channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(x)))

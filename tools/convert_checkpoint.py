@@ -1,0 +1,33 @@
+"""Convert a published checkpoint to the names of this package.
+
+Example: python tools/convert_checkpoint.py vssmtiny.pth vmamba_t_v0.safetensors
+"""
+import argparse
+
+from mmvssm.checkpoints import CheckpointError, convert, save_checkpoint
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description='Recognise a checkpoint by its keys, convert it and write '
+        'it as .pth or .safetensors.')
+    parser.add_argument('src', help='.pth or .safetensors file, or its address')
+    parser.add_argument('dst', help='file to write, .pth or .safetensors')
+    parser.add_argument(
+        '--prefix', help='take only the keys behind this prefix')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        checkpoint = convert(args.src, prefix=args.prefix)
+        save_checkpoint(checkpoint, args.dst)
+    except (CheckpointError, OSError, ValueError) as error:
+        raise SystemExit(f'error: {error}') from None
+    print(checkpoint)
+    print(f'written to {args.dst}')
+
+
+if __name__ == '__main__':
+    main()
