@@ -28,14 +28,12 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo "error: $(PYTHON) cannot make virtual environments." \
 	         "On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo '==> [1/4] virtual environment $(VENV)'
+	@echo '==> [1/3] virtual environment $(VENV)'
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	@$(INSTALL) -q setuptools wheel
-	@echo '==> [2/4] torch, mmengine and this package (the longest download)'
-	@$(INSTALL) --no-build-isolation -e '.[quickstart,test]'
-	@echo '==> [3/4] requirements of mmsegmentation'
-	@$(INSTALL) -r requirements/seg.txt
-	@echo '==> [4/4] mmsegmentation and mmcv-lite'
+	@$(INSTALL) -q 'setuptools>=77' wheel
+	@echo '==> [2/3] torch, mmengine, this package, requirements of mmsegmentation'
+	@$(INSTALL) --no-build-isolation -e '.[quickstart,test]' -r requirements/seg.txt
+	@echo '==> [3/3] mmsegmentation and mmcv-lite'
 	@$(INSTALL) --no-deps --no-build-isolation -r requirements/openmmlab.txt
 	@touch $@
 	@echo '==> installed'

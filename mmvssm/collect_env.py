@@ -136,7 +136,7 @@ def _package(module: str) -> str:
         return f'not installed ({used_for})' if used_for else 'not installed'
     text = ', '.join(f'{version} ({name})' for name, version in found.items())
     if module == 'mmcv':
-        text += ', with compiled ops' if _has_mmcv_ops() else ', without compiled ops'
+        text += f', with{"" if _has_mmcv_ops() else "out"} compiled ops'
     if len(found) > 1:
         text += (
             '; CONFLICT: they overwrite each other, pip uninstall all of them '
@@ -146,9 +146,11 @@ def _package(module: str) -> str:
 
 
 def _has_mmcv_ops() -> bool:
-    spec = find_spec('mmcv')
-    folders = spec.submodule_search_locations if spec else []
-    return any(any(Path(folder).glob('_ext*')) for folder in folders or [])
+    try:
+        folders = find_spec('mmcv').submodule_search_locations
+    except (ImportError, ValueError, AttributeError):
+        return False
+    return any(any(Path(folder).glob('_ext*')) for folder in folders or ())
 
 
 def _choice(device: str) -> str:

@@ -3,14 +3,20 @@
 Importing ``mmvssm`` calls :func:`apply` once. Nothing outside this module may
 look at a version number or patch somebody else's module.
 """
+import os.path as osp
+import pickle
 import re
+from collections.abc import Callable
+from functools import cache
 
 import mmengine.config.config as mmengine_config
+import numpy as np
 import torch
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import is_installed
 
+_NUMPY_DTYPES = ('bool', 'float32', 'float64', 'int32', 'int64', 'uint8', 'uint32')
 _FLAT_CONFIG = re.compile(r'^(mmvssm)::([\w.-]+)$')
 
 
@@ -44,24 +50,69 @@ def _accept_flat_configs() -> None:
     mmengine_config._get_package_and_cfg_path = split_flat
 
 
+def _find_own_folder() -> None:
+    """Let mmengine find ``mmvssm/.mim`` however this package was installed.
+
+    mmengine up to 0.10.7 looks beside the distribution's metadata, where an
+    editable install has no package.
+    """
+    find = mmengine_config.get_installed_path
+    if getattr(find, 'knows_mmvssm', False):
+        return
+
+    def find_installed(package: str) -> str:
+        return osp.dirname(__file__) if package == 'mmvssm' else find(package)
+
+    find_installed.knows_mmvssm = True
+    mmengine_config.get_installed_path = find_installed
+
+
 def _allow_mmengine_checkpoints() -> None:
     """Let ``torch.load(weights_only=True)`` read mmengine's own checkpoints.
 
-    They hold the message hub's ``HistoryBuffer``, which mmengine up to 0.10.7
-    does not declare as safe.
+    They hold the message hub's ``HistoryBuffer`` (numpy arrays, and references
+    to its own methods) and numpy scalars such as the best score, under the
+    names of the numpy they were written with. mmengine up to 0.10.7 declares
+    none of them as safe, and the fork does so only inside its own loader.
     """
-    import numpy as np
-    allowed = [HistoryBuffer, np.ndarray, np.dtype]
-    allowed += [getattr(np.dtypes, name) for name in
-                ('Float64DType', 'Float32DType', 'Int64DType')
-                if hasattr(np, 'dtypes')]
-    core = getattr(np, '_core', None) or np.core
-    allowed.append(core.multiarray._reconstruct)
-    torch.serialization.add_safe_globals(allowed)
+    multiarray = getattr(np, '_core', None) or np.core
+    multiarray = multiarray.multiarray
+    torch.serialization.add_safe_globals([
+        HistoryBuffer,
+        np.ndarray,
+        np.dtype,
+        *{type(np.dtype(name)) for name in _NUMPY_DTYPES},
+        *(
+            _named(f'{package}.multiarray', function)
+            for package in ('numpy.core', 'numpy._core')
+            for function in (multiarray._reconstruct, multiarray.scalar)
+        ),
+        _named('builtins', _history_buffer_method, 'getattr'),
+    ])
+
+
+def _history_buffer_method(owner: type, name: str) -> Callable:
+    """``getattr`` for a pickled reference to a method of HistoryBuffer."""
+    if owner is not HistoryBuffer:
+        raise pickle.UnpicklingError(f'{owner} may not be read from a checkpoint')
+    return getattr(owner, name)
+
+
+@cache
+def _named(module: str, function: Callable, name: str = '') -> Callable:
+    """The function under the name by which a pickle refers to it."""
+
+    def alias(*arguments):
+        return function(*arguments)
+
+    alias.__module__ = module
+    alias.__name__ = alias.__qualname__ = name or function.__name__
+    return alias
 
 
 def apply() -> None:
     """Apply every shim. Calling it again changes nothing."""
     _register_config_scopes()
     _accept_flat_configs()
+    _find_own_folder()
     _allow_mmengine_checkpoints()

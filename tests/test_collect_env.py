@@ -1,0 +1,84 @@
+"""mmvssm.collect_env: the report of versions and scan backends."""
+
+from importlib import metadata
+
+import pytest
+import torch
+
+import mmvssm
+from mmvssm import collect_env as module
+from mmvssm.ops import backend_status
+from mmvssm.ops.backends import ENV_VARIABLE
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Replace the installed distributions by a dict of versions."""
+
+    def pretend(versions):
+        def version(name):
+            if name not in versions:
+                raise metadata.PackageNotFoundError(name)
+            return versions[name]
+
+        monkeypatch.setattr(module.metadata, 'version', version)
+
+    return pretend
+
+
+def test_report_names_versions_and_every_backend(capsys):
+    module.main()
+    report = capsys.readouterr().out
+    for text in (mmvssm.__version__, torch.__version__, 'mmseg', 'mmdet', 'triton'):
+        assert text in report
+    backends = module.collect_env()['Scan backends']
+    assert list(backends) == list(backend_status())
+
+
+def test_backend_that_cannot_run_says_why(monkeypatch):
+    status = {'torch': None, 'reference': 'no reason at all'}
+    monkeypatch.setattr(module, 'backend_status', lambda: status)
+    backends = module.collect_env()['Scan backends']
+    assert backends['torch'].startswith('can run')
+    assert backends['reference'] == 'cannot run: no reason at all'
+
+
+def test_choice_follows_the_environment_variable(monkeypatch):
+    monkeypatch.setenv(ENV_VARIABLE, 'reference')
+    chosen = module.collect_env()['Backend a tensor gets']
+    assert chosen['cpu'] == 'reference'
+    assert chosen['cuda'].startswith('reference')
+    assert chosen[ENV_VARIABLE] == 'reference'
+
+
+def test_unknown_backend_is_reported_not_raised(monkeypatch):
+    monkeypatch.setenv(ENV_VARIABLE, 'turbo')
+    assert "'turbo'" in module.collect_env()['Backend a tensor gets']['cpu']
+
+
+def test_choice_that_differs_by_dtype_names_the_dtypes(monkeypatch):
+    def choose(device, dtype):
+        return 'cpu' if dtype == torch.float32 else 'torch'
+
+    monkeypatch.setattr(module, 'choose_backend', choose)
+    chosen = module.collect_env()['Backend a tensor gets']
+    assert chosen['cpu'] == 'cpu (float32); torch (bfloat16, float16)'
+
+
+def test_missing_packages_are_reported_with_their_use(installed):
+    installed({})
+    packages = module.collect_env()['Packages']
+    assert packages['mmdet'] == 'not installed (needed for detection)'
+    assert packages['triton'] == 'not installed'
+
+
+def test_fork_beside_original_is_a_conflict(installed):
+    installed({'onedl-mmengine': '0.10.12', 'mmengine': '0.10.7', 'mmdet': '3.3.0'})
+    packages = module.collect_env()['Packages']
+    assert 'CONFLICT' in packages['mmengine']
+    assert packages['mmdet'] == '3.3.0 (mmdet)'
+
+
+def test_machine_without_compilers(monkeypatch, tmp_path):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert module.collect_env()['Machine']['C++ compiler'] == 'no c++ on the path'

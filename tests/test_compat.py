@@ -1,0 +1,104 @@
+"""mmvssm.compat: configs of other packages, checkpoints of mmengine."""
+
+import pickle
+
+import mmengine.config.config as mmengine_config
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.logging import HistoryBuffer, MessageHub
+
+from mmvssm import compat
+
+
+def inherit(tmp_path, base):
+    """A config somewhere else whose only line is its base."""
+    path = tmp_path / 'config.py'
+    path.write_text(f'_base_ = {base!r}\n')
+    return Config.fromfile(path)
+
+
+def test_flat_config_of_this_package_can_be_a_base(tmp_path):
+    config = inherit(tmp_path, 'mmvssm::upernet_vmamba_t.py')
+    assert config.model.backbone.type.endswith('VSSM')
+
+
+def test_nested_config_of_this_package_can_be_a_base(tmp_path):
+    config = inherit(tmp_path, 'mmvssm::_base_/models/upernet_vmamba.py')
+    assert config.model.type.endswith('EncoderDecoder')
+
+
+def test_config_of_mmseg_can_be_a_base(tmp_path):
+    pytest.importorskip('mmseg')
+    config = inherit(tmp_path, ['mmseg::_base_/datasets/ade20k.py'])
+    assert config.dataset_type == 'ADE20KDataset'
+
+
+@pytest.mark.parametrize(
+    ('base', 'error'),
+    [
+        ('mmvssm::no_such_config.py', FileNotFoundError),
+        ('mmvssm::', ValueError),
+        ('elsewhere::config.py', ValueError),
+    ],
+)
+def test_wrong_base_still_fails(tmp_path, base, error):
+    with pytest.raises(error):
+        inherit(tmp_path, base)
+
+
+def test_applying_again_changes_nothing():
+    functions = vars(mmengine_config).copy()
+    scopes = dict(MODULE2PACKAGE)
+    allowed = set(torch.serialization.get_safe_globals())
+    compat.apply()
+    assert vars(mmengine_config) == functions
+    assert scopes == MODULE2PACKAGE
+    assert set(torch.serialization.get_safe_globals()) == allowed
+
+
+@pytest.mark.parametrize('dtype', ['float64', 'float32', 'int64'])
+def test_checkpoint_with_message_hub_loads_with_weights_only(tmp_path, dtype):
+    hub = MessageHub('test_compat')
+    hub.update_scalar('train/loss', 0.5)
+    hub.update_info('best_score', np.float64(0.75))
+    losses = np.arange(3, dtype=dtype)
+    checkpoint = {
+        'state_dict': {'weight': torch.ones(2)},
+        'message_hub': hub.state_dict(),
+        'history': HistoryBuffer(losses, np.ones(3, dtype='int64')),
+    }
+    torch.save(checkpoint, tmp_path / 'iter_7.pth')
+
+    loaded = torch.load(tmp_path / 'iter_7.pth', weights_only=True)
+
+    assert np.array_equal(loaded['history'].data[0], losses)
+    assert loaded['message_hub']['log_scalars']['train/loss'].current() == 0.5
+    assert loaded['message_hub']['runtime_info']['best_score'] == 0.75
+
+
+@pytest.mark.parametrize('package', ['numpy.core', 'numpy._core'])
+def test_checkpoint_written_with_another_numpy_loads(tmp_path, package):
+    numpy_2 = np.lib.NumpyVersion(np.__version__) >= '2.0.0'
+    ours = b'numpy._core' if numpy_2 else b'numpy.core'
+    path = tmp_path / 'best.pth'
+    checkpoint = {'score': np.float64(0.75), 'losses': np.ones(3)}
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(ours, package.encode()))
+
+    loaded = torch.load(path, weights_only=True)
+
+    assert loaded['score'] == 0.75
+    assert np.array_equal(loaded['losses'], np.ones(3))
+
+
+def test_checkpoint_may_not_reach_other_attributes(tmp_path):
+    class Reach:
+        def __reduce__(self):
+            return getattr, (np.ndarray, 'tofile')
+
+    torch.save(Reach(), tmp_path / 'foreign.pth')
+    with pytest.raises(pickle.UnpicklingError, match='may not be read'):
+        torch.load(tmp_path / 'foreign.pth', weights_only=True)
