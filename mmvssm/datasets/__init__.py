@@ -1,8 +1,9 @@
 """The small data set that the quickstart makes for itself."""
-from mmvssm.datasets.quickstart import (QUICKSTART_CLASSES,
-                                        QUICKSTART_PALETTE,
-                                        make_quickstart_dataset)
 
-__all__ = [
-    'QUICKSTART_CLASSES', 'QUICKSTART_PALETTE', 'make_quickstart_dataset'
-]
+from mmvssm.datasets.quickstart import (
+    QUICKSTART_CLASSES,
+    QUICKSTART_PALETTE,
+    make_quickstart_dataset,
+)
+
+__all__ = ['QUICKSTART_CLASSES', 'QUICKSTART_PALETTE', 'make_quickstart_dataset']

@@ -1,13 +1,24 @@
 """The photographs of scikit-image as a source of backgrounds and colours."""
+
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 # Photographs inside the scikit-image wheel: reading them needs no network.
-PHOTOS = ('astronaut', 'brick', 'camera', 'chelsea', 'coffee', 'coins',
-          'grass', 'gravel', 'immunohistochemistry', 'rocket',
-          'stereo_motorcycle')
+PHOTOS = (
+    'astronaut',
+    'brick',
+    'camera',
+    'chelsea',
+    'coffee',
+    'coins',
+    'grass',
+    'gravel',
+    'immunohistochemistry',
+    'rocket',
+    'stereo_motorcycle',
+)
 SPLITS = ('training', 'validation')
 TRAINING_SHARE = 0.6
 
@@ -22,6 +33,7 @@ class PhotoRegion:
             of the photograph, right and bottom exclusive.
         image (PIL.Image.Image): The RGB pixels of the box.
     """
+
     photo: str
     box: tuple[int, int, int, int]
     image: Image.Image
@@ -34,15 +46,17 @@ def _read_photo(name: str) -> Image.Image:
         raise ImportError(
             'The quickstart data set is made from photographs that '
             'scikit-image ships, and scikit-image is not installed. Install '
-            'it with `pip install scikit-image`.') from error
+            'it with `pip install scikit-image`.'
+        ) from error
     pixels = getattr(data, name)()
     if isinstance(pixels, tuple):  # A stereo pair: the left view.
         pixels = pixels[0]
     return Image.fromarray(pixels).convert('RGB')
 
 
-def split_box(width: int, height: int, split: str,
-              mirrored: bool) -> tuple[int, int, int, int]:
+def split_box(
+    width: int, height: int, split: str, mirrored: bool
+) -> tuple[int, int, int, int]:
     """Cut a photograph across its longer side between the two splits.
 
     Args:
@@ -88,8 +102,9 @@ def load_regions(split: str) -> tuple[PhotoRegion, ...]:
     return tuple(regions)
 
 
-def random_patch(regions: tuple[PhotoRegion, ...], height: int, width: int,
-                 rng: np.random.Generator) -> np.ndarray:
+def random_patch(
+    regions: tuple[PhotoRegion, ...], height: int, width: int, rng: np.random.Generator
+) -> np.ndarray:
     """Cut a random piece of a random region, flip it and shift its colours.
 
     The colour shift (channels permuted, a gamma and a gain for each) is wide
@@ -111,8 +126,10 @@ def random_patch(regions: tuple[PhotoRegion, ...], height: int, width: int,
     left = rng.uniform(0, photo.width - crop_width)
     top = rng.uniform(0, photo.height - crop_height)
     patch = photo.resize(
-        (width, height), Image.Resampling.BILINEAR,
-        box=(left, top, left + crop_width, top + crop_height))
+        (width, height),
+        Image.Resampling.BILINEAR,
+        box=(left, top, left + crop_width, top + crop_height),
+    )
     pixels = np.asarray(patch, dtype=np.float32) / 255
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]

@@ -7,6 +7,7 @@
       annotations/{training,validation}/*.png   0 unlabelled, 1..K classes
       meta.json                                 classes, palette, settings
 """
+
 import json
 import os
 import shutil
@@ -22,9 +23,16 @@ from mmvssm.datasets.photos import SPLITS, PhotoRegion, load_regions
 from mmvssm.datasets.scenes import OBJECT_CLASSES, random_scene
 
 QUICKSTART_CLASSES = ('background', *(kind.name for kind in OBJECT_CLASSES))
-QUICKSTART_PALETTE = ([70, 75, 85], [86, 180, 233], [0, 90, 181],
-                      [240, 228, 66], [213, 94, 0], [0, 158, 115],
-                      [204, 121, 167], [150, 60, 190])
+QUICKSTART_PALETTE = (
+    [70, 75, 85],
+    [86, 180, 233],
+    [0, 90, 181],
+    [240, 228, 66],
+    [213, 94, 0],
+    [0, 158, 115],
+    [204, 121, 167],
+    [150, 60, 190],
+)
 # To be raised whenever the same settings give other files.
 GENERATOR = 'mmvssm quickstart data'
 GENERATOR_VERSION = 1
@@ -32,13 +40,14 @@ SMALLEST_SIZE = 64
 
 
 def make_quickstart_dataset(
-        root: str | os.PathLike,
-        num_train: int = 480,
-        num_val: int = 96,
-        size: int = 128,
-        seed: int = 0,
-        overwrite: bool = False,
-        progress: Callable[[list], Iterable] = iter) -> Path:
+    root: str | os.PathLike,
+    num_train: int = 480,
+    num_val: int = 96,
+    size: int = 128,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Callable[[list], Iterable] = iter,
+) -> Path:
     """Make the data set, or find it made already.
 
     Textured shapes lie over photographs that scikit-image ships. A class is
@@ -71,8 +80,12 @@ def make_quickstart_dataset(
         ImportError: If scikit-image is not installed.
     """
     counts = dict(zip(SPLITS, (num_train, num_val)))
-    _check_settings(num_train=(num_train, 1), num_val=(num_val, 1),
-                    size=(size, SMALLEST_SIZE), seed=(seed, 0))
+    _check_settings(
+        num_train=(num_train, 1),
+        num_val=(num_val, 1),
+        size=(size, SMALLEST_SIZE),
+        seed=(seed, 0),
+    )
     root = Path(root)
     meta = {
         'generator': GENERATOR,
@@ -83,7 +96,7 @@ def make_quickstart_dataset(
             'num_train': int(num_train),
             'num_val': int(num_val),
             'size': int(size),
-            'seed': int(seed)
+            'seed': int(seed),
         },
     }
     if not overwrite and _is_made(root, meta, counts):
@@ -91,11 +104,11 @@ def make_quickstart_dataset(
     _check_replaceable(root, meta, overwrite)
 
     regions = {split: load_regions(split) for split in SPLITS}
-    jobs = [(split, index) for split in SPLITS
-            for index in range(counts[split])]
+    jobs = [(split, index) for split in SPLITS for index in range(counts[split])]
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
-            dir=root.parent, prefix=f'.{root.name}-') as scratch:
+        dir=root.parent, prefix=f'.{root.name}-'
+    ) as scratch:
         made = Path(scratch, 'made')
         for split in SPLITS:
             made.joinpath('images', split).mkdir(parents=True)
@@ -103,7 +116,8 @@ def make_quickstart_dataset(
         for split, index in progress(jobs):
             _write_sample(made, split, index, regions[split], size, seed)
         made.joinpath('meta.json').write_text(
-            json.dumps(meta, indent=2) + '\n', encoding='utf-8')
+            json.dumps(meta, indent=2) + '\n', encoding='utf-8'
+        )
         if root.exists():
             shutil.rmtree(root)
         os.replace(made, root)
@@ -112,10 +126,14 @@ def make_quickstart_dataset(
 
 def _check_settings(**settings: tuple[int, int]) -> None:
     for name, (value, smallest) in settings.items():
-        if (not isinstance(value, Integral) or isinstance(value, bool)
-                or value < smallest):
-            raise ValueError(f'{name} must be a whole number of at least '
-                             f'{smallest}, got {value!r}.')
+        if (
+            not isinstance(value, Integral)
+            or isinstance(value, bool)
+            or value < smallest
+        ):
+            raise ValueError(
+                f'{name} must be a whole number of at least {smallest}, got {value!r}.'
+            )
 
 
 def _read_meta(root: Path) -> dict:
@@ -131,7 +149,8 @@ def _is_made(root: Path, meta: dict, counts: dict[str, int]) -> bool:
     return _read_meta(root) == meta and all(
         len(list(root.glob(f'{kind}/{split}/*'))) == count
         for split, count in counts.items()
-        for kind in ('images', 'annotations'))
+        for kind in ('images', 'annotations')
+    )
 
 
 def _check_replaceable(root: Path, meta: dict, overwrite: bool) -> None:
@@ -142,13 +161,15 @@ def _check_replaceable(root: Path, meta: dict, overwrite: bool) -> None:
     if found.get('generator') != GENERATOR:
         raise FileExistsError(
             f'{root} exists and was not made by this generator, so it is '
-            'left alone. Choose another root, or remove it yourself.')
+            'left alone. Choose another root, or remove it yourself.'
+        )
     if found != meta and not overwrite:
         raise FileExistsError(
             f'{root} holds a data set of version {found.get("version")} with '
             f'the settings {found.get("settings")}, asked for is version '
             f'{meta["version"]} with {meta["settings"]}. Pass overwrite=True '
-            '(--overwrite) to replace it, or choose another root.')
+            '(--overwrite) to replace it, or choose another root.'
+        )
 
 
 def _canvas(index: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -159,9 +180,14 @@ def _canvas(index: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
     return (size, longer) if rng.random() < 0.5 else (longer, size)
 
 
-def _write_sample(root: Path, split: str, index: int,
-                  regions: tuple[PhotoRegion, ...], size: int,
-                  seed: int) -> None:
+def _write_sample(
+    root: Path,
+    split: str,
+    index: int,
+    regions: tuple[PhotoRegion, ...],
+    size: int,
+    seed: int,
+) -> None:
     """Write one image as JPEG, with sensor noise, and its labels as PNG."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = random_scene(regions, *_canvas(index, size, rng), rng)
@@ -170,7 +196,8 @@ def _write_sample(root: Path, split: str, index: int,
     pixels = np.clip(pixels * 255 + 0.5, 0, 255).astype(np.uint8)
     name = f'{split}_{index:05d}'
     Image.fromarray(pixels).save(
-        root / 'images' / split / f'{name}.jpg',
-        quality=int(rng.integers(75, 96)))
+        root / 'images' / split / f'{name}.jpg', quality=int(rng.integers(75, 96))
+    )
     Image.fromarray(scene.label_map()).save(
-        root / 'annotations' / split / f'{name}.png')
+        root / 'annotations' / split / f'{name}.png'
+    )

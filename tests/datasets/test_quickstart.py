@@ -1,0 +1,281 @@
+"""The quickstart data set: its files, its difficulty, its readers."""
+
+import builtins
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip('skimage')
+
+from mmvssm.datasets import (
+    QUICKSTART_CLASSES,
+    QUICKSTART_PALETTE,
+    make_quickstart_dataset,
+)
+from mmvssm.datasets.photos import SPLITS
+
+NUM_CLASSES = len(QUICKSTART_CLASSES)
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    """Enough images for statistics, made in about two seconds."""
+    return make_quickstart_dataset(
+        tmp_path_factory.mktemp('data') / 'quickstart', 64, 32, seed=3
+    )
+
+
+def read_split(root, split):
+    images = sorted(root.glob(f'images/{split}/*.jpg'))
+    labels = sorted(root.glob(f'annotations/{split}/*.png'))
+    assert [path.stem for path in images] == [path.stem for path in labels]
+    return (
+        [np.asarray(Image.open(path)) for path in images],
+        [np.asarray(Image.open(path)) for path in labels],
+    )
+
+
+def files(root):
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in root.rglob('*')
+        if path.is_file()
+    }
+
+
+def test_layout_and_labels(root):
+    for split, count in zip(SPLITS, (64, 32)):
+        images, labels = read_split(root, split)
+        assert len(images) == count
+        for image, label in zip(images, labels):
+            assert image.dtype == label.dtype == np.uint8
+            assert image.shape == (*label.shape, 3)
+        shapes = {label.shape for label in labels}
+        assert shapes == {(128, 128), (128, 160), (160, 128)}
+        pixels = np.concatenate([label.ravel() for label in labels])
+        shares = np.bincount(pixels, minlength=NUM_CLASSES + 1) / pixels.size
+        assert len(shares) == NUM_CLASSES + 1
+        assert 0.002 < shares[0] < 0.05, 'the ignored outlines are thin'
+        assert 0.4 < shares[1] < 0.8, 'background'
+        assert (shares[2:] > 0.01).all(), 'every class is there'
+    assert {path.name for path in root.iterdir()} == {
+        'images',
+        'annotations',
+        'meta.json',
+    }
+    assert {path.name for path in root.parent.iterdir()} == {root.name}
+
+
+def test_meta(root):
+    meta = json.loads(root.joinpath('meta.json').read_text())
+    assert meta['classes'] == list(QUICKSTART_CLASSES)
+    assert meta['palette'] == list(QUICKSTART_PALETTE)
+    assert meta['settings'] == dict(num_train=64, num_val=32, size=128, seed=3)
+    assert len({tuple(colour) for colour in QUICKSTART_PALETTE}) == NUM_CLASSES
+
+
+def test_same_seed_same_bytes(tmp_path):
+    make = make_quickstart_dataset
+    first = files(make(tmp_path / 'a', 4, 2, 64, seed=5))
+    again = files(make(tmp_path / 'b', 4, 2, 64, seed=5))
+    fewer = files(make(tmp_path / 'c', 3, 1, 64, seed=5))
+    other = files(make(tmp_path / 'd', 4, 2, 64, seed=6))
+    assert first == again
+    pictures = {name for name in fewer if name != 'meta.json'}
+    assert all(first[name] == fewer[name] for name in pictures)
+    assert all(first[name] != other[name] for name in first)
+    assert len(set(first.values())) == len(first), 'no image comes twice'
+
+
+def test_finished_data_is_reused_and_damaged_data_made_again(tmp_path):
+    root = make_quickstart_dataset(tmp_path / 'data', 2, 1, 64)
+    stamp = root.joinpath('meta.json').stat().st_mtime_ns
+    before = files(root)
+    make_quickstart_dataset(root, 2, 1, 64)
+    assert root.joinpath('meta.json').stat().st_mtime_ns == stamp
+    next(root.glob('images/training/*')).unlink()
+    make_quickstart_dataset(root, 2, 1, 64)
+    assert files(root) == before
+
+
+def test_interrupted_run_leaves_nothing(tmp_path):
+
+    def interrupt(jobs):
+        yield from jobs[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_quickstart_dataset(tmp_path / 'data', 2, 1, 64, progress=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_settings_need_overwrite(tmp_path):
+    root = make_quickstart_dataset(tmp_path / 'data', 2, 1, 64)
+    with pytest.raises(FileExistsError, match='overwrite=True'):
+        make_quickstart_dataset(root, 2, 1, 64, seed=1)
+    make_quickstart_dataset(root, 3, 1, 64, overwrite=True)
+    assert len(read_split(root, 'training')[0]) == 3
+
+
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_foreign_folder_is_left_alone(tmp_path, overwrite):
+    keep = tmp_path / 'images' / 'training' / 'mine.jpg'
+    keep.parent.mkdir(parents=True)
+    keep.write_bytes(b'mine')
+    with pytest.raises(FileExistsError, match='not made by this generator'):
+        make_quickstart_dataset(tmp_path, 2, 1, 64, overwrite=overwrite)
+    assert keep.read_bytes() == b'mine'
+
+
+@pytest.mark.parametrize(
+    'bad',
+    [
+        dict(num_train=0),
+        dict(num_val=-1),
+        dict(size=63),
+        dict(size=128.0),
+        dict(seed=-1),
+        dict(num_train=True),
+    ],
+)
+def test_bad_settings(tmp_path, bad):
+    ((name, value),) = bad.items()
+    with pytest.raises(ValueError, match=f'{name} must be .* got {value}'):
+        make_quickstart_dataset(tmp_path / 'data', **bad)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_scikit_image(tmp_path, monkeypatch):
+    original = builtins.__import__
+
+    def without_skimage(name, *args, **kwargs):
+        if name.startswith('skimage'):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, '__import__', without_skimage)
+    with pytest.raises(ImportError, match='pip install scikit-image'):
+        make_quickstart_dataset(tmp_path / 'data', 1, 1, 64)
+
+
+def colour_classifier_miou(train, val, bins=32, balanced=False):
+    """mIoU of the best guess of a class from one pixel's colour alone.
+
+    Args:
+        train (tuple[list, list]): RGB images and label maps, 0 ignored.
+        val (tuple[list, list]): The same, to be judged on.
+        bins (int): Cells of the colour histogram along each channel.
+        balanced (bool): Whether all classes count as equally frequent, which
+            guesses rare ones more often.
+
+    Returns:
+        float: Mean over the classes of intersection over union.
+    """
+
+    def cells_and_classes(images, labels):
+        pixels = np.concatenate([image.reshape(-1, 3) for image in images])
+        labels = np.concatenate([label.ravel() for label in labels])
+        pixels, labels = pixels[labels > 0], labels[labels > 0]
+        cells = np.ravel_multi_index((pixels // (256 // bins)).T, (bins,) * 3)
+        return cells, labels.astype(int) - 1
+
+    cells, labels = cells_and_classes(*train)
+    histogram = np.zeros((bins**3, NUM_CLASSES))
+    np.add.at(histogram, (cells, labels), 1)
+    if balanced:
+        histogram /= histogram.sum(0)
+    cells, labels = cells_and_classes(*val)
+    confusion = np.zeros((NUM_CLASSES, NUM_CLASSES))
+    np.add.at(confusion, (labels, histogram.argmax(1)[cells]), 1)
+    right = np.diag(confusion)
+    return np.mean(right / (confusion.sum(0) + confusion.sum(1) - right))
+
+
+@pytest.mark.parametrize('balanced', [False, True])
+def test_colours_alone_do_not_tell_the_classes(root, balanced):
+    train, val = (read_split(root, split) for split in SPLITS)
+    assert colour_classifier_miou(train, val, balanced=balanced) < 0.2
+    # The classifier itself works: colours that give the class away.
+    telling = [
+        np.asarray([[0, 0, 0], *QUICKSTART_PALETTE], dtype=np.uint8)[label]
+        for label in val[1]
+    ]
+    assert colour_classifier_miou((telling, val[1]), (telling, val[1])) == 1
+
+
+def test_mmseg_reads_it(root):
+    pytest.importorskip('mmseg')
+    from mmseg.datasets import BaseSegDataset
+    from mmseg.registry import DATASETS
+    from mmseg.utils import register_all_modules
+
+    register_all_modules(init_default_scope=True)
+    dataset = DATASETS.build(
+        dict(
+            type='BaseSegDataset',
+            data_root=str(root),
+            data_prefix=dict(
+                img_path='images/validation', seg_map_path='annotations/validation'
+            ),
+            metainfo=dict(classes=QUICKSTART_CLASSES, palette=QUICKSTART_PALETTE),
+            reduce_zero_label=True,
+            test_mode=True,
+            pipeline=[
+                dict(type='LoadImageFromFile'),
+                dict(type='LoadAnnotations', reduce_zero_label=True),
+                dict(type='PackSegInputs'),
+            ],
+        )
+    )
+    assert isinstance(dataset, BaseSegDataset)
+    assert len(dataset) == 32
+    assert dataset.metainfo['classes'] == QUICKSTART_CLASSES
+    assert list(dataset.metainfo['palette']) == list(QUICKSTART_PALETTE)
+    images, labels = read_split(root, 'validation')
+    for index, (image, label) in enumerate(zip(images, labels)):
+        sample = dataset[index]
+        read = sample['data_samples'].gt_sem_seg.data.numpy()[0]
+        np.testing.assert_array_equal(
+            read, np.where(label == 0, 255, label.astype(int) - 1)
+        )
+        assert sample['inputs'].shape == (3, *image.shape[:2])
+
+
+def test_tool(tmp_path):
+    tool = REPOSITORY / 'tools' / 'make_quickstart_data.py'
+
+    def call(*more):
+        return subprocess.run(
+            [
+                sys.executable,
+                str(tool),
+                '--root',
+                str(tmp_path / 'data'),
+                '--num-train',
+                '2',
+                '--num-val',
+                '1',
+                '--size',
+                '64',
+                *more,
+            ],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+        )
+
+    make_quickstart_dataset(tmp_path / 'data', 2, 1, 64, seed=1)
+    refused = call()
+    assert refused.returncode == 1
+    assert refused.stderr.startswith('error: ')
+    assert '--overwrite' in refused.stderr
+    made = call('--overwrite')
+    assert made.returncode == 0, made.stderr
+    assert str(tmp_path / 'data') in made.stdout
+    assert '3/3' in made.stderr, 'a progress bar'
