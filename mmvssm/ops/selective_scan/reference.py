@@ -1,7 +1,8 @@
 """The selective scan as it is defined: one position after the other."""
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from mmvssm.ops import numerics
 
 
 def selective_scan_reference(
@@ -29,7 +30,7 @@ def selective_scan_reference(
     if delta_bias is not None:
         delta = delta + delta_bias.to(dtype)[:, None]
     if delta_softplus:
-        delta = F.softplus(delta)
+        delta = numerics.softplus(delta)
     channels_per_group = u.shape[1] // B.shape[1]
     B = B.repeat_interleave(channels_per_group, dim=1)  # (B, D, N, L)
     C = C.repeat_interleave(channels_per_group, dim=1)
@@ -44,5 +45,5 @@ def selective_scan_reference(
     if D is not None:
         y = y + D.to(dtype)[:, None] * u
     if z is not None:
-        y = y * F.silu(z.to(dtype))
+        y = y * numerics.silu(z.to(dtype))
     return y.to(out_dtype), h

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmvssm.ops import numerics
+
 # Elements of one (batch, position, state, channel) work array: a segment's few
 # arrays stay in the cache.
 _SEGMENT_ELEMENTS = 2**18
@@ -160,7 +162,7 @@ class _Problem:
         raw = self._load(self.delta, start, stop + 1)
         if self.bias is not None:
             raw = raw + self.bias
-        dt = F.softplus(raw) if self.softplus else raw
+        dt = numerics.softplus(raw) if self.softplus else raw
         if stop == self.length:  # nothing follows: a decay of one
             dt = F.pad(dt, (0, 0, 0, 1))
         size = stop - start
@@ -203,7 +205,7 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         h = states[:, -1].clone()
         y = segment.readout(states, problem.D)
         if segment.z is not None:
-            y.mul_(F.silu(segment.z))
+            y.mul_(numerics.silu(segment.z))
         out_channels_last[:, start:stop] = y
     return out, h.transpose(1, 2).contiguous(), saved
 
@@ -240,7 +242,7 @@ class _Gradients:
         states = s.states(h)
         grad_y = grad_out
         if s.z is not None:
-            gate = torch.sigmoid(s.z)
+            gate = numerics.sigmoid(s.z)
             y = s.readout(states, p.D)
             slope = gate * (1 + s.z * (1 - gate))
             self.z.transpose(1, 2)[:, positions] = grad_out * y * slope
@@ -259,16 +261,16 @@ class _Gradients:
         grad_dtu = (s.grouped(grad_h) * s.B).flatten(-2).sum(2)
         # d(Δ A) of exp(Δ_t A) h_{t-1}
         grad_exponent = states[:, :-1].mul_(s.a[:, :-1]).mul_(grad_h)
-        self.A += (grad_exponent * s.dt.unsqueeze(2)).sum((0, 1))
+        self.A += numerics.sum_rows(grad_exponent * s.dt.unsqueeze(2))
         grad_dt = (grad_exponent * p.A).sum(2).addcmul_(grad_dtu, s.u)
         if p.softplus:
-            grad_dt.mul_(torch.sigmoid(s.raw))
+            grad_dt.mul_(numerics.sigmoid(s.raw))
         grad_u = grad_dtu.mul_(s.dt)
         if p.D is not None:
-            self.D += (grad_y * s.u).sum((0, 1))
+            self.D += numerics.sum_rows(grad_y * s.u)
             grad_u.addcmul_(grad_y, p.D)
         if p.bias is not None:
-            self.bias += grad_dt.sum((0, 1))
+            self.bias += numerics.sum_rows(grad_dt)
         self.u.transpose(1, 2)[:, positions] = grad_u
         self.delta.transpose(1, 2)[:, positions] = grad_dt
         return grad_h[:, 0]

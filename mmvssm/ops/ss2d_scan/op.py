@@ -50,7 +50,7 @@ def ss2d_scan(
 
     # A position's projections do not depend on the route to it: project the map
     # once and then read the result, which is smaller than x, along the routes.
-    projected = F.linear(x.permute(0, 2, 3, 1), x_proj_weight.flatten(0, 1))
+    projected = _project(x.permute(0, 2, 3, 1), x_proj_weight.flatten(0, 1))
     projected = projected.unflatten(-1, (NUM_ROUTES, -1))
     sequences = take_routes(projected.unbind(3))  # (B, L, 4, R + 2N)
     dt, B, C = sequences.split((rank, states, states), dim=-1)
@@ -63,6 +63,16 @@ def ss2d_scan(
     if not torch.is_autocast_enabled(x.device.type):
         y = y.to(x.dtype)
     return y.unflatten(2, (height, width))
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., C) times weight (M, C): (..., M).
+
+    The matrix product may give each thread some of the M columns. Whole
+    vectors of 16 keep the bits the same at any number of threads.
+    """
+    rows = weight.shape[0]
+    return F.linear(x, F.pad(weight, (0, 0, 0, -rows % 16)))[..., :rows]
 
 
 def _check(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
