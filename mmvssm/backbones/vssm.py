@@ -318,7 +318,9 @@ class VSSM(Backbone):
 
         self.patch_embed = _patch_embed(arch['patchembed_version'],
                                         in_channels, dims)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        # On the CPU even where the default device is another, as meta.
+        rates = iter(
+            torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())
         self.layers = nn.ModuleList()
         for i in range(self.num_stages):
             channels = dims * 2**i
@@ -330,7 +332,8 @@ class VSSM(Backbone):
             downsample = nn.Identity() if i + 1 == self.num_stages else \
                 _downsample(arch['downsample_version'], channels, 2 * channels)
             self.layers.append(VSSStage(blocks, downsample, with_cp))
-        for i, channels in zip(self.out_indices, self.out_channels):
+        for i, channels in zip(
+                self.out_indices, self.out_channels, strict=True):
             self.add_module(
                 f'outnorm{i}',
                 LayerNorm2d(channels) if out_norm else nn.Identity())
@@ -419,6 +422,10 @@ def _resolve_arch(arch: str | dict) -> dict:
             f'arch of VSSM: missing keys {missing}, unknown keys {unknown}; '
             f"known are {sorted(ARCH_ZOO['t_s1l8'])}")
     arch = {**_V2, 'drop_path_rate': .2, **arch}
+    if not isinstance(arch['dims'], int):
+        raise ValueError(
+            f'arch of VSSM: dims is the number of channels of the first stage, '
+            f"doubled from stage to stage, got {arch['dims']!r}")
     for key, choices in _CHOICES.items():
         if arch[key] not in choices:
             raise ValueError(

@@ -1,5 +1,5 @@
 """Recognise, convert and load checkpoints, and report what was loaded."""
-from mmvssm.checkpoints.convert import Checkpoint, CheckpointError, convert
+from mmvssm.checkpoints.canonical import Checkpoint, CheckpointError, convert
 from mmvssm.checkpoints.load import LoadReport, load_checkpoint
 from mmvssm.checkpoints.write import save_checkpoint
 

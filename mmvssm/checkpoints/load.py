@@ -7,7 +7,7 @@ import torch
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from mmvssm.checkpoints.convert import (
+from mmvssm.checkpoints.canonical import (
     FAMILIES,
     Checkpoint,
     read_named,

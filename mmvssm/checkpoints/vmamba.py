@@ -39,10 +39,9 @@ def file_format(keys: Iterable[str]) -> str:
 def component(key: str) -> str | None:
     """Which part the name belongs to that is there as a whole or not at all.
 
-    None for output norms, which classification files do not have, and for
-    downsampling, which the last stage of a model does not have.
+    None for output norms, which classification files do not have.
     """
-    match = re.match(r'patch_embed\.|layers\.\d+\.blocks\.', key)
+    match = re.match(r'patch_embed\.|layers\.\d+\.(blocks|downsample)\.', key)
     return match and match[0]
 
 

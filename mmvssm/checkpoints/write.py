@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mmvssm.checkpoints.convert import Checkpoint
+from mmvssm.checkpoints.canonical import Checkpoint
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
