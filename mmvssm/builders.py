@@ -1,4 +1,5 @@
 """Models by name, for plain PyTorch."""
+
 import difflib
 import fnmatch
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ class _Family:
 
 
 _FAMILIES = {
-    'vmamba': _Family(VSSM, VSSM_ARCHS, ClassificationHead,
-                      dict(out_indices=(3, ), out_norm=False)),
+    'vmamba': _Family(
+        VSSM, VSSM_ARCHS, ClassificationHead, dict(out_indices=(3,), out_norm=False)
+    ),
 }
 _MODELS = {
     f'{name}_{arch}': (family, arch)
-    for name, family in _FAMILIES.items() for arch in family.archs
+    for name, family in _FAMILIES.items()
+    for arch in family.archs
 }
 
 
@@ -40,9 +43,9 @@ def list_models(pattern: str | None = None) -> list[str]:
     return sorted(fnmatch.filter(_MODELS, pattern or '*'))
 
 
-def build_classifier(name: str,
-                     num_classes: int = 1000,
-                     **kwargs: Any) -> ImageClassifier:
+def build_classifier(
+    name: str, num_classes: int = 1000, **kwargs: Any
+) -> ImageClassifier:
     """Build an image classifier: image (B, 3, H, W) -> logits (B, K).
 
     Args:
@@ -56,12 +59,13 @@ def build_classifier(name: str,
     family, arch = _find(name)
     backbone = family.backbone(arch, **family.classifier_kwargs, **kwargs)
     return ImageClassifier(
-        backbone, family.head(backbone.out_channels[-1], num_classes))
+        backbone, family.head(backbone.out_channels[-1], num_classes)
+    )
 
 
-def build_backbone(name: str,
-                   out_indices: tuple[int, ...] = (0, 1, 2, 3),
-                   **kwargs: Any) -> nn.Module:
+def build_backbone(
+    name: str, out_indices: tuple[int, ...] = (0, 1, 2, 3), **kwargs: Any
+) -> nn.Module:
     """Build a backbone: image (B, 3, H, W) -> tuple of (B, C, H, W) maps.
 
     Args:
@@ -78,10 +82,13 @@ def build_backbone(name: str,
 
 def _find(name: str) -> tuple[_Family, str]:
     if name not in _MODELS:
-        near = difflib.get_close_matches(name, _MODELS, n=3, cutoff=.5)
-        hint = f'did you mean {" or ".join(near)}?' if near else \
-            f'known are {list_models()}'
+        near = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.5)
+        hint = (
+            f'did you mean {" or ".join(near)}?'
+            if near
+            else f'known are {list_models()}'
+        )
         raise ValueError(
-            f"unknown model '{name}'; {hint} "
-            'mmvssm.list_models() lists all')
+            f"unknown model '{name}'; {hint} mmvssm.list_models() lists all"
+        )
     return _MODELS[name]

@@ -34,15 +34,18 @@ def test_list_models():
     assert set(PUBLISHED) <= set(mmvssm.list_models())
     assert mmvssm.list_models() == sorted(mmvssm.list_models())
     assert mmvssm.list_models('vmamba_t*') == [
-        'vmamba_t_s1l8', 'vmamba_t_s2l5', 'vmamba_t_v0'
+        'vmamba_t_s1l8',
+        'vmamba_t_s2l5',
+        'vmamba_t_v0',
     ]
     assert mmvssm.list_models('nothing*') == []
 
 
 def test_arguments_arrive():
     with torch.device('meta'):
-        net = mmvssm.build_classifier('vmamba_t_v0', num_classes=7,
-                                      in_channels=4, drop_path_rate=0.)
+        net = mmvssm.build_classifier(
+            'vmamba_t_v0', num_classes=7, in_channels=4, drop_path_rate=0.0
+        )
         maps = mmvssm.build_backbone('vmamba_t_v0', out_indices=(1, 2))
     assert net.classifier.head.weight.shape == (7, 768)
     assert net.backbone.patch_embed[0].in_channels == 4
@@ -55,8 +58,7 @@ def test_every_parameter_of_a_classifier_gets_a_gradient():
     assert [n for n, p in net.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize('build', [mmvssm.build_classifier,
-                                   mmvssm.build_backbone])
+@pytest.mark.parametrize('build', [mmvssm.build_classifier, mmvssm.build_backbone])
 def test_unknown_model(build):
     with pytest.raises(ValueError, match='vmamba_t_s1l8'):
         build('vmamba_t_s1l9')

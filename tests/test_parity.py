@@ -1,8 +1,8 @@
 """The published numbers, on every backend that runs on the CPU."""
+
 import numpy as np
 import pytest
 import torch
-from parity import DATA, RTOL, Case, list_cases, make_input, make_weight
 
 import mmvssm
 from mmvssm.backbones.vssm import SS2D, PatchMerging2d, VSSBlock
@@ -15,6 +15,7 @@ from mmvssm.ops import (
     selective_scan,
     use_backend,
 )
+from parity import DATA, RTOL, Case, list_cases, make_input, make_weight
 
 
 def _takes(backend, dtype):
@@ -37,15 +38,13 @@ def precision(backend):
 
 
 def leaves(tensors, dtype):
-    return {
-        name: value.to(dtype).requires_grad_()
-        for name, value in tensors.items()
-    }
+    return {name: value.to(dtype).requires_grad_() for name, value in tensors.items()}
 
 
 # ------------------------------------------------------------------ the loader
 @pytest.mark.parametrize(
-    'name', [case for case in list_cases() if 'state_dict' in Case(case).meta])
+    'name', [case for case in list_cases() if 'state_dict' in Case(case).meta]
+)
 def test_generated_weights_are_the_published_ones(name):
     assert Case(name).weights()
 
@@ -57,17 +56,19 @@ def test_every_number_has_its_description():
 
 def test_weight_rule():
     shape = (4, 6, 3)
-    assert make_weight('a.bias', (5, )).dtype == np.float32
+    assert make_weight('a.bias', (5,)).dtype == np.float32
     n = make_input('a.x_proj_weight', shape)
     np.testing.assert_allclose(
-        make_weight('a.x_proj_weight', shape), n / 3**.5, rtol=1e-6)
+        make_weight('a.x_proj_weight', shape), n / 3**0.5, rtol=1e-6
+    )
     n = make_input('a.fc.weight', shape)
     np.testing.assert_allclose(
-        make_weight('a.fc.weight', shape), n / 18**.5, rtol=1e-6)
+        make_weight('a.fc.weight', shape), n / 18**0.5, rtol=1e-6
+    )
     step = np.logaddexp(0, make_weight('op.dt_projs_bias', (4, 99)))
-    assert 1e-3 <= step.min() < 2e-3 and .08 < step.max() <= .1
+    assert 1e-3 <= step.min() < 2e-3 and 0.08 < step.max() <= 0.1
     # A name of its own, numbers of its own.
-    assert (make_weight('a.bias', (5, )) != make_weight('b.bias', (5, ))).all()
+    assert (make_weight('a.bias', (5,)) != make_weight('b.bias', (5,))).all()
 
 
 def test_loader_notices_other_weights():
@@ -103,7 +104,8 @@ def test_selective_scan(name, backend):
         **inputs,
         delta_softplus=case.arguments['delta_softplus'],
         return_last_state=True,
-        backend=backend)
+        backend=backend,
+    )
     (out * g).sum().backward()
     gradients = {f'grad_{name}': value.grad for name, value in inputs.items()}
     case.check({'out': out, 'last_state': state, **gradients}, rtol)
@@ -114,11 +116,10 @@ def test_cross_scan():
     x, g = leaves(case.inputs(), torch.float64).values()
     out = cross_scan(x)
     (out * g).sum().backward()
-    case.check({
-        'out': out,
-        'out_channel_last': out.permute(0, 3, 1, 2),
-        'grad_x': x.grad
-    }, 1e-8)
+    case.check(
+        {'out': out, 'out_channel_last': out.permute(0, 3, 1, 2), 'grad_x': x.grad},
+        1e-8,
+    )
 
 
 def test_cross_merge():
@@ -126,22 +127,17 @@ def test_cross_merge():
     ys, g = leaves(case.inputs(), torch.float64).values()
     out = cross_merge(ys.flatten(3), ys.shape[3:])
     (out * g).sum().backward()
-    case.check({
-        'out': out,
-        'out_channel_last': out.mT,
-        'grad_ys': ys.grad
-    }, 1e-8)
+    case.check({'out': out, 'out_channel_last': out.mT, 'grad_ys': ys.grad}, 1e-8)
 
 
 # ------------------------------------------------------------------ the layers
 # Name of the case -> how to build the layer.
 LAYERS = {
-    'mod_ss2d_v0': lambda: SS2D(12, 16, 2., gated=True),
+    'mod_ss2d_v0': lambda: SS2D(12, 16, 2.0, gated=True),
     'mod_ss2d_v05_noz': lambda: SS2D(12),
-    'mod_ss2d_v05_noz_ratio2': lambda: SS2D(20, ssm_ratio=2.),
+    'mod_ss2d_v05_noz_ratio2': lambda: SS2D(20, ssm_ratio=2.0),
     'mod_vss_block': lambda: VSSBlock(12),
-    'mod_vss_block_v0':
-    lambda: VSSBlock(12, 16, 2., gated=True, mlp_ratio=0),
+    'mod_vss_block_v0': lambda: VSSBlock(12, 16, 2.0, gated=True, mlp_ratio=0),
     'mod_vmamba_patch_merging': lambda: PatchMerging2d(6, 12),
 }
 
@@ -160,10 +156,7 @@ def test_layer(name, backend):
         else:
             out = module(x)
         (out * g).sum().backward()
-    gradients = {
-        f'grad/{name}': p.grad
-        for name, p in module.named_parameters()
-    }
+    gradients = {f'grad/{name}': p.grad for name, p in module.named_parameters()}
     case.check({'out': out, 'grad_x': x.grad, **gradients}, rtol)
 
 
@@ -192,7 +185,4 @@ def test_classifier(name, backend):
     with use_backend(backend):
         maps = net.backbone(case.inputs()['input'])
     features = net.classifier.pre_logits(maps[-1])
-    case.check({
-        'logits': net.classifier.head(features),
-        'pre_logits': features
-    })
+    case.check({'logits': net.classifier.head(features), 'pre_logits': features})

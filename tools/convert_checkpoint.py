@@ -2,6 +2,7 @@
 
 Example: python tools/convert_checkpoint.py vssmtiny.pth vmamba_t_v0.safetensors
 """
+
 import argparse
 
 from mmvssm.checkpoints import CheckpointError, convert, save_checkpoint
@@ -10,11 +11,11 @@ from mmvssm.checkpoints import CheckpointError, convert, save_checkpoint
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Recognise a checkpoint by its keys, convert it and write '
-        'it as .pth or .safetensors.')
+        'it as .pth or .safetensors.'
+    )
     parser.add_argument('src', help='.pth or .safetensors file, or its address')
     parser.add_argument('dst', help='file to write, .pth or .safetensors')
-    parser.add_argument(
-        '--prefix', help='take only the keys behind this prefix')
+    parser.add_argument('--prefix', help='take only the keys behind this prefix')
     return parser.parse_args()
 
 

@@ -1,4 +1,5 @@
 """Backbones, one file a family."""
+
 from mmvssm.backbones.vssm import VSSM
 
 __all__ = ['VSSM']

@@ -1,4 +1,5 @@
 """What the backbones of all families have in common."""
+
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit
 
@@ -28,6 +29,5 @@ class Backbone(BaseModule):
         super().init_weights()
         self.init_cfg = given
         for cfg in pretrained:
-            report = load_checkpoint(
-                self, cfg['checkpoint'], prefix=cfg.get('prefix'))
+            report = load_checkpoint(self, cfg['checkpoint'], prefix=cfg.get('prefix'))
             print_log(str(report), logger='current')

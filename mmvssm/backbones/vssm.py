@@ -8,6 +8,7 @@ Maps are (B, C, H, W) throughout, held in channels-last memory, in which norms
 and linear layers need no copy; ``v0``, whose published code is channel-last,
 therefore runs through the same code as the later variants.
 """
+
 import math
 from collections.abc import Sequence
 
@@ -23,40 +24,45 @@ from mmvssm.registry import MODELS
 
 _V0 = dict(
     ssm_d_state=16,
-    ssm_ratio=2.,
+    ssm_ratio=2.0,
     forward_type='v0',
-    mlp_ratio=0.,
+    mlp_ratio=0.0,
     patchembed_version='v1',
-    downsample_version='v1')
+    downsample_version='v1',
+)
 _V2 = dict(
     ssm_d_state=1,
-    ssm_ratio=1.,
+    ssm_ratio=1.0,
     forward_type='v05_noz',
-    mlp_ratio=4.,
+    mlp_ratio=4.0,
     patchembed_version='v2',
-    downsample_version='v3')
+    downsample_version='v3',
+)
 _CHOICES = dict(
     forward_type=('v0', 'v05_noz'),
     patchembed_version=('v1', 'v2'),
-    downsample_version=('v1', 'v3'))
+    downsample_version=('v1', 'v3'),
+)
 
 
-def _arch(base: dict, depths: tuple, dims: int, drop_path_rate: float,
-          **changes) -> dict:
+def _arch(
+    base: dict, depths: tuple, dims: int, drop_path_rate: float, **changes
+) -> dict:
     return dict(
-        base, depths=depths, dims=dims, drop_path_rate=drop_path_rate, **changes)
+        base, depths=depths, dims=dims, drop_path_rate=drop_path_rate, **changes
+    )
 
 
 ARCH_ZOO = {
-    't_v0': _arch(_V0, (2, 2, 9, 2), 96, .2),
-    's_v0': _arch(_V0, (2, 2, 27, 2), 96, .3),
-    'b_v0': _arch(_V0, (2, 2, 27, 2), 128, .5),
-    't_s2l5': _arch(_V2, (2, 2, 5, 2), 96, .2, ssm_ratio=2.),
-    's_s2l15': _arch(_V2, (2, 2, 15, 2), 96, .3, ssm_ratio=2.),
-    'b_s2l15': _arch(_V2, (2, 2, 15, 2), 128, .6, ssm_ratio=2.),
-    't_s1l8': _arch(_V2, (2, 2, 8, 2), 96, .2),
-    's_s1l20': _arch(_V2, (2, 2, 20, 2), 96, .3),
-    'b_s1l20': _arch(_V2, (2, 2, 20, 2), 128, .5),
+    't_v0': _arch(_V0, (2, 2, 9, 2), 96, 0.2),
+    's_v0': _arch(_V0, (2, 2, 27, 2), 96, 0.3),
+    'b_v0': _arch(_V0, (2, 2, 27, 2), 128, 0.5),
+    't_s2l5': _arch(_V2, (2, 2, 5, 2), 96, 0.2, ssm_ratio=2.0),
+    's_s2l15': _arch(_V2, (2, 2, 15, 2), 96, 0.3, ssm_ratio=2.0),
+    'b_s2l15': _arch(_V2, (2, 2, 15, 2), 128, 0.6, ssm_ratio=2.0),
+    't_s1l8': _arch(_V2, (2, 2, 8, 2), 96, 0.2),
+    's_s1l20': _arch(_V2, (2, 2, 20, 2), 96, 0.3),
+    'b_s1l20': _arch(_V2, (2, 2, 20, 2), 128, 0.5),
 }
 
 
@@ -82,21 +88,20 @@ class SS2D(nn.Module):
         training diverge.
     """
 
-    def __init__(self,
-                 channels: int,
-                 d_state: int = 1,
-                 ssm_ratio: float = 1.,
-                 gated: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        gated: bool = False,
+    ):
         super().__init__()
         inner = int(ssm_ratio * channels)
         dt_rank = math.ceil(channels / 16)
         self.gated = gated
-        self.in_proj = Linear2d(
-            channels, 2 * inner if gated else inner, bias=False)
-        self.conv2d = nn.Conv2d(
-            inner, inner, 3, padding=1, groups=inner, bias=gated)
-        self.x_proj_weight = nn.Parameter(
-            torch.empty(4, dt_rank + 2 * d_state, inner))
+        self.in_proj = Linear2d(channels, 2 * inner if gated else inner, bias=False)
+        self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=gated)
+        self.x_proj_weight = nn.Parameter(torch.empty(4, dt_rank + 2 * d_state, inner))
         self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, dt_rank))
         self.dt_projs_bias = nn.Parameter(torch.empty(4, inner))
         self.A_logs = nn.Parameter(torch.empty(4 * inner, d_state))
@@ -106,30 +111,38 @@ class SS2D(nn.Module):
         self._init_scan()
 
     @torch.no_grad()
-    def _init_scan(self,
-                   dt_min: float = 1e-3,
-                   dt_max: float = .1,
-                   dt_floor: float = 1e-4) -> None:
+    def _init_scan(
+        self, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4
+    ) -> None:
         """Steps log-uniform in [dt_min, dt_max], states with A_n = -n."""
         _, inner, dt_rank = self.dt_projs_weight.shape
-        self.x_proj_weight.uniform_(-inner**-.5, inner**-.5)
-        self.dt_projs_weight.uniform_(-dt_rank**-.5, dt_rank**-.5)
-        step = torch.empty_like(self.dt_projs_bias).uniform_(
-            math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=dt_floor)
+        self.x_proj_weight.uniform_(-(inner**-0.5), inner**-0.5)
+        self.dt_projs_weight.uniform_(-(dt_rank**-0.5), dt_rank**-0.5)
+        step = (
+            torch.empty_like(self.dt_projs_bias)
+            .uniform_(math.log(dt_min), math.log(dt_max))
+            .exp_()
+            .clamp_(min=dt_floor)
+        )
         # The inverse of softplus, which the scan applies to the bias.
         self.dt_projs_bias.copy_(step + torch.log(-torch.expm1(-step)))
         self.A_logs.copy_(
-            torch.arange(1., self.A_logs.shape[1] + 1).log().expand_as(
-                self.A_logs))
+            torch.arange(1.0, self.A_logs.shape[1] + 1).log().expand_as(self.A_logs)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.in_proj(x)
         if self.gated:
             x, z = x.chunk(2, dim=1)
         x = F.silu(self.conv2d(x))
-        y = ss2d_scan(x, self.x_proj_weight, self.dt_projs_weight,
-                      _full(self.dt_projs_bias), -_full(self.A_logs).exp(),
-                      _full(self.Ds))
+        y = ss2d_scan(
+            x,
+            self.x_proj_weight,
+            self.dt_projs_weight,
+            _full(self.dt_projs_bias),
+            -_full(self.A_logs).exp(),
+            _full(self.Ds),
+        )
         y = self.out_norm(y).to(x.dtype)
         if self.gated:
             y = y * F.silu(z)
@@ -151,13 +164,15 @@ class VSSBlock(nn.Module):
         drop_path: Probability of dropping a branch of a sample.
     """
 
-    def __init__(self,
-                 channels: int,
-                 d_state: int = 1,
-                 ssm_ratio: float = 1.,
-                 gated: bool = False,
-                 mlp_ratio: float = 4.,
-                 drop_path: float = 0.):
+    def __init__(
+        self,
+        channels: int,
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        gated: bool = False,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+    ):
         super().__init__()
         self.norm = LayerNorm2d(channels)
         self.op = SS2D(channels, d_state, ssm_ratio, gated)
@@ -189,9 +204,9 @@ class PatchMerging2d(nn.Module):
         h, w = x.shape[2:]
         x = F.pad(x, (0, w % 2, 0, h % 2))
         # The row offset varies first, as in Swin.
-        x = torch.cat([
-            x[:, :, row::2, column::2] for column in (0, 1) for row in (0, 1)
-        ], dim=1)
+        x = torch.cat(
+            [x[:, :, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=1
+        )
         return self.reduction(self.norm(x))
 
 
@@ -199,13 +214,18 @@ def _patch_embed(version: str, in_channels: int, dims: int) -> nn.Sequential:
     """Stem at stride 4. The identities keep the published indices of layers."""
     if version == 'v1':
         return nn.Sequential(
-            nn.Conv2d(in_channels, dims, 4, stride=4), nn.Identity(),
-            LayerNorm2d(dims))
+            nn.Conv2d(in_channels, dims, 4, stride=4), nn.Identity(), LayerNorm2d(dims)
+        )
     return nn.Sequential(
         nn.Conv2d(in_channels, dims // 2, 3, stride=2, padding=1),
-        nn.Identity(), LayerNorm2d(dims // 2), nn.Identity(), nn.GELU(),
-        nn.Conv2d(dims // 2, dims, 3, stride=2, padding=1), nn.Identity(),
-        LayerNorm2d(dims))
+        nn.Identity(),
+        LayerNorm2d(dims // 2),
+        nn.Identity(),
+        nn.GELU(),
+        nn.Conv2d(dims // 2, dims, 3, stride=2, padding=1),
+        nn.Identity(),
+        LayerNorm2d(dims),
+    )
 
 
 def _downsample(version: str, channels: int, out_channels: int) -> nn.Module:
@@ -215,7 +235,9 @@ def _downsample(version: str, channels: int, out_channels: int) -> nn.Module:
     return nn.Sequential(
         nn.Identity(),
         nn.Conv2d(channels, out_channels, 3, stride=2, padding=1),
-        nn.Identity(), LayerNorm2d(out_channels))
+        nn.Identity(),
+        LayerNorm2d(out_channels),
+    )
 
 
 class VSSStage(nn.Module):
@@ -225,10 +247,9 @@ class VSSStage(nn.Module):
     where ``downsample`` is the identity.
     """
 
-    def __init__(self,
-                 blocks: Sequence[VSSBlock],
-                 downsample: nn.Module,
-                 with_cp: bool = False):
+    def __init__(
+        self, blocks: Sequence[VSSBlock], downsample: nn.Module, with_cp: bool = False
+    ):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
@@ -289,16 +310,18 @@ class VSSM(Backbone):
             has another number of channels.
     """
 
-    def __init__(self,
-                 arch: str | dict = 't_s1l8',
-                 img_size: int | tuple[int, int] = 224,
-                 in_channels: int = 3,
-                 out_indices: Sequence[int] = (0, 1, 2, 3),
-                 frozen_stages: int = -1,
-                 with_cp: bool = False,
-                 drop_path_rate: float | None = None,
-                 out_norm: bool = True,
-                 init_cfg: dict | list[dict] | None = None):
+    def __init__(
+        self,
+        arch: str | dict = 't_s1l8',
+        img_size: int | tuple[int, int] = 224,
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        drop_path_rate: float | None = None,
+        out_norm: bool = True,
+        init_cfg: dict | list[dict] | None = None,
+    ):
         super().__init__(init_cfg)
         arch = _resolve_arch(arch)
         depths, dims = arch['depths'], arch['dims']
@@ -309,34 +332,43 @@ class VSSM(Backbone):
         if not -1 <= frozen_stages <= self.num_stages:
             raise ValueError(
                 f'frozen_stages must be between -1 (nothing) and '
-                f'{self.num_stages} (all stages built), got {frozen_stages}')
+                f'{self.num_stages} (all stages built), got {frozen_stages}'
+            )
         self.in_channels = in_channels
         self.frozen_stages = frozen_stages
         self.out_channels = tuple(dims * 2**i for i in self.out_indices)
         # The unpadded 4x4 convolution of v1 needs a whole patch.
         self.min_size = 4 if arch['patchembed_version'] == 'v1' else 1
 
-        self.patch_embed = _patch_embed(arch['patchembed_version'],
-                                        in_channels, dims)
+        self.patch_embed = _patch_embed(arch['patchembed_version'], in_channels, dims)
         # On the CPU even where the default device is another, as meta.
         rates = iter(
-            torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())
+            torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()
+        )
         self.layers = nn.ModuleList()
         for i in range(self.num_stages):
             channels = dims * 2**i
             blocks = [
-                VSSBlock(channels, arch['ssm_d_state'], arch['ssm_ratio'],
-                         arch['forward_type'] == 'v0', arch['mlp_ratio'],
-                         next(rates)) for _ in range(depths[i])
+                VSSBlock(
+                    channels,
+                    arch['ssm_d_state'],
+                    arch['ssm_ratio'],
+                    arch['forward_type'] == 'v0',
+                    arch['mlp_ratio'],
+                    next(rates),
+                )
+                for _ in range(depths[i])
             ]
-            downsample = nn.Identity() if i + 1 == self.num_stages else \
-                _downsample(arch['downsample_version'], channels, 2 * channels)
+            downsample = (
+                nn.Identity()
+                if i + 1 == self.num_stages
+                else _downsample(arch['downsample_version'], channels, 2 * channels)
+            )
             self.layers.append(VSSStage(blocks, downsample, with_cp))
-        for i, channels in zip(
-                self.out_indices, self.out_channels, strict=True):
+        for i, channels in zip(self.out_indices, self.out_channels, strict=True):
             self.add_module(
-                f'outnorm{i}',
-                LayerNorm2d(channels) if out_norm else nn.Identity())
+                f'outnorm{i}', LayerNorm2d(channels) if out_norm else nn.Identity()
+            )
         self.apply(init_linear)
         self._freeze()
 
@@ -387,23 +419,23 @@ class VSSM(Backbone):
     def _freeze(self) -> None:
         if self.frozen_stages < 0:
             return
-        for module in (self.patch_embed, *self.layers[:self.frozen_stages]):
+        for module in (self.patch_embed, *self.layers[: self.frozen_stages]):
             module.eval().requires_grad_(False)
 
     def _check_input(self, x: torch.Tensor) -> None:
         size = self.min_size
-        if x.ndim != 4 or x.shape[1] != self.in_channels or \
-                min(x.shape[2:]) < size:
+        if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < size:
             raise ValueError(
                 f'VSSM takes images (B, {self.in_channels}, H, W) of at least '
                 f'{size}x{size} pixels, got a tensor of shape '
-                f'{tuple(x.shape)}')
+                f'{tuple(x.shape)}'
+            )
 
 
 def init_linear(module: nn.Module) -> None:
     """Initialise a linear layer as published; for ``nn.Module.apply``."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=.02)
+        nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -413,32 +445,40 @@ def _resolve_arch(arch: str | dict) -> dict:
         if arch not in ARCH_ZOO:
             raise ValueError(
                 f"unknown arch '{arch}' of VSSM; take one of "
-                f'{sorted(ARCH_ZOO)} or a dict with depths and dims')
+                f'{sorted(ARCH_ZOO)} or a dict with depths and dims'
+            )
         return ARCH_ZOO[arch]
     unknown = sorted(set(arch) - set(ARCH_ZOO['t_s1l8']))
     missing = [key for key in ('depths', 'dims') if key not in arch]
     if unknown or missing:
         raise ValueError(
             f'arch of VSSM: missing keys {missing}, unknown keys {unknown}; '
-            f"known are {sorted(ARCH_ZOO['t_s1l8'])}")
-    arch = {**_V2, 'drop_path_rate': .2, **arch}
+            f'known are {sorted(ARCH_ZOO["t_s1l8"])}'
+        )
+    arch = {**_V2, 'drop_path_rate': 0.2, **arch}
     if not isinstance(arch['dims'], int):
         raise ValueError(
             f'arch of VSSM: dims is the number of channels of the first stage, '
-            f"doubled from stage to stage, got {arch['dims']!r}")
+            f'doubled from stage to stage, got {arch["dims"]!r}'
+        )
     for key, choices in _CHOICES.items():
         if arch[key] not in choices:
             raise ValueError(
-                f'arch of VSSM: {key} must be one of {choices}, got '
-                f'{arch[key]!r}')
+                f'arch of VSSM: {key} must be one of {choices}, got {arch[key]!r}'
+            )
     return arch
 
 
 def _checked_indices(indices: Sequence[int], stages: int) -> tuple[int, ...]:
     indices = tuple(indices)
-    if not indices or sorted(set(indices)) != list(indices) or \
-            indices[0] < 0 or indices[-1] >= stages:
+    if (
+        not indices
+        or sorted(set(indices)) != list(indices)
+        or indices[0] < 0
+        or indices[-1] >= stages
+    ):
         raise ValueError(
             f'out_indices must be increasing stage numbers out of '
-            f'{tuple(range(stages))}, got {indices}')
+            f'{tuple(range(stages))}, got {indices}'
+        )
     return indices

@@ -1,9 +1,14 @@
 """Recognise, convert and load checkpoints, and report what was loaded."""
+
 from mmvssm.checkpoints.canonical import Checkpoint, CheckpointError, convert
 from mmvssm.checkpoints.load import LoadReport, load_checkpoint
 from mmvssm.checkpoints.write import save_checkpoint
 
 __all__ = [
-    'Checkpoint', 'CheckpointError', 'LoadReport', 'convert', 'load_checkpoint',
-    'save_checkpoint'
+    'Checkpoint',
+    'CheckpointError',
+    'LoadReport',
+    'convert',
+    'load_checkpoint',
+    'save_checkpoint',
 ]

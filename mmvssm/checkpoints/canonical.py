@@ -1,4 +1,5 @@
 """Bring the keys of a published or own checkpoint into one form."""
+
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -60,14 +61,15 @@ class Checkpoint:
         return {**backbone, **self.others}
 
     def __str__(self) -> str:
-        return (f'{self.family} {self.contents} in {self.format} format, '
-                f'{self.arch}: {len(self.backbone)} backbone tensors, '
-                f'{len(self.others)} others'
-                f'{summarise(self.others, ": ")}; {self.renamed} renamed')
+        return (
+            f'{self.family} {self.contents} in {self.format} format, '
+            f'{self.arch}: {len(self.backbone)} backbone tensors, '
+            f'{len(self.others)} others'
+            f'{summarise(self.others, ": ")}; {self.renamed} renamed'
+        )
 
 
-def convert(source: str | Path | Mapping,
-            prefix: str | None = None) -> Checkpoint:
+def convert(source: str | Path | Mapping, prefix: str | None = None) -> Checkpoint:
     """Read a checkpoint, recognise and convert it.
 
     Args:
@@ -84,15 +86,17 @@ def convert(source: str | Path | Mapping,
     return to_canonical(*read_named(source, prefix))
 
 
-def read_named(source: str | Path | Mapping,
-               prefix: str | None = None) -> tuple[dict, str]:
+def read_named(
+    source: str | Path | Mapping, prefix: str | None = None
+) -> tuple[dict, str]:
     """Read a state dict and what to call it in an error message."""
     what = 'the state dict' if isinstance(source, Mapping) else str(source)
     state = read_state_dict(source)
     if prefix:
         state = {
             key.removeprefix(prefix): value
-            for key, value in state.items() if key.startswith(prefix)
+            for key, value in state.items()
+            if key.startswith(prefix)
         }
         if not state:
             raise CheckpointError(f"{what} has no keys behind '{prefix}'")
@@ -106,7 +110,8 @@ def to_canonical(state: Mapping[str, torch.Tensor], what: str) -> Checkpoint:
     if family is None:
         raise CheckpointError(
             f'{what} holds {found.family} weights; this version converts '
-            f'{", ".join(FAMILIES)}')
+            f'{", ".join(FAMILIES)}'
+        )
     own, foreign = split_keys(state, found.prefix)
     changed = sum(family.rename(key) != key for key in own)
     backbone, others = {}, {key: state[full] for key, full in foreign.items()}
@@ -114,12 +119,20 @@ def to_canonical(state: Mapping[str, torch.Tensor], what: str) -> Checkpoint:
         name = family.rename(key)
         target = backbone if family.BACKBONE_KEY.match(name) else others
         target[name] = family.reshape(name, state[full])
-    return Checkpoint(found.family, family.file_format(own), _contents(others),
-                      family.describe(backbone), backbone, others, changed)
+    return Checkpoint(
+        found.family,
+        family.file_format(own),
+        _contents(others),
+        family.describe(backbone),
+        backbone,
+        others,
+        changed,
+    )
 
 
-def split_keys(keys: Iterable[str],
-               prefix: str) -> tuple[dict[str, str], dict[str, str]]:
+def split_keys(
+    keys: Iterable[str], prefix: str
+) -> tuple[dict[str, str], dict[str, str]]:
     """Split names into the backbone's and others, as ``{short: full}``.
 
     ``'module.backbone.layers...'`` with the prefix ``'module.backbone.'``
@@ -138,9 +151,11 @@ def split_keys(keys: Iterable[str],
 
 def _contents(others: Iterable[str]) -> str:
     others = list(others)
-    for contents, heads in (('segmentor', _SEGMENTOR_HEADS),
-                            ('detector', _DETECTOR_HEADS),
-                            ('classifier', ('classifier.', ))):
+    for contents, heads in (
+        ('segmentor', _SEGMENTOR_HEADS),
+        ('detector', _DETECTOR_HEADS),
+        ('classifier', ('classifier.',)),
+    ):
         if any(key.startswith(heads) for key in others):
             return contents
     return 'backbone'

@@ -1,4 +1,5 @@
 """Recognise the family of a checkpoint, or of a model, by its keys."""
+
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,15 +47,16 @@ def recognise(keys: Iterable[str], what: str) -> Recognised:
     keys = list(keys)
     for family, signature in _SIGNATURES.items():
         prefixes = {
-            match['prefix']
-            for match in map(signature.fullmatch, keys) if match
+            match['prefix'] for match in map(signature.fullmatch, keys) if match
         }
         if len(prefixes) > 1:
             raise CheckpointError(
                 f'{what} has several {family} backbones: '
-                f'{sorted(prefixes)}; choose one with prefix=')
+                f'{sorted(prefixes)}; choose one with prefix='
+            )
         if prefixes:
             return Recognised(family, prefixes.pop())
     raise CheckpointError(
         f'{what} is of none of the families {list(_SIGNATURES)}; its keys '
-        f'start with {keys[:5]}')
+        f'start with {keys[:5]}'
+    )

@@ -1,4 +1,5 @@
 """Load a checkpoint into a model and say what was loaded."""
+
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,22 +52,24 @@ class LoadReport:
             f"model's {total} tensors"
         ]
         if self.missing:
-            lines.append('  not in the file, left as initialised: ' +
-                         summarise(self.missing))
-            if self.contents == 'classifier' and any('outnorm' in key
-                                                     for key in self.missing):
-                lines.append('  (classification files have no output norms: '
-                             'outnorm* is expected)')
+            lines.append(
+                '  not in the file, left as initialised: ' + summarise(self.missing)
+            )
+            if self.contents == 'classifier' and any(
+                'outnorm' in key for key in self.missing
+            ):
+                lines.append(
+                    '  (classification files have no output norms: '
+                    'outnorm* is expected)'
+                )
         if self.unexpected:
-            lines.append('  in the file only, not used: ' +
-                         summarise(self.unexpected))
+            lines.append('  in the file only, not used: ' + summarise(self.unexpected))
         return '\n'.join(lines)
 
 
-def load_checkpoint(model: nn.Module,
-                    source: str | Path | Mapping,
-                    *,
-                    prefix: str | None = None) -> LoadReport:
+def load_checkpoint(
+    model: nn.Module, source: str | Path | Mapping, *, prefix: str | None = None
+) -> LoadReport:
     """Load published or own weights into a model.
 
     Family and format are recognised by the keys and converted. The model may
@@ -98,7 +101,8 @@ def load_checkpoint(model: nn.Module,
     if family != owner.family:
         raise CheckpointError(
             f'{what} holds {family} weights, but the model '
-            f'{type(model).__name__} is {owner.family}')
+            f'{type(model).__name__} is {owner.family}'
+        )
     checkpoint = to_canonical(state, what)
 
     own, foreign = split_keys(target, owner.prefix)
@@ -110,24 +114,34 @@ def load_checkpoint(model: nn.Module,
     wrong = {
         key: f'{key} is {_shape(tensors[key])} in the file and '
         f'{_shape(target[names[key]])} in the model'
-        for key in matched if tensors[key].shape != target[names[key]].shape
+        for key in matched
+        if tensors[key].shape != target[names[key]].shape
     }
     _check_arch(checkpoint, {key: target[own[key]] for key in own}, wrong, what)
     if wrong:
         raise CheckpointError(
             f'{what} has a head of another shape: {_first(wrong.values())}. '
             'Build the model with as many classes, or load into '
-            'model.backbone to leave the head out')
-    model.load_state_dict({names[key]: tensors[key] for key in matched},
-                          strict=False)
-    return LoadReport(checkpoint.family, checkpoint.format,
-                      checkpoint.contents, checkpoint.arch,
-                      [names[key] for key in matched],
-                      [names[key] for key in missing], unexpected)
+            'model.backbone to leave the head out'
+        )
+    model.load_state_dict({names[key]: tensors[key] for key in matched}, strict=False)
+    return LoadReport(
+        checkpoint.family,
+        checkpoint.format,
+        checkpoint.contents,
+        checkpoint.arch,
+        [names[key] for key in matched],
+        [names[key] for key in missing],
+        unexpected,
+    )
 
 
-def _check_arch(checkpoint: Checkpoint, model: Mapping[str, torch.Tensor],
-                wrong: Mapping[str, str], what: str) -> None:
+def _check_arch(
+    checkpoint: Checkpoint,
+    model: Mapping[str, torch.Tensor],
+    wrong: Mapping[str, str],
+    what: str,
+) -> None:
     """Refuse a file of another arch, whose names may be the same in part.
 
     Stages that a model with few ``out_indices`` lacks may be left over.
@@ -137,18 +151,21 @@ def _check_arch(checkpoint: Checkpoint, model: Mapping[str, torch.Tensor],
     built = {family.component(key) for key in model}
     problems = [wrong[key] for key in file if key in wrong]
     problems += [
-        f'{key} is not in the file' for key in model
+        f'{key} is not in the file'
+        for key in model
         if key not in file and family.component(key)
     ]
     problems += [
-        f'{key} is not in the model' for key in file
+        f'{key} is not in the model'
+        for key in file
         if key not in model and family.component(key) in built - {None}
     ]
     if problems:
         raise CheckpointError(
             f'{what} does not fit the model: the file looks like '
             f'{checkpoint.arch}, the model like {family.describe(model)}; '
-            f'{_first(problems)}')
+            f'{_first(problems)}'
+        )
 
 
 def _shape(tensor: torch.Tensor) -> str:

@@ -1,4 +1,5 @@
 """Read the tensors of a checkpoint without running anything it contains."""
+
 import pickle
 import re
 from collections import OrderedDict
@@ -11,12 +12,22 @@ import torch
 from mmengine.dist import barrier, is_main_process
 
 # Where training codes put the weights, in order of preference.
-_WRAPPERS = ('state_dict', 'model', 'model_ema', 'state_dict_ema',
-             'ema_state_dict', 'module', 'net')
+_WRAPPERS = (
+    'state_dict',
+    'model',
+    'model_ema',
+    'state_dict_ema',
+    'ema_state_dict',
+    'module',
+    'net',
+)
 _UNKNOWN_CLASS = re.compile(r'GLOBAL (\S+) was not an allowed global')
 # torch fills these from the file key by key, and insists on a plain dict.
-_MAPPING_CLASSES = ('yacs.config.CfgNode', 'addict.addict.Dict',
-                    'mmengine.config.config.ConfigDict')
+_MAPPING_CLASSES = (
+    'yacs.config.CfgNode',
+    'addict.addict.Dict',
+    'mmengine.config.config.ConfigDict',
+)
 
 
 class CheckpointError(RuntimeError):
@@ -34,7 +45,6 @@ class _StandIn:
 
 
 class _MappingStandIn(_StandIn):
-
     def __new__(cls, *args: Any) -> OrderedDict:
         return OrderedDict()
 
@@ -60,22 +70,28 @@ def read_state_dict(source: str | Path | Mapping) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise FileNotFoundError(
             f'no checkpoint at {path.absolute()}; give a .pth or .safetensors '
-            'file, or an http(s) address')
+            'file, or an http(s) address'
+        )
     try:
-        content = _read_safetensors(path) if path.suffix == '.safetensors' \
+        content = (
+            _read_safetensors(path)
+            if path.suffix == '.safetensors'
             else _read_pickle(path)
+        )
     except Exception as error:
         # torch has no common class for its errors of reading.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f'{path} ({_size(path)} bytes) is truncated or not a checkpoint '
             f'that can be read safely, download it again or save its state '
-            f'dict alone: {reason[0]}') from error
+            f'dict alone: {reason[0]}'
+        ) from error
     return _unwrap(content, str(path))
 
 
 def _read_safetensors(path: Path) -> dict:
     from safetensors.torch import load_file
+
     return load_file(path)
 
 
@@ -100,7 +116,7 @@ def _read_pickle(path: Path) -> Any:
 def _stand_in(name: str) -> type:
     base = _MappingStandIn if name in _MAPPING_CLASSES else _StandIn
     module, _, qualname = name.rpartition('.')
-    return type(qualname, (base, ), {'__module__': module})
+    return type(qualname, (base,), {'__module__': module})
 
 
 def _unwrap(content: Any, where: str) -> dict[str, torch.Tensor]:
@@ -110,24 +126,33 @@ def _unwrap(content: Any, where: str) -> dict[str, torch.Tensor]:
             for key, value in content.items()
             if isinstance(value, torch.Tensor)
         }
-        inner = next((content[key] for key in _WRAPPERS
-                      if isinstance(content.get(key), Mapping)), None)
+        inner = next(
+            (
+                content[key]
+                for key in _WRAPPERS
+                if isinstance(content.get(key), Mapping)
+            ),
+            None,
+        )
         if inner is None:
             if tensors:
                 return tensors
             break
         content = inner
-    found = sorted(map(str, content))[:8] if isinstance(content, Mapping) \
+    found = (
+        sorted(map(str, content))[:8]
+        if isinstance(content, Mapping)
         else type(content).__name__
+    )
     raise CheckpointError(
         f'{where} holds no state dict: expected tensors by name, at the top '
-        f'or under one of {_WRAPPERS}, found {found}')
+        f'or under one of {_WRAPPERS}, found {found}'
+    )
 
 
 def _download(url: str) -> str:
     """Fetch a file once per machine, into the cache of torch.hub."""
-    path = Path(torch.hub.get_dir(), 'checkpoints',
-                Path(urlparse(url).path).name)
+    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(url).path).name)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The main process first: the others of its machine then find the file.
     for my_turn in (is_main_process(), True):
@@ -135,8 +160,7 @@ def _download(url: str) -> str:
             try:
                 torch.hub.download_url_to_file(url, str(path))
             except OSError as error:
-                raise CheckpointError(
-                    f'cannot download {url}: {error}') from error
+                raise CheckpointError(f'cannot download {url}: {error}') from error
         barrier()
     return str(path)
 

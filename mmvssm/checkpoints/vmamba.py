@@ -1,4 +1,5 @@
 """VMamba checkpoints: formats, names and what their shapes tell."""
+
 import re
 from collections.abc import Iterable, Mapping
 
@@ -30,8 +31,10 @@ def rename(key: str) -> str:
 def file_format(keys: Iterable[str]) -> str:
     """``'v0-old'``, ``'v0-new'`` or ``'v2'``."""
     keys = list(keys)
-    if any(rename(key) != key and key.startswith(('layers.', 'patch_embed.'))
-           for key in keys):
+    if any(
+        rename(key) != key and key.startswith(('layers.', 'patch_embed.'))
+        for key in keys
+    ):
         return 'v0-old'
     return 'v2' if any('.mlp.' in key for key in keys) else 'v0-new'
 
@@ -61,8 +64,10 @@ def describe(state: Mapping[str, torch.Tensor]) -> str:
             depths[stage] = max(depths.get(stage, 0), block + 1)
     first = 'layers.0.blocks.0.op.'
     try:
-        inner, states = state[first + 'Ds'].numel() // 4, \
-            state[first + 'A_logs'].shape[1]
+        inner, states = (
+            state[first + 'Ds'].numel() // 4,
+            state[first + 'A_logs'].shape[1],
+        )
         rows, dims = state[first + 'in_proj.weight'].shape[:2]
     except (KeyError, IndexError, ValueError):
         return 'an incomplete VMamba'
@@ -71,9 +76,11 @@ def describe(state: Mapping[str, torch.Tensor]) -> str:
         dims=dims,
         ssm_d_state=states,
         ssm_ratio=inner / dims,
-        forward_type='v0' if rows == 2 * inner else 'v05_noz')
+        forward_type='v0' if rows == 2 * inner else 'v05_noz',
+    )
     for name, arch in ARCH_ZOO.items():
         if all(arch[key] == value for key, value in found.items()):
             return f'vmamba_{name}'
     return 'a VMamba with ' + ', '.join(
-        f'{key}={value}' for key, value in found.items())
+        f'{key}={value}' for key, value in found.items()
+    )

@@ -1,4 +1,5 @@
 """Write a converted checkpoint."""
+
 import os
 import tempfile
 from pathlib import Path
@@ -22,8 +23,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
     """
     path = Path(path)
     if path.suffix not in ('.pth', '.safetensors'):
-        raise ValueError(
-            f'can write .pth and .safetensors, not {path.name!r}')
+        raise ValueError(f'can write .pth and .safetensors, not {path.name!r}')
     path.parent.mkdir(parents=True, exist_ok=True)
     # Heads can share memory with one another, which safetensors refuses.
     state = {
@@ -31,9 +31,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
         for key, value in checkpoint.state_dict().items()
     }
     meta = dict(
-        family=checkpoint.family,
-        contents=checkpoint.contents,
-        arch=checkpoint.arch)
+        family=checkpoint.family, contents=checkpoint.contents, arch=checkpoint.arch
+    )
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
     os.close(handle)
     try:
@@ -41,6 +40,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
             torch.save(dict(meta=meta, state_dict=state), temporary)
         else:
             from safetensors.torch import save_file
+
             save_file(state, temporary, metadata=meta)
         # mkstemp makes files private.
         os.chmod(temporary, 0o666 & ~_umask())

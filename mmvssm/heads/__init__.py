@@ -1,4 +1,5 @@
 """Classification heads."""
+
 from mmvssm.heads.classifier import ClassificationHead, ImageClassifier
 
 __all__ = ['ClassificationHead', 'ImageClassifier']

@@ -1,4 +1,5 @@
 """From the last feature map to class logits."""
+
 import torch
 from mmengine.model import BaseModule
 from torch import nn
@@ -15,14 +16,16 @@ class ClassificationHead(BaseModule):
         init_cfg: mmengine's initialisation config.
     """
 
-    def __init__(self,
-                 in_channels: int,
-                 num_classes: int = 1000,
-                 init_cfg: dict | list[dict] | None = None):
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int = 1000,
+        init_cfg: dict | list[dict] | None = None,
+    ):
         super().__init__(init_cfg)
         self.norm = LayerNorm2d(in_channels)
         self.head = nn.Linear(in_channels, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=.02)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     def pre_logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,10 +46,12 @@ class ImageClassifier(BaseModule):
         init_cfg: mmengine's initialisation config.
     """
 
-    def __init__(self,
-                 backbone: nn.Module,
-                 classifier: nn.Module,
-                 init_cfg: dict | list[dict] | None = None):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classifier: nn.Module,
+        init_cfg: dict | list[dict] | None = None,
+    ):
         super().__init__(init_cfg)
         self.backbone = backbone
         self.classifier = classifier

@@ -1,4 +1,5 @@
 """Stochastic depth."""
+
 import torch
 from torch import nn
 
@@ -14,7 +15,7 @@ class DropPath(nn.Module):
         drop_prob: Probability of dropping a sample, in [0, 1).
     """
 
-    def __init__(self, drop_prob: float = 0.):
+    def __init__(self, drop_prob: float = 0.0):
         super().__init__()
         if not 0 <= drop_prob < 1:
             raise ValueError(f'drop_prob must be in [0, 1), got {drop_prob}')
@@ -24,7 +25,7 @@ class DropPath(nn.Module):
         if self.drop_prob == 0 or not self.training:
             return x
         keep = 1 - self.drop_prob
-        mask = x.new_empty((x.shape[0], ) + (1, ) * (x.ndim - 1))
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1))
         return x * mask.bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ They read and write channels-last memory (the strides of NHWC): there the
 permutations below move no data. Maps with other strides give the same numbers
 at the price of a copy.
 """
+
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ class Linear2d(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str,
-                              *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         weight = state_dict.get(prefix + 'weight')
         if weight is not None and weight.shape[2:] == (1, 1):
             state_dict[prefix + 'weight'] = weight.flatten(1)

@@ -1,4 +1,5 @@
 """Small state dicts in the published formats."""
+
 import re
 
 import torch
@@ -10,15 +11,16 @@ V2 = dict(depths=(1, 2, 1, 1), dims=8)
 V0 = dict(
     V2,
     ssm_d_state=16,
-    ssm_ratio=2.,
+    ssm_ratio=2.0,
     forward_type='v0',
-    mlp_ratio=0.,
+    mlp_ratio=0.0,
     patchembed_version='v1',
-    downsample_version='v1')
+    downsample_version='v1',
+)
 
 
 def classifier(arch, num_classes=5):
-    backbone = VSSM(arch, out_indices=(3, ), out_norm=False)
+    backbone = VSSM(arch, out_indices=(3,), out_norm=False)
     return ImageClassifier(backbone, ClassificationHead(64, num_classes))
 
 
@@ -42,18 +44,19 @@ def randomised(model):
 def published(model):
     """Published classifier or backbone file with random numbers."""
     return {
-        key.removeprefix('backbone.'): value
-        for key, value in randomised(model).items()
+        key.removeprefix('backbone.'): value for key, value in randomised(model).items()
     }
 
 
 def to_v0_old(state):
     """Current names -> names of the original post."""
-    renames = (('patch_embed.0.', 'patch_embed.proj.'),
-               ('patch_embed.2.', 'patch_embed.norm.'),
-               (r'(blocks\.\d+)\.norm\.', r'\1.ln_1.'),
-               (r'(blocks\.\d+)\.op\.', r'\1.self_attention.'),
-               ('classifier.', ''))
+    renames = (
+        ('patch_embed.0.', 'patch_embed.proj.'),
+        ('patch_embed.2.', 'patch_embed.norm.'),
+        (r'(blocks\.\d+)\.norm\.', r'\1.ln_1.'),
+        (r'(blocks\.\d+)\.op\.', r'\1.self_attention.'),
+        ('classifier.', ''),
+    )
 
     def old(key):
         for new_name, old_name in renames:
@@ -66,5 +69,4 @@ def to_v0_old(state):
 def same(model, state, prefix=''):
     """Whether the model holds these numbers under these names."""
     own = model.state_dict()
-    return all(torch.equal(own[prefix + key], value)
-               for key, value in state.items())
+    return all(torch.equal(own[prefix + key], value) for key, value in state.items())

@@ -29,8 +29,7 @@ def test_old_names_become_current():
     state = published(classifier(V0))
     checkpoint = convert(to_v0_old(state))
     assert set(checkpoint.state_dict()) == set(state)
-    assert all(torch.equal(v, state[k])
-               for k, v in checkpoint.state_dict().items())
+    assert all(torch.equal(v, state[k]) for k, v in checkpoint.state_dict().items())
     assert checkpoint.renamed > len(state) // 2
     for part in ('VMamba classifier', 'v0-old', 'classifier.* (4)'):
         assert part in str(checkpoint)
@@ -73,8 +72,7 @@ def test_shared_and_strided_tensors(tmp_path):
     state[key] = state[key].t().contiguous().t()
     path = tmp_path / 'weights.safetensors'
     save_checkpoint(convert(state), path)
-    assert all(torch.equal(v, state[k])
-               for k, v in read_state_dict(path).items())
+    assert all(torch.equal(v, state[k]) for k, v in read_state_dict(path).items())
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -100,8 +98,12 @@ def test_tool(tmp_path):
     state = published(classifier(V0))
     source, target = tmp_path / 'old.pth', tmp_path / 'new.safetensors'
     torch.save(dict(model=to_v0_old(state)), source)
-    done = subprocess.run([sys.executable, TOOL, source, target],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, TOOL, source, target],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert 'v0-old' in done.stdout and str(target) in done.stdout
     assert set(read_state_dict(target)) == set(state)
@@ -109,8 +111,7 @@ def test_tool(tmp_path):
 
 def test_tool_without_a_source(tmp_path, monkeypatch):
     target = tmp_path / 'new.pth'
-    monkeypatch.setattr(
-        sys, 'argv', ['tool', str(tmp_path / 'none.pth'), str(target)])
+    monkeypatch.setattr(sys, 'argv', ['tool', str(tmp_path / 'none.pth'), str(target)])
     with pytest.raises(SystemExit, match='error: no checkpoint at .*none.pth'):
         runpy.run_path(str(TOOL), run_name='__main__')
     assert not target.exists()

@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
-from parity import Case
 
 import mmvssm
 from mmvssm.backbones import VSSM
 from mmvssm.checkpoints import CheckpointError, load_checkpoint
+from parity import Case
 
 from .files import (
     V0,
@@ -29,17 +29,24 @@ def body_of(state):
 
 
 # --------------------------------------------------------- formats and contents
-@pytest.mark.parametrize('arch, convert, file_format', [
-    (V2, dict, 'v2'),
-    (V0, dict, 'v0-new'),
-    (V0, to_v0_old, 'v0-old'),
-], ids=['v2', 'v0-new', 'v0-old'])
+@pytest.mark.parametrize(
+    'arch, convert, file_format',
+    [
+        (V2, dict, 'v2'),
+        (V0, dict, 'v0-new'),
+        (V0, to_v0_old, 'v0-old'),
+    ],
+    ids=['v2', 'v0-new', 'v0-old'],
+)
 def test_classifier_file(arch, convert, file_format):
     net = classifier(arch)
     state = published(net)
     report = load_checkpoint(net, convert(state))
-    assert (report.family, report.format, report.contents) == \
-        ('VMamba', file_format, 'classifier')
+    assert (report.family, report.format, report.contents) == (
+        'VMamba',
+        file_format,
+        'classifier',
+    )
     assert sorted(report.matched) == sorted(net.state_dict())
     assert not report.missing and not report.unexpected
     assert same(net, body_of(state), 'backbone.') and same(net, head_of(state))
@@ -56,8 +63,12 @@ def test_classifier_file_into_a_backbone(arch, convert):
     ]
     assert sorted(report.unexpected) == sorted(head_of(state))
     text = str(report)
-    for part in ('VMamba classifier', 'outnorm0.* (2)', 'is expected',
-                 'classifier.* (4)'):
+    for part in (
+        'VMamba classifier',
+        'outnorm0.* (2)',
+        'is expected',
+        'classifier.* (4)',
+    ):
         assert part in text
 
 
@@ -104,8 +115,10 @@ def test_detector_file():
     assert report.unexpected == ['roi_head.bbox_head.fc.weight']
 
 
-@pytest.mark.parametrize('prefix', ['', 'backbone.', 'module.', '_orig_mod.',
-                                    'module.backbone.', 'model.encoder.'])
+@pytest.mark.parametrize(
+    'prefix',
+    ['', 'backbone.', 'module.', '_orig_mod.', 'module.backbone.', 'model.encoder.'],
+)
 def test_prefixes(prefix):
     state = published(VSSM(V2))
     net = VSSM(V2)
@@ -117,8 +130,8 @@ def test_wrapped_segmentor_file_and_model():
     state = randomised(Segmentor(V2))
     net = Segmentor(V2)
     load_checkpoint(
-        torch.nn.DataParallel(net), {f'module.{k}': v
-                                     for k, v in state.items()})
+        torch.nn.DataParallel(net), {f'module.{k}': v for k, v in state.items()}
+    )
     assert same(net, state)
 
 
@@ -149,18 +162,23 @@ def test_fewer_stages_than_the_file():
     report = load_checkpoint(net, state)
     assert not report.missing
     assert {key.split('.')[0] for key in report.unexpected} == {
-        'layers', 'outnorm2', 'outnorm3'
+        'layers',
+        'outnorm2',
+        'outnorm3',
     }
-    assert torch.equal(net.layers[0].downsample[1].weight,
-                       state['layers.0.downsample.1.weight'])
+    assert torch.equal(
+        net.layers[0].downsample[1].weight, state['layers.0.downsample.1.weight']
+    )
 
 
 def test_convolutions_of_published_linears():
     state = published(VSSM(V2))
     four_d = {
-        key: value[:, :, None, None] if key.endswith(
-            ('fc1.weight', 'fc2.weight', 'in_proj.weight',
-             'out_proj.weight')) else value
+        key: value[:, :, None, None]
+        if key.endswith(
+            ('fc1.weight', 'fc2.weight', 'in_proj.weight', 'out_proj.weight')
+        )
+        else value
         for key, value in state.items()
     }
     assert max(v.ndim for k, v in four_d.items() if '.mlp.' in k) == 4
@@ -184,15 +202,20 @@ def refuse(net, source, message):
     assert same(net, before)
 
 
-@pytest.mark.parametrize('case, family', [
-    ('vim_t_logits', 'Vim'), ('vim_t_seg_feats', 'Vim'),
-    ('mambar_t_logits', 'Mamba-R'), ('mambar_s_logits', 'Mamba-R'),
-    ('mlla_t_logits', 'MLLA'), ('mlla_t_feats', 'MLLA')
-])
+@pytest.mark.parametrize(
+    'case, family',
+    [
+        ('vim_t_logits', 'Vim'),
+        ('vim_t_seg_feats', 'Vim'),
+        ('mambar_t_logits', 'Mamba-R'),
+        ('mambar_s_logits', 'Mamba-R'),
+        ('mlla_t_logits', 'MLLA'),
+        ('mlla_t_feats', 'MLLA'),
+    ],
+)
 @pytest.mark.parametrize('prefix', ['', 'backbone.'])
 def test_other_family(case, family, prefix):
-    state = {prefix + name: torch.zeros(1)
-             for name, _ in Case(case).meta['state_dict']}
+    state = {prefix + name: torch.zeros(1) for name, _ in Case(case).meta['state_dict']}
     refuse(VSSM(V2), state, f'holds {family} weights.*VSSM is VMamba')
 
 
@@ -202,18 +225,27 @@ def test_no_family():
         load_checkpoint(torch.nn.Conv2d(1, 1, 1), published(VSSM(V2)))
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(dims=16), 'file looks like a VMamba with .*dims=16.*the model '
-     'like a VMamba with .*dims=8.*x3x3x3 in the file'),
-    (dict(depths=(1, 3, 1, 1)), r'depths=\(1, 3, 1, 1\).*depths=\(1, 2, 1, 1\)'
-     r'.*layers\.1\.blocks\.2\.\S+ is not in the model.* more$'),
-    (dict(depths=(1, 1, 1, 1)), r'layers\.1\.blocks\.1\.\S+ is not in the file'),
-    (dict(depths=(1, 2, 1)), r'layers\.2\.downsample\.1\.\S+ is not in the file'),
-    (dict(ssm_ratio=2.), 'ssm_ratio=2.0.*ssm_ratio=1.0'),
-    (dict(mlp_ratio=0.), r'norm2\.weight is not in the file'),
-    (dict(downsample_version='v1'), 'downsample.*is not in the file'),
-    (dict(patchembed_version='v1'), 'patch_embed.0.weight is 8x3x4x4'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (
+            dict(dims=16),
+            'file looks like a VMamba with .*dims=16.*the model '
+            'like a VMamba with .*dims=8.*x3x3x3 in the file',
+        ),
+        (
+            dict(depths=(1, 3, 1, 1)),
+            r'depths=\(1, 3, 1, 1\).*depths=\(1, 2, 1, 1\)'
+            r'.*layers\.1\.blocks\.2\.\S+ is not in the model.* more$',
+        ),
+        (dict(depths=(1, 1, 1, 1)), r'layers\.1\.blocks\.1\.\S+ is not in the file'),
+        (dict(depths=(1, 2, 1)), r'layers\.2\.downsample\.1\.\S+ is not in the file'),
+        (dict(ssm_ratio=2.0), 'ssm_ratio=2.0.*ssm_ratio=1.0'),
+        (dict(mlp_ratio=0.0), r'norm2\.weight is not in the file'),
+        (dict(downsample_version='v1'), 'downsample.*is not in the file'),
+        (dict(patchembed_version='v1'), 'patch_embed.0.weight is 8x3x4x4'),
+    ],
+)
 def test_other_arch(change, message):
     arch = {**V2, **change}
     other = VSSM(arch, out_indices=range(len(arch['depths'])))
@@ -226,9 +258,12 @@ def test_published_arch_of_a_misfit_is_named():
 
 
 def test_other_number_of_classes():
-    refuse(classifier(V2, 5), published(classifier(V2, 7)),
-           'classifier.head.weight is 7x64 in the file and 5x64 in the model.*'
-           'load into model.backbone')
+    refuse(
+        classifier(V2, 5),
+        published(classifier(V2, 7)),
+        'classifier.head.weight is 7x64 in the file and 5x64 in the model.*'
+        'load into model.backbone',
+    )
     refuse(Segmentor(V2, 5), randomised(Segmentor(V2, 7)), 'decode_head.weight')
 
 
@@ -244,8 +279,9 @@ def test_init_cfg(tmp_path):
 
 def test_init_cfg_reports(tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr('mmvssm.backbones.base.print_log',
-                        lambda text, logger: lines.append(text))
+    monkeypatch.setattr(
+        'mmvssm.backbones.base.print_log', lambda text, logger: lines.append(text)
+    )
     path = tmp_path / 'published.pth'
     torch.save(published(classifier(V2)), path)
     VSSM(V2, init_cfg=dict(type='Pretrained', checkpoint=path)).init_weights()
@@ -256,10 +292,13 @@ def test_init_cfg_after_other_initialisers(tmp_path):
     state = published(VSSM(V2))
     path = tmp_path / 'segmentor.pth'
     torch.save({f'student.{k}': v for k, v in state.items()}, path)
-    net = VSSM(V2, init_cfg=[
-        dict(type='Constant', layer=['Conv2d', 'Linear', 'LayerNorm'], val=7.),
-        dict(type='Pretrained', checkpoint=path, prefix='student.'),
-    ])
+    net = VSSM(
+        V2,
+        init_cfg=[
+            dict(type='Constant', layer=['Conv2d', 'Linear', 'LayerNorm'], val=7.0),
+            dict(type='Pretrained', checkpoint=path, prefix='student.'),
+        ],
+    )
     net.init_weights()
     assert same(net, state)
 
@@ -281,15 +320,25 @@ def test_init_cfg_inside_a_segmentor(tmp_path):
     path = tmp_path / 'published.pth'
     state = published(classifier(V2))
     torch.save(state, path)
-    head = dict(type='FCNHead', in_channels=64, channels=8, num_classes=3,
-                in_index=3, norm_cfg=dict(type='BN'))
+    head = dict(
+        type='FCNHead',
+        in_channels=64,
+        channels=8,
+        num_classes=3,
+        in_index=3,
+        norm_cfg=dict(type='BN'),
+    )
     net = mmseg_models.build(
         dict(
             type='EncoderDecoder',
             backbone=dict(
-                type='mmvssm.VSSM', arch=V2,
-                init_cfg=dict(type='Pretrained', checkpoint=str(path))),
-            decode_head=head))
+                type='mmvssm.VSSM',
+                arch=V2,
+                init_cfg=dict(type='Pretrained', checkpoint=str(path)),
+            ),
+            decode_head=head,
+        )
+    )
     net.init_weights()
     assert same(net, body_of(state), 'backbone.')
 

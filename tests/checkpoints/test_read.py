@@ -12,7 +12,7 @@ from mmvssm.checkpoints import CheckpointError
 from mmvssm.checkpoints import read as module
 from mmvssm.checkpoints.read import read_state_dict
 
-STATE = {'layers.0.weight': torch.arange(6.).reshape(2, 3)}
+STATE = {'layers.0.weight': torch.arange(6.0).reshape(2, 3)}
 
 
 def check(state):
@@ -24,7 +24,7 @@ def check(state):
 def foreign_class():
     """A dict class of a module that the reader cannot import, as yacs's."""
     module = types.ModuleType('yacs.config')
-    module.CfgNode = type('CfgNode', (dict, ), {'__module__': 'yacs.config'})
+    module.CfgNode = type('CfgNode', (dict,), {'__module__': 'yacs.config'})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
         patch.setitem(sys.modules, 'yacs.config', module)
@@ -33,17 +33,20 @@ def foreign_class():
 
 @pytest.mark.parametrize('legacy', [False, True])
 def test_foreign_objects_beside_the_weights(tmp_path, foreign_class, legacy):
-    node = foreign_class(LR=.1, MODEL=foreign_class(NAME='vssm'))
+    node = foreign_class(LR=0.1, MODEL=foreign_class(NAME='vssm'))
     node.frozen = True
     path = tmp_path / 'published.pth'
     torch.save(
         dict(
             model=STATE,
-            args=argparse.Namespace(lr=.1, model='vssm'),
+            args=argparse.Namespace(lr=0.1, model='vssm'),
             config=node,
             max_accuracy=np.float64(82.6),
-            scores=np.arange(3)), path,
-        _use_new_zipfile_serialization=not legacy)
+            scores=np.arange(3),
+        ),
+        path,
+        _use_new_zipfile_serialization=not legacy,
+    )
     del sys.modules['yacs.config'], sys.modules['yacs']
     check(read_state_dict(path))
 
@@ -52,18 +55,16 @@ class Evil:
     """Leaves a trace when it is unpickled."""
 
     def __init__(self, path, function):
-        self.call = function, (str(path), )
+        self.call = function, (str(path),)
 
     def __reduce__(self):
         return self.call
 
 
-@pytest.mark.parametrize('function', [os.mkdir, exec, print],
-                         ids=lambda f: f.__name__)
+@pytest.mark.parametrize('function', [os.mkdir, exec, print], ids=lambda f: f.__name__)
 def test_code_in_a_file_does_not_run(tmp_path, function, capsys):
     trace = tmp_path / 'trace'
-    argument = trace if function is not exec else \
-        f'import os; os.mkdir({str(trace)!r})'
+    argument = trace if function is not exec else f'import os; os.mkdir({str(trace)!r})'
     path = tmp_path / 'evil.pth'
     torch.save(dict(model=STATE, extra=Evil(argument, function)), path)
     with pytest.raises(CheckpointError, match='read safely'):
@@ -84,10 +85,11 @@ def test_nesting_and_mappings():
     check(read_state_dict({'model_ema': {'x': torch.zeros(1)}, 'model': STATE}))
 
 
-@pytest.mark.parametrize('content', [
-    dict(epoch=3, optimizer=dict(lr=.1)), {}, [1, 2], torch.zeros(3),
-    dict(model={})
-], ids=str)
+@pytest.mark.parametrize(
+    'content',
+    [dict(epoch=3, optimizer=dict(lr=0.1)), {}, [1, 2], torch.zeros(3), dict(model={})],
+    ids=str,
+)
 def test_no_state_dict(tmp_path, content):
     path = tmp_path / 'odd.pth'
     torch.save(content, path)
@@ -101,23 +103,26 @@ def test_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
-@pytest.mark.parametrize('keep', [0., .3, .9])
+@pytest.mark.parametrize('keep', [0.0, 0.3, 0.9])
 def test_truncated_file(tmp_path, suffix, keep):
     path = tmp_path / f'weights{suffix}'
     state = {'w': torch.randn(100, 100)}
     torch.save(state, path) if suffix == '.pth' else save_file(state, path)
     data = path.read_bytes()
-    path.write_bytes(data[:int(keep * len(data))])
-    with pytest.raises(CheckpointError,
-                       match=f'weights{suffix} .* truncated or not a'):
+    path.write_bytes(data[: int(keep * len(data))])
+    with pytest.raises(CheckpointError, match=f'weights{suffix} .* truncated or not a'):
         read_state_dict(path)
 
 
-@pytest.mark.parametrize('data', [
-    b'<!DOCTYPE html><html>404</html>',
-    b'version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n',
-    bytes(range(256)) * 9
-], ids=['html', 'lfs', 'bytes'])
+@pytest.mark.parametrize(
+    'data',
+    [
+        b'<!DOCTYPE html><html>404</html>',
+        b'version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n',
+        bytes(range(256)) * 9,
+    ],
+    ids=['html', 'lfs', 'bytes'],
+)
 def test_not_a_checkpoint(tmp_path, data):
     path = tmp_path / 'weights.pth'
     path.write_bytes(data)

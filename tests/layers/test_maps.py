@@ -17,8 +17,7 @@ def test_layer_norm(x):
     torch.nn.init.normal_(norm.bias)
     mean = x.mean(1, keepdim=True)
     std = (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    want = (x - mean) / std * norm.weight[:, None, None] + \
-        norm.bias[:, None, None]
+    want = (x - mean) / std * norm.weight[:, None, None] + norm.bias[:, None, None]
     torch.testing.assert_close(norm(x), want)
 
 
@@ -42,8 +41,11 @@ def test_linear_refuses_larger_kernels():
         Linear2d(6, 4).load_state_dict(torch.nn.Conv2d(6, 4, 3).state_dict())
 
 
-@pytest.mark.parametrize('layer', [LayerNorm2d(6), Linear2d(6, 4),
-                                   Mlp2d(6, 12)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    'layer',
+    [LayerNorm2d(6), Linear2d(6, 4), Mlp2d(6, 12)],
+    ids=lambda m: type(m).__name__,
+)
 def test_channels_last_stays(layer):
     x = torch.randn(2, 6, 5, 7).contiguous(memory_format=torch.channels_last)
     assert layer(x).is_contiguous(memory_format=torch.channels_last)
