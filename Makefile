@@ -44,7 +44,7 @@ quickstart: install ## Train, evaluate and draw a small VMamba-UperNet on the CP
 
 .PHONY: test
 test: lint ## Lint, then run every test.
-	@$(RUN) -m pytest
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 .PHONY: lint
 lint: install ## Check style without changing a file.
