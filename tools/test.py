@@ -52,10 +52,10 @@ def main(args: argparse.Namespace) -> None:
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     if args.tta:
         engine.enable_tta(cfg)
-    cfg.load_from = args.checkpoint
+    cfg.load_from = None
     engine.prepare_launch(cfg, args.launcher)
     runner = Runner.from_cfg(cfg)
-    engine.verify_checkpoint(runner.model, args.checkpoint)
+    engine.load_weights(runner.model, args.checkpoint)
     runner.test()
 
 

@@ -56,7 +56,10 @@ def main(args: argparse.Namespace) -> None:
         engine.require_file(cfg.load_from, 'checkpoint')
     engine.check_datasets(cfg)
     engine.prepare_launch(cfg, args.launcher)
-    Runner.from_cfg(cfg).train()
+    runner = Runner.from_cfg(cfg)
+    if cfg.get('load_from') and not cfg.get('resume'):
+        engine.check_load_from(runner.model, cfg.load_from)
+    runner.train()
 
 
 if __name__ == '__main__':

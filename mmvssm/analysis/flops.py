@@ -12,7 +12,8 @@ The convention is that of the published tables (and of fvcore and mmengine):
   .. math:: 9 B L D N + B D L \; [\text{skip}\ D] + B D L \; [\text{gate}\ z].
 
 SS2D scans four routes at once, so there D is four times its inner channels,
-and the projections to Δ, B and C are counted as the products they are.
+and its projections to Δ, B and C add the matrix products of their definition,
+however a backend computes them: :math:`4 B L C (R + 2 N) + 4 B L C R`.
 """
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,10 +26,11 @@ from mmengine.analysis.jit_handles import get_shape
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import register_flop_formula
 
-import mmvssm.ops  # noqa: F401  registers the ops named below
+from mmvssm.ops import ss2d_scan
 
 aten = torch.ops.aten
 SCAN = torch.ops.mmvssm.selective_scan
@@ -82,7 +84,7 @@ def count_flops(model: nn.Module,
             }
             device = next(iter(state.values())).device if state else 'cpu'
             image = torch.empty(tuple(input_shape), device=device)
-            with counter:
+            with counter, _WholeOps(counter):
                 functional_call(model, state, (image, ))
     finally:
         for module, training in modes.items():
@@ -93,22 +95,55 @@ def count_flops(model: nn.Module,
 
 
 class _FlopCounter(TorchDispatchMode):
+    """Adds up the ops that reach the dispatcher."""
 
     def __init__(self):
         super().__init__()
         self.flops = Counter()
+        self.paused = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         op = func.overloadpacket
-        if op in FORMULAS:
-            name = op._qualified_op_name.removeprefix('aten::')
+        if self.paused:
+            pass
+        elif op in FORMULAS:
+            name = op._qualified_op_name.split('::')[1]
             self.flops[name] += FORMULAS[op](args, out)
         elif func.namespace == 'mmvssm':
             raise NotImplementedError(
                 f'{func} has no formula in mmvssm.analysis.flops.FORMULAS, '
                 'and its FLOPs would be missing from the count')
         return out
+
+
+class _WholeOps(TorchFunctionMode):
+    """Counts ``ss2d_scan`` as a whole and none of the ops it is made of."""
+
+    def __init__(self, counter: _FlopCounter):
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not ss2d_scan:
+            return func(*args, **(kwargs or {}))
+        self.counter.flops.update(_ss2d_scan(*args))
+        self.counter.paused = True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.counter.paused = False
+
+
+def _ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
+               dt_projs_bias: Tensor, A: Tensor, Ds: Tensor) -> dict[str, int]:
+    batch, channels, height, width = x.shape
+    length, states = height * width, A.shape[1]
+    weights = x_proj_weight.numel() + dt_projs_weight.numel()
+    return {
+        'ss2d_scan: projections': batch * length * weights,
+        'ss2d_scan: scan': scan_flops(batch, 4 * channels, length, states),
+    }
 
 
 def _product(first: int) -> Callable[[tuple, Tensor], int]:

@@ -4,10 +4,10 @@ from .data import check_datasets
 from .errors import UsageError, require_file, run_tool
 from .launch import prepare_launch
 from .optim import Bf16OptimWrapper
-from .weights import verify_checkpoint
+from .weights import check_load_from, load_weights
 
 __all__ = [
-    'Bf16OptimWrapper', 'UsageError', 'check_datasets', 'enable_amp',
-    'enable_painting', 'enable_tta', 'load_config', 'prepare_launch',
-    'require_file', 'run_tool', 'verify_checkpoint'
+    'Bf16OptimWrapper', 'UsageError', 'check_datasets', 'check_load_from',
+    'enable_amp', 'enable_painting', 'enable_tta', 'load_config',
+    'load_weights', 'prepare_launch', 'require_file', 'run_tool'
 ]

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mmvssm.checkpoints import CheckpointError
+
 
 class UsageError(Exception):
     """A mistake of the user's; its message says what to do about it."""
@@ -18,16 +20,16 @@ def require_file(path: str, what: str) -> None:
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a command-line tool and exit.
 
-    A :class:`UsageError` ends in its message and exit code 2, said once
-    however many processes run the tool. Anything else keeps its traceback:
-    it is a bug.
+    A :class:`UsageError` or a checkpoint that cannot be used ends in its
+    message and exit code 2, said once however many processes run the tool.
+    Anything else keeps its traceback: it is a bug.
 
     Args:
         main: The tool; returns the exit code, None for 0.
     """
     try:
         code = main()
-    except UsageError as error:
+    except (UsageError, CheckpointError) as error:
         rank = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
         if rank == '0':
             print(f'error: {error}', file=sys.stderr)

@@ -3,7 +3,6 @@ import copy
 import glob
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import mmcv
 import numpy as np
@@ -18,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from .errors import UsageError
-from .weights import verify_checkpoint
+from .weights import load_weights
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -70,7 +69,7 @@ def load_segmentor(cfg: Config,
 
     Args:
         cfg: A config of mmseg's.
-        checkpoint: Verified by :func:`mmvssm.engine.verify_checkpoint`.
+        checkpoint: Loaded by :func:`mmvssm.engine.load_weights`.
         device: By default the accelerator, if the machine has one.
 
     Returns:
@@ -81,16 +80,11 @@ def load_segmentor(cfg: Config,
     cfg.setdefault('test_pipeline', cfg.test_dataloader.dataset.pipeline)
     model = revert_sync_batchnorm(
         init_model(cfg, device=device or get_device()))
-    content = verify_checkpoint(model, checkpoint)
-    model.load_state_dict(content['state_dict'], strict=False)
-    model.dataset_meta = content['meta'].get('dataset_meta') or _meta(cfg)
+    load_weights(model, checkpoint)
+    # Knows classes and palette without a look at its files.
+    dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
+    model.dataset_meta = dataset.metainfo
     return model.eval()
-
-
-def _meta(cfg: Config) -> dict[str, Any]:
-    dataset = cfg.test_dataloader.dataset
-    return {**DATASETS.get(dataset.type).METAINFO,
-            **dataset.get('metainfo', {})}
 
 
 def segment_file(model: nn.Module, path: Path) -> tuple[np.ndarray,

@@ -2,7 +2,9 @@
 import os
 import subprocess
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from mmengine.config import Config
@@ -50,12 +52,15 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
     if get_device() != 'cpu':
         return
     _init_gloo(cfg, launcher)
-    cfg.setdefault('model_wrapper_cfg', dict(
-        type='MMDistributedDataParallel',
-        find_unused_parameters=cfg.get('find_unused_parameters', False)))
+    cfg.model_wrapper_cfg = {
+        'device_ids': None,
+        'find_unused_parameters': cfg.get('find_unused_parameters', False),
+        **cfg.get('model_wrapper_cfg', {})
+    }
     if _replace_sync_bn(cfg.model):
         warnings.warn('SyncBN needs CUDA: the processes use BN, each with '
-                      'the statistics of its own part of the batch.')
+                      'the statistics of its own part of the batch.',
+                      stacklevel=2)
 
 
 def _init_gloo(cfg: Config, launcher: str) -> None:
@@ -80,13 +85,19 @@ def _first_host(launcher: str) -> str:
     return hosts.stdout.split()[0]
 
 
-def _replace_sync_bn(node) -> bool:
-    """Turn every ``type='SyncBN'`` below ``node`` into BN; True if any."""
+def _replace_sync_bn(model: dict) -> bool:
+    """Turn every ``type='SyncBN'`` into BN; True if there was any."""
+    found = [node for node in _dicts(model) if node.get('type') == 'SyncBN']
+    for node in found:
+        node['type'] = 'BN'
+    return bool(found)
+
+
+def _dicts(node: Any) -> Iterator[dict]:
     if isinstance(node, dict):
-        found = node.get('type') == 'SyncBN'
-        if found:
-            node['type'] = 'BN'
-        return any([found, *map(_replace_sync_bn, node.values())])
-    if isinstance(node, (list, tuple)):
-        return any([_replace_sync_bn(item) for item in node])
-    return False
+        yield node
+        node = node.values()
+    elif not isinstance(node, (list, tuple)):
+        return
+    for child in node:
+        yield from _dicts(child)

@@ -2,6 +2,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from mmvssm.ops.cross_scan import cross_merge, cross_scan, take_routes
 from mmvssm.ops.cross_scan.op import NUM_ROUTES
@@ -43,10 +44,13 @@ def ss2d_scan(
     Raises:
         ValueError: A shape does not fit.
     """
-    _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+    inputs = (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+    if has_torch_function(inputs):
+        # The FLOPs counter sees one op here, however it is computed.
+        return handle_torch_function(ss2d_scan, inputs, *inputs, backend=backend)
+    _check(*inputs)
     batch, channels, height, width = x.shape
     rank, states = dt_projs_weight.shape[2], A.shape[1]
-    precise = torch.promote_types(x.dtype, torch.float32)
 
     # A position's projections do not depend on the route to it: project the map
     # once and then read the result, which is smaller than x, along the routes.
@@ -58,7 +62,7 @@ def ss2d_scan(
     ys, _ = scan(
         cross_scan(x).flatten(1, 2), delta.flatten(1, 2), A,
         B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1), Ds, None,
-        dt_projs_bias.flatten(), True, precise, backend)
+        dt_projs_bias.flatten(), True, float32_out=True, backend=backend)
     y = cross_merge(ys.unflatten(1, (NUM_ROUTES, channels)), (height, width))
     if not torch.is_autocast_enabled(x.device.type):
         y = y.to(x.dtype)

@@ -1,0 +1,247 @@
+"""Every config in configs/, built small and run."""
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import init_default_scope
+
+import mmvssm  # noqa: F401  makes 'mmvssm::' known
+from mmvssm.backbones.vssm import ARCH_ZOO
+from mmvssm.engine import enable_tta
+from tiny import REPO, write_config
+
+pytest.importorskip('mmseg')
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+
+SEGMENTORS = sorted((REPO / 'configs').glob('upernet_*.py'))
+PUBLISHED = {
+    # arch, drop path, channels
+    'upernet_vmamba_t': ('t_s1l8', .2, 96),
+    'upernet_vmamba_s': ('s_s2l15', .3, 96),
+    'upernet_vmamba_b': ('b_s2l15', .6, 128),
+    'upernet_vmamba_v0_t': ('t_v0', .3, 96),
+}
+
+
+def names(path):
+    return path.stem
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    init_default_scope('mmseg')
+
+
+def build(cfg):
+    torch.manual_seed(0)
+    return revert_sync_batchnorm(MODELS.build(cfg.model))
+
+
+def shrink(cfg):
+    """One block a stage and an eighth or less of the channels."""
+    model = cfg.model
+    arch = model.backbone.arch
+    arch = ARCH_ZOO[arch] if isinstance(arch, str) else arch
+    model.backbone.arch = dict(arch, depths=(1, 1, 1, 1), dims=8)
+    channels = [8 * 2**i for i in model.backbone.out_indices]
+    model.decode_head.update(in_channels=channels, channels=16)
+    if model.get('auxiliary_head'):
+        model.auxiliary_head.update(
+            in_channels=channels[model.auxiliary_head.in_index], channels=8)
+    model.data_preprocessor.size = (64, 96)
+    return cfg
+
+
+def batch(cfg, number=2):
+    samples = []
+    for _ in range(number):
+        sample = SegDataSample(metainfo=dict(
+            img_shape=(64, 96), ori_shape=(64, 96), pad_shape=(64, 96),
+            img_path='', flip=False))
+        labels = torch.randint(0, cfg.model.decode_head.num_classes,
+                               (1, 64, 96))
+        sample.set_data(dict(gt_sem_seg=_pixels(labels)))
+        samples.append(sample)
+    images = [torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+              for _ in range(number)]
+    return dict(inputs=images, data_samples=samples)
+
+
+def _pixels(labels):
+    from mmengine.structures import PixelData
+    return PixelData(data=labels)
+
+
+@pytest.mark.parametrize('path', SEGMENTORS, ids=names)
+def test_loss_and_prediction(path):
+    cfg = shrink(Config.fromfile(path))
+    model = build(cfg)
+    data = model.data_preprocessor(batch(cfg), True)
+    losses = model.loss(**data)
+    assert {'decode.loss_ce', 'aux.loss_ce'} <= set(losses)
+    sum(v for k, v in losses.items() if 'loss' in k).backward()
+    # DDP's default flags need a gradient for every parameter.
+    idle = [k for k, p in model.named_parameters() if p.grad is None]
+    assert not idle
+    with torch.no_grad():
+        predictions = model.eval().test_step(batch(cfg, 1))
+    labels = predictions[0].pred_sem_seg.data
+    assert labels.shape == (1, 64, 96)
+    assert 0 <= labels.min() and \
+        labels.max() < cfg.model.decode_head.num_classes
+
+
+@pytest.mark.parametrize('path', SEGMENTORS, ids=names)
+def test_every_data_set_and_hook_is_known(path):
+    """What the model test does not touch resolves to a class."""
+    from mmseg.registry import (
+        DATASETS,
+        HOOKS,
+        LOOPS,
+        METRICS,
+        PARAM_SCHEDULERS,
+        TRANSFORMS,
+        VISUALIZERS,
+    )
+    cfg = Config.fromfile(path)
+    assert cfg.default_scope == 'mmseg'
+    for split in ('train', 'val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert DATASETS.get(dataset.type)
+        for step in dataset.pipeline:
+            assert TRANSFORMS.get(step.type), step
+        assert LOOPS.get(cfg[f'{split}_cfg'].type)
+    assert METRICS.get(cfg.test_evaluator.type)
+    assert VISUALIZERS.get(cfg.visualizer.type)
+    assert all(HOOKS.get(x.type) for x in cfg.default_hooks.values())
+    schedulers = cfg.param_scheduler
+    schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
+    assert all(PARAM_SCHEDULERS.get(x.type) for x in schedulers)
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_settings(name):
+    cfg = Config.fromfile(REPO / 'configs' / f'{name}.py')
+    arch, drop_path, dims = PUBLISHED[name]
+    channels = [dims, 2 * dims, 4 * dims, 8 * dims]
+    model = cfg.model
+    assert model.type == 'EncoderDecoder'
+    assert model.backbone.type == 'mmvssm.VSSM'
+    assert model.backbone.arch == arch
+    assert model.backbone.drop_path_rate == drop_path
+    assert model.backbone.out_indices == (0, 1, 2, 3)
+    head, aux = model.decode_head, model.auxiliary_head
+    assert (head.type, head.channels, head.num_classes) == \
+        ('UPerHead', 512, 150)
+    assert head.in_channels == channels
+    assert (aux.type, aux.channels, aux.in_index, aux.in_channels) == \
+        ('FCNHead', 256, 2, channels[2])
+    assert aux.num_classes == 150 and aux.loss_decode.loss_weight == .4
+    assert head.norm_cfg.type == aux.norm_cfg.type == 'SyncBN'
+    assert model.test_cfg.mode == 'whole'
+    assert model.data_preprocessor.size == (512, 512)
+
+    optimizer = cfg.optim_wrapper.optimizer
+    assert cfg.optim_wrapper.type == 'OptimWrapper'
+    assert dict(optimizer) == dict(
+        type='AdamW', lr=6e-5, betas=(.9, .999), weight_decay=.01)
+    assert cfg.optim_wrapper.paramwise_cfg.custom_keys == dict(
+        norm=dict(decay_mult=0.))
+    warm_up, decay = cfg.param_scheduler
+    assert (warm_up.type, warm_up.start_factor, warm_up.end) == \
+        ('LinearLR', 1e-6, 1500)
+    assert (decay.type, decay.power, decay.eta_min, decay.begin, decay.end) \
+        == ('PolyLR', 1., 0., 1500, 160000)
+    assert not warm_up.by_epoch and not decay.by_epoch
+    assert (cfg.train_cfg.type, cfg.train_cfg.max_iters) == \
+        ('IterBasedTrainLoop', 160000)
+    # 8 GPUs x 2
+    assert cfg.train_dataloader.batch_size == 2
+    assert cfg.auto_scale_lr.base_batch_size == 16
+    assert cfg.val_dataloader.batch_size == 1
+    steps = {x.type: x for x in cfg.train_pipeline}
+    assert steps['RandomResize'].scale == (2048, 512)
+    assert steps['RandomResize'].ratio_range == (.5, 2.)
+    assert steps['RandomCrop'].crop_size == (512, 512)
+
+
+def test_weight_decay_spares_what_was_published():
+    """Names with 'norm' only: not A_logs, biases or the stem's norms."""
+    from mmengine.optim import build_optim_wrapper
+    cfg = shrink(Config.fromfile(SEGMENTORS[0]))
+    model = build(cfg)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    decay = {}
+    of = {id(p): name for name, p in model.named_parameters()}
+    for group in wrapper.optimizer.param_groups:
+        for parameter in group['params']:
+            decay[of[id(parameter)]] = group['weight_decay']
+    assert len(decay) == len(of)
+    spared = {name for name, value in decay.items() if value == 0}
+    assert spared == {name for name in decay if 'norm' in name}
+    for name in ('layers.0.blocks.0.op.A_logs', 'patch_embed.2.weight',
+                 'layers.0.blocks.0.op.dt_projs_bias'):
+        assert decay[f'backbone.{name}'] == .01
+    assert 'backbone.outnorm0.weight' in spared
+
+
+@pytest.mark.parametrize('path', SEGMENTORS, ids=names)
+def test_tta_wraps_and_predicts(path):
+    cfg = shrink(Config.fromfile(path))
+    enable_tta(cfg)
+    assert cfg.test_dataloader.dataset.pipeline == cfg.tta_pipeline
+    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    cfg = cfg.model.module
+    data = batch(Config(dict(model=cfg)), 1)
+    flipped = batch(Config(dict(model=cfg)), 1)
+    flipped['inputs'][0] = data['inputs'][0].flip(-1)
+    flipped['data_samples'][0].set_metainfo(
+        dict(flip=True, flip_direction='horizontal'))
+    both = {key: [data[key], flipped[key]] for key in data}
+    with torch.no_grad():
+        result = model.test_step(both)
+    assert result[0].pred_sem_seg.data.shape == (1, 64, 96)
+
+
+def test_inherited_by_scope_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / 'mine.py'
+    path.write_text("_base_ = 'mmvssm::upernet_vmamba_t.py'\n"
+                    'model = dict(backbone=dict(drop_path_rate=0.4))\n')
+    cfg = Config.fromfile(path)
+    assert cfg.model.backbone.arch == 't_s1l8'
+    assert cfg.model.backbone.drop_path_rate == .4
+    assert cfg.train_cfg.max_iters == 160000
+
+
+def test_backbone_in_somebody_elses_config(tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_text("""
+_base_ = ['mmseg::_base_/models/upernet_swin.py',
+          'mmseg::_base_/datasets/ade20k.py',
+          'mmseg::_base_/default_runtime.py',
+          'mmseg::_base_/schedules/schedule_160k.py']
+model = dict(
+    data_preprocessor=dict(size=(64, 96)),
+    backbone=dict(
+        _delete_=True, type='mmvssm.VSSM', arch='t_s1l8',
+        out_indices=(0, 1, 2, 3)))
+""")
+    cfg = shrink(Config.fromfile(path))
+    model = build(cfg)
+    data = model.data_preprocessor(batch(cfg), True)
+    assert torch.isfinite(model.loss(**data)['decode.loss_ce'])
+
+
+def test_ade20k_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv('ADE20K_ROOT', '/data/ade')
+    cfg = Config.fromfile(SEGMENTORS[0])
+    for split in ('train', 'val', 'test'):
+        assert cfg[f'{split}_dataloader'].dataset.data_root == '/data/ade'
+
+
+def test_tiny_config_is_a_whole_experiment(tmp_path):
+    """The one the other tests train."""
+    cfg = Config.fromfile(write_config(tmp_path / 'tiny.py', tmp_path))
+    assert sum(p.numel() for p in build(cfg).parameters()) < 2e5
