@@ -12,7 +12,9 @@ from torch import Tensor
 
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), accurate in relative terms for any x."""
-    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+    # (x + |x|) / 2 is max(x, 0) with the right derivative at 0.
+    magnitude = x.abs()
+    return (x + magnitude) / 2 + torch.log1p(torch.exp(-magnitude))
 
 
 def sigmoid(x: Tensor) -> Tensor:

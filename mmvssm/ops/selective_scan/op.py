@@ -66,20 +66,20 @@ def selective_scan(
 
     .. _arXiv 2312.00752: https://arxiv.org/abs/2312.00752
     """
-    out_dtype = u.dtype
-    if _is_autocast(u):
-        out_dtype = torch.promote_types(u.dtype, torch.float32)
     out, last_state = scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, backend)
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend=backend)
     return (out, last_state) if return_last_state else out
 
 
 def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
          D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
-         delta_softplus: bool, out_dtype: torch.dtype,
-         backend: str | None) -> tuple[Tensor, Tensor]:
-    """:func:`selective_scan` with the dtype of the output given."""
+         delta_softplus: bool, *, float32_out: bool = False,
+         backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`selective_scan`, if need be with float32 output, and the last state."""
     _check(u, delta, A, B, C, D, z, delta_bias)
+    out_dtype = u.dtype
+    if float32_out or torch.is_autocast_enabled(u.device.type):
+        out_dtype = torch.promote_types(u.dtype, torch.float32)
     name = choose_backend(u.device.type, u.dtype, backend)
     if B.ndim == 3:
         B, C = B.unsqueeze(1), C.unsqueeze(1)
@@ -93,10 +93,6 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     out, last_state, _ = _forward_op(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, name)
     return out, last_state
-
-
-def _is_autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
 
 
 # The checks

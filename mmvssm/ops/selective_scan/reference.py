@@ -37,10 +37,10 @@ def selective_scan_reference(
 
     h = u.new_zeros(*u.shape[:2], A.shape[1])  # (B, D, N)
     ys = []
-    for t in range(u.shape[2]):
-        dt = delta[:, :, t, None]
-        h = torch.exp(dt * A) * h + dt * B[..., t] * u[:, :, t, None]
-        ys.append((C[..., t] * h).sum(-1))
+    for u_t, dt, B_t, C_t in zip(*(x.unbind(-1) for x in (u, delta, B, C))):
+        u_t, dt = u_t[:, :, None], dt[:, :, None]
+        h = torch.exp(dt * A) * h + dt * B_t * u_t
+        ys.append((C_t * h).sum(-1))
     y = torch.stack(ys, dim=-1)
     if D is not None:
         y = y + D.to(dtype)[:, None] * u

@@ -1,0 +1,41 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmvssm.ops import numerics
+
+
+@pytest.mark.parametrize('name', ['softplus', 'sigmoid', 'silu'])
+def test_against_float64(name):
+    """Relative accuracy over the whole range, small step sizes included."""
+    x = torch.linspace(-80, 80, 4001)
+    exact = x.double()
+    want = {
+        'softplus': exact.clamp(min=0) + torch.log1p(torch.exp(-exact.abs())),
+        'sigmoid': torch.sigmoid(exact),
+        'silu': F.silu(exact),
+    }[name]
+    got = getattr(numerics, name)(x).double()
+    error = (got - want).abs() / want.abs().clamp(min=1e-37)
+    assert error.max() < 5e-7
+
+
+def test_far_out():
+    x = torch.tensor([-1e5, 1e5])
+    assert numerics.softplus(x).tolist() == [0, 1e5]
+    assert numerics.sigmoid(x).tolist() == [0, 1]
+    assert numerics.silu(x).tolist() == [0, 1e5]
+
+
+@pytest.mark.parametrize('name', ['softplus', 'sigmoid', 'silu'])
+def test_derivatives(name):
+    x = torch.tensor([-90., -3., -1e-9, 0., 1e-9, 3., 90.], dtype=torch.float64)
+    got, want = (torch.autograd.functional.jacobian(f, x).diag()
+                 for f in (getattr(numerics, name), getattr(F, name)))
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-30)
+
+
+@pytest.mark.parametrize('shape', [(3, 50, 2, 4), (2, 50, 1), (2, 50, 1, 1)])
+def test_sum_rows(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(numerics.sum_rows(x), x.sum((0, 1)))
