@@ -133,8 +133,6 @@ def random_patch(
     pixels = np.asarray(patch, dtype=np.float32) / 255
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]
-    if rng.random() < 0.5:
-        pixels = 1 - pixels
     pixels = pixels[..., rng.permutation(3)]
     gamma = rng.uniform(0.7, 1.4, 3).astype(np.float32)
     gain = rng.uniform(0.75, 1.15, 3).astype(np.float32)

@@ -339,7 +339,7 @@ def random_object(
         SceneObject: The object on an (H, W) canvas.
     """
     kind = OBJECT_CLASSES[category - BACKGROUND - 1]
-    stretch, angle = rng.uniform(0.85, 1.18), rng.uniform(0, 2 * np.pi)
+    stretch, angle = rng.uniform(0.9, 1.1), rng.uniform(0, 2 * np.pi)
     cos, sin = np.cos(angle), np.sin(angle)
     pose = np.diag([stretch, 1 / stretch]) @ [[cos, sin], [-sin, cos]]
     coverage = rasterise(

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from mmvssm.datasets import (
     QUICKSTART_CLASSES,
     QUICKSTART_PALETTE,
     make_quickstart_dataset,
+    quickstart,
 )
-from mmvssm.datasets.photos import SPLITS
+from mmvssm.datasets.photos import SPLITS, load_regions
 
 NUM_CLASSES = len(QUICKSTART_CLASSES)
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -91,6 +93,14 @@ def test_same_seed_same_bytes(tmp_path):
     assert all(first[name] == fewer[name] for name in pictures)
     assert all(first[name] != other[name] for name in first)
     assert len(set(first.values())) == len(first), 'no image comes twice'
+
+
+def test_the_splits_have_seeds_of_their_own(tmp_path, monkeypatch):
+    """Even with the same photographs no scene would be in both splits."""
+    regions = load_regions('training')
+    monkeypatch.setattr(quickstart, 'load_regions', lambda split: regions)
+    made = files(make_quickstart_dataset(tmp_path / 'data', 2, 2, 64))
+    assert len(set(made.values())) == len(made)
 
 
 def test_finished_data_is_reused_and_damaged_data_made_again(tmp_path):
@@ -247,35 +257,21 @@ def test_mmseg_reads_it(root):
         assert sample['inputs'].shape == (3, *image.shape[:2])
 
 
-def test_tool(tmp_path):
-    tool = REPOSITORY / 'tools' / 'make_quickstart_data.py'
+def test_tool(tmp_path, monkeypatch):
+    tool = str(REPOSITORY / 'tools' / 'make_quickstart_data.py')
+    root = make_quickstart_dataset(tmp_path / 'data', 2, 1, 64, seed=1)
+    arguments = f'--root {root} --num-train 2 --num-val 1 --size 64'.split()
 
-    def call(*more):
-        return subprocess.run(
-            [
-                sys.executable,
-                str(tool),
-                '--root',
-                str(tmp_path / 'data'),
-                '--num-train',
-                '2',
-                '--num-val',
-                '1',
-                '--size',
-                '64',
-                *more,
-            ],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-        )
+    monkeypatch.setattr(sys, 'argv', [tool, *arguments])
+    with pytest.raises(SystemExit, match='^error: .*--overwrite'):
+        runpy.run_path(tool, run_name='__main__')
 
-    make_quickstart_dataset(tmp_path / 'data', 2, 1, 64, seed=1)
-    refused = call()
-    assert refused.returncode == 1
-    assert refused.stderr.startswith('error: ')
-    assert '--overwrite' in refused.stderr
-    made = call('--overwrite')
+    made = subprocess.run(
+        [sys.executable, tool, *arguments, '--overwrite'],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
     assert made.returncode == 0, made.stderr
-    assert str(tmp_path / 'data') in made.stdout
+    assert str(root) in made.stdout
     assert '3/3' in made.stderr, 'a progress bar'
