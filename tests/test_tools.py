@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmvssm.backbones import VSSM
 from mmvssm.checkpoints.read import read_state_dict
 from tiny import REPO, write_ade, write_config
 
@@ -48,8 +49,13 @@ def fail(monkeypatch, capsys, tool, *args):
 
 @pytest.fixture(scope='module')
 def trained(work):
-    """Two iterations in bfloat16; returns the work dir."""
-    output = run('train.py', 'tiny.py', '--work-dir', 'out', '--amp', cwd=work)
+    """Two iterations in bfloat16 from a backbone's weights; the work dir."""
+    backbone = VSSM(dict(depths=(1, 1, 1, 1), dims=8))
+    torch.save(dict(model=backbone.state_dict()), work / 'backbone.pth')
+    output = run('train.py', 'tiny.py', '--work-dir', 'out', '--amp',
+                 '--pretrained', 'backbone.pth', cwd=work)
+    number = len(backbone.state_dict())
+    assert f"loaded {number} of the model's {number} tensors" in output
     assert len(re.findall(r'Iter\(train\) \[[12]/2\]', output)) == 2
     return work / 'out'
 
