@@ -3,6 +3,7 @@
 Importing ``mmvssm`` calls :func:`apply` once. Nothing outside this module may
 look at a version number or patch somebody else's module.
 """
+
 import os.path as osp
 import pickle
 import re
@@ -77,18 +78,20 @@ def _allow_mmengine_checkpoints() -> None:
     """
     multiarray = getattr(np, '_core', None) or np.core
     multiarray = multiarray.multiarray
-    torch.serialization.add_safe_globals([
-        HistoryBuffer,
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(name)) for name in _NUMPY_DTYPES},
-        *(
-            _named(f'{package}.multiarray', function)
-            for package in ('numpy.core', 'numpy._core')
-            for function in (multiarray._reconstruct, multiarray.scalar)
-        ),
-        _named('builtins', _history_buffer_method, 'getattr'),
-    ])
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            np.ndarray,
+            np.dtype,
+            *{type(np.dtype(name)) for name in _NUMPY_DTYPES},
+            *(
+                _named(f'{package}.multiarray', function)
+                for package in ('numpy.core', 'numpy._core')
+                for function in (multiarray._reconstruct, multiarray.scalar)
+            ),
+            _named('builtins', _history_buffer_method, 'getattr'),
+        ]
+    )
 
 
 def _history_buffer_method(owner: type, name: str) -> Callable:

@@ -1,5 +1,6 @@
 """mmvssm.compat: configs of other packages, checkpoints of mmengine."""
 
+import os.path as osp
 import pickle
 
 import mmengine.config.config as mmengine_config
@@ -47,6 +48,15 @@ def test_config_of_mmseg_can_be_a_base(tmp_path):
 def test_wrong_base_still_fails(tmp_path, base, error):
     with pytest.raises(error):
         inherit(tmp_path, base)
+
+
+def test_own_folder_is_found_when_mmengine_looks_elsewhere(monkeypatch):
+    elsewhere = 'site-packages/{}'.format
+    monkeypatch.setattr(mmengine_config, 'get_installed_path', elsewhere)
+    compat.apply()
+    own_folder = osp.dirname(compat.__file__)
+    assert mmengine_config.get_installed_path('mmvssm') == own_folder
+    assert mmengine_config.get_installed_path('mmseg') == 'site-packages/mmseg'
 
 
 def test_applying_again_changes_nothing():
