@@ -12,7 +12,7 @@ from mmvssm.checkpoints.families import recognise
 from mmvssm.checkpoints.read import CheckpointError, read_state_dict
 
 # Families whose weights can be converted: a module with BACKBONE_KEY,
-# rename, file_format, reshape and describe.
+# rename, file_format, component, reshape and describe.
 FAMILIES = {'VMamba': vmamba}
 
 _SEGMENTOR_HEADS = ('decode_head.', 'auxiliary_head.')

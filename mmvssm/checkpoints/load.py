@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from mmengine.model import is_model_wrapper
 from torch import nn
 
 from mmvssm.checkpoints.canonical import (
@@ -78,7 +77,7 @@ def load_checkpoint(
     has them. Nothing in the file is executed (``weights_only``).
 
     Args:
-        model: The model, or its distributed wrapper.
+        model: The model, bare or wrapped (DDP ...).
         source: A ``.pth`` or ``.safetensors`` file, an http(s) address of one,
             or a state dict.
         prefix: Take only the keys of the file behind this prefix. By default
@@ -92,8 +91,6 @@ def load_checkpoint(
         CheckpointError: The file cannot be read, is of another family, or of
             another arch. The model is then unchanged.
     """
-    if is_model_wrapper(model):
-        model = model.module
     target = model.state_dict()
     owner = recognise(target, f'the model {type(model).__name__}')
     state, what = read_named(source, prefix)

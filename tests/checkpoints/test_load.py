@@ -291,7 +291,8 @@ def test_init_cfg_reports(tmp_path, monkeypatch):
 def test_init_cfg_after_other_initialisers(tmp_path):
     state = published(VSSM(V2))
     path = tmp_path / 'segmentor.pth'
-    torch.save({f'student.{k}': v for k, v in state.items()}, path)
+    teacher = {f'teacher.{k}': v for k, v in published(VSSM(V2)).items()}
+    torch.save({**{f'student.{k}': v for k, v in state.items()}, **teacher}, path)
     net = VSSM(
         V2,
         init_cfg=[
