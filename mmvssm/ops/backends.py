@@ -132,7 +132,6 @@ def choose_backend(device_type: str,
         f'python -m mmvssm.collect_env says what each one takes')
 
 
-@torch.compiler.assume_constant_result
 def _from_environment() -> str:
     return os.environ.get(ENV_VARIABLE, '')
 

@@ -95,12 +95,16 @@ def _run_steps(a_steps: list[Tensor], b_steps: list[Tensor], h: Tensor) -> None:
         h = b_t
 
 
+def _sum_states(x: Tensor) -> Tensor:
+    """(B, S, N, D) summed over N. ``x`` may be taken for the result."""
+    return x.squeeze(2) if x.shape[2] == 1 else x.sum(2)
+
+
 @dataclass
 class _Segment:
     """Channels-last pieces of the inputs, S positions in the working dtype."""
 
     u: Tensor  # (B, S, D)
-    raw: Tensor  # (B, S, D), delta with its bias, before softplus
     dt: Tensor  # (B, S, D)
     B: Tensor  # (B, S, N, G, 1)
     C: Tensor  # (B, S, N, G, 1)
@@ -127,7 +131,7 @@ class _Segment:
     def readout(self, states: Tensor, D: Tensor | None) -> Tensor:
         """C·h + D u, (B, S, D)."""
         products = self.grouped(states[:, 1:]) * self.C
-        y = products.flatten(-2).sum(2)
+        y = _sum_states(products.flatten(-2))
         return y if D is None else y.addcmul_(self.u, D)
 
 
@@ -169,7 +173,6 @@ class _Problem:
         z = None if self.z is None else self._load(self.z, start, stop)
         return _Segment(
             u=self._load(self.u, start, stop),
-            raw=raw[:, :size],
             dt=dt[:, :size],
             B=self._load(self.B, start, stop).unsqueeze(-1),
             C=self._load(self.C, start, stop).unsqueeze(-1),
@@ -258,13 +261,14 @@ class _Gradients:
         dtu = s.dt * s.u
         self.B.permute(0, 3, 2, 1)[:, positions] = (
             s.grouped(grad_h) * s.grouped(dtu).unsqueeze(2)).sum(-1)
-        grad_dtu = (s.grouped(grad_h) * s.B).flatten(-2).sum(2)
+        grad_dtu = _sum_states((s.grouped(grad_h) * s.B).flatten(-2))
         # d(Δ A) of exp(Δ_t A) h_{t-1}
         grad_exponent = states[:, :-1].mul_(s.a[:, :-1]).mul_(grad_h)
         self.A += numerics.sum_rows(grad_exponent * s.dt.unsqueeze(2))
-        grad_dt = (grad_exponent * p.A).sum(2).addcmul_(grad_dtu, s.u)
+        grad_dt = _sum_states(grad_exponent * p.A).addcmul_(grad_dtu, s.u)
         if p.softplus:
-            grad_dt.mul_(numerics.sigmoid(s.raw))
+            # sigmoid(raw) is 1 - exp(-softplus(raw)).
+            grad_dt.mul_(torch.expm1(-s.dt).neg_())
         grad_u = grad_dtu.mul_(s.dt)
         if p.D is not None:
             self.D += numerics.sum_rows(grad_y * s.u)

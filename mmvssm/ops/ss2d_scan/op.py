@@ -1,12 +1,8 @@
 """The core of VMamba's SS2D as one op (arXiv 2401.10166, section 4.3)."""
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from mmvssm.ops.cross_scan import cross_merge, cross_scan, take_routes
-from mmvssm.ops.cross_scan.op import NUM_ROUTES
-from mmvssm.ops.selective_scan.op import scan
+from mmvssm.ops.ss2d_scan.composed import ss2d_scan_composed
 
 
 def ss2d_scan(
@@ -49,34 +45,7 @@ def ss2d_scan(
         # The FLOPs counter sees one op here, however it is computed.
         return handle_torch_function(ss2d_scan, inputs, *inputs, backend=backend)
     _check(*inputs)
-    batch, channels, height, width = x.shape
-    rank, states = dt_projs_weight.shape[2], A.shape[1]
-
-    # A position's projections do not depend on the route to it: project the map
-    # once and then read the result, which is smaller than x, along the routes.
-    projected = _project(x.permute(0, 2, 3, 1), x_proj_weight.flatten(0, 1))
-    projected = projected.unflatten(-1, (NUM_ROUTES, -1))
-    sequences = take_routes(projected.unbind(3))  # (B, L, 4, R + 2N)
-    dt, B, C = sequences.split((rank, states, states), dim=-1)
-    delta = torch.einsum('blkr,kcr->bkcl', dt, dt_projs_weight)
-    ys, _ = scan(
-        cross_scan(x).flatten(1, 2), delta.flatten(1, 2), A,
-        B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1), Ds, None,
-        dt_projs_bias.flatten(), True, float32_out=True, backend=backend)
-    y = cross_merge(ys.unflatten(1, (NUM_ROUTES, channels)), (height, width))
-    if not torch.is_autocast_enabled(x.device.type):
-        y = y.to(x.dtype)
-    return y.unflatten(2, (height, width))
-
-
-def _project(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., C) times weight (M, C): (..., M).
-
-    The matrix product may give each thread some of the M columns. Whole
-    vectors of 16 keep the bits the same at any number of threads.
-    """
-    rows = weight.shape[0]
-    return F.linear(x, F.pad(weight, (0, 0, 0, -rows % 16)))[..., :rows]
+    return ss2d_scan_composed(*inputs, backend)
 
 
 def _check(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
