@@ -1,6 +1,8 @@
 _base_ = [
-    './_base_/models/upernet_vmamba.py', './_base_/datasets/ade20k.py',
-    './_base_/schedules/schedule_160k.py', './_base_/default_runtime.py'
+    './_base_/models/upernet_vmamba.py',
+    './_base_/datasets/ade20k.py',
+    './_base_/schedules/schedule_160k.py',
+    './_base_/default_runtime.py',
 ]
 # The first published version: no MLP, gated scan blocks, 16 states.
 model = dict(backbone=dict(arch='t_v0', drop_path_rate=0.3))

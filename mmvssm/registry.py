@@ -5,6 +5,7 @@ package: mmengine imports ``mmvssm.registry`` for the prefix and then the
 ``locations`` below, so neither ``custom_imports`` nor a working directory is
 needed.
 """
+
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
@@ -13,9 +14,11 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='mmvssm',
-    locations=['mmvssm.backbones', 'mmvssm.heads'])
+    locations=['mmvssm.backbones', 'mmvssm.heads'],
+)
 OPTIM_WRAPPERS = Registry(
     'optimizer wrapper',
     parent=MMENGINE_OPTIM_WRAPPERS,
     scope='mmvssm',
-    locations=['mmvssm.engine'])
+    locations=['mmvssm.engine'],
+)

@@ -1,4 +1,5 @@
 """Every config in configs/, built small and run."""
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -17,10 +18,10 @@ from mmseg.structures import SegDataSample
 SEGMENTORS = sorted((REPO / 'configs').glob('upernet_*.py'))
 PUBLISHED = {
     # arch, drop path, channels
-    'upernet_vmamba_t': ('t_s1l8', .2, 96),
-    'upernet_vmamba_s': ('s_s2l15', .3, 96),
-    'upernet_vmamba_b': ('b_s2l15', .6, 128),
-    'upernet_vmamba_v0_t': ('t_v0', .3, 96),
+    'upernet_vmamba_t': ('t_s1l8', 0.2, 96),
+    'upernet_vmamba_s': ('s_s2l15', 0.3, 96),
+    'upernet_vmamba_b': ('b_s2l15', 0.6, 128),
+    'upernet_vmamba_v0_t': ('t_v0', 0.3, 96),
 }
 
 
@@ -48,7 +49,8 @@ def shrink(cfg):
     model.decode_head.update(in_channels=channels, channels=16)
     if model.get('auxiliary_head'):
         model.auxiliary_head.update(
-            in_channels=channels[model.auxiliary_head.in_index], channels=8)
+            in_channels=channels[model.auxiliary_head.in_index], channels=8
+        )
     model.data_preprocessor.size = (64, 96)
     return cfg
 
@@ -56,20 +58,27 @@ def shrink(cfg):
 def batch(cfg, number=2):
     samples = []
     for _ in range(number):
-        sample = SegDataSample(metainfo=dict(
-            img_shape=(64, 96), ori_shape=(64, 96), pad_shape=(64, 96),
-            img_path='', flip=False))
-        labels = torch.randint(0, cfg.model.decode_head.num_classes,
-                               (1, 64, 96))
+        sample = SegDataSample(
+            metainfo=dict(
+                img_shape=(64, 96),
+                ori_shape=(64, 96),
+                pad_shape=(64, 96),
+                img_path='',
+                flip=False,
+            )
+        )
+        labels = torch.randint(0, cfg.model.decode_head.num_classes, (1, 64, 96))
         sample.set_data(dict(gt_sem_seg=_pixels(labels)))
         samples.append(sample)
-    images = [torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
-              for _ in range(number)]
+    images = [
+        torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8) for _ in range(number)
+    ]
     return dict(inputs=images, data_samples=samples)
 
 
 def _pixels(labels):
     from mmengine.structures import PixelData
+
     return PixelData(data=labels)
 
 
@@ -88,8 +97,7 @@ def test_loss_and_prediction(path):
         predictions = model.eval().test_step(batch(cfg, 1))
     labels = predictions[0].pred_sem_seg.data
     assert labels.shape == (1, 64, 96)
-    assert 0 <= labels.min() and \
-        labels.max() < cfg.model.decode_head.num_classes
+    assert 0 <= labels.min() and labels.max() < cfg.model.decode_head.num_classes
 
 
 @pytest.mark.parametrize('path', SEGMENTORS, ids=names)
@@ -104,6 +112,7 @@ def test_every_data_set_and_hook_is_known(path):
         TRANSFORMS,
         VISUALIZERS,
     )
+
     cfg = Config.fromfile(path)
     assert cfg.default_scope == 'mmseg'
     for split in ('train', 'val', 'test'):
@@ -132,12 +141,15 @@ def test_published_settings(name):
     assert model.backbone.drop_path_rate == drop_path
     assert model.backbone.out_indices == (0, 1, 2, 3)
     head, aux = model.decode_head, model.auxiliary_head
-    assert (head.type, head.channels, head.num_classes) == \
-        ('UPerHead', 512, 150)
+    assert (head.type, head.channels, head.num_classes) == ('UPerHead', 512, 150)
     assert head.in_channels == channels
-    assert (aux.type, aux.channels, aux.in_index, aux.in_channels) == \
-        ('FCNHead', 256, 2, channels[2])
-    assert aux.num_classes == 150 and aux.loss_decode.loss_weight == .4
+    assert (aux.type, aux.channels, aux.in_index, aux.in_channels) == (
+        'FCNHead',
+        256,
+        2,
+        channels[2],
+    )
+    assert aux.num_classes == 150 and aux.loss_decode.loss_weight == 0.4
     assert head.norm_cfg.type == aux.norm_cfg.type == 'SyncBN'
     assert model.test_cfg.mode == 'whole'
     assert model.data_preprocessor.size == (512, 512)
@@ -145,30 +157,39 @@ def test_published_settings(name):
     optimizer = cfg.optim_wrapper.optimizer
     assert cfg.optim_wrapper.type == 'OptimWrapper'
     assert dict(optimizer) == dict(
-        type='AdamW', lr=6e-5, betas=(.9, .999), weight_decay=.01)
+        type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01
+    )
     assert cfg.optim_wrapper.paramwise_cfg.custom_keys == dict(
-        norm=dict(decay_mult=0.))
+        norm=dict(decay_mult=0.0)
+    )
     warm_up, decay = cfg.param_scheduler
-    assert (warm_up.type, warm_up.start_factor, warm_up.end) == \
-        ('LinearLR', 1e-6, 1500)
-    assert (decay.type, decay.power, decay.eta_min, decay.begin, decay.end) \
-        == ('PolyLR', 1., 0., 1500, 160000)
+    assert (warm_up.type, warm_up.start_factor, warm_up.end) == ('LinearLR', 1e-6, 1500)
+    assert (decay.type, decay.power, decay.eta_min, decay.begin, decay.end) == (
+        'PolyLR',
+        1.0,
+        0.0,
+        1500,
+        160000,
+    )
     assert not warm_up.by_epoch and not decay.by_epoch
-    assert (cfg.train_cfg.type, cfg.train_cfg.max_iters) == \
-        ('IterBasedTrainLoop', 160000)
+    assert (cfg.train_cfg.type, cfg.train_cfg.max_iters) == (
+        'IterBasedTrainLoop',
+        160000,
+    )
     # 8 GPUs x 2
     assert cfg.train_dataloader.batch_size == 2
     assert cfg.auto_scale_lr.base_batch_size == 16
     assert cfg.val_dataloader.batch_size == 1
     steps = {x.type: x for x in cfg.train_pipeline}
     assert steps['RandomResize'].scale == (2048, 512)
-    assert steps['RandomResize'].ratio_range == (.5, 2.)
+    assert steps['RandomResize'].ratio_range == (0.5, 2.0)
     assert steps['RandomCrop'].crop_size == (512, 512)
 
 
 def test_weight_decay_spares_what_was_published():
     """Names with 'norm' only: not A_logs, biases or the stem's norms."""
     from mmengine.optim import build_optim_wrapper
+
     cfg = shrink(Config.fromfile(SEGMENTORS[0]))
     model = build(cfg)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
@@ -180,9 +201,12 @@ def test_weight_decay_spares_what_was_published():
     assert len(decay) == len(of)
     spared = {name for name, value in decay.items() if value == 0}
     assert spared == {name for name in decay if 'norm' in name}
-    for name in ('layers.0.blocks.0.op.A_logs', 'patch_embed.2.weight',
-                 'layers.0.blocks.0.op.dt_projs_bias'):
-        assert decay[f'backbone.{name}'] == .01
+    for name in (
+        'layers.0.blocks.0.op.A_logs',
+        'patch_embed.2.weight',
+        'layers.0.blocks.0.op.dt_projs_bias',
+    ):
+        assert decay[f'backbone.{name}'] == 0.01
     assert 'backbone.outnorm0.weight' in spared
 
 
@@ -197,7 +221,8 @@ def test_tta_wraps_and_predicts(path):
     flipped = batch(Config(dict(model=cfg)), 1)
     flipped['inputs'][0] = data['inputs'][0].flip(-1)
     flipped['data_samples'][0].set_metainfo(
-        dict(flip=True, flip_direction='horizontal'))
+        dict(flip=True, flip_direction='horizontal')
+    )
     both = {key: [data[key], flipped[key]] for key in data}
     with torch.no_grad():
         result = model.test_step(both)
@@ -207,11 +232,13 @@ def test_tta_wraps_and_predicts(path):
 def test_inherited_by_scope_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / 'mine.py'
-    path.write_text("_base_ = 'mmvssm::upernet_vmamba_t.py'\n"
-                    'model = dict(backbone=dict(drop_path_rate=0.4))\n')
+    path.write_text(
+        "_base_ = 'mmvssm::upernet_vmamba_t.py'\n"
+        'model = dict(backbone=dict(drop_path_rate=0.4))\n'
+    )
     cfg = Config.fromfile(path)
     assert cfg.model.backbone.arch == 't_s1l8'
-    assert cfg.model.backbone.drop_path_rate == .4
+    assert cfg.model.backbone.drop_path_rate == 0.4
     assert cfg.train_cfg.max_iters == 160000
 
 

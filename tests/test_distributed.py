@@ -1,4 +1,5 @@
 """Two processes train what one process trains on the whole batch."""
+
 import json
 import os
 import socket
@@ -56,10 +57,20 @@ class Record(Hook):
 def run(command, cwd, **env):
     path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
     done = subprocess.run(
-        list(map(str, command)), cwd=cwd, capture_output=True, text=True,
+        list(map(str, command)),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
         # An accelerator would be taken if there were one.
-        env={**os.environ, 'PATH': path, 'OMP_NUM_THREADS': '1',
-             'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(cwd), **env})
+        env={
+            **os.environ,
+            'PATH': path,
+            'OMP_NUM_THREADS': '1',
+            'CUDA_VISIBLE_DEVICES': '',
+            'PYTHONPATH': str(cwd),
+            **env,
+        },
+    )
     assert done.returncode == 0, done.stderr[:6000]
 
 
@@ -75,15 +86,30 @@ def outcome(tmp_path_factory):
     work = tmp_path_factory.mktemp('distributed')
     (work / 'record.py').write_text(_RECORD)
     write_ade(work / 'ade', train=6)
-    write_config(work / 'tiny.py', work / 'ade', _RECIPE,
-                 norm="type='GN', num_groups=4, requires_grad=True")
-    run([sys.executable, REPO / 'tools/train.py', 'tiny.py', '--work-dir',
-         'one'], work)
-    run([REPO / 'tools/dist_train.sh', 'tiny.py', 2, '--work-dir', 'two',
-         '--cfg-options', 'train_dataloader.batch_size=1'], work,
-        PORT=free_port())
-    return [json.loads((work / name).read_text()) for name in
-            ('one/rank0.json', 'two/rank0.json', 'two/rank1.json')]
+    write_config(
+        work / 'tiny.py',
+        work / 'ade',
+        _RECIPE,
+        norm="type='GN', num_groups=4, requires_grad=True",
+    )
+    run([sys.executable, REPO / 'tools/train.py', 'tiny.py', '--work-dir', 'one'], work)
+    run(
+        [
+            REPO / 'tools/dist_train.sh',
+            'tiny.py',
+            2,
+            '--work-dir',
+            'two',
+            '--cfg-options',
+            'train_dataloader.batch_size=1',
+        ],
+        work,
+        PORT=free_port(),
+    )
+    return [
+        json.loads((work / name).read_text())
+        for name in ('one/rank0.json', 'two/rank0.json', 'two/rank1.json')
+    ]
 
 
 def test_both_ranks_hold_the_same_weights(outcome):

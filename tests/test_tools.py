@@ -1,4 +1,5 @@
 """The tools, run as their users run them."""
+
 import os
 import re
 import runpy
@@ -29,10 +30,16 @@ def work(tmp_path_factory):
 
 def run(tool, *args, cwd, code=0, **env):
     env = {k: v for k, v in os.environ.items() if k != 'ADE20K_ROOT'} | {
-        'OMP_NUM_THREADS': '1', **env}
+        'OMP_NUM_THREADS': '1',
+        **env,
+    }
     done = subprocess.run(
-        [sys.executable, str(TOOLS / tool), *map(str, args)], cwd=cwd,
-        env=env, capture_output=True, text=True)
+        [sys.executable, str(TOOLS / tool), *map(str, args)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     output = done.stdout + done.stderr
     assert done.returncode == code, output[-3000:]
     return output
@@ -52,8 +59,16 @@ def trained(work):
     """Two iterations in bfloat16 from a backbone's weights; the work dir."""
     backbone = VSSM(dict(depths=(1, 1, 1, 1), dims=8))
     torch.save(dict(model=backbone.state_dict()), work / 'backbone.pth')
-    output = run('train.py', 'tiny.py', '--work-dir', 'out', '--amp',
-                 '--pretrained', 'backbone.pth', cwd=work)
+    output = run(
+        'train.py',
+        'tiny.py',
+        '--work-dir',
+        'out',
+        '--amp',
+        '--pretrained',
+        'backbone.pth',
+        cwd=work,
+    )
     number = len(backbone.state_dict())
     assert f"loaded {number} of the model's {number} tensors" in output
     assert len(re.findall(r'Iter\(train\) \[[12]/2\]', output)) == 2
@@ -70,17 +85,36 @@ def test_train_writes_a_float32_checkpoint(trained):
 
 
 def test_resume_auto_goes_on_from_the_latest(trained, work):
-    output = run('train.py', 'tiny.py', '--work-dir', 'out', '--resume',
-                 'auto', '--cfg-options', 'train_cfg.max_iters=3', cwd=work)
+    output = run(
+        'train.py',
+        'tiny.py',
+        '--work-dir',
+        'out',
+        '--resume',
+        'auto',
+        '--cfg-options',
+        'train_cfg.max_iters=3',
+        cwd=work,
+    )
     assert 'iter_2.pth' in output
     assert re.findall(r'Iter\(train\) \[(\d)/3\]', output) == ['3']
     assert (trained / 'iter_3.pth').is_file()
 
 
 def test_evaluate_with_pictures_and_tta(trained, work):
-    output = run('test.py', 'tiny.py', trained / 'iter_2.pth', '--tta',
-                 '--show-dir', 'shown', '--out', 'maps', '--work-dir',
-                 'tested', cwd=work)
+    output = run(
+        'test.py',
+        'tiny.py',
+        trained / 'iter_2.pth',
+        '--tta',
+        '--show-dir',
+        'shown',
+        '--out',
+        'maps',
+        '--work-dir',
+        'tested',
+        cwd=work,
+    )
     assert re.search(r'mIoU: +\d', output)
     labels = [Image.open(work / 'maps' / f'{i}.png') for i in range(2)]
     assert all(x.size == (80, 64) for x in labels)
@@ -91,21 +125,35 @@ def test_evaluate_with_pictures_and_tta(trained, work):
 def test_infer_skips_and_names_a_broken_image(trained, work):
     images = work / 'photos'
     (images / 'sub').mkdir(parents=True)
-    for name, size in (('a.png', (50, 70)), ('sub/a.png', (64, 64)),
-                       ('b.jpg', (33, 97))):
+    for name, size in (
+        ('a.png', (50, 70)),
+        ('sub/a.png', (64, 64)),
+        ('b.jpg', (33, 97)),
+    ):
         Image.effect_noise(size, 90).convert('RGB').save(images / name)
     whole = (images / 'b.jpg').read_bytes()
-    (images / 'cut.jpg').write_bytes(whole[:len(whole) // 2])
-    output = run('infer.py', 'photos', 'photos/*.jpg', 'absent.png',
-                 '--config', 'tiny.py', '--checkpoint',
-                 trained / 'iter_2.pth', '--out-dir', 'seen', cwd=work,
-                 code=1)
+    (images / 'cut.jpg').write_bytes(whole[: len(whole) // 2])
+    output = run(
+        'infer.py',
+        'photos',
+        'photos/*.jpg',
+        'absent.png',
+        '--config',
+        'tiny.py',
+        '--checkpoint',
+        trained / 'iter_2.pth',
+        '--out-dir',
+        'seen',
+        cwd=work,
+        code=1,
+    )
     assert '3 of 5 images segmented' in output
-    assert re.findall(r'skipped (\S+):', output) == ['photos/cut.jpg',
-                                                     'absent.png']
+    assert re.findall(r'skipped (\S+):', output) == ['photos/cut.jpg', 'absent.png']
     assert {p.name for p in (work / 'seen').iterdir()} == {
-        f'{name}_{kind}.png' for name in ('a', 'a_2', 'b')
-        for kind in ('labels', 'overlay')}
+        f'{name}_{kind}.png'
+        for name in ('a', 'a_2', 'b')
+        for kind in ('labels', 'overlay')
+    }
     labels = Image.open(work / 'seen' / 'b_labels.png')
     overlay = Image.open(work / 'seen' / 'b_overlay.png')
     assert labels.size == overlay.size == (33, 97)
@@ -120,11 +168,17 @@ def test_get_flops(work):
 
 
 def test_without_ade20k_one_message(tmp_path):
-    output = run('train.py', REPO / 'configs' / 'upernet_vmamba_t.py',
-                 cwd=tmp_path, code=2)
+    output = run(
+        'train.py', REPO / 'configs' / 'upernet_vmamba_t.py', cwd=tmp_path, code=2
+    )
     looked = tmp_path / 'data/ade/ADEChallengeData2016/images/training'
-    for said in (str(looked), 'annotations/validation/*.png',
-                 'ADE20K_ROOT', '--cfg-options', 'make quickstart'):
+    for said in (
+        str(looked),
+        'annotations/validation/*.png',
+        'ADE20K_ROOT',
+        '--cfg-options',
+        'make quickstart',
+    ):
         assert said in output
     assert 'Traceback' not in output
     # Nothing was built or written before it.
@@ -137,33 +191,60 @@ def test_foreign_checkpoint_is_refused(trained, work, monkeypatch, capsys):
     torch.save(dict(state_dict=state), work / 'headless.pth')
     torch.save({'conv1.weight': torch.ones(4, 3, 7, 7)}, work / 'resnet.pth')
     whole = (trained / 'iter_2.pth').read_bytes()
-    (work / 'cut.pth').write_bytes(whole[:len(whole) // 2])
+    (work / 'cut.pth').write_bytes(whole[: len(whole) // 2])
     monkeypatch.chdir(work)
     # The auxiliary head does not predict: without it a checkpoint is whole.
-    said = fail(monkeypatch, capsys, 'infer.py', 'ade/images', '--config',
-                'tiny.py', '--checkpoint', 'headless.pth')
+    said = fail(
+        monkeypatch,
+        capsys,
+        'infer.py',
+        'ade/images',
+        '--config',
+        'tiny.py',
+        '--checkpoint',
+        'headless.pth',
+    )
     assert 'does not belong' in said
     assert 'first misfit: decode_head.conv_seg.weight' in said
-    said = fail(monkeypatch, capsys, 'infer.py', 'ade/images', '--config',
-                'tiny.py', '--checkpoint', 'resnet.pth')
+    said = fail(
+        monkeypatch,
+        capsys,
+        'infer.py',
+        'ade/images',
+        '--config',
+        'tiny.py',
+        '--checkpoint',
+        'resnet.pth',
+    )
     assert re.search(r'backbone: 0 of \d+ tensors match', said)
-    said = fail(monkeypatch, capsys, 'infer.py', 'ade/images', '--config',
-                'tiny.py', '--checkpoint', 'cut.pth')
+    said = fail(
+        monkeypatch,
+        capsys,
+        'infer.py',
+        'ade/images',
+        '--config',
+        'tiny.py',
+        '--checkpoint',
+        'cut.pth',
+    )
     assert 'cut.pth' in said and 'truncated' in said
     said = fail(monkeypatch, capsys, 'test.py', 'tiny.py', 'absent.pth')
     assert f'no checkpoint at {work / "absent.pth"}' in said
 
 
-@pytest.mark.parametrize('args, said', [
-    (['absent.py'], 'no config file at'),
-    ([REPO / 'configs/_base_/default_runtime.py'], 'not a whole experiment'),
-    (['broken.py'], 'NameError'),
-    (['tiny.py', '--cfg-options', 'no-equals-sign'], 'KEY.SUBKEY=VALUE'),
-    (['tiny.py', '--resume', 'absent.pth'], 'no checkpoint at'),
-    (['tiny.py', '--pretrained', 'absent.pth'], 'no checkpoint at'),
-    (['tiny.py', '--amp', 'float64'], 'invalid choice'),
-    (['tiny.py', '--launcher', 'pytorch'], 'torchrun'),
-])
+@pytest.mark.parametrize(
+    'args, said',
+    [
+        (['absent.py'], 'no config file at'),
+        ([REPO / 'configs/_base_/default_runtime.py'], 'not a whole experiment'),
+        (['broken.py'], 'NameError'),
+        (['tiny.py', '--cfg-options', 'no-equals-sign'], 'KEY.SUBKEY=VALUE'),
+        (['tiny.py', '--resume', 'absent.pth'], 'no checkpoint at'),
+        (['tiny.py', '--pretrained', 'absent.pth'], 'no checkpoint at'),
+        (['tiny.py', '--amp', 'float64'], 'invalid choice'),
+        (['tiny.py', '--launcher', 'pytorch'], 'torchrun'),
+    ],
+)
 def test_mistakes_end_in_one_message(args, said, work, monkeypatch, capsys):
     monkeypatch.chdir(work)
     monkeypatch.delenv('RANK', raising=False)
@@ -174,8 +255,7 @@ def test_mistakes_end_in_one_message(args, said, work, monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='float16 runs here')
 def test_float16_without_a_gpu(work, monkeypatch, capsys):
     monkeypatch.chdir(work)
-    said = fail(monkeypatch, capsys, 'train.py', 'tiny.py', '--amp',
-                'float16')
+    said = fail(monkeypatch, capsys, 'train.py', 'tiny.py', '--amp', 'float16')
     assert 'needs a GPU' in said and 'bfloat16' in said
 
 
@@ -187,15 +267,29 @@ def test_slurm_scripts_hand_everything_on(script, tmp_path):
     fourth = 'w.pth' if 'test' in script else 'my work'
     done = subprocess.run(
         [TOOLS / script, 'part', 'job', 'c.py', fourth, '--tta'],
-        env=dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', GPUS='16',
-                 SRUN_ARGS='--time=1 --quiet', PY_ARGS='--x y'),
-        check=True, capture_output=True, text=True)
+        env=dict(
+            PATH=f'{tmp_path}:{os.environ["PATH"]}',
+            GPUS='16',
+            SRUN_ARGS='--time=1 --quiet',
+            PY_ARGS='--x y',
+        ),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     words = done.stdout.splitlines()
     assert words[:2] == ['-p', 'part']
-    for word in ('--gres=gpu:8', '--ntasks=16', '--ntasks-per-node=8',
-                 '--time=1', '--quiet'):
+    for word in (
+        '--gres=gpu:8',
+        '--ntasks=16',
+        '--ntasks-per-node=8',
+        '--time=1',
+        '--quiet',
+    ):
         assert word in words
-    given = ['c.py', 'w.pth', '--launcher', 'slurm'] if 'test' in script \
+    given = (
+        ['c.py', 'w.pth', '--launcher', 'slurm']
+        if 'test' in script
         else ['c.py', '--launcher', 'slurm', '--work-dir', 'my work']
-    assert words[words.index('c.py'):] == [*given, '--x', 'y', '--tta']
-
+    )
+    assert words[words.index('c.py') :] == [*given, '--x', 'y', '--tta']

@@ -1,4 +1,5 @@
 """A data set and configs small enough to train on in a test."""
+
 from pathlib import Path
 
 import numpy as np
@@ -62,13 +63,19 @@ train_cfg = dict(max_iters=2, val_interval=100)
 """
 
 
-def write_config(path: Path, data_root: Path, more: str = '',
-                 norm: str = "type='SyncBN', requires_grad=True",
-                 base: str = 'upernet_vmamba_t.py') -> Path:
+def write_config(
+    path: Path,
+    data_root: Path,
+    more: str = '',
+    norm: str = "type='SyncBN', requires_grad=True",
+    base: str = 'upernet_vmamba_t.py',
+) -> Path:
     """Write a config that shrinks one of ``configs/``."""
-    path.write_text(_CONFIG.format(
-        base=str(REPO / 'configs' / base), root=str(data_root), norm=norm,
-        more=more))
+    path.write_text(
+        _CONFIG.format(
+            base=str(REPO / 'configs' / base), root=str(data_root), norm=norm, more=more
+        )
+    )
     return path
 
 

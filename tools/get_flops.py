@@ -1,4 +1,5 @@
 """Parameters and FLOPs: ``python tools/get_flops.py CONFIG|MODEL_NAME``."""
+
 import argparse
 
 
@@ -6,16 +7,22 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        'model', metavar='CONFIG|MODEL_NAME',
+        'model',
+        metavar='CONFIG|MODEL_NAME',
         help='a config of a segmentor, or a name of mmvssm.list_models() for '
-        'the classifier')
+        'the classifier',
+    )
     parser.add_argument(
-        '--shape', nargs='+', type=int, metavar='SIZE',
+        '--shape',
+        nargs='+',
+        type=int,
+        metavar='SIZE',
         help='height and width, or one number for both (default: 512 2048 '
-        'for a segmentor, 224 for a classifier)')
+        'for a segmentor, 224 for a classifier)',
+    )
     parser.add_argument(
-        '--cfg-options', nargs='+', metavar='KEY=VALUE',
-        help='override config entries')
+        '--cfg-options', nargs='+', metavar='KEY=VALUE', help='override config entries'
+    )
     return parser.parse_args()
 
 
@@ -23,15 +30,18 @@ def build(args: argparse.Namespace):
     """Build the model; returns it with the default size of its image."""
     import mmvssm
     from mmvssm import engine
+
     if args.model in mmvssm.list_models():
         return mmvssm.build_classifier(args.model), [224]
     if not args.model.endswith('.py'):
         raise engine.UsageError(
             f'{args.model} is neither a config (NAME.py) nor one of '
-            f'{", ".join(mmvssm.list_models())}.')
+            f'{", ".join(mmvssm.list_models())}.'
+        )
     cfg = engine.load_config(args.model, args.cfg_options)
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
+
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     return revert_sync_batchnorm(MODELS.build(cfg.model)), [512, 2048]
 
@@ -40,6 +50,7 @@ def main(args: argparse.Namespace) -> None:
     """Count and print."""
     from mmvssm.analysis.flops import count_flops
     from mmvssm.engine import UsageError
+
     model, size = build(args)
     size = args.shape or size
     if len(size) > 2 or min(size) < 1:
@@ -56,11 +67,14 @@ def main(args: argparse.Namespace) -> None:
     by_size = sorted(result.by_operator.items(), key=lambda item: -item[1])
     for name, number in by_size:
         print(f'  {name:24}{number / 1e9:10.3f} G')
-    print('One multiply-add is one FLOP; a scan is 9*B*L*D*N + B*D*L. '
-          'Auxiliary heads have parameters but do not run.')
+    print(
+        'One multiply-add is one FLOP; a scan is 9*B*L*D*N + B*D*L. '
+        'Auxiliary heads have parameters but do not run.'
+    )
 
 
 if __name__ == '__main__':
     arguments = parse_args()
     from mmvssm.engine import run_tool
+
     run_tool(lambda: main(arguments))

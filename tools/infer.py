@@ -5,6 +5,7 @@ over the image, and NAME_labels.png, whose pixel values are class numbers
 counted from 0. Files that cannot be read are skipped, named at the end, and
 make the exit code 1.
 """
+
 import argparse
 from pathlib import Path
 
@@ -12,21 +13,22 @@ from pathlib import Path
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        'images', nargs='+', metavar='IMAGE',
-        help='files, folders or quoted patterns')
+        'images', nargs='+', metavar='IMAGE', help='files, folders or quoted patterns'
+    )
+    parser.add_argument('--config', required=True, help='a file, or mmvssm::NAME.py')
     parser.add_argument(
-        '--config', required=True, help='a file, or mmvssm::NAME.py')
-    parser.add_argument(
-        '--checkpoint', required=True, help='what that config was trained to')
+        '--checkpoint', required=True, help='what that config was trained to'
+    )
     parser.add_argument('--out-dir', default='outputs', help='default: outputs')
     parser.add_argument(
-        '--device', help='such as cpu or cuda:1 (default: a GPU if there is)')
+        '--device', help='such as cpu or cuda:1 (default: a GPU if there is)'
+    )
     parser.add_argument(
-        '--cfg-options', nargs='+', metavar='KEY=VALUE',
-        help='override config entries')
+        '--cfg-options', nargs='+', metavar='KEY=VALUE', help='override config entries'
+    )
     return parser.parse_args()
 
 
@@ -36,9 +38,10 @@ def main(args: argparse.Namespace) -> int:
 
     from mmvssm import engine
     from mmvssm.engine import infer
+
     cfg = engine.load_config(
-        args.config, args.cfg_options,
-        required=('model', 'test_dataloader'))
+        args.config, args.cfg_options, required=('model', 'test_dataloader')
+    )
     images = infer.find_images(args.images)
     model = infer.load_segmentor(cfg, args.checkpoint, args.device)
     out_dir = Path(args.out_dir)
@@ -51,11 +54,12 @@ def main(args: argparse.Namespace) -> int:
             skipped.append(f'{path}: {error}')
             continue
         name = infer.free_name(path, taken)
-        infer.save_overlay(model, image, prediction,
-                           out_dir / f'{name}_overlay.png')
+        infer.save_overlay(model, image, prediction, out_dir / f'{name}_overlay.png')
         infer.save_label_map(model, prediction, out_dir / f'{name}_labels.png')
-    print(f'\n{len(images) - len(skipped)} of {len(images)} images segmented, '
-          f'results in {out_dir}')
+    print(
+        f'\n{len(images) - len(skipped)} of {len(images)} images segmented, '
+        f'results in {out_dir}'
+    )
     for line in skipped:
         print(f'skipped {line}')
     return 1 if skipped else 0
@@ -64,4 +68,5 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == '__main__':
     arguments = parse_args()
     from mmvssm.engine import run_tool
+
     run_tool(lambda: main(arguments))

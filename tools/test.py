@@ -1,4 +1,5 @@
 """Evaluate: ``python tools/test.py CONFIG CHECKPOINT``."""
+
 import argparse
 import os
 
@@ -9,26 +10,33 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='a file, or mmvssm::NAME.py')
     parser.add_argument('checkpoint', help='the checkpoint to evaluate')
     parser.add_argument(
-        '--work-dir', help='where the log and the metrics go '
-        '(default: work_dirs/NAME of the config)')
+        '--work-dir',
+        help='where the log and the metrics go (default: work_dirs/NAME of the config)',
+    )
     parser.add_argument(
-        '--out', metavar='DIR', help='write the predicted label maps here')
+        '--out', metavar='DIR', help='write the predicted label maps here'
+    )
+    parser.add_argument('--show-dir', metavar='DIR', help='write painted images here')
+    parser.add_argument('--show', action='store_true', help='open a window per image')
     parser.add_argument(
-        '--show-dir', metavar='DIR', help='write painted images here')
+        '--wait-time',
+        type=float,
+        default=2,
+        metavar='SECONDS',
+        help='how long --show stays on an image',
+    )
     parser.add_argument(
-        '--show', action='store_true', help='open a window per image')
+        '--tta', action='store_true', help='multi-scale and flip, as the config sets it'
+    )
     parser.add_argument(
-        '--wait-time', type=float, default=2, metavar='SECONDS',
-        help='how long --show stays on an image')
+        '--cfg-options', nargs='+', metavar='KEY=VALUE', help='override config entries'
+    )
     parser.add_argument(
-        '--tta', action='store_true',
-        help='multi-scale and flip, as the config sets it')
-    parser.add_argument(
-        '--cfg-options', nargs='+', metavar='KEY=VALUE',
-        help='override config entries')
-    parser.add_argument(
-        '--launcher', default='none',
-        choices=('none', 'pytorch', 'slurm', 'mpi'), help='job launcher')
+        '--launcher',
+        default='none',
+        choices=('none', 'pytorch', 'slurm', 'mpi'),
+        help='job launcher',
+    )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -40,14 +48,17 @@ def main(args: argparse.Namespace) -> None:
     from mmengine.runner import Runner
 
     from mmvssm import engine
+
     cfg = engine.load_config(
-        args.config, args.cfg_options, args.work_dir,
-        required=('model', 'test_dataloader', 'test_evaluator'))
+        args.config,
+        args.cfg_options,
+        args.work_dir,
+        required=('model', 'test_dataloader', 'test_evaluator'),
+    )
     engine.require_file(args.checkpoint, 'checkpoint')
-    engine.check_datasets(cfg, splits=('test', ))
+    engine.check_datasets(cfg, splits=('test',))
     if args.show or args.show_dir:
-        engine.enable_painting(
-            cfg, args.show_dir, args.show, args.wait_time)
+        engine.enable_painting(cfg, args.show_dir, args.show, args.wait_time)
     if args.out:
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     if args.tta:
@@ -62,4 +73,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == '__main__':
     arguments = parse_args()
     from mmvssm.engine import run_tool
+
     run_tool(lambda: main(arguments))

@@ -1,4 +1,5 @@
 """Train a segmentor: ``python tools/train.py configs/upernet_vmamba_t.py``."""
+
 import argparse
 import os
 
@@ -8,27 +9,43 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='a file, or mmvssm::NAME.py')
     parser.add_argument(
-        '--work-dir', help='where logs and checkpoints go '
-        '(default: work_dirs/NAME of the config)')
+        '--work-dir',
+        help='where logs and checkpoints go (default: work_dirs/NAME of the config)',
+    )
     parser.add_argument(
-        '--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
         help='go on from this checkpoint, or without one (or with "auto") '
-        'from the latest in the work dir')
+        'from the latest in the work dir',
+    )
     parser.add_argument(
-        '--pretrained', metavar='CHECKPOINT',
-        help="start from these weights of the backbone (model.backbone's "
-        'init_cfg)')
+        '--pretrained',
+        metavar='CHECKPOINT',
+        help="start from these weights of the backbone (model.backbone's init_cfg)",
+    )
     parser.add_argument(
-        '--amp', nargs='?', const='bfloat16', metavar='DTYPE',
+        '--amp',
+        nargs='?',
+        const='bfloat16',
+        metavar='DTYPE',
         choices=('bfloat16', 'float16'),
         help='mixed precision: bfloat16 (default, recommended, any device) '
-        'or float16 (GPU, dynamic loss scale)')
+        'or float16 (GPU, dynamic loss scale)',
+    )
     parser.add_argument(
-        '--cfg-options', nargs='+', metavar='KEY=VALUE',
-        help='override config entries, e.g. train_dataloader.batch_size=4')
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='override config entries, e.g. train_dataloader.batch_size=4',
+    )
     parser.add_argument(
-        '--launcher', default='none',
-        choices=('none', 'pytorch', 'slurm', 'mpi'), help='job launcher')
+        '--launcher',
+        default='none',
+        choices=('none', 'pytorch', 'slurm', 'mpi'),
+        help='job launcher',
+    )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -40,15 +57,20 @@ def main(args: argparse.Namespace) -> None:
     from mmengine.runner import Runner
 
     from mmvssm import engine
+
     cfg = engine.load_config(
-        args.config, args.cfg_options, args.work_dir,
-        required=('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'))
+        args.config,
+        args.cfg_options,
+        args.work_dir,
+        required=('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'),
+    )
     if args.amp:
         engine.enable_amp(cfg, args.amp)
     if args.pretrained:
         engine.require_file(args.pretrained, 'checkpoint')
         cfg.model.backbone.init_cfg = dict(
-            type='Pretrained', checkpoint=args.pretrained)
+            type='Pretrained', checkpoint=args.pretrained
+        )
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
@@ -65,4 +87,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == '__main__':
     arguments = parse_args()
     from mmvssm.engine import run_tool
+
     run_tool(lambda: main(arguments))

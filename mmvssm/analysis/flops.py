@@ -15,6 +15,7 @@ SS2D scans four routes at once, so there D is four times its inner channels,
 and its projections to Δ, B and C add the matrix products of their definition,
 however a backend computes them: :math:`4 B L C (R + 2 N) + 4 B L C R`.
 """
+
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,19 +46,27 @@ class Complexity:
         flops: FLOPs of one forward pass.
         by_operator: Those FLOPs by the name of the operator.
     """
+
     params: int
     flops: int
     by_operator: dict[str, int]
 
 
-def scan_flops(batch: int, channels: int, length: int, states: int,
-               skip: bool = True, gate: bool = False) -> int:
+def scan_flops(
+    batch: int,
+    channels: int,
+    length: int,
+    states: int,
+    skip: bool = True,
+    gate: bool = False,
+) -> int:
     """FLOPs of one selective scan, 9BLDN + BDL [skip] + BDL [gate]."""
     return batch * channels * length * (9 * states + skip + gate)
 
 
-def count_flops(model: nn.Module,
-                input_shape: Sequence[int] = (1, 3, 224, 224)) -> Complexity:
+def count_flops(
+    model: nn.Module, input_shape: Sequence[int] = (1, 3, 224, 224)
+) -> Complexity:
     """Count the FLOPs of ``model(image)`` in eval mode, without computing it.
 
     Shapes are all that is propagated, so any size takes a few seconds and no
@@ -79,19 +88,21 @@ def count_flops(model: nn.Module,
         counter = _FlopCounter()
         with FakeTensorMode() as fake, torch.no_grad():
             state = {
-                name: fake.from_tensor(tensor) for name, tensor in
-                (*model.named_parameters(), *model.named_buffers())
+                name: fake.from_tensor(tensor)
+                for name, tensor in (*model.named_parameters(), *model.named_buffers())
             }
             device = next(iter(state.values())).device if state else 'cpu'
             image = torch.empty(tuple(input_shape), device=device)
             with counter, _WholeOps(counter):
-                functional_call(model, state, (image, ))
+                functional_call(model, state, (image,))
     finally:
         for module, training in modes.items():
             module.training = training
     return Complexity(
         sum(p.numel() for p in model.parameters()),
-        counter.flops.total(), dict(counter.flops))
+        counter.flops.total(),
+        dict(counter.flops),
+    )
 
 
 class _FlopCounter(TorchDispatchMode):
@@ -113,7 +124,8 @@ class _FlopCounter(TorchDispatchMode):
         elif func.namespace == 'mmvssm':
             raise NotImplementedError(
                 f'{func} has no formula in mmvssm.analysis.flops.FORMULAS, '
-                'and its FLOPs would be missing from the count')
+                'and its FLOPs would be missing from the count'
+            )
         return out
 
 
@@ -135,8 +147,14 @@ class _WholeOps(TorchFunctionMode):
             self.counter.paused = False
 
 
-def _ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
-               dt_projs_bias: Tensor, A: Tensor, Ds: Tensor) -> dict[str, int]:
+def _ss2d_scan(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+) -> dict[str, int]:
     batch, channels, height, width = x.shape
     length, states = height * width, A.shape[1]
     weights = x_proj_weight.numel() + dt_projs_weight.numel()
@@ -159,8 +177,7 @@ def _convolution(args: tuple, out: Tensor) -> int:
 
 def _norm(weight: int, per_element: int) -> Callable[[tuple, Any], int]:
     """A norm whose affine weight is argument number ``weight``."""
-    return lambda args, out: args[0].numel() * (
-        per_element - (args[weight] is None))
+    return lambda args, out: args[0].numel() * (per_element - (args[weight] is None))
 
 
 def _scan(args: tuple, out: tuple[Tensor, ...]) -> int:

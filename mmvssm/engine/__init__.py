@@ -1,4 +1,5 @@
 """What the tools are made of, for scripts of one's own too."""
+
 from .config import enable_amp, enable_painting, enable_tta, load_config
 from .data import check_datasets
 from .errors import UsageError, require_file, run_tool
@@ -7,7 +8,16 @@ from .optim import Bf16OptimWrapper
 from .weights import check_load_from, load_weights
 
 __all__ = [
-    'Bf16OptimWrapper', 'UsageError', 'check_datasets', 'check_load_from',
-    'enable_amp', 'enable_painting', 'enable_tta', 'load_config',
-    'load_weights', 'prepare_launch', 'require_file', 'run_tool'
+    'Bf16OptimWrapper',
+    'UsageError',
+    'check_datasets',
+    'check_load_from',
+    'enable_amp',
+    'enable_painting',
+    'enable_tta',
+    'load_config',
+    'load_weights',
+    'prepare_launch',
+    'require_file',
+    'run_tool',
 ]

@@ -1,4 +1,5 @@
 """Read a config for a tool, and switch on what its flags ask for."""
+
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,10 +10,12 @@ from mmengine.device import get_device
 from .errors import UsageError
 
 
-def load_config(path: str,
-                options: Sequence[str] | None = None,
-                work_dir: str | None = None,
-                required: Iterable[str] = ('model', )) -> Config:
+def load_config(
+    path: str,
+    options: Sequence[str] | None = None,
+    work_dir: str | None = None,
+    required: Iterable[str] = ('model',),
+) -> Config:
     """Read a config file as every tool does.
 
     Args:
@@ -34,13 +37,15 @@ def load_config(path: str,
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise UsageError(
                 f'--cfg-options {" ".join(options)} does not fit {path}: '
-                f'{error}. Write KEY.SUBKEY=VALUE.') from error
+                f'{error}. Write KEY.SUBKEY=VALUE.'
+            ) from error
     missing = [key for key in required if cfg.get(key) is None]
     if missing:
         raise UsageError(
             f'{path} has no {", ".join(missing)}: it is not a whole '
             'experiment. Give a file such as configs/upernet_vmamba_t.py, '
-            'not a part of one.')
+            'not a part of one.'
+        )
     name = Path(path.split('::')[-1]).stem
     cfg.work_dir = work_dir or cfg.get('work_dir') or f'./work_dirs/{name}'
     return cfg
@@ -58,8 +63,9 @@ def _read(path: str) -> Config:
         return Config.fromfile(path)
     except Exception as error:
         # A config is a program of the user's: it can fail in any way.
-        raise UsageError(f'cannot read the config {path}: '
-                         f'{type(error).__name__}: {error}') from error
+        raise UsageError(
+            f'cannot read the config {path}: {type(error).__name__}: {error}'
+        ) from error
 
 
 def _parse_options(options: Sequence[str]) -> dict:
@@ -84,21 +90,22 @@ def enable_amp(cfg: Config, dtype: str = 'bfloat16') -> None:
     """
     wrapper = cfg.optim_wrapper
     kind = wrapper.get('type', 'OptimWrapper')
-    if kind not in ('OptimWrapper', 'AmpOptimWrapper',
-                    'mmvssm.Bf16OptimWrapper'):
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper', 'mmvssm.Bf16OptimWrapper'):
         raise UsageError(
             f'--amp replaces an OptimWrapper, but optim_wrapper.type is '
-            f'{kind!r}: set its precision in the config instead.')
+            f'{kind!r}: set its precision in the config instead.'
+        )
     for key in ('dtype', 'loss_scale'):
         wrapper.pop(key, None)
     if dtype == 'bfloat16':
         wrapper.type = 'mmvssm.Bf16OptimWrapper'
     elif get_device() == 'cpu':
-        raise UsageError('--amp float16 needs a GPU and this machine has '
-                         'none: use --amp bfloat16, or leave --amp out.')
+        raise UsageError(
+            '--amp float16 needs a GPU and this machine has '
+            'none: use --amp bfloat16, or leave --amp out.'
+        )
     else:
-        wrapper.update(
-            type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')
+        wrapper.update(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')
 
 
 def enable_tta(cfg: Config) -> None:
@@ -115,15 +122,15 @@ def enable_tta(cfg: Config) -> None:
         raise UsageError(
             f'--tta needs {" and ".join(missing)} in the config; '
             'configs/_base_/default_runtime.py and '
-            'configs/_base_/datasets/ade20k.py show them.')
+            'configs/_base_/datasets/ade20k.py show them.'
+        )
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 
-def enable_painting(cfg: Config,
-                    show_dir: str | None = None,
-                    show: bool = False,
-                    wait_time: float = 2.) -> None:
+def enable_painting(
+    cfg: Config, show_dir: str | None = None, show: bool = False, wait_time: float = 2.0
+) -> None:
     """Paint truth and prediction of every tested image.
 
     Args:
@@ -140,7 +147,8 @@ def enable_painting(cfg: Config,
     if hook is None or cfg.get('visualizer') is None:
         raise UsageError(
             '--show and --show-dir need a visualizer and the hook '
-            "default_hooks.visualization=dict(type='SegVisualizationHook').")
+            "default_hooks.visualization=dict(type='SegVisualizationHook')."
+        )
     hook.update(draw=True, show=show, wait_time=wait_time)
     if show_dir:
         cfg.visualizer.save_dir = show_dir

@@ -1,4 +1,5 @@
 """Say before anything is built that a data set is not where it should be."""
+
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,8 +23,7 @@ val_dataloader.dataset.data_root=PATH test_dataloader.dataset.data_root=PATH
 Nothing to download: `make quickstart` makes its own data and trains on it."""
 
 
-def check_datasets(cfg: Config,
-                   splits: Iterable[str] = ('train', 'val')) -> None:
+def check_datasets(cfg: Config, splits: Iterable[str] = ('train', 'val')) -> None:
     """Look for the files that the config's data sets are to be read from.
 
     Every folder in ``data_prefix`` must exist and hold files, every
@@ -48,12 +48,12 @@ def check_datasets(cfg: Config,
                 missing += absent
                 types.add(dataset.get('type'))
     if missing:
-        looked = '\n'.join(f'    {p.absolute()}' for p in
-                           dict.fromkeys(missing))
+        looked = '\n'.join(f'    {p.absolute()}' for p in dict.fromkeys(missing))
         layout = f'{_ADE20K}\n' if 'ADE20KDataset' in types else ''
         raise UsageError(
             f'no data. Looked for, and did not find or found empty:\n'
-            f'{looked}\n{layout}{_HOW_ELSE}')
+            f'{looked}\n{layout}{_HOW_ELSE}'
+        )
 
 
 def _leaves(dataset: dict) -> Iterator[dict]:
@@ -70,8 +70,7 @@ def _needed(dataset: dict) -> Iterator[Path]:
     root = dataset.get('data_root') or ''
     if backend != 'local' or '://' in root:
         return
-    names = [*(dataset.get('data_prefix') or {}).values(),
-             dataset.get('ann_file')]
+    names = [*(dataset.get('data_prefix') or {}).values(), dataset.get('ann_file')]
     # An absolute name replaces the root, as in mmengine's BaseDataset.
     yield from (Path(root) / name for name in names if name)
 

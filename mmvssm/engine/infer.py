@@ -1,4 +1,5 @@
 """Segment image files."""
+
 import copy
 import glob
 from collections.abc import Iterable
@@ -35,8 +36,7 @@ def find_images(patterns: Iterable[str]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            here = [p for p in path.rglob('*')
-                    if p.suffix.lower() in _SUFFIXES]
+            here = [p for p in path.rglob('*') if p.suffix.lower() in _SUFFIXES]
         elif glob.has_magic(pattern) and not path.exists():
             here = map(Path, glob.glob(pattern, recursive=True))
         else:
@@ -62,9 +62,9 @@ def free_name(path: Path, taken: set[str]) -> str:
     return name
 
 
-def load_segmentor(cfg: Config,
-                   checkpoint: str,
-                   device: str | None = None) -> nn.Module:
+def load_segmentor(
+    cfg: Config, checkpoint: str, device: str | None = None
+) -> nn.Module:
     """Build the segmentor of a config and fill it from its checkpoint.
 
     Args:
@@ -78,8 +78,7 @@ def load_segmentor(cfg: Config,
     """
     cfg = copy.deepcopy(cfg)
     cfg.setdefault('test_pipeline', cfg.test_dataloader.dataset.pipeline)
-    model = revert_sync_batchnorm(
-        init_model(cfg, device=device or get_device()))
+    model = revert_sync_batchnorm(init_model(cfg, device=device or get_device()))
     load_weights(model, checkpoint)
     # Knows classes and palette without a look at its files.
     dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
@@ -87,8 +86,7 @@ def load_segmentor(cfg: Config,
     return model.eval()
 
 
-def segment_file(model: nn.Module, path: Path) -> tuple[np.ndarray,
-                                                        SegDataSample]:
+def segment_file(model: nn.Module, path: Path) -> tuple[np.ndarray, SegDataSample]:
     """Read and segment one image.
 
     Returns:
@@ -106,18 +104,18 @@ def segment_file(model: nn.Module, path: Path) -> tuple[np.ndarray,
     return image, inference_model(model, image)
 
 
-def save_overlay(model: nn.Module, image: np.ndarray,
-                 prediction: SegDataSample, path: Path) -> None:
+def save_overlay(
+    model: nn.Module, image: np.ndarray, prediction: SegDataSample, path: Path
+) -> None:
     """Write the image with the predicted classes painted over it."""
     painter = SegLocalVisualizer(alpha=0.6)
     painter.dataset_meta = model.dataset_meta
     painter.add_datasample(
-        path.stem, image[..., ::-1], prediction, draw_gt=False,
-        out_file=str(path))
+        path.stem, image[..., ::-1], prediction, draw_gt=False, out_file=str(path)
+    )
 
 
-def save_label_map(model: nn.Module, prediction: SegDataSample,
-                   path: Path) -> None:
+def save_label_map(model: nn.Module, prediction: SegDataSample, path: Path) -> None:
     """Write class numbers, counted from 0, as a PNG in the palette's colours.
 
     The pixel values are the class numbers; 16 bits and grey beyond 256

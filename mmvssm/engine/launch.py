@@ -1,4 +1,5 @@
 """Several processes on a machine without an accelerator."""
+
 import os
 import subprocess
 import warnings
@@ -16,8 +17,11 @@ from .errors import UsageError
 _VARIABLES = {
     'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
     'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
-    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE',
-            'OMPI_COMM_WORLD_LOCAL_RANK'),
+    'mpi': (
+        'OMPI_COMM_WORLD_RANK',
+        'OMPI_COMM_WORLD_SIZE',
+        'OMPI_COMM_WORLD_LOCAL_RANK',
+    ),
 }
 
 
@@ -43,24 +47,29 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
         return
     absent = [key for key in _VARIABLES[launcher] if key not in os.environ]
     if absent:
-        starter = {'pytorch': 'torchrun or tools/dist_train.sh',
-                   'slurm': 'srun or tools/slurm_train.sh',
-                   'mpi': 'mpirun'}[launcher]
+        starter = {
+            'pytorch': 'torchrun or tools/dist_train.sh',
+            'slurm': 'srun or tools/slurm_train.sh',
+            'mpi': 'mpirun',
+        }[launcher]
         raise UsageError(
             f'--launcher {launcher} but {", ".join(absent)} is not set: '
-            f'start the processes with {starter}.')
+            f'start the processes with {starter}.'
+        )
     if get_device() != 'cpu':
         return
     _init_gloo(cfg, launcher)
     cfg.model_wrapper_cfg = {
         'device_ids': None,
         'find_unused_parameters': cfg.get('find_unused_parameters', False),
-        **cfg.get('model_wrapper_cfg', {})
+        **cfg.get('model_wrapper_cfg', {}),
     }
     if _replace_sync_bn(cfg.model):
-        warnings.warn('SyncBN needs CUDA: the processes use BN, each with '
-                      'the statistics of its own part of the batch.',
-                      stacklevel=2)
+        warnings.warn(
+            'SyncBN needs CUDA: the processes use BN, each with '
+            'the statistics of its own part of the batch.',
+            stacklevel=2,
+        )
 
 
 def _init_gloo(cfg: Config, launcher: str) -> None:
@@ -72,16 +81,22 @@ def _init_gloo(cfg: Config, launcher: str) -> None:
     dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
     timeout = dist_cfg.get('timeout')
     dist.init_process_group(
-        'gloo', timeout=timedelta(seconds=timeout) if timeout else None)
+        'gloo', timeout=timedelta(seconds=timeout) if timeout else None
+    )
 
 
 def _first_host(launcher: str) -> str:
     if launcher != 'slurm':
-        raise UsageError('MASTER_ADDR is not set: export the address of the '
-                         'machine that rank 0 runs on.')
+        raise UsageError(
+            'MASTER_ADDR is not set: export the address of the '
+            'machine that rank 0 runs on.'
+        )
     hosts = subprocess.run(
         ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']],
-        check=True, capture_output=True, text=True)
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return hosts.stdout.split()[0]
 
 

@@ -1,4 +1,5 @@
 """bfloat16 training on any device."""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -3,6 +3,7 @@
 mmengine loads with ``strict=False``: whatever does not fit is left at its
 random values, and the test that follows reports a mIoU near zero.
 """
+
 from collections import Counter
 from collections.abc import Mapping
 
@@ -42,17 +43,21 @@ def load_weights(model: nn.Module, path: str) -> None:
     except CheckpointError:
         pass  # Another family's: its names are the model's, or it is refused.
     given = {key: value.shape for key, value in state.items()}
-    wanted = {key: value.shape for key, value in model.state_dict().items()
-              if not key.startswith(_OPTIONAL)}
+    wanted = {
+        key: value.shape
+        for key, value in model.state_dict().items()
+        if not key.startswith(_OPTIONAL)
+    }
     if any(given.get(key) != shape for key, shape in wanted.items()):
         raise UsageError(
             f'{path} does not belong to this config:\n'
             f'{_differences(given, wanted)}\n'
             'Give the config the checkpoint was trained with. (A backbone '
-            'alone is a start for training: tools/train.py --pretrained.)')
+            'alone is a start for training: tools/train.py --pretrained.)'
+        )
     model.load_state_dict(
-        {key: value for key, value in state.items() if key in wanted},
-        strict=False)
+        {key: value for key, value in state.items() if key in wanted}, strict=False
+    )
 
 
 def check_load_from(model: nn.Module, path: str) -> None:
@@ -70,16 +75,19 @@ def check_load_from(model: nn.Module, path: str) -> None:
     """
     require_file(path, 'checkpoint')
     given = {key: value.shape for key, value in _read(path).items()}
-    wanted = {key: value.shape
-              for key, value in _unwrap(model).state_dict().items()
-              if key.startswith('backbone.')}
+    wanted = {
+        key: value.shape
+        for key, value in _unwrap(model).state_dict().items()
+        if key.startswith('backbone.')
+    }
     if not any(given.get(key) == shape for key, shape in wanted.items()):
         raise UsageError(
             f'load_from={path} has nothing for this backbone:\n'
             f'{_differences(given, wanted)}\n'
             'A backbone or classifier alone goes to tools/train.py '
             '--pretrained; a published segmentor goes through '
-            'tools/convert_checkpoint.py first.')
+            'tools/convert_checkpoint.py first.'
+        )
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -89,21 +97,25 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _read(path: str) -> dict:
-    return {key.removeprefix('module.'): value
-            for key, value in read_state_dict(path).items()}
+    return {
+        key.removeprefix('module.'): value
+        for key, value in read_state_dict(path).items()
+    }
 
 
 def _differences(given: Mapping[str, Size], wanted: Mapping[str, Size]) -> str:
     unfit = [key for key, shape in wanted.items() if given.get(key) != shape]
     total = Counter(key.split('.')[0] for key in wanted)
     bad = Counter(key.split('.')[0] for key in unfit)
-    lines = [f'    {part}: {number - bad[part]} of {number} tensors match'
-             for part, number in total.items()]
-    left = sum(key not in wanted and not key.startswith(_OPTIONAL)
-               for key in given)
+    lines = [
+        f'    {part}: {number - bad[part]} of {number} tensors match'
+        for part, number in total.items()
+    ]
+    left = sum(key not in wanted and not key.startswith(_OPTIONAL) for key in given)
     lines.append(f'    in the file only: {left}')
     key = unfit[0]
-    found = f'is {tuple(given[key])} in the file' if key in given else \
-        'is not in the file'
+    found = (
+        f'is {tuple(given[key])} in the file' if key in given else 'is not in the file'
+    )
     lines.append(f'    first misfit: {key} {tuple(wanted[key])} {found}')
     return '\n'.join(lines)

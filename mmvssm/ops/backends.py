@@ -4,6 +4,7 @@ The choice follows the tensors of the call, never what the machine has. It can
 be overridden, in this order, by the ``backend=`` argument of an op, by
 :func:`use_backend` and by the environment variable ``MMVSSM_SCAN_BACKEND``.
 """
+
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -55,9 +56,8 @@ _BACKENDS = {
     for backend in (
         Backend('torch', 'plain tensor code, any device, nothing compiled'),
         Backend(
-            'reference',
-            'the definition, one position at a time; slow',
-            automatic=False),
+            'reference', 'the definition, one position at a time; slow', automatic=False
+        ),
     )
 }
 _forced: list[str] = []
@@ -96,9 +96,9 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def choose_backend(device_type: str,
-                   dtype: torch.dtype,
-                   requested: str | None = None) -> str:
+def choose_backend(
+    device_type: str, dtype: torch.dtype, requested: str | None = None
+) -> str:
     """Name of the backend that serves tensors of this device and dtype.
 
     Args:
@@ -122,14 +122,16 @@ def choose_backend(device_type: str,
             raise BackendUnavailableError(
                 f"the scan backend '{name}' cannot run: {reason}. "
                 f'Leave the choice to mmvssm, or take one of '
-                f'{_servers(device_type, dtype)}')
+                f'{_servers(device_type, dtype)}'
+            )
         return name
     for backend in _BACKENDS.values():
         if backend.automatic and not backend.refuses(device_type, dtype):
             return backend.name
     raise BackendUnavailableError(
         f'no scan backend takes {dtype} tensors on {device_type}; '
-        f'python -m mmvssm.collect_env says what each one takes')
+        f'python -m mmvssm.collect_env says what each one takes'
+    )
 
 
 def _from_environment() -> str:
@@ -138,13 +140,13 @@ def _from_environment() -> str:
 
 def _get(name: str) -> Backend:
     if name not in _BACKENDS:
-        raise ValueError(
-            f"unknown scan backend '{name}'; known are {list_backends()}")
+        raise ValueError(f"unknown scan backend '{name}'; known are {list_backends()}")
     return _BACKENDS[name]
 
 
 def _servers(device_type: str, dtype: torch.dtype) -> list[str]:
     return [
-        name for name, backend in _BACKENDS.items()
+        name
+        for name, backend in _BACKENDS.items()
         if not backend.refuses(device_type, dtype)
     ]

@@ -6,6 +6,7 @@ differently from the vector one, so a value depends on where the cuts fall. The
 functions here are made of operations that round the same way in both (exp,
 log1p, + - * /). Tests in ``tests/ops/test_determinism.py``.
 """
+
 import torch
 from torch import Tensor
 

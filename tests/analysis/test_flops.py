@@ -21,13 +21,18 @@ def quick_init(monkeypatch):
     monkeypatch.setattr(nn.init, 'kaiming_uniform_', lambda x, **kwargs: x)
 
 
-@pytest.mark.parametrize('name, giga', [
-    ('vmamba_t_s1l8', 4.9), ('vmamba_s_s2l15', 8.7),
-    ('vmamba_b_s2l15', 15.4), ('vmamba_t_v0', 5.6)
-])
+@pytest.mark.parametrize(
+    'name, giga',
+    [
+        ('vmamba_t_s1l8', 4.9),
+        ('vmamba_s_s2l15', 8.7),
+        ('vmamba_b_s2l15', 15.4),
+        ('vmamba_t_v0', 5.6),
+    ],
+)
 def test_published_classifiers(name, giga, quick_init):
     flops = count_flops(mmvssm.build_classifier(name)).flops
-    assert flops / 1e9 == pytest.approx(giga, rel=.01)
+    assert flops / 1e9 == pytest.approx(giga, rel=0.01)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -38,31 +43,32 @@ def test_published_segmentors(name, quick_init):
 
     from mmvssm.engine import load_config
     from tiny import REPO
+
     init_default_scope('mmseg')
     cfg = load_config(str(REPO / 'configs' / name))
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     found = count_flops(model, (1, 3, 512, 2048))
     mega, giga = CONFIGS[name]
     # The published figure counts the auxiliary head's parameters ...
-    assert found.params / 1e6 == pytest.approx(mega, rel=.01)
+    assert found.params / 1e6 == pytest.approx(mega, rel=0.01)
     assert round(found.params / 1e6) == mega
     # ... but not its FLOPs.
-    assert found.flops / 1e9 == pytest.approx(giga, rel=.001)
+    assert found.flops / 1e9 == pytest.approx(giga, rel=0.001)
 
 
 @pytest.mark.parametrize('gated', [False, True])
 def test_terms_of_ss2d(gated):
     """Every term written out for one mixer."""
     from mmvssm.backbones.vssm import SS2D
+
     channels, states, ratio = 32, 4, 2
     inner, rank, pixels = ratio * channels, 2, 6 * 10
-    found = count_flops(SS2D(channels, states, ratio, gated),
-                        (2, channels, 6, 10))
+    found = count_flops(SS2D(channels, states, ratio, gated), (2, channels, 6, 10))
     terms = found.by_operator
-    assert terms['ss2d_scan: scan'] == 2 * pixels * (
-        9 * 4 * inner * states + 4 * inner)
+    assert terms['ss2d_scan: scan'] == 2 * pixels * (9 * 4 * inner * states + 4 * inner)
     assert terms['ss2d_scan: projections'] == 2 * pixels * 4 * inner * (
-        rank + 2 * states + rank)
+        rank + 2 * states + rank
+    )
     assert terms['convolution'] == 2 * pixels * 9 * inner
     assert terms['native_layer_norm'] == 2 * pixels * 5 * inner
     in_and_out = channels * inner * (3 if gated else 2)
@@ -73,13 +79,14 @@ def test_terms_of_ss2d(gated):
 def test_agrees_with_mmengine():
     """mmengine's tracing counter, given the scan, finds about the same."""
     from mmengine.analysis import FlopAnalyzer
+
     net = mmvssm.build_backbone('vmamba_t_v0', out_indices=(0, 1)).eval()
     analyzer = FlopAnalyzer(net, torch.rand(1, 3, 32, 48))
     analyzer.set_op_handle(**SCAN_HANDLES).unsupported_ops_warnings(False)
     # It counts what the projections pad, and reads the cost of an einsum from
     # a rounded printout.
     found = count_flops(net, (1, 3, 32, 48)).flops
-    assert analyzer.total() == pytest.approx(found, rel=.01)
+    assert analyzer.total() == pytest.approx(found, rel=0.01)
     assert analyzer.by_operator()['selective_scan'] > 0
 
 
@@ -88,8 +95,7 @@ def test_torch_flop_counter_finds_the_scan():
     B = torch.rand(2, 3, 4, 5)
     with FlopCounterMode(display=False) as counter:
         mmvssm.ops.selective_scan(u, u, -torch.rand(6, 4), B, B, z=u)
-    assert counter.get_total_flops() == scan_flops(2, 6, 5, 4, skip=False,
-                                                   gate=True)
+    assert counter.get_total_flops() == scan_flops(2, 6, 5, 4, skip=False, gate=True)
 
 
 def test_model_is_left_as_it_was():
@@ -97,8 +103,9 @@ def test_model_is_left_as_it_was():
     net[1].eval()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     result = count_flops(net, (2, 3, 5, 7))
-    assert result.by_operator == dict(convolution=2 * 35 * 12,
-                                      native_batch_norm=2 * 35 * 4 * 2)
+    assert result.by_operator == dict(
+        convolution=2 * 35 * 12, native_batch_norm=2 * 35 * 4 * 2
+    )
     assert net.training and not net[1].training and net[2].training
     after = net.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
@@ -112,7 +119,6 @@ def test_an_op_without_formula_is_not_passed_over():
     uncounted.register_fake(torch.empty_like)
 
     class Net(nn.Module):
-
         def forward(self, x):
             return uncounted(x)
 

@@ -50,8 +50,11 @@ def test_float16_scales_the_loss(path, monkeypatch):
     cfg = load_config(path)
     enable_amp(cfg, 'float16')
     wrapper = cfg.optim_wrapper
-    assert (wrapper.type, wrapper.dtype, wrapper.loss_scale) == \
-        ('AmpOptimWrapper', 'float16', 'dynamic')
+    assert (wrapper.type, wrapper.dtype, wrapper.loss_scale) == (
+        'AmpOptimWrapper',
+        'float16',
+        'dynamic',
+    )
     monkeypatch.setattr('mmvssm.engine.config.get_device', lambda: 'cpu')
     with pytest.raises(UsageError, match='--amp bfloat16'):
         enable_amp(cfg, 'float16')

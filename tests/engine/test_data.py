@@ -34,14 +34,19 @@ def test_only_what_is_absent_is_named(gone, emptied, ade, tmp_path):
 def test_splits_that_are_not_read_are_not_needed(ade, tmp_path):
     cfg = Config.fromfile(write_config(tmp_path / 'tiny.py', ade))
     shutil.rmtree(ade / 'images/training')
-    check_datasets(cfg, ('test', ))
+    check_datasets(cfg, ('test',))
 
 
 def test_inside_wrappers_and_lists(tmp_path):
-    leaf = dict(type='Any', data_root=str(tmp_path),
-                ann_file='train.txt', data_prefix=dict(img_path=''))
-    wrapped = dict(type='RepeatDataset', dataset=dict(
-        type='ConcatDataset', datasets=[leaf]))
+    leaf = dict(
+        type='Any',
+        data_root=str(tmp_path),
+        ann_file='train.txt',
+        data_prefix=dict(img_path=''),
+    )
+    wrapped = dict(
+        type='RepeatDataset', dataset=dict(type='ConcatDataset', datasets=[leaf])
+    )
     cfg = Config(dict(train_dataloader=dict(dataset=wrapped)))
     with pytest.raises(UsageError, match=r'train\.txt') as error:
         check_datasets(cfg)

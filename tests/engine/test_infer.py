@@ -15,9 +15,12 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
     (tmp_path / 'in/notes.txt').write_text('')
     found = find_images(['in', 'in/*.JPG', 'c[1].png', 'absent.jpg'])
     assert list(map(str, found)) == [
-        'in/b.JPG', 'in/deep/a.png', 'c[1].png', 'absent.jpg']
-    assert find_images([f'{tmp_path}/in/**/*.png']) == [
-        tmp_path / 'in/deep/a.png']
+        'in/b.JPG',
+        'in/deep/a.png',
+        'c[1].png',
+        'absent.jpg',
+    ]
+    assert find_images([f'{tmp_path}/in/**/*.png']) == [tmp_path / 'in/deep/a.png']
     for nothing in ('*.bmp', 'empty'):
         (tmp_path / 'empty').mkdir(exist_ok=True)
         with pytest.raises(UsageError, match='no image in'):
@@ -26,6 +29,8 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
 
 def test_names_do_not_collide(tmp_path):
     taken = set()
-    names = [free_name(tmp_path / x, taken)
-             for x in ('a.png', 'b/a.jpg', 'a_2.png', 'c/a.png')]
+    names = [
+        free_name(tmp_path / x, taken)
+        for x in ('a.png', 'b/a.jpg', 'a_2.png', 'c/a.png')
+    ]
     assert names == ['a', 'a_2', 'a_2_2', 'a_3']

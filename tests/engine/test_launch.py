@@ -18,9 +18,9 @@ def test_none_changes_nothing(cfg):
     assert cfg.model.decode_head.norm_cfg.type == 'SyncBN'
 
 
-@pytest.mark.parametrize('launcher, starter', [
-    ('pytorch', 'torchrun'), ('slurm', 'srun'), ('mpi', 'mpirun')
-])
+@pytest.mark.parametrize(
+    'launcher, starter', [('pytorch', 'torchrun'), ('slurm', 'srun'), ('mpi', 'mpirun')]
+)
 def test_not_started_by_the_launcher(launcher, starter, cfg, monkeypatch):
     for name in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'):
         monkeypatch.delenv(name, raising=False)
@@ -28,17 +28,25 @@ def test_not_started_by_the_launcher(launcher, starter, cfg, monkeypatch):
         prepare_launch(cfg, launcher)
 
 
-@pytest.mark.parametrize('names', [
-    ('pytorch', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
-    ('slurm', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
-])
+@pytest.mark.parametrize(
+    'names',
+    [
+        ('pytorch', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+        ('slurm', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    ],
+)
 def test_without_accelerator_gloo(names, cfg, monkeypatch):
     launcher, rank, size, local = names
     # Set for monkeypatch to restore what prepare_launch writes.
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         monkeypatch.setenv(name, '0')
-    for name, value in ((rank, '0'), (size, '1'), (local, '0'),
-                        ('MASTER_ADDR', '127.0.0.1'), ('MASTER_PORT', '0')):
+    for name, value in (
+        (rank, '0'),
+        (size, '1'),
+        (local, '0'),
+        ('MASTER_ADDR', '127.0.0.1'),
+        ('MASTER_PORT', '0'),
+    ):
         monkeypatch.setenv(name, value)
     try:
         with pytest.warns(UserWarning, match='SyncBN needs CUDA'):

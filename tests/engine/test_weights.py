@@ -7,7 +7,6 @@ from mmvssm.engine import UsageError, check_load_from, load_weights
 
 
 class Segmentor(nn.Module):
-
     def __init__(self, classes=5):
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
@@ -69,27 +68,39 @@ def test_published_names_are_converted(path):
     """A segmentor of the first published version, with its old names."""
     pytest.importorskip('mmseg')
     from mmvssm.backbones import VSSM
-    arch = dict(depths=(1, 1, 1, 1), dims=8, ssm_d_state=4, ssm_ratio=2.,
-                forward_type='v0', mlp_ratio=0., patchembed_version='v1',
-                downsample_version='v1')
+
+    arch = dict(
+        depths=(1, 1, 1, 1),
+        dims=8,
+        ssm_d_state=4,
+        ssm_ratio=2.0,
+        forward_type='v0',
+        mlp_ratio=0.0,
+        patchembed_version='v1',
+        downsample_version='v1',
+    )
     source, target = (Segmentor() for _ in range(2))
     source.backbone, target.backbone = VSSM(arch), VSSM(arch)
     old = {}
     for key, value in source.state_dict().items():
-        key = key.replace('patch_embed.0', 'patch_embed.proj').replace(
-            'patch_embed.2', 'patch_embed.norm').replace(
-                '.op.', '.self_attention.')
+        key = (
+            key.replace('patch_embed.0', 'patch_embed.proj')
+            .replace('patch_embed.2', 'patch_embed.norm')
+            .replace('.op.', '.self_attention.')
+        )
         if '.blocks.' in key:
             key = key.replace('.norm.', '.ln_1.')
         old[key] = value
     torch.save(dict(state_dict=old), path)
     load_weights(target, path)
     key = 'layers.3.blocks.0.norm.weight'
-    assert torch.equal(target.backbone.state_dict()[key],
-                       source.backbone.state_dict()[key])
+    assert torch.equal(
+        target.backbone.state_dict()[key], source.backbone.state_dict()[key]
+    )
     key = 'layers.2.blocks.0.op.in_proj.weight'
-    assert torch.equal(target.backbone.state_dict()[key],
-                       source.backbone.state_dict()[key])
+    assert torch.equal(
+        target.backbone.state_dict()[key], source.backbone.state_dict()[key]
+    )
 
 
 def test_not_a_checkpoint(path):

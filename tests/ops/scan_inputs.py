@@ -1,4 +1,5 @@
 """Random inputs of the scan ops, shared by the op tests."""
+
 import torch
 
 from mmvssm.ops import list_backends
@@ -7,8 +8,19 @@ FAST_BACKENDS = [name for name in list_backends() if name != 'reference']
 OPTIONAL = ('D', 'z', 'delta_bias')
 
 
-def scan_inputs(batch, channels, length, states, groups=None, *, optional=OPTIONAL,
-                dtype=torch.float64, channels_last=False, requires_grad=True, seed=0):
+def scan_inputs(
+    batch,
+    channels,
+    length,
+    states,
+    groups=None,
+    *,
+    optional=OPTIONAL,
+    dtype=torch.float64,
+    channels_last=False,
+    requires_grad=True,
+    seed=0,
+):
     """Arguments of selective_scan; ``groups=None`` gives ungrouped B and C."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -23,7 +35,8 @@ def scan_inputs(batch, channels, length, states, groups=None, *, optional=OPTION
         delta=normal(batch, channels, length),
         A=-torch.exp(normal(channels, states)),
         B=normal(*weights),
-        C=normal(*weights))
+        C=normal(*weights),
+    )
     if 'D' in optional:
         inputs['D'] = normal(channels)
     if 'z' in optional:
@@ -40,8 +53,18 @@ def scan_inputs(batch, channels, length, states, groups=None, *, optional=OPTION
     return {name: x.requires_grad_(requires_grad) for name, x in inputs.items()}
 
 
-def ss2d_inputs(batch, channels, height, width, rank, states, *,
-                dtype=torch.float64, channels_last=False, seed=0):
+def ss2d_inputs(
+    batch,
+    channels,
+    height,
+    width,
+    rank,
+    states,
+    *,
+    dtype=torch.float64,
+    channels_last=False,
+    seed=0,
+):
     """Arguments of ss2d_scan, scaled as a trained layer would have them."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -57,7 +80,8 @@ def ss2d_inputs(batch, channels, height, width, rank, states, *,
         dt_projs_weight=normal(4, channels, rank) / rank**0.5,
         dt_projs_bias=normal(4, channels) - 3,
         A=-torch.exp(normal(4 * channels, states)),
-        Ds=normal(4 * channels))
+        Ds=normal(4 * channels),
+    )
     return {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
 
 

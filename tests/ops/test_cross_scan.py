@@ -5,7 +5,7 @@ from mmvssm.ops import cross_merge, cross_scan
 
 
 def test_routes_of_a_small_map():
-    x = torch.arange(6.).reshape(1, 1, 2, 3)
+    x = torch.arange(6.0).reshape(1, 1, 2, 3)
     assert cross_scan(x)[0, :, 0].tolist() == [
         [0, 1, 2, 3, 4, 5],
         [0, 3, 1, 4, 2, 5],
@@ -33,8 +33,9 @@ def test_strides_do_not_matter():
     last = x.contiguous(memory_format=torch.channels_last)
     assert torch.equal(cross_scan(x), cross_scan(last))
     ys = torch.randn(2, 4, 3, 20)
-    assert torch.equal(cross_merge(ys, (4, 5)),
-                       cross_merge(ys.mT.contiguous().mT, (4, 5)))
+    assert torch.equal(
+        cross_merge(ys, (4, 5)), cross_merge(ys.mT.contiguous().mT, (4, 5))
+    )
 
 
 def test_gradcheck():
@@ -50,8 +51,10 @@ def test_bad_map(shape):
         cross_scan(torch.zeros(shape))
 
 
-@pytest.mark.parametrize('shape,size', [
-    ((1, 4, 3, 20), (4, 4)), ((1, 3, 3, 20), (4, 5)), ((4, 3, 20), (4, 5))])
+@pytest.mark.parametrize(
+    'shape,size',
+    [((1, 4, 3, 20), (4, 4)), ((1, 3, 3, 20), (4, 5)), ((4, 3, 20), (4, 5))],
+)
 def test_bad_sequences(shape, size):
     with pytest.raises(ValueError, match='cross_merge: expected'):
         cross_merge(torch.zeros(shape), size)

@@ -29,9 +29,11 @@ def test_far_out():
 
 @pytest.mark.parametrize('name', ['softplus', 'sigmoid', 'silu'])
 def test_derivatives(name):
-    x = torch.tensor([-90., -3., -1e-9, 0., 1e-9, 3., 90.], dtype=torch.float64)
-    got, want = (torch.autograd.functional.jacobian(f, x).diag()
-                 for f in (getattr(numerics, name), getattr(F, name)))
+    x = torch.tensor([-90.0, -3.0, -1e-9, 0.0, 1e-9, 3.0, 90.0], dtype=torch.float64)
+    got, want = (
+        torch.autograd.functional.jacobian(f, x).diag()
+        for f in (getattr(numerics, name), getattr(F, name))
+    )
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-30)
 
 

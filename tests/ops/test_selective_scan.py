@@ -24,7 +24,8 @@ def compare_with_reference(inputs, backend, tolerance, softplus=True):
     results = []
     for name in ('reference', backend):
         out, last = selective_scan(
-            **inputs, delta_softplus=softplus, return_last_state=True, backend=name)
+            **inputs, delta_softplus=softplus, return_last_state=True, backend=name
+        )
         results.append(dict(out=out, last=last, **gradients((out, last), inputs)))
     want, got = results
     errors = {key: relative_error(got[key], want[key]) for key in want}
@@ -35,32 +36,43 @@ def compare_with_reference(inputs, backend, tolerance, softplus=True):
 
 def test_reference_is_the_recurrence():
     """One channel, one state, by hand."""
-    u, delta = torch.tensor([[[2., 3.]]]), torch.tensor([[[.5, 1.]]])
+    u, delta = torch.tensor([[[2.0, 3.0]]]), torch.tensor([[[0.5, 1.0]]])
     one = torch.ones(1, 1, 2)
     out, last = selective_scan(
-        u, delta, torch.tensor([[-1.]]), 3 * one, 5 * one, torch.tensor([7.]),
-        return_last_state=True, backend='reference')
-    h1 = .5 * 3 * 2
-    h2 = h1 * torch.exp(torch.tensor(-1.)) + 1 * 3 * 3
-    torch.testing.assert_close(
-        out, torch.tensor([[[5 * h1 + 7 * 2, 5 * h2 + 7 * 3]]]))
+        u,
+        delta,
+        torch.tensor([[-1.0]]),
+        3 * one,
+        5 * one,
+        torch.tensor([7.0]),
+        return_last_state=True,
+        backend='reference',
+    )
+    h1 = 0.5 * 3 * 2
+    h2 = h1 * torch.exp(torch.tensor(-1.0)) + 1 * 3 * 3
+    torch.testing.assert_close(out, torch.tensor([[[5 * h1 + 7 * 2, 5 * h2 + 7 * 3]]]))
     torch.testing.assert_close(last, h2.reshape(1, 1, 1))
 
 
 @backends
 @pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('batch,channels,length,states,groups', [
-    (2, 12, 67, 3, 4),
-    (1, 8, 197, 16, 1),
-    (2, 6, 130, 4, None),
-    (1, 2, 1, 1, 2),
-    (2, 4, 2, 5, 1),
-    (3, 4, 17, 1, 4),
-])
-def test_matches_reference(backend, batch, channels, length, states, groups,
-                           channels_last):
-    inputs = scan_inputs(batch, channels, length, states, groups,
-                         channels_last=channels_last)
+@pytest.mark.parametrize(
+    'batch,channels,length,states,groups',
+    [
+        (2, 12, 67, 3, 4),
+        (1, 8, 197, 16, 1),
+        (2, 6, 130, 4, None),
+        (1, 2, 1, 1, 2),
+        (2, 4, 2, 5, 1),
+        (3, 4, 17, 1, 4),
+    ],
+)
+def test_matches_reference(
+    backend, batch, channels, length, states, groups, channels_last
+):
+    inputs = scan_inputs(
+        batch, channels, length, states, groups, channels_last=channels_last
+    )
     compare_with_reference(inputs, backend, 1e-12)
 
 
@@ -69,7 +81,7 @@ def test_matches_reference(backend, batch, channels, length, states, groups,
 @pytest.mark.parametrize('optional', SUBSETS, ids='-'.join)
 def test_every_option(backend, optional, softplus):
     inputs = scan_inputs(2, 6, 23, 2, 3, optional=optional)
-    inputs['delta'] = (inputs['delta'].detach().abs() * .3).requires_grad_()
+    inputs['delta'] = (inputs['delta'].detach().abs() * 0.3).requires_grad_()
     compare_with_reference(inputs, backend, 1e-12, softplus)
 
 
@@ -85,12 +97,15 @@ def test_long_sequences(backend, shape):
 
     def piece(positions):
         along = ('u', 'delta', 'z', 'B', 'C')
-        return {name: x[..., positions] if name in along else x
-                for name, x in inputs.items()}
+        return {
+            name: x[..., positions] if name in along else x
+            for name, x in inputs.items()
+        }
 
     def scan(arguments):
-        return selective_scan(**arguments, delta_softplus=True,
-                              return_last_state=True, backend=backend)
+        return selective_scan(
+            **arguments, delta_softplus=True, return_last_state=True, backend=backend
+        )
 
     out, last = scan(inputs)
     first, state = scan(piece(slice(0, cut)))
@@ -98,7 +113,8 @@ def test_long_sequences(backend, shape):
     rest, rest_state = scan(second)
     # A start state adds C_t exp(A sum of steps) h_0 to the outputs.
     steps = torch.nn.functional.softplus(
-        second['delta'] + inputs['delta_bias'][:, None]).cumsum(-1)
+        second['delta'] + inputs['delta_bias'][:, None]
+    ).cumsum(-1)
     groups = shape[4]
     decay = torch.exp(steps[:, :, None] * inputs['A'][:, :, None])
     weights = second['C'].repeat_interleave(shape[1] // groups, 1)
@@ -120,8 +136,12 @@ def test_gradcheck(backend):
     names = list(inputs)
 
     def scan(*args):
-        return selective_scan(**dict(zip(names, args)), delta_softplus=True,
-                              return_last_state=True, backend=backend)
+        return selective_scan(
+            **dict(zip(names, args)),
+            delta_softplus=True,
+            return_last_state=True,
+            backend=backend,
+        )
 
     assert torch.autograd.gradcheck(scan, tuple(inputs.values()))
 
@@ -131,8 +151,9 @@ def test_gradient_of_one_input_only(backend):
     inputs = scan_inputs(1, 4, 30, 2, requires_grad=False)
     inputs['A'].requires_grad_()
     grads = [
-        torch.autograd.grad(
-            selective_scan(**inputs, backend=name).sum(), inputs['A'])[0]
+        torch.autograd.grad(selective_scan(**inputs, backend=name).sum(), inputs['A'])[
+            0
+        ]
         for name in ('reference', backend)
     ]
     assert relative_error(grads[1], grads[0]) < 1e-12
@@ -144,11 +165,13 @@ def test_low_precision_keeps_a_float32_state(backend, dtype):
     inputs = scan_inputs(2, 8, 300, 4, 2, dtype=dtype)
     inputs['A'] = inputs['A'].detach().float().requires_grad_()
     out, last = selective_scan(
-        **inputs, delta_softplus=True, return_last_state=True, backend=backend)
+        **inputs, delta_softplus=True, return_last_state=True, backend=backend
+    )
     assert out.dtype == dtype and last.dtype == torch.float32
     double = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
     want, want_last = selective_scan(
-        **double, delta_softplus=True, return_last_state=True, backend='reference')
+        **double, delta_softplus=True, return_last_state=True, backend='reference'
+    )
     assert relative_error(last, want_last) < 1e-6
     # Only the final rounding of the output is in the low precision.
     assert relative_error(out, want) < 1e-6 + torch.finfo(dtype).eps
@@ -169,8 +192,10 @@ def test_autocast_returns_float32(backend):
 
 
 @all_backends
-@pytest.mark.parametrize('decay,step', [
-    (-1e4, 50.), (-1e-6, 1e-6), (-1., 50.), (-1e4, 1e-6), (-30., 3.)])
+@pytest.mark.parametrize(
+    'decay,step',
+    [(-1e4, 50.0), (-1e-6, 1e-6), (-1.0, 50.0), (-1e4, 1e-6), (-30.0, 3.0)],
+)
 def test_extreme_decays(backend, decay, step):
     """No A and no Δ overflows; underflow gives zeros."""
     inputs = scan_inputs(1, 4, 300, 4, optional=(), dtype=torch.float32)
@@ -194,8 +219,8 @@ def test_growth_from_a_zero_state(backend):
     """A positive A may overflow a product of decays, not a state of zero."""
     inputs = scan_inputs(1, 2, 400, 1, optional=(), dtype=torch.float32)
     inputs = {k: v.detach() for k, v in inputs.items()}
-    inputs['A'].fill_(40.)
-    inputs['delta'].fill_(1.)
+    inputs['A'].fill_(40.0)
+    inputs['delta'].fill_(1.0)
     inputs['u'].zero_()
     out = selective_scan(**inputs, backend=backend)
     assert torch.equal(out, torch.zeros_like(out))
@@ -227,16 +252,27 @@ def test_no_state_of_every_position_is_kept(backend):
     inputs = scan_inputs(2, 64, 2048, 16, dtype=torch.float32)
     out = selective_scan(**inputs, delta_softplus=True, backend=backend)
     own = {x.untyped_storage().data_ptr() for x in inputs.values()}
-    kept = sum(x.numel() for x in out.grad_fn.saved_tensors
-               if x is not None and x.untyped_storage().data_ptr() not in own)
+    kept = sum(
+        x.numel()
+        for x in out.grad_fn.saved_tensors
+        if x is not None and x.untyped_storage().data_ptr() not in own
+    )
     assert kept <= 2 * 64 * 2048 * 16 / 16
 
 
 @backends
 def test_opcheck(backend):
     for optional, channels_last in (((), True), (OPTIONAL, False)):
-        inputs = scan_inputs(2, 4, 40, 2, 2, dtype=torch.float32, optional=optional,
-                             channels_last=channels_last)
+        inputs = scan_inputs(
+            2,
+            4,
+            40,
+            2,
+            2,
+            dtype=torch.float32,
+            optional=optional,
+            channels_last=channels_last,
+        )
         args = [inputs.get(n) for n in op._NAMES]
         opcheck(op._forward_op, (*args, True, torch.float32, backend))
 
@@ -250,7 +286,8 @@ def test_compile_fullgraph(backend, autocast):
     def scan(*args):
         with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
             y = selective_scan(
-                **dict(zip(names, args)), delta_softplus=True, backend=backend)
+                **dict(zip(names, args)), delta_softplus=True, backend=backend
+            )
         return y * 2
 
     torch._dynamo.reset()
@@ -268,13 +305,16 @@ BAD = {
     'z must have': lambda i: i.update(z=i['z'][:1]),
     'one shape': lambda i: i.update(C=i['C'][..., :-1]),
     r'\(batch, states, length\)': lambda i: i.update(
-        B=i['B'][..., :-1], C=i['C'][..., :-1]),
+        B=i['B'][..., :-1], C=i['C'][..., :-1]
+    ),
     'do not divide': lambda i: i.update(
-        B=i['B'][:, :1].repeat(1, 4, 1, 1), C=i['C'][:, :1].repeat(1, 4, 1, 1)),
+        B=i['B'][:, :1].repeat(1, 4, 1, 1), C=i['C'][:, :1].repeat(1, 4, 1, 1)
+    ),
     'D must be': lambda i: i.update(D=i['D'][:-1]),
     'delta_bias must be': lambda i: i.update(delta_bias=i['delta_bias'][None]),
-    'nothing to scan': lambda i: i.update({
-        k: i[k][..., :0] for k in ('u', 'delta', 'z', 'B', 'C')}),
+    'nothing to scan': lambda i: i.update(
+        {k: i[k][..., :0] for k in ('u', 'delta', 'z', 'B', 'C')}
+    ),
     'is on meta': lambda i: i.update(z=i['z'].to('meta')),
 }
 
@@ -287,8 +327,9 @@ def test_bad_shapes(message):
         selective_scan(**inputs)
 
 
-@pytest.mark.parametrize('name,value', [
-    ('u', [1., 2.]), ('A', 'complex'), ('B', 'int')])
+@pytest.mark.parametrize(
+    'name,value', [('u', [1.0, 2.0]), ('A', 'complex'), ('B', 'int')]
+)
 def test_bad_types(name, value):
     inputs = scan_inputs(2, 6, 5, 2, requires_grad=False)
     casts = {'complex': lambda x: x.to(torch.complex64), 'int': lambda x: x.int()}
@@ -314,6 +355,7 @@ def test_unknown_backend():
 
 def test_backend_that_cannot_run_says_why(monkeypatch):
     from mmvssm.ops import backends as registry
+
     gpu = registry.Backend('gpu', 'for the test', devices=('cuda',))
     monkeypatch.setitem(registry._BACKENDS, 'gpu', gpu)
     inputs = scan_inputs(2, 6, 5, 2, requires_grad=False)

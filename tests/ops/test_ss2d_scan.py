@@ -22,16 +22,25 @@ def ss2d_by_definition(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds):
         dt, B, C = projected.split((rank, states, states), dim=1)
         rows = slice(k * x.shape[1], (k + 1) * x.shape[1])
         y = selective_scan(
-            sequence, dt_projs_weight[k] @ dt, A[rows], B, C, Ds[rows],
-            delta_bias=dt_projs_bias[k], delta_softplus=True, backend='reference')
+            sequence,
+            dt_projs_weight[k] @ dt,
+            A[rows],
+            B,
+            C,
+            Ds[rows],
+            delta_bias=dt_projs_bias[k],
+            delta_softplus=True,
+            backend='reference',
+        )
         merged = merged + y[:, :, positions.argsort()]
     return merged.unflatten(2, (height, width))
 
 
 @backends
 @pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('size,rank,states', [
-    ((4, 5), 2, 1), ((1, 6), 1, 4), ((7, 1), 3, 2), ((1, 1), 1, 1)])
+@pytest.mark.parametrize(
+    'size,rank,states', [((4, 5), 2, 1), ((1, 6), 1, 4), ((7, 1), 3, 2), ((1, 1), 1, 1)]
+)
 def test_matches_the_definition(backend, size, rank, states, channels_last):
     inputs = ss2d_inputs(2, 6, *size, rank, states, channels_last=channels_last)
     got, want = ss2d_scan(**inputs, backend=backend), ss2d_by_definition(**inputs)
@@ -74,8 +83,9 @@ def test_compile_fullgraph(backend):
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize('name', [
-    'x_proj_weight', 'dt_projs_weight', 'dt_projs_bias', 'A', 'Ds'])
+@pytest.mark.parametrize(
+    'name', ['x_proj_weight', 'dt_projs_weight', 'dt_projs_bias', 'A', 'Ds']
+)
 def test_bad_weights_are_named(name):
     inputs = ss2d_inputs(1, 8, 5, 6, 2, 1)
     inputs[name] = inputs[name][:-1]

@@ -1,4 +1,5 @@
 """The four scan routes of VMamba over a map, and back (arXiv 2401.10166)."""
+
 from collections.abc import Sequence
 
 import torch
@@ -23,8 +24,10 @@ def cross_scan(x: Tensor) -> Tensor:
         ValueError: ``x`` is not 4-dimensional or is empty.
     """
     if x.ndim != 4 or x.numel() == 0:
-        raise ValueError(f'cross_scan: expected a map (batch, channels, height, '
-                         f'width) with no empty side, got {tuple(x.shape)}')
+        raise ValueError(
+            f'cross_scan: expected a map (batch, channels, height, '
+            f'width) with no empty side, got {tuple(x.shape)}'
+        )
     maps = [x.permute(0, 2, 3, 1)] * NUM_ROUTES
     return take_routes(maps).permute(0, 2, 3, 1)
 
@@ -45,11 +48,16 @@ def cross_merge(ys: Tensor, size: tuple[int, int]) -> Tensor:
         ValueError: ``ys`` is not of that shape.
     """
     height, width = size
-    if (ys.ndim != 4 or ys.shape[1] != NUM_ROUTES
-            or ys.shape[3] != height * width or ys.numel() == 0):
+    if (
+        ys.ndim != 4
+        or ys.shape[1] != NUM_ROUTES
+        or ys.shape[3] != height * width
+        or ys.numel() == 0
+    ):
         raise ValueError(
             f'cross_merge: expected (batch, {NUM_ROUTES}, channels, '
-            f'{height} * {width}), got {tuple(ys.shape)}')
+            f'{height} * {width}), got {tuple(ys.shape)}'
+        )
     row, column, row_back, column_back = ys.permute(0, 3, 1, 2).unbind(2)
     rows = row + row_back.flip(1)
     columns = column + column_back.flip(1)
@@ -68,9 +76,12 @@ def take_routes(maps: Sequence[Tensor]) -> Tensor:
         Sequences (B, H * W, 4, C), contiguous.
     """
     row, column, row_back, column_back = maps
-    return torch.stack((
-        row.flatten(1, 2),
-        column.transpose(1, 2).flatten(1, 2),
-        row_back.flatten(1, 2).flip(1),
-        column_back.transpose(1, 2).flatten(1, 2).flip(1),
-    ), dim=2)
+    return torch.stack(
+        (
+            row.flatten(1, 2),
+            column.transpose(1, 2).flatten(1, 2),
+            row_back.flatten(1, 2).flip(1),
+            column_back.transpose(1, 2).flatten(1, 2).flip(1),
+        ),
+        dim=2,
+    )

@@ -1,4 +1,5 @@
 """The public selective scan: checks, choice of a backend, registration."""
+
 import torch
 from torch import Tensor
 
@@ -67,14 +68,25 @@ def selective_scan(
     .. _arXiv 2312.00752: https://arxiv.org/abs/2312.00752
     """
     out, last_state = scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend=backend)
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend=backend
+    )
     return (out, last_state) if return_last_state else out
 
 
-def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-         D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
-         delta_softplus: bool, *, float32_out: bool = False,
-         backend: str | None = None) -> tuple[Tensor, Tensor]:
+def scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    *,
+    float32_out: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """:func:`selective_scan`, if need be with float32 output, and the last state."""
     _check(u, delta, A, B, C, D, z, delta_bias)
     out_dtype = u.dtype
@@ -86,12 +98,14 @@ def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     if name == 'reference':
         with torch.autocast(u.device.type, enabled=False):
             out, last_state = selective_scan_reference(
-                u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype)
+                u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype
+            )
         if not torch.compiler.is_compiling():
             _refuse_nan(out, last_state, u, delta, A, B, C, D, z, delta_bias)
         return out, last_state
     out, last_state, _ = _forward_op(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, name)
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, name
+    )
     return out, last_state
 
 
@@ -108,53 +122,71 @@ def _check(*inputs: Tensor | None) -> None:
         if x is None and name in ('D', 'z', 'delta_bias'):
             continue
         if not isinstance(x, Tensor):
-            raise TypeError(f'selective_scan: {name} must be a tensor, '
-                            f'not {type(x).__name__}')
+            raise TypeError(
+                f'selective_scan: {name} must be a tensor, not {type(x).__name__}'
+            )
         if x.dtype not in _DTYPES:
             raise TypeError(
                 f'selective_scan: {name} is {x.dtype}; float32, bfloat16, float16 '
-                f'and float64 are supported (A is real here, complex A is not)')
+                f'and float64 are supported (A is real here, complex A is not)'
+            )
         if x.device != u.device:
-            raise ValueError(f'selective_scan: {name} is on {x.device}, '
-                             f'u on {u.device}; move them together')
+            raise ValueError(
+                f'selective_scan: {name} is on {x.device}, '
+                f'u on {u.device}; move them together'
+            )
     if u.ndim != 3:
-        raise ValueError(f'selective_scan: u must be (batch, channels, length), '
-                         f'got {tuple(u.shape)}')
+        raise ValueError(
+            f'selective_scan: u must be (batch, channels, length), got {tuple(u.shape)}'
+        )
     if A.ndim != 2 or A.shape[0] != u.shape[1]:
-        raise ValueError(f'selective_scan: A must be (channels, states) with '
-                         f'{u.shape[1]} channels as u has, got {tuple(A.shape)}')
+        raise ValueError(
+            f'selective_scan: A must be (channels, states) with '
+            f'{u.shape[1]} channels as u has, got {tuple(A.shape)}'
+        )
     batch, channels, length = u.shape
     states = A.shape[1]
     if not (batch and channels and length and states):
         raise ValueError(
             f'selective_scan: nothing to scan, u is {tuple(u.shape)} and A '
-            f'{tuple(A.shape)}; batch, channels, length and states must be >= 1')
+            f'{tuple(A.shape)}; batch, channels, length and states must be >= 1'
+        )
     _check_weights(B, C, batch, channels, states, length)
     for name, x in (('delta', delta), ('z', z)):
         if x is not None and x.shape != u.shape:
-            raise ValueError(f"selective_scan: {name} must have u's shape "
-                             f'{tuple(u.shape)}, got {tuple(x.shape)}')
+            raise ValueError(
+                f"selective_scan: {name} must have u's shape "
+                f'{tuple(u.shape)}, got {tuple(x.shape)}'
+            )
     for name, x in (('D', D), ('delta_bias', delta_bias)):
         if x is not None and x.shape != (channels,):
-            raise ValueError(f'selective_scan: {name} must be ({channels},), one '
-                             f'for each channel of u, got {tuple(x.shape)}')
+            raise ValueError(
+                f'selective_scan: {name} must be ({channels},), one '
+                f'for each channel of u, got {tuple(x.shape)}'
+            )
 
 
-def _check_weights(B: Tensor, C: Tensor, batch: int, channels: int, states: int,
-                   length: int) -> None:
+def _check_weights(
+    B: Tensor, C: Tensor, batch: int, channels: int, states: int, length: int
+) -> None:
     if B.shape != C.shape:
-        raise ValueError(f'selective_scan: B and C must have one shape, got '
-                         f'{tuple(B.shape)} and {tuple(C.shape)}')
+        raise ValueError(
+            f'selective_scan: B and C must have one shape, got '
+            f'{tuple(B.shape)} and {tuple(C.shape)}'
+        )
     groups = B.shape[1] if B.ndim == 4 else 1
     expected = (batch, groups, states, length)
-    if B.ndim not in (3, 4) or tuple(B.shape) != expected[:1] + expected[5 - B.ndim:]:
+    if B.ndim not in (3, 4) or tuple(B.shape) != expected[:1] + expected[5 - B.ndim :]:
         raise ValueError(
             f'selective_scan: B and C must be (batch, states, length) = '
             f'{(batch, states, length)} or (batch, groups, states, length), '
-            f'got {tuple(B.shape)}')
+            f'got {tuple(B.shape)}'
+        )
     if groups < 1 or channels % groups:
-        raise ValueError(f'selective_scan: {groups} groups of B and C do not '
-                         f'divide the {channels} channels of u')
+        raise ValueError(
+            f'selective_scan: {groups} groups of B and C do not '
+            f'divide the {channels} channels of u'
+        )
 
 
 def _refuse_nan(out: Tensor, last_state: Tensor, *inputs: Tensor | None) -> None:
@@ -172,7 +204,8 @@ def _refuse_nan(out: Tensor, last_state: Tensor, *inputs: Tensor | None) -> None
             raise ValueError(
                 f'selective_scan: {bad} of {x.numel()} values of {name} are NaN; '
                 f'look for their source before the scan '
-                f'(torch.autograd.set_detect_anomaly helps)')
+                f'(torch.autograd.set_detect_anomaly helps)'
+            )
 
 
 # Registration with torch.library
@@ -195,7 +228,8 @@ def _forward_op(
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     with torch.autocast(u.device.type, enabled=False):
         out, last_state, saved = _IMPLEMENTATIONS[backend].forward(
-            *inputs, delta_softplus, out_dtype)
+            *inputs, delta_softplus, out_dtype
+        )
     _refuse_nan(out, last_state, *inputs)
     return out, last_state, saved
 
@@ -206,10 +240,13 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, backend):
     states = A.shape[1]
     state_dtype = torch.promote_types(u.dtype, torch.float32)
     saved = _IMPLEMENTATIONS[backend].saved_states_shape(
-        batch, length, states, channels)
-    return (torch.empty_like(u, dtype=out_dtype),
-            u.new_empty(batch, channels, states, dtype=state_dtype),
-            u.new_empty(saved, dtype=state_dtype))
+        batch, length, states, channels
+    )
+    return (
+        torch.empty_like(u, dtype=out_dtype),
+        u.new_empty(batch, channels, states, dtype=state_dtype),
+        u.new_empty(saved, dtype=state_dtype),
+    )
 
 
 @torch.library.custom_op('mmvssm::selective_scan_backward', mutates_args=())
@@ -230,14 +267,38 @@ def _backward_op(
 ) -> list[Tensor]:
     with torch.autocast(u.device.type, enabled=False):
         grads = _IMPLEMENTATIONS[backend].backward(
-            grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, saved,
-            delta_softplus)
+            grad_out,
+            grad_last_state,
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z,
+            delta_bias,
+            saved,
+            delta_softplus,
+        )
     return [g for g in grads if g is not None]
 
 
 @_backward_op.register_fake
-def _(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias, saved,
-      delta_softplus, backend):
+def _(
+    grad_out,
+    grad_last_state,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    saved,
+    delta_softplus,
+    backend,
+):
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     return [torch.empty_like(x) for x in inputs if x is not None]
 
@@ -252,8 +313,11 @@ def _backward(ctx, grad_out, grad_last_state, _):
     tensors = ctx.saved_tensors
     if grad_out is None and grad_last_state is None:
         return (None,) * 11
-    found = iter(_backward_op(
-        grad_out, grad_last_state, *tensors, ctx.delta_softplus, ctx.backend))
+    found = iter(
+        _backward_op(
+            grad_out, grad_last_state, *tensors, ctx.delta_softplus, ctx.backend
+        )
+    )
     grads = [None if x is None else next(found) for x in tensors[:-1]]
     return (*grads, None, None, None)
 

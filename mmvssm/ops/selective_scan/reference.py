@@ -1,4 +1,5 @@
 """The selective scan as it is defined: one position after the other."""
+
 import torch
 from torch import Tensor
 

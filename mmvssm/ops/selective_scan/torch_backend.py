@@ -16,6 +16,7 @@ Everything inside is channels-last, (batch, position, state, channel), and
 every reduction runs over axes whose order does not depend on the number of
 threads.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -37,8 +38,9 @@ def segment_length(batch: int, length: int, states: int, channels: int) -> int:
     return min(length, max(16, _SEGMENT_ELEMENTS // (batch * states * channels)))
 
 
-def saved_states_shape(batch: int, length: int, states: int,
-                       channels: int) -> tuple[int, int, int, int]:
+def saved_states_shape(
+    batch: int, length: int, states: int, channels: int
+) -> tuple[int, int, int, int]:
     """Shape of what forward keeps: the state at each start but the first."""
     step = segment_length(batch, length, states, channels)
     return (-(-length // step) - 1, batch, states, channels)
@@ -123,7 +125,8 @@ class _Segment:
         torch.mul(
             self.grouped(self.dt * self.u).unsqueeze(2),
             self.B,
-            out=self.grouped(states[:, 1:]))
+            out=self.grouped(states[:, 1:]),
+        )
         flat = states.flatten(2)
         _linear_scan_(self.a[:, :-1].flatten(2), flat[:, 1:], flat[:, 0])
         return states
@@ -138,9 +141,18 @@ class _Segment:
 class _Problem:
     """The inputs of one call, seen channels-last and cut into segments."""
 
-    def __init__(self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-                 D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
-                 delta_softplus: bool) -> None:
+    def __init__(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+    ) -> None:
         self.dtype = torch.promote_types(u.dtype, torch.float32)
         self.u, self.delta = u.transpose(1, 2), delta.transpose(1, 2)
         self.z = None if z is None else z.transpose(1, 2)
@@ -155,12 +167,12 @@ class _Problem:
     def bounds(self) -> list[tuple[int, int]]:
         """First and one-past-last position of each segment."""
         step = segment_length(self.batch, self.length, self.states, self.channels)
-        return [(s, min(s + step, self.length))
-                for s in range(0, self.length, step)]
+        return [(s, min(s + step, self.length)) for s in range(0, self.length, step)]
 
     def zero_state(self) -> Tensor:
         return self.u.new_zeros(
-            self.batch, self.states, self.channels, dtype=self.dtype)
+            self.batch, self.states, self.channels, dtype=self.dtype
+        )
 
     def segment(self, start: int, stop: int) -> _Segment:
         raw = self._load(self.delta, start, stop + 1)
@@ -177,16 +189,25 @@ class _Problem:
             B=self._load(self.B, start, stop).unsqueeze(-1),
             C=self._load(self.C, start, stop).unsqueeze(-1),
             a=(dt.unsqueeze(2) * self.A).exp_(),
-            z=z)
+            z=z,
+        )
 
     def _load(self, x: Tensor, start: int, stop: int) -> Tensor:
         return x[:, start:stop].to(self.dtype).contiguous()
 
 
-def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-            D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
-            delta_softplus: bool,
-            out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L).
 
     Returns:
@@ -198,8 +219,10 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     out_channels_last = out.transpose(1, 2)
     h = problem.zero_state()
     saved = h.new_empty(
-        saved_states_shape(problem.batch, problem.length, problem.states,
-                           problem.channels))
+        saved_states_shape(
+            problem.batch, problem.length, problem.states, problem.channels
+        )
+    )
     for index, (start, stop) in enumerate(problem.bounds()):
         if index:
             saved[index - 1] = h
@@ -228,8 +251,9 @@ class _Gradients:
         self.D = None if D is None else zeros(problem.D)
         self.bias = None if bias is None else zeros(problem.bias)
 
-    def add_segment(self, start: int, stop: int, h: Tensor, carry: Tensor,
-                    grad_out: Tensor | None) -> Tensor:
+    def add_segment(
+        self, start: int, stop: int, h: Tensor, carry: Tensor, grad_out: Tensor | None
+    ) -> Tensor:
         """Backward through one segment.
 
         Args:
@@ -252,15 +276,18 @@ class _Gradients:
             grad_y = grad_out * (s.z * gate)
         grad_y_grouped = s.grouped(grad_y).unsqueeze(2)  # (B, S, 1, G, D / G)
         self.C.permute(0, 3, 2, 1)[:, positions] = (
-            s.grouped(states[:, 1:]) * grad_y_grouped).sum(-1)
+            s.grouped(states[:, 1:]) * grad_y_grouped
+        ).sum(-1)
 
         grad_h = (grad_y_grouped * s.C).flatten(-2)  # (B, S, N, D)
         _linear_scan_(
-            s.a[:, 1:].flatten(2), grad_h.flatten(2), carry.flatten(1), reverse=True)
+            s.a[:, 1:].flatten(2), grad_h.flatten(2), carry.flatten(1), reverse=True
+        )
 
         dtu = s.dt * s.u
         self.B.permute(0, 3, 2, 1)[:, positions] = (
-            s.grouped(grad_h) * s.grouped(dtu).unsqueeze(2)).sum(-1)
+            s.grouped(grad_h) * s.grouped(dtu).unsqueeze(2)
+        ).sum(-1)
         grad_dtu = _sum_states((s.grouped(grad_h) * s.B).flatten(-2))
         # d(Δ A) of exp(Δ_t A) h_{t-1}
         grad_exponent = states[:, :-1].mul_(s.a[:, :-1]).mul_(grad_h)
@@ -281,16 +308,36 @@ class _Gradients:
 
     def result(self) -> tuple[Tensor | None, ...]:
         """In the order and the dtypes of the inputs; None where those are."""
-        found = (self.u, self.delta, self.A.T.contiguous(), self.B, self.C,
-                 self.D, self.z, self.bias)
-        return tuple(None if x is None else grad.to(x.dtype)
-                     for x, grad in zip(self.inputs, found))
+        found = (
+            self.u,
+            self.delta,
+            self.A.T.contiguous(),
+            self.B,
+            self.C,
+            self.D,
+            self.z,
+            self.bias,
+        )
+        return tuple(
+            None if x is None else grad.to(x.dtype)
+            for x, grad in zip(self.inputs, found)
+        )
 
 
-def backward(grad_out: Tensor | None, grad_last_state: Tensor | None, u: Tensor,
-             delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-             z: Tensor | None, delta_bias: Tensor | None, saved: Tensor,
-             delta_softplus: bool) -> tuple[Tensor | None, ...]:
+def backward(
+    grad_out: Tensor | None,
+    grad_last_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    saved: Tensor,
+    delta_softplus: bool,
+) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias.
 
     Args:

@@ -1,4 +1,5 @@
 """SS2D's core out of the other ops: the routes, a scan, the merge."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,9 +8,15 @@ from mmvssm.ops.cross_scan import NUM_ROUTES, cross_merge, cross_scan, take_rout
 from mmvssm.ops.selective_scan.op import scan
 
 
-def ss2d_scan_composed(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
-                       dt_projs_bias: Tensor, A: Tensor, Ds: Tensor,
-                       backend: str | None) -> Tensor:
+def ss2d_scan_composed(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    backend: str | None,
+) -> Tensor:
     """See :func:`mmvssm.ops.ss2d_scan`; ``backend`` is that of the scan."""
     batch, channels, height, width = x.shape
     rank, states = dt_projs_weight.shape[2], A.shape[1]
@@ -22,9 +29,18 @@ def ss2d_scan_composed(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor
     dt, B, C = sequences.split((rank, states, states), dim=-1)
     delta = torch.einsum('blkr,kcr->bkcl', dt, dt_projs_weight)
     ys, _ = scan(
-        cross_scan(x).flatten(1, 2), delta.flatten(1, 2), A,
-        B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1), Ds, None,
-        dt_projs_bias.flatten(), True, float32_out=True, backend=backend)
+        cross_scan(x).flatten(1, 2),
+        delta.flatten(1, 2),
+        A,
+        B.permute(0, 2, 3, 1),
+        C.permute(0, 2, 3, 1),
+        Ds,
+        None,
+        dt_projs_bias.flatten(),
+        True,
+        float32_out=True,
+        backend=backend,
+    )
     y = cross_merge(ys.unflatten(1, (NUM_ROUTES, channels)), (height, width))
     if not torch.is_autocast_enabled(x.device.type):
         y = y.to(x.dtype)

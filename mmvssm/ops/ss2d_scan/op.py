@@ -1,4 +1,5 @@
 """The core of VMamba's SS2D as one op (arXiv 2401.10166, section 4.3)."""
+
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -48,15 +49,24 @@ def ss2d_scan(
     return ss2d_scan_composed(*inputs, backend)
 
 
-def _check(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
-           dt_projs_bias: Tensor, A: Tensor, Ds: Tensor) -> None:
+def _check(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+) -> None:
     if x.ndim != 4 or x.numel() == 0:
-        raise ValueError(f'ss2d_scan: x must be (batch, channels, height, width) '
-                         f'with no empty side, got {tuple(x.shape)}')
+        raise ValueError(
+            f'ss2d_scan: x must be (batch, channels, height, width) '
+            f'with no empty side, got {tuple(x.shape)}'
+        )
     if A.ndim != 2 or dt_projs_weight.ndim != 3:
         raise ValueError(
             f'ss2d_scan: A must be (4 * channels, states) and dt_projs_weight (4, '
-            f'channels, rank), got {tuple(A.shape)}, {tuple(dt_projs_weight.shape)}')
+            f'channels, rank), got {tuple(A.shape)}, {tuple(dt_projs_weight.shape)}'
+        )
     channels, rank, states = x.shape[1], dt_projs_weight.shape[2], A.shape[1]
     expected = {
         'x_proj_weight': (x_proj_weight, (4, rank + 2 * states, channels)),
@@ -69,4 +79,5 @@ def _check(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f'ss2d_scan: {name} must be {shape} for {channels} channels, rank '
-                f'{rank} and {states} states, got {tuple(tensor.shape)}')
+                f'{rank} and {states} states, got {tuple(tensor.shape)}'
+            )
