@@ -12,6 +12,7 @@ therefore runs through the same code as the later variants.
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -341,10 +342,7 @@ class VSSM(Backbone):
         self.min_size = 4 if arch['patchembed_version'] == 'v1' else 1
 
         self.patch_embed = _patch_embed(arch['patchembed_version'], in_channels, dims)
-        # On the CPU even where the default device is another, as meta.
-        rates = iter(
-            torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()
-        )
+        rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
         self.layers = nn.ModuleList()
         for i in range(self.num_stages):
             channels = dims * 2**i
@@ -456,6 +454,14 @@ def _resolve_arch(arch: str | dict) -> dict:
             f'known are {sorted(ARCH_ZOO["t_s1l8"])}'
         )
     arch = {**_V2, 'drop_path_rate': 0.2, **arch}
+    depths = arch['depths']
+    if not isinstance(depths, Sequence) or not all(
+        isinstance(depth, int) and depth > 0 for depth in depths
+    ):
+        raise ValueError(
+            f'arch of VSSM: depths is the number of blocks of each stage, such as '
+            f'(2, 2, 8, 2), got {depths!r}'
+        )
     if not isinstance(arch['dims'], int):
         raise ValueError(
             f'arch of VSSM: dims is the number of channels of the first stage, '

@@ -33,9 +33,9 @@ class ObjectClass(NamedTuple):
 
 OBJECT_CLASSES = (
     ObjectClass('striped disc', 'disc', 'stripes'),
-    ObjectClass('striped square', 'square', 'stripes'),
+    ObjectClass('zigzag square', 'square', 'zigzags'),
     ObjectClass('checked triangle', 'triangle', 'checks'),
-    ObjectClass('checked star', 'star', 'checks'),
+    ObjectClass('rayed star', 'star', 'rays'),
     ObjectClass('dotted cross', 'cross', 'dots'),
     ObjectClass('rippled hexagon', 'hexagon', 'ripples'),
     ObjectClass('photo ring', 'ring', 'photo'),
@@ -217,6 +217,16 @@ def _stripes(x, y, rng):
     return np.sin(x * (2 * np.pi / rng.uniform(7, 11)))
 
 
+def _zigzags(x, y, rng):
+    period = rng.uniform(12, 16)
+    bend = np.abs((y / period) % 1 - 0.5) * period
+    return np.sin((x + 1.2 * bend) * (2 * np.pi / rng.uniform(8, 11)))
+
+
+def _rays(x, y, rng):
+    return np.sin(np.arctan2(y, x) * rng.integers(7, 11))
+
+
 def _checks(x, y, rng):
     pace = 2 * np.pi / rng.uniform(13, 18)
     return 2 * np.sin(x * pace) * np.sin(y * pace)
@@ -236,6 +246,8 @@ def _ripples(x, y, rng):
 # random generator; the sign says which of two colours a point has.
 TEXTURES: dict[str, Callable] = {
     'stripes': _stripes,
+    'zigzags': _zigzags,
+    'rays': _rays,
     'checks': _checks,
     'dots': _dots,
     'ripples': _ripples,
@@ -307,7 +319,7 @@ def _place(
     """
     places = []
     for _ in range(20 * count):
-        side = min(height, width) * rng.uniform(0.2, 0.36)
+        side = min(height, width) * rng.uniform(0.28, 0.44)
         centre = rng.uniform(0.12, 0.88, size=2) * (width, height)
         if all(
             np.hypot(*(centre - other)) > 0.5 * (side + size) for other, size in places
@@ -357,7 +369,7 @@ def random_object(
 def random_scene(
     regions: tuple[PhotoRegion, ...], height: int, width: int, rng: np.random.Generator
 ) -> Scene:
-    """Compose a scene of three to six objects, fewer where room is short.
+    """Compose a scene of three to five objects, fewer where room is short.
 
     Args:
         regions (tuple[PhotoRegion, ...]): Where background, colours and
@@ -371,7 +383,7 @@ def random_scene(
     """
     background = random_patch(regions, height, width, rng)
     objects = []
-    for centre, side in _place(height, width, int(rng.integers(3, 7)), rng):
+    for centre, side in _place(height, width, int(rng.integers(3, 6)), rng):
         category = int(rng.integers(len(OBJECT_CLASSES))) + BACKGROUND + 1
         patch = random_patch(regions, height, width, rng)
         objects.append(random_object(category, centre, side, patch, rng))

@@ -1,10 +1,13 @@
 """What a tool prints instead of a traceback when its user is at fault."""
+
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from mmvssm.checkpoints import CheckpointError
+
+from .memory import keep_freed_memory
 
 
 class UsageError(Exception):
@@ -27,6 +30,7 @@ def run_tool(main: Callable[[], int | None]) -> None:
     Args:
         main: The tool; returns the exit code, None for 0.
     """
+    keep_freed_memory()
     try:
         code = main()
     except (UsageError, CheckpointError) as error:

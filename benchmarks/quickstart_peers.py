@@ -1,0 +1,117 @@
+"""VMamba against mmseg's Swin on the quickstart's data.
+
+Both backbones have the same number of parameters and train with the
+quickstart's heads, data, schedule and seeds; only ``model.backbone`` differs.
+
+    python benchmarks/quickstart_peers.py
+
+writes ``benchmarks/results/quickstart_peers.json``.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+from mmengine.config import Config
+
+HERE = Path(__file__).resolve().parent
+CONFIG = HERE.parent / 'configs/upernet_vmamba_quickstart.py'
+# Patches, pyramid and heads are those of the quickstart's VSSM. Windows of 8
+# divide its maps of 32, 16 and 8 positions a side; the last stage has 4.
+SWIN = dict(
+    type='SwinTransformer',
+    pretrain_img_size=128,
+    patch_norm=True,
+    window_size=8,
+    mlp_ratio=4,
+    qkv_bias=True,
+    drop_path_rate=0.0,
+    out_indices=(0, 1, 2, 3),
+)
+PEERS = {
+    'vmamba': None,
+    'swin': dict(SWIN, embed_dims=32, depths=(2, 2, 3, 1), num_heads=(1, 2, 4, 8)),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--peers', nargs='+', choices=PEERS, default=list(PEERS))
+    parser.add_argument('--work-dir', default='work_dirs/quickstart_peers')
+    parser.add_argument('--out', default=str(HERE / 'results/quickstart_peers.json'))
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='override config entries of all peers',
+    )
+    return parser.parse_args()
+
+
+def peer_config(args: argparse.Namespace, name: str, seed: int) -> Config:
+    """The quickstart's config with another backbone and seed."""
+    from mmvssm import engine
+
+    work_dir = str(Path(args.work_dir, f'{name}_seed{seed}'))
+    cfg = engine.load_config(str(CONFIG), args.cfg_options, work_dir)
+    engine.check_datasets(cfg)
+    if PEERS[name]:
+        cfg.model.backbone = dict(PEERS[name])
+    cfg.randomness = dict(seed=seed)
+    cfg.visualizer = None
+    return cfg
+
+
+def train(cfg: Config) -> dict:
+    """Train and evaluate one peer."""
+    from mmengine.runner import Runner
+
+    runner = Runner.from_cfg(cfg)
+    start = time.perf_counter()
+    runner.train()
+    seconds = time.perf_counter() - start
+    count = sum(p.numel() for p in runner.model.backbone.parameters())
+    return dict(
+        mIoU=float(runner.test()['mIoU']),
+        seconds=round(seconds, 1),
+        backbone_parameters=count,
+        iterations=cfg.train_cfg.max_iters,
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train all peers in turn, seed by seed, and compare them."""
+    from mmvssm.collect_env import collect_env
+
+    runs = {name: [] for name in args.peers}
+    for seed in args.seeds:
+        for name in args.peers:
+            runs[name].append(dict(seed=seed, **train(peer_config(args, name, seed))))
+    medians = {
+        name: statistics.median(r['mIoU'] for r in found)
+        for name, found in runs.items()
+    }
+    result = dict(environment=collect_env(), median_mIoU=medians, runs=runs)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + '\n')
+    for name, found in runs.items():
+        mious = ', '.join(f'{r["mIoU"]:.2f}' for r in found)
+        print(
+            f'{name:8} {found[0]["backbone_parameters"] / 1e6:.2f} M parameters, '
+            f'mIoU {medians[name]:.2f} (median of {mious})'
+        )
+    print(f'written to {out}')
+
+
+if __name__ == '__main__':
+    arguments = parse_args()
+    from mmvssm.engine import run_tool
+
+    run_tool(lambda: main(arguments))

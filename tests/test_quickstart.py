@@ -1,0 +1,100 @@
+"""The quickstart, from nothing to its pictures, at a very small size."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from mmengine.config import Config
+from PIL import Image
+
+from mmvssm.datasets import QUICKSTART_CLASSES, QUICKSTART_PALETTE
+from tiny import REPO
+
+pytest.importorskip('mmseg')
+pytest.importorskip('skimage')
+CONFIG = REPO / 'configs/upernet_vmamba_quickstart.py'
+SMALL = [
+    'generator.num_train=4',
+    'generator.num_val=2',
+    'generator.size=64',
+    'train_cfg.max_iters=2',
+    'default_hooks.checkpoint.interval=2',
+    'train_dataloader.batch_size=2',
+    'train_cfg.val_interval=2',
+]
+
+
+def quickstart(folder, *options):
+    environment = dict(os.environ, MMVSSM_QUICKSTART_ROOT=str(folder / 'data'))
+    return subprocess.run(
+        [
+            sys.executable,
+            REPO / 'tools/quickstart.py',
+            '--work-dir',
+            'work',
+            '--cfg-options',
+            *SMALL,
+            *options,
+        ],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('quickstart')
+    done = quickstart(folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_writes_what_it_says(finished):
+    folder, said = finished
+    work = folder / 'work'
+    assert 0 <= json.loads((work / 'metrics.json').read_text())['mIoU'] <= 100
+    sheet = Image.open(work / 'contact_sheet.png')
+    assert min(sheet.size) > 100 and len(sheet.convert('RGB').getcolors(2**24)) > 50
+    for name in ('metrics.json', 'contact_sheet.png', 'iter_2.pth'):
+        assert f'work/{name}' in said
+        assert (work / name).stat().st_size > 0
+    assert 'on 2 held-out images' in said
+
+
+def test_its_next_step_works(finished):
+    folder, said = finished
+    words = said[said.index('tools/infer.py') :].replace('\\\n', ' ').split()
+    command = words[: words.index('--out-dir') + 2]
+    done = subprocess.run(
+        [sys.executable, REPO / command[0], *command[1:]],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((folder / command[-1]).rglob('*.png'))
+
+
+def test_again_goes_on_from_what_is_there(finished):
+    folder, _ = finished
+    before = (folder / 'work/iter_2.pth').stat().st_mtime_ns
+    done = quickstart(folder, 'train_cfg.max_iters=3')
+    assert done.returncode == 0, done.stderr
+    assert (folder / 'work/iter_2.pth').stat().st_mtime_ns == before
+
+
+def test_a_folder_of_other_settings_is_kept(finished):
+    folder, _ = finished
+    done = quickstart(folder, 'generator.seed=1')
+    assert done.returncode == 2
+    assert 'error: ' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_config_knows_the_classes():
+    metainfo = Config.fromfile(CONFIG).metainfo
+    assert tuple(metainfo.classes) == QUICKSTART_CLASSES
+    assert [list(c) for c in metainfo.palette] == [list(c) for c in QUICKSTART_PALETTE]
