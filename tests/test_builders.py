@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 import mmvssm
 
@@ -52,10 +54,35 @@ def test_arguments_arrive():
     assert maps.out_channels == (192, 384)
 
 
+def output_shapes(net, image_shape):
+    """Run a net of the meta device on shapes alone, forward and backward.
+
+    ``torch.autograd.grad`` refuses a parameter that no output depends on.
+    """
+    with FakeTensorMode():
+        weights = {
+            name: torch.empty(p.shape, requires_grad=True)
+            for name, p in net.named_parameters()
+        }
+        outputs = functional_call(net, weights, (torch.empty(image_shape),))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.grad(sum(x.sum() for x in outputs), list(weights.values()))
+    return [tuple(x.shape) for x in outputs]
+
+
+@pytest.mark.parametrize('name', mmvssm.list_models())
+def test_every_backbone(name):
+    """Maps at strides 4 to 32 of an image that is not square; no idle parameter."""
+    with torch.device('meta'):
+        net = mmvssm.build_backbone(name)
+    sizes = [(2, c, 64 // s, 96 // s) for c, s in zip(net.out_channels, (4, 8, 16, 32))]
+    assert output_shapes(net, (2, 3, 64, 96)) == sizes
+
+
 def test_every_parameter_of_a_classifier_gets_a_gradient():
-    net = mmvssm.build_classifier('vmamba_t_v0', num_classes=3)
-    net(torch.randn(2, 3, 32, 32)).square().sum().backward()
-    assert [n for n, p in net.named_parameters() if p.grad is None] == []
+    with torch.device('meta'):
+        net = mmvssm.build_classifier('vmamba_t_v0', num_classes=7)
+    assert output_shapes(net, (2, 3, 64, 96)) == [(2, 7)]
 
 
 @pytest.mark.parametrize('build', [mmvssm.build_classifier, mmvssm.build_backbone])

@@ -10,15 +10,7 @@ from mmvssm.backbones.vssm import ARCH_ZOO, SS2D, PatchMerging2d
 from mmvssm.ops import ss2d_scan
 
 V2 = dict(depths=(1, 2, 1, 1), dims=8, drop_path_rate=0.0)
-V0 = dict(
-    V2,
-    ssm_d_state=4,
-    ssm_ratio=2.0,
-    forward_type='v0',
-    mlp_ratio=0.0,
-    patchembed_version='v1',
-    downsample_version='v1',
-)
+V0 = {**ARCH_ZOO['t_v0'], **V2, 'ssm_d_state': 4}
 both = pytest.mark.parametrize('arch', [V2, V0], ids=['v2', 'v0'])
 
 
@@ -303,6 +295,8 @@ def test_registry():
         (dict(depths=(1, 1)), "missing keys .'dims'"),
         (dict(V2, ssm_dstate=1), "unknown keys .'ssm_dstate'"),
         (dict(V2, dims=[8, 16, 32, 64]), 'channels of the first stage'),
+        (dict(V2, depths=4), r'blocks of each stage, .* got 4'),
+        (dict(V2, depths=(1, 0, 1, 1)), 'blocks of each stage'),
         (dict(V2, forward_type='v2'), 'forward_type must be one of'),
     ],
 )

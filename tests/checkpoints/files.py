@@ -5,18 +5,11 @@ import re
 import torch
 
 from mmvssm.backbones import VSSM
+from mmvssm.backbones.vssm import ARCH_ZOO
 from mmvssm.heads import ClassificationHead, ImageClassifier
 
 V2 = dict(depths=(1, 2, 1, 1), dims=8)
-V0 = dict(
-    V2,
-    ssm_d_state=16,
-    ssm_ratio=2.0,
-    forward_type='v0',
-    mlp_ratio=0.0,
-    patchembed_version='v1',
-    downsample_version='v1',
-)
+V0 = {**ARCH_ZOO['t_v0'], **V2}
 
 
 def classifier(arch, num_classes=5):

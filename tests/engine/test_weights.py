@@ -68,17 +68,9 @@ def test_published_names_are_converted(path):
     """A segmentor of the first published version, with its old names."""
     pytest.importorskip('mmseg')
     from mmvssm.backbones import VSSM
+    from mmvssm.backbones.vssm import ARCH_ZOO
 
-    arch = dict(
-        depths=(1, 1, 1, 1),
-        dims=8,
-        ssm_d_state=4,
-        ssm_ratio=2.0,
-        forward_type='v0',
-        mlp_ratio=0.0,
-        patchembed_version='v1',
-        downsample_version='v1',
-    )
+    arch = dict(ARCH_ZOO['t_v0'], depths=(1, 1, 1, 1), dims=8)
     source, target = (Segmentor() for _ in range(2))
     source.backbone, target.backbone = VSSM(arch), VSSM(arch)
     old = {}
