@@ -27,8 +27,8 @@ class Checkpoint:
         family: ``'VMamba'``.
         format: Which published naming the file had: ``'v0-old'``,
             ``'v0-new'`` or ``'v2'``.
-        contents: ``'classifier'``, ``'backbone'``, ``'segmentor'`` or
-            ``'detector'``.
+        contents: ``'classifier'``, ``'backbone'``, ``'segmentor'``,
+            ``'detector'``, or ``'model'`` with heads of other names.
         arch: Model the shapes belong to, such as ``'vmamba_t_s1l8'``.
         backbone: ``{name: tensor}`` with the backbone's own names.
         others: ``{name: tensor}`` of classifier, heads and necks.
@@ -51,7 +51,7 @@ class Checkpoint:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Names to write to a file.
 
-        A segmentor's or detector's backbone gets the prefix ``backbone.`` that
+        The backbone of a whole model gets the prefix ``backbone.`` that
         mmengine's runner expects; a backbone or classifier file keeps the
         current published names.
         """
@@ -79,9 +79,8 @@ def convert(source: str | Path | Mapping, prefix: str | None = None) -> Checkpoi
             the backbone is found by the keys.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        CheckpointError: The file cannot be read, or its keys are of no known
-            family.
+        CheckpointError: The file is missing or cannot be read, or its keys are
+            of no known family.
     """
     return to_canonical(*read_named(source, prefix))
 
@@ -122,7 +121,7 @@ def to_canonical(state: Mapping[str, torch.Tensor], what: str) -> Checkpoint:
     return Checkpoint(
         found.family,
         family.file_format(own),
-        _contents(others),
+        _contents(others, whole=bool(foreign)),
         family.describe(backbone),
         backbone,
         others,
@@ -149,7 +148,7 @@ def split_keys(
     return own, foreign
 
 
-def _contents(others: Iterable[str]) -> str:
+def _contents(others: Iterable[str], whole: bool) -> str:
     others = list(others)
     for contents, heads in (
         ('segmentor', _SEGMENTOR_HEADS),
@@ -158,7 +157,7 @@ def _contents(others: Iterable[str]) -> str:
     ):
         if any(key.startswith(heads) for key in others):
             return contents
-    return 'backbone'
+    return 'model' if whole else 'backbone'
 
 
 def summarise(keys: Iterable[str], lead: str = '') -> str:

@@ -26,8 +26,8 @@ class LoadReport:
     Attributes:
         family: Family of the file and the model, such as ``'VMamba'``.
         format: Naming the file had, such as ``'v2'``.
-        contents: ``'classifier'``, ``'backbone'``, ``'segmentor'`` or
-            ``'detector'``.
+        contents: ``'classifier'``, ``'backbone'``, ``'segmentor'``,
+            ``'detector'``, or ``'model'`` with heads of other names.
         arch: Model the file belongs to, such as ``'vmamba_t_s1l8'``.
         matched: Names in the model that were loaded.
         missing: Names in the model that the file does not have; they keep
@@ -87,9 +87,8 @@ def load_checkpoint(
         What matched, what the file misses and what it has left over.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        CheckpointError: The file cannot be read, is of another family, or of
-            another arch. The model is then unchanged.
+        CheckpointError: The file is missing, cannot be read, is of another
+            family, or of another arch. The model is then unchanged.
     """
     target = model.state_dict()
     owner = recognise(target, f'the model {type(model).__name__}')

@@ -34,6 +34,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, or does not fit the model."""
 
 
+class MissingCheckpointError(CheckpointError, FileNotFoundError):
+    """There is no file where a checkpoint was looked for."""
+
+
 class _StandIn:
     """Takes the place of a foreign object of a file and does nothing."""
 
@@ -58,7 +62,7 @@ def read_state_dict(source: str | Path | Mapping) -> dict[str, torch.Tensor]:
             possibly under a key such as ``state_dict`` or ``model``.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        MissingCheckpointError: There is no such file.
         CheckpointError: The file is truncated, or holds no state dict.
     """
     if isinstance(source, Mapping):
@@ -68,7 +72,7 @@ def read_state_dict(source: str | Path | Mapping) -> dict[str, torch.Tensor]:
         source = _download(source)
     path = Path(source).expanduser()
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingCheckpointError(
             f'no checkpoint at {path.absolute()}; give a .pth or .safetensors '
             'file, or an http(s) address'
         )

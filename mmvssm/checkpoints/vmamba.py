@@ -17,7 +17,7 @@ _RENAMES = (
     (r'head\.', 'classifier.head.'),
 )
 _RENAMES = tuple((re.compile(old), new) for old, new in _RENAMES)
-BACKBONE_KEY = re.compile(r'(patch_embed|layers|outnorm\d+)\.')
+BACKBONE_KEY = re.compile(r'(patch_embed|layers|outnorm\d+)\.|pos_embed$')
 
 
 def rename(key: str) -> str:
@@ -42,8 +42,13 @@ def file_format(keys: Iterable[str]) -> str:
 def component(key: str) -> str | None:
     """Which part the name belongs to that is there as a whole or not at all.
 
-    None for output norms, which classification files do not have.
+    None for output norms, which classification files do not have. A position
+    embedding, an option of the published code that no published model takes and
+    none here has, counts as part of the stem: without it a file's weights are
+    of no use.
     """
+    if key == 'pos_embed':
+        return 'patch_embed.'
     match = re.match(r'patch_embed\.|layers\.\d+\.(blocks|downsample)\.', key)
     return match and match[0]
 

@@ -51,6 +51,16 @@ def test_segmentor_keeps_the_prefix_the_runner_expects():
     assert same(net, state)
 
 
+def test_whole_model_with_heads_of_other_names():
+    state = {
+        key.replace('decode_head.', 'panoptic_head.'): value
+        for key, value in randomised(Segmentor(V2)).items()
+    }
+    checkpoint = convert(state)
+    assert checkpoint.contents == 'model'
+    assert set(checkpoint.state_dict()) == set(state)
+
+
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 def test_round_trip(tmp_path, suffix):
     state = published(VSSM(V2))

@@ -252,6 +252,12 @@ def test_other_arch(change, message):
     refuse(VSSM(V2), published(other), message)
 
 
+def test_position_embedding_is_not_passed_over():
+    file = published(VSSM(V2))
+    file['pos_embed'] = torch.zeros(1, 8, 14, 14)
+    refuse(VSSM(V2), file, 'does not fit.*pos_embed is not in the model')
+
+
 def test_published_arch_of_a_misfit_is_named():
     file = published(mmvssm.build_backbone('vmamba_t_s1l8'))
     refuse(VSSM(V2), file, 'the file looks like vmamba_t_s1l8')
@@ -311,7 +317,7 @@ def test_init_cfg_that_does_not_fit(tmp_path):
     with pytest.raises(CheckpointError, match='does not fit'):
         net.init_weights()
     net = VSSM(V2, init_cfg=dict(type='Pretrained', checkpoint='missing.pth'))
-    with pytest.raises(FileNotFoundError, match='missing.pth'):
+    with pytest.raises(CheckpointError, match='no checkpoint at .*missing.pth'):
         net.init_weights()
 
 

@@ -98,8 +98,9 @@ def test_no_state_dict(tmp_path, content):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no checkpoint at .*none.pth'):
+    with pytest.raises(CheckpointError, match='no checkpoint at .*none.pth') as error:
         read_state_dict(tmp_path / 'none.pth')
+    assert isinstance(error.value, FileNotFoundError)
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
