@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mmcv
 import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
@@ -75,10 +76,21 @@ def load_segmentor(
     Returns:
         The model in eval mode, with ``cfg`` and ``dataset_meta`` attached as
         ``mmseg.apis.inference_model`` expects.
+
+    Raises:
+        UsageError: There is no such device, or the checkpoint does not belong to
+            the model.
     """
+    device = device or get_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f'cannot use the device {device!r}: {str(error).splitlines()[0]}'
+        ) from error
     cfg = copy.deepcopy(cfg)
     cfg.setdefault('test_pipeline', cfg.test_dataloader.dataset.pipeline)
-    model = revert_sync_batchnorm(init_model(cfg, device=device or get_device()))
+    model = revert_sync_batchnorm(init_model(cfg, device=device))
     load_weights(model, checkpoint)
     # Knows classes and palette without a look at its files.
     dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))

@@ -11,6 +11,7 @@ CONFIGS = {
     'upernet_vmamba_t.py': (62, 949),
     'upernet_vmamba_s.py': (82, 1028),
     'upernet_vmamba_b.py': (122, 1170),
+    'upernet_vmamba_v0_t.py': (55, 964),
 }
 
 

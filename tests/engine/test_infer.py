@@ -1,10 +1,11 @@
 import pytest
+from mmengine.config import Config
 from PIL import Image
 
 pytest.importorskip('mmseg')
 
 from mmvssm.engine import UsageError
-from mmvssm.engine.infer import find_images, free_name
+from mmvssm.engine.infer import find_images, free_name, load_segmentor
 
 
 def test_files_folders_and_patterns(tmp_path, monkeypatch):
@@ -34,3 +35,9 @@ def test_names_do_not_collide(tmp_path):
         for x in ('a.png', 'b/a.jpg', 'a_2.png', 'c/a.png')
     ]
     assert names == ['a', 'a_2', 'a_2_2', 'a_3']
+
+
+@pytest.mark.parametrize('device', ['gpu', 'cuda:99'])
+def test_no_such_device(device):
+    with pytest.raises(UsageError, match=f"cannot use the device '{device}'"):
+        load_segmentor(Config(), 'absent.pth', device)
