@@ -1,7 +1,8 @@
 """VMamba against mmseg's Swin on the quickstart's data.
 
 Both backbones have the same number of parameters and train with the
-quickstart's heads, data, schedule and seeds; only ``model.backbone`` differs.
+quickstart's heads, data, schedule and seeds. Each may choose its learning
+rate: the one that does best, by the median over the seeds, counts.
 
     python benchmarks/quickstart_peers.py
 

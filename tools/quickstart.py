@@ -6,6 +6,8 @@ checkpoint, and at once to the results if training is finished.
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -48,8 +50,9 @@ def main(args: argparse.Namespace) -> None:
     sheet = write_model_contact_sheet(
         work_dir / 'contact_sheet.png', runner.model, runner.test_dataloader.dataset
     )
-    checkpoint = (work_dir / 'last_checkpoint').read_text().strip()
-    example = next(Path(data_root, 'images/validation').glob('*'))
+    checkpoint = os.path.relpath((work_dir / 'last_checkpoint').read_text().strip())
+    config, python = os.path.relpath(args.config), os.path.relpath(sys.executable)
+    example = min(Path(data_root, 'images/validation').iterdir())
     print(f"""
 mIoU {metrics['mIoU']:.2f} on {len(runner.test_dataloader.dataset)} held-out images
 
@@ -59,10 +62,10 @@ mIoU {metrics['mIoU']:.2f} on {len(runner.test_dataloader.dataset)} held-out ima
 
 Next:
   segment pictures of your own
-    .venv/bin/python tools/infer.py {example} \\
-        --config {args.config} --checkpoint {checkpoint} --out-dir {work_dir / 'infer'}
+    {python} tools/infer.py {example} \\
+        --config {config} --checkpoint {checkpoint} --out-dir {work_dir / 'infer'}
   train on ADE20K (the README says how to lay it out)
-    .venv/bin/python tools/train.py configs/upernet_vmamba_t.py
+    {python} tools/train.py configs/upernet_vmamba_t.py
 """)
 
 

@@ -63,7 +63,8 @@ def main(args: argparse.Namespace) -> None:
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     if args.tta:
         engine.enable_tta(cfg)
-    cfg.load_from = None
+    # The runner must put nothing over the weights loaded below.
+    cfg.load_from, cfg.resume = None, False
     engine.prepare_launch(cfg, args.launcher)
     runner = Runner.from_cfg(cfg)
     engine.load_weights(runner.model, args.checkpoint)

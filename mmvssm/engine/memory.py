@@ -12,8 +12,8 @@ def keep_freed_memory() -> bool:
     """Let the process keep the memory it frees, for its next tensors.
 
     Every iteration frees the blocks that the next one asks for again. glibc
-    hands large ones back to the system each time, and the page faults of
-    getting them anew took about a quarter of an iteration of the quickstart.
+    hands large ones back to the system each time, and getting them anew is
+    paid for in page faults.
 
     Returns:
         Whether the C library has such a setting (glibc has).
