@@ -10,6 +10,7 @@ writes ``benchmarks/results/quickstart_peers.json``.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -42,7 +43,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0])
+    parser.add_argument('--lrs', type=float, nargs='+', default=[1e-3, 3e-3])
     parser.add_argument('--peers', nargs='+', choices=PEERS, default=list(PEERS))
     parser.add_argument('--work-dir', default='work_dirs/quickstart_peers')
     parser.add_argument('--out', default=str(HERE / 'results/quickstart_peers.json'))
@@ -55,17 +57,17 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def peer_config(args: argparse.Namespace, name: str, seed: int) -> Config:
-    """The quickstart's config with another backbone and seed."""
+def peer_config(args: argparse.Namespace, name: str, lr: float, seed: int) -> Config:
+    """The quickstart's config with another backbone, learning rate and seed."""
     from mmvssm import engine
 
-    work_dir = str(Path(args.work_dir, f'{name}_seed{seed}'))
+    work_dir = str(Path(args.work_dir, f'{name}_lr{lr:g}_seed{seed}'))
     cfg = engine.load_config(str(CONFIG), args.cfg_options, work_dir)
     engine.check_datasets(cfg)
     if PEERS[name]:
         cfg.model.backbone = dict(PEERS[name])
+    cfg.optim_wrapper.optimizer.lr = lr
     cfg.randomness = dict(seed=seed)
-    cfg.visualizer = None
     return cfg
 
 
@@ -86,27 +88,36 @@ def train(cfg: Config) -> dict:
     )
 
 
+def best_learning_rate(runs: list[dict], name: str) -> dict:
+    """The learning rate with the highest median mIoU over the seeds."""
+    mine = [run for run in runs if run['peer'] == name]
+    medians = {
+        lr: statistics.median(run['mIoU'] for run in mine if run['lr'] == lr)
+        for lr in {run['lr'] for run in mine}
+    }
+    lr = max(medians, key=medians.get)
+    return dict(
+        lr=lr, mIoU=medians[lr], backbone_parameters=mine[0]['backbone_parameters']
+    )
+
+
 def main(args: argparse.Namespace) -> None:
     """Train all peers in turn, seed by seed, and compare them."""
     from mmvssm.collect_env import collect_env
 
-    runs = {name: [] for name in args.peers}
-    for seed in args.seeds:
-        for name in args.peers:
-            runs[name].append(dict(seed=seed, **train(peer_config(args, name, seed))))
-    medians = {
-        name: statistics.median(r['mIoU'] for r in found)
-        for name, found in runs.items()
-    }
-    result = dict(environment=collect_env(), median_mIoU=medians, runs=runs)
+    runs = []
+    for seed, lr, name in itertools.product(args.seeds, args.lrs, args.peers):
+        found = train(peer_config(args, name, lr, seed))
+        runs.append(dict(peer=name, lr=lr, seed=seed, **found))
+    best = {name: best_learning_rate(runs, name) for name in args.peers}
+    result = dict(environment=collect_env(), best=best, runs=runs)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + '\n')
-    for name, found in runs.items():
-        mious = ', '.join(f'{r["mIoU"]:.2f}' for r in found)
+    for name, found in best.items():
         print(
-            f'{name:8} {found[0]["backbone_parameters"] / 1e6:.2f} M parameters, '
-            f'mIoU {medians[name]:.2f} (median of {mious})'
+            f'{name:8} {found["backbone_parameters"] / 1e6:.2f} M parameters, mIoU '
+            f'{found["mIoU"]:.2f} (median of {len(args.seeds)}) at lr {found["lr"]:g}'
         )
     print(f'written to {out}')
 

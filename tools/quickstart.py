@@ -5,7 +5,6 @@ checkpoint, and at once to the results if training is finished.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -31,6 +30,7 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Make the data, train, evaluate, draw."""
+    from mmengine.fileio import dump
     from mmengine.runner import Runner
 
     from mmvssm import engine
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     metrics = runner.test()
 
     work_dir = Path(cfg.work_dir)
-    (work_dir / 'metrics.json').write_text(json.dumps(metrics, indent=2) + '\n')
+    dump(metrics, work_dir / 'metrics.json', indent=2)
     sheet = write_model_contact_sheet(
         work_dir / 'contact_sheet.png', runner.model, runner.test_dataloader.dataset
     )
