@@ -186,6 +186,20 @@ def test_published_settings(name):
     assert steps['RandomCrop'].crop_size == (512, 512)
 
 
+def test_quickstart_is_the_common_path_made_small():
+    """Heads, losses (without class weights) and test mode are the published ones."""
+    small, full = (
+        Config.fromfile(REPO / 'configs' / name).model
+        for name in ('upernet_vmamba_quickstart.py', 'upernet_vmamba_t.py')
+    )
+    assert small.type == full.type and small.test_cfg == full.test_cfg
+    for part in ('backbone', 'decode_head', 'auxiliary_head', 'data_preprocessor'):
+        assert small[part].type == full[part].type
+    for head in ('decode_head', 'auxiliary_head'):
+        assert small[head].loss_decode == full[head].loss_decode
+        assert 'class_weight' not in small[head].loss_decode
+
+
 def test_weight_decay_spares_what_was_published():
     """Names with 'norm' only: not A_logs, biases or the stem's norms."""
     from mmengine.optim import build_optim_wrapper

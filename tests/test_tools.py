@@ -113,9 +113,12 @@ def test_evaluate_with_pictures_and_tta(trained, work):
         'maps',
         '--work-dir',
         'tested',
+        '--cfg-options',
+        'resume=True',
         cwd=work,
     )
     assert re.search(r'mIoU: +\d', output)
+    assert 'resumed' not in output, 'the weights are those of the argument'
     labels = [Image.open(work / 'maps' / f'{i}.png') for i in range(2)]
     assert all(x.size == (80, 64) for x in labels)
     pictures = list((work / 'shown').rglob('*.png'))
@@ -193,43 +196,28 @@ def test_foreign_checkpoint_is_refused(trained, work, monkeypatch, capsys):
     whole = (trained / 'iter_2.pth').read_bytes()
     (work / 'cut.pth').write_bytes(whole[: len(whole) // 2])
     monkeypatch.chdir(work)
-    # The auxiliary head does not predict: without it a checkpoint is whole.
-    said = fail(
-        monkeypatch,
-        capsys,
-        'infer.py',
-        'ade/images',
-        '--config',
-        'tiny.py',
-        '--checkpoint',
-        'headless.pth',
-    )
+
+    def refuse(checkpoint):
+        arguments = ('ade/images', '--config', 'tiny.py', '--checkpoint', checkpoint)
+        return fail(monkeypatch, capsys, 'infer.py', *arguments)
+
+    said = refuse('headless.pth')
     assert 'does not belong' in said
     assert 'first misfit: decode_head.conv_seg.weight' in said
-    said = fail(
-        monkeypatch,
-        capsys,
-        'infer.py',
-        'ade/images',
-        '--config',
-        'tiny.py',
-        '--checkpoint',
-        'resnet.pth',
-    )
-    assert re.search(r'backbone: 0 of \d+ tensors match', said)
-    said = fail(
-        monkeypatch,
-        capsys,
-        'infer.py',
-        'ade/images',
-        '--config',
-        'tiny.py',
-        '--checkpoint',
-        'cut.pth',
-    )
+    assert re.search(r'backbone: 0 of \d+ tensors match', refuse('resnet.pth'))
+    said = refuse('cut.pth')
     assert 'cut.pth' in said and 'truncated' in said
     said = fail(monkeypatch, capsys, 'test.py', 'tiny.py', 'absent.pth')
     assert f'no checkpoint at {work / "absent.pth"}' in said
+
+
+def _init_cfg(checkpoint):
+    prefix = 'model.backbone.init_cfg'
+    return (
+        '--cfg-options',
+        f'{prefix}.type=Pretrained',
+        f'{prefix}.checkpoint={checkpoint}',
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,6 +229,7 @@ def test_foreign_checkpoint_is_refused(trained, work, monkeypatch, capsys):
         (['tiny.py', '--cfg-options', 'no-equals-sign'], 'KEY.SUBKEY=VALUE'),
         (['tiny.py', '--resume', 'absent.pth'], 'no checkpoint at'),
         (['tiny.py', '--pretrained', 'absent.pth'], 'no checkpoint at'),
+        (['tiny.py', *_init_cfg('absent.pth')], 'no checkpoint at'),
         (['tiny.py', '--amp', 'float64'], 'invalid choice'),
         (['tiny.py', '--launcher', 'pytorch'], 'torchrun'),
     ],

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from mmvssm.analysis.contact_sheet import write_contact_sheet, write_model_contact_sheet
+from tiny import REPO
 
 CLASSES = ('ground', 'tree')
 PALETTE = ([10, 200, 30], [220, 40, 50])
@@ -92,7 +93,7 @@ def test_bad_samples(tmp_path):
 def test_of_a_model_and_its_data_set(tmp_path):
     pytest.importorskip('skimage')
     pytest.importorskip('mmseg')
-    from mmengine.config import ConfigDict
+    from mmengine.config import Config, ConfigDict
     from mmseg.registry import DATASETS, MODELS
     from mmseg.utils import register_all_modules
 
@@ -104,24 +105,11 @@ def test_of_a_model_and_its_data_set(tmp_path):
 
     register_all_modules(init_default_scope=True)
     root = make_quickstart_dataset(tmp_path / 'data', 1, 4, 64)
-    dataset = DATASETS.build(
-        dict(
-            type='BaseSegDataset',
-            data_root=str(root),
-            data_prefix=dict(
-                img_path='images/validation', seg_map_path='annotations/validation'
-            ),
-            metainfo=dict(classes=QUICKSTART_CLASSES, palette=QUICKSTART_PALETTE),
-            reduce_zero_label=True,
-            test_mode=True,
-            pipeline=[
-                dict(type='LoadImageFromFile'),
-                dict(type='Resize', scale=(96, 96), keep_ratio=True),
-                dict(type='LoadAnnotations', reduce_zero_label=True),
-                dict(type='PackSegInputs'),
-            ],
-        )
-    )
+    cfg = Config.fromfile(REPO / 'configs/_base_/datasets/quickstart.py')
+    dataset_cfg = dict(cfg.val_dataloader.dataset, data_root=str(root))
+    resize = dict(type='Resize', scale=(96, 96), keep_ratio=True)
+    load, *rest = cfg.test_pipeline
+    dataset = DATASETS.build(dict(dataset_cfg, pipeline=[load, resize, *rest]))
     model = MODELS.build(
         dict(
             type='EncoderDecoder',

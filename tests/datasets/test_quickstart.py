@@ -5,7 +5,6 @@ import json
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +19,9 @@ from mmvssm.datasets import (
     quickstart,
 )
 from mmvssm.datasets.photos import SPLITS, load_regions
+from tiny import REPO
 
 NUM_CLASSES = len(QUICKSTART_CLASSES)
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope='module')
@@ -221,28 +220,14 @@ def test_colours_alone_do_not_tell_the_classes(root, balanced):
 
 def test_mmseg_reads_it(root):
     pytest.importorskip('mmseg')
+    from mmengine.config import Config
     from mmseg.datasets import BaseSegDataset
     from mmseg.registry import DATASETS
     from mmseg.utils import register_all_modules
 
     register_all_modules(init_default_scope=True)
-    dataset = DATASETS.build(
-        dict(
-            type='BaseSegDataset',
-            data_root=str(root),
-            data_prefix=dict(
-                img_path='images/validation', seg_map_path='annotations/validation'
-            ),
-            metainfo=dict(classes=QUICKSTART_CLASSES, palette=QUICKSTART_PALETTE),
-            reduce_zero_label=True,
-            test_mode=True,
-            pipeline=[
-                dict(type='LoadImageFromFile'),
-                dict(type='LoadAnnotations', reduce_zero_label=True),
-                dict(type='PackSegInputs'),
-            ],
-        )
-    )
+    cfg = Config.fromfile(REPO / 'configs/_base_/datasets/quickstart.py')
+    dataset = DATASETS.build(dict(cfg.val_dataloader.dataset, data_root=str(root)))
     assert isinstance(dataset, BaseSegDataset)
     assert len(dataset) == 32
     assert dataset.metainfo['classes'] == QUICKSTART_CLASSES
@@ -258,7 +243,7 @@ def test_mmseg_reads_it(root):
 
 
 def test_tool(tmp_path, monkeypatch):
-    tool = str(REPOSITORY / 'tools' / 'make_quickstart_data.py')
+    tool = str(REPO / 'tools' / 'make_quickstart_data.py')
     root = make_quickstart_dataset(tmp_path / 'data', 2, 1, 64, seed=1)
     arguments = f'--root {root} --num-train 2 --num-val 1 --size 64'.split()
 
@@ -268,7 +253,7 @@ def test_tool(tmp_path, monkeypatch):
 
     made = subprocess.run(
         [sys.executable, tool, *arguments, '--overwrite'],
-        cwd=REPOSITORY,
+        cwd=REPO,
         capture_output=True,
         text=True,
     )

@@ -175,7 +175,7 @@ def test_shadow_falls_behind_the_object_only():
 def test_random_scene(regions, height, width):
     for seed in range(4):
         scene = random_scene(regions, height, width, np.random.default_rng(seed))
-        assert 1 <= len(scene.objects) <= 6
+        assert 1 <= len(scene.objects) <= 5
         image, labels = scene.image(), scene.label_map()
         assert image.shape == (height, width, 3)
         assert labels.shape == (height, width)
