@@ -56,7 +56,10 @@ def main(args: argparse.Namespace) -> None:
     if len(size) > 2 or min(size) < 1:
         raise UsageError(f'--shape takes HEIGHT WIDTH, got {size}.')
     height, width = size[0], size[-1]
-    result = count_flops(model, (1, 3, height, width))
+    try:
+        result = count_flops(model, (1, 3, height, width))
+    except ValueError as error:
+        raise UsageError(f'{args.model} at {height}x{width}: {error}') from error
     print(f'{args.model} at {height}x{width}')
     print(f'parameters  {result.params / 1e6:10.2f} M')
     for name, module in model.named_children():
