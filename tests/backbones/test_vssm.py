@@ -142,15 +142,18 @@ def test_autocast(arch, monkeypatch):
     net = VSSM(arch)
     x = torch.randn(2, 3, 64, 64)
     want = net(x)
-    # The published code casts the normalised result back to half.
-    projected = []
-    net.layers[0].blocks[0].op.out_proj.register_forward_pre_hook(
-        lambda _, inputs: projected.append(inputs[0].dtype)
-    )
+    # The published code norms in float32 and casts the result back to half.
+    entered = []
+    op = net.layers[0].blocks[0].op
+    for layer in (op.out_norm, op.out_proj):
+        layer.register_forward_pre_hook(
+            lambda _, inputs: entered.append(inputs[0].dtype)
+        )
     with torch.autocast('cpu', torch.bfloat16):
         maps = net(x)
     loss(maps).backward()
-    assert set(dtypes) == {torch.float32} and projected == [torch.bfloat16]
+    assert set(dtypes) == {torch.float32}
+    assert entered == [torch.float32, torch.bfloat16]
     for got, full in zip(maps, want, strict=True):
         assert (got - full).abs().max() < 0.2
     assert all(

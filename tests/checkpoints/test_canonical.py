@@ -85,6 +85,13 @@ def test_shared_and_strided_tensors(tmp_path):
     assert all(torch.equal(v, state[k]) for k, v in read_state_dict(path).items())
 
 
+def test_file_is_as_readable_as_any(tmp_path):
+    (tmp_path / 'any').touch()
+    save_checkpoint(convert(published(VSSM(V2))), tmp_path / 'weights.pth')
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / 'weights.pth'
     path.write_text('old')
