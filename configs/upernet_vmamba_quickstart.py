@@ -51,4 +51,5 @@ default_hooks = dict(
         type='CheckpointHook', by_epoch=False, interval=300, max_keep_ckpts=1
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    visualization=dict(type='SegVisualizationHook'),
 )

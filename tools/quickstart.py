@@ -1,7 +1,8 @@
 """Make a small data set, train a small VMamba-UperNet on it, show what it does.
 
 Everything runs on the CPU, in minutes. Run again, it goes on from the latest
-checkpoint, and at once to the results if training is finished.
+checkpoint in the work dir, and at once to the results if training is finished;
+delete the work dir to start anew.
 """
 
 import argparse
@@ -73,12 +74,12 @@ def make_data(root: str, settings: dict) -> None:
     """Make the data set, or find it made, with a progress bar."""
     from functools import partial
 
-    from tqdm import tqdm
-
     from mmvssm.datasets import make_quickstart_dataset
     from mmvssm.engine import UsageError
 
     try:
+        from tqdm import tqdm
+
         make_quickstart_dataset(
             root, **settings, progress=partial(tqdm, desc='making images', unit='image')
         )

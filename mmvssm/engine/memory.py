@@ -1,6 +1,7 @@
 """The allocator of a training on the CPU."""
 
 import ctypes
+import sys
 
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD = -1
@@ -18,6 +19,8 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the C library has such a setting (glibc has).
     """
+    if sys.platform != 'linux':
+        return False
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt is None:
         return False

@@ -264,17 +264,22 @@ def test_no_state_of_every_position_is_kept(backend):
 def test_opcheck(backend):
     for optional, channels_last in (((), True), (OPTIONAL, False)):
         inputs = scan_inputs(
-            2,
-            4,
-            40,
-            2,
-            2,
+            *(2, 4, 40, 2, 2),
             dtype=torch.float32,
             optional=optional,
             channels_last=channels_last,
         )
         args = [inputs.get(n) for n in op._NAMES]
         opcheck(op._forward_op, (*args, True, torch.float32, backend))
+        # Strides that the fake implementation must foresee.
+        args = [x if x is None else _transposed(x) for x in args]
+        opcheck(op._forward_op, (*args, True, torch.float32, backend))
+
+
+def _transposed(x):
+    """Equal values with the axes in memory in the opposite order."""
+    axes = tuple(reversed(range(x.ndim)))
+    return x.detach().permute(axes).contiguous().permute(axes).requires_grad_()
 
 
 @backends

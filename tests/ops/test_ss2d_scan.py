@@ -63,6 +63,20 @@ def test_half_precision_in_and_out(backend, dtype):
 
 
 @backends
+def test_half_precision_merges_in_float32(backend):
+    """Routes that cancel: each is rounded only after they are added up."""
+    inputs = ss2d_inputs(1, 8, 5, 6, 2, 1, dtype=torch.bfloat16)
+    inputs = {k: v.detach() for k, v in inputs.items()}
+    inputs['x_proj_weight'].zero_()  # leaves D u of each route
+    weights = torch.tensor([1001.0, 1.0, -1001.0, 1.0]).repeat_interleave(8)
+    inputs.update(
+        A=inputs['A'].float(), dt_projs_bias=inputs['dt_projs_bias'].float(), Ds=weights
+    )
+    y = ss2d_scan(**inputs, backend=backend)
+    assert torch.equal(y, 2 * inputs['x'])
+
+
+@backends
 def test_autocast_merges_in_float32(backend):
     inputs = ss2d_inputs(1, 8, 5, 6, 2, 1, dtype=torch.float32)
     with torch.autocast('cpu', torch.bfloat16):
@@ -99,3 +113,17 @@ def test_bad_map(shape):
     inputs['x'] = torch.zeros(shape)
     with pytest.raises(ValueError, match='ss2d_scan: x must be'):
         ss2d_scan(**inputs)
+
+
+def test_bad_dtypes():
+    inputs = ss2d_inputs(1, 8, 5, 6, 2, 1)
+    with pytest.raises(TypeError, match='x must be floating-point'):
+        ss2d_scan(**{**inputs, 'x': torch.zeros(1, 8, 5, 6, dtype=torch.int64)})
+    with pytest.raises(TypeError, match='x_proj_weight is torch.float64 and x is'):
+        ss2d_scan(**{**inputs, 'x': inputs['x'].float()})
+
+
+def test_shapes_on_the_meta_device():
+    inputs = ss2d_inputs(1, 8, 5, 6, 2, 1)
+    y = ss2d_scan(**{name: x.to('meta') for name, x in inputs.items()})
+    assert y.shape == (1, 8, 5, 6)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mmvssm.ops import autocast
 from mmvssm.ops.backends import choose_backend
 from mmvssm.ops.selective_scan import torch_backend
 from mmvssm.ops.selective_scan.reference import selective_scan_reference
@@ -90,13 +91,13 @@ def scan(
     """:func:`selective_scan`, if need be with float32 output, and the last state."""
     _check(u, delta, A, B, C, D, z, delta_bias)
     out_dtype = u.dtype
-    if float32_out or torch.is_autocast_enabled(u.device.type):
+    if float32_out or autocast.is_enabled(u):
         out_dtype = torch.promote_types(u.dtype, torch.float32)
     name = choose_backend(u.device.type, u.dtype, backend)
     if B.ndim == 3:
         B, C = B.unsqueeze(1), C.unsqueeze(1)
     if name == 'reference':
-        with torch.autocast(u.device.type, enabled=False):
+        with autocast.disabled(u):
             out, last_state = selective_scan_reference(
                 u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype
             )
@@ -226,7 +227,7 @@ def _forward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (u, delta, A, B, C, D, z, delta_bias)
-    with torch.autocast(u.device.type, enabled=False):
+    with autocast.disabled(u):
         out, last_state, saved = _IMPLEMENTATIONS[backend].forward(
             *inputs, delta_softplus, out_dtype
         )
@@ -265,7 +266,7 @@ def _backward_op(
     delta_softplus: bool,
     backend: str,
 ) -> list[Tensor]:
-    with torch.autocast(u.device.type, enabled=False):
+    with autocast.disabled(u):
         grads = _IMPLEMENTATIONS[backend].backward(
             grad_out,
             grad_last_state,

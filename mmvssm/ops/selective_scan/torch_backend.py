@@ -307,21 +307,13 @@ class _Gradients:
         return grad_h[:, 0]
 
     def result(self) -> tuple[Tensor | None, ...]:
-        """In the order and the dtypes of the inputs; None where those are."""
-        found = (
-            self.u,
-            self.delta,
-            self.A.T.contiguous(),
-            self.B,
-            self.C,
-            self.D,
-            self.z,
-            self.bias,
-        )
-        return tuple(
-            None if x is None else grad.to(x.dtype)
-            for x, grad in zip(self.inputs, found)
-        )
+        """In the order, dtypes and strides of the inputs; None where those are."""
+        sums = {2: self.A.T, 5: self.D, 7: self.bias}
+        found = [self.u, self.delta, None, self.B, self.C, None, self.z, None]
+        for index, total in sums.items():
+            if total is not None:
+                found[index] = torch.empty_like(self.inputs[index]).copy_(total)
+        return tuple(found)
 
 
 def backward(

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmvssm.ops import autocast
 from mmvssm.ops.cross_scan import NUM_ROUTES, cross_merge, cross_scan, take_routes
 from mmvssm.ops.selective_scan.op import scan
 
@@ -42,7 +43,7 @@ def ss2d_scan_composed(
         backend=backend,
     )
     y = cross_merge(ys.unflatten(1, (NUM_ROUTES, channels)), (height, width))
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocast.is_enabled(x):
         y = y.to(x.dtype)
     return y.unflatten(2, (height, width))
 

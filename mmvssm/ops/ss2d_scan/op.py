@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from mmvssm.ops import autocast
 from mmvssm.ops.ss2d_scan.composed import ss2d_scan_composed
 
 
@@ -39,6 +40,8 @@ def ss2d_scan(
         routes are float32 (float64 for float64 input).
 
     Raises:
+        TypeError: x is not floating-point, or a projection has another dtype
+            than x outside autocast.
         ValueError: A shape does not fit.
     """
     inputs = (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
@@ -62,6 +65,8 @@ def _check(
             f'ss2d_scan: x must be (batch, channels, height, width) '
             f'with no empty side, got {tuple(x.shape)}'
         )
+    if not x.is_floating_point():
+        raise TypeError(f'ss2d_scan: x must be floating-point, got {x.dtype}')
     if A.ndim != 2 or dt_projs_weight.ndim != 3:
         raise ValueError(
             f'ss2d_scan: A must be (4 * channels, states) and dt_projs_weight (4, '
@@ -80,4 +85,11 @@ def _check(
             raise ValueError(
                 f'ss2d_scan: {name} must be {shape} for {channels} channels, rank '
                 f'{rank} and {states} states, got {tuple(tensor.shape)}'
+            )
+    for name in ('x_proj_weight', 'dt_projs_weight'):
+        dtype = expected[name][0].dtype
+        if dtype != x.dtype and not autocast.is_enabled(x):
+            raise TypeError(
+                f'ss2d_scan: {name} is {dtype} and x is {x.dtype}; convert one of '
+                f'them, or run under torch.autocast'
             )

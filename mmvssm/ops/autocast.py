@@ -1,0 +1,20 @@
+"""Autocast as the ops see it, on devices that have it and on those that do not."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def is_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def disabled(x: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which nothing on the device of ``x`` is cast."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
