@@ -68,7 +68,7 @@ def test_half_precision_merges_in_float32(backend):
     inputs = ss2d_inputs(1, 8, 5, 6, 2, 1, dtype=torch.bfloat16)
     inputs = {k: v.detach() for k, v in inputs.items()}
     inputs['x_proj_weight'].zero_()  # leaves D u of each route
-    weights = torch.tensor([1001.0, 1.0, -1001.0, 1.0]).repeat_interleave(8)
+    weights = torch.tensor([1001.0, 1.0, -1000.0, 0.0]).repeat_interleave(8)
     inputs.update(
         A=inputs['A'].float(), dt_projs_bias=inputs['dt_projs_bias'].float(), Ds=weights
     )
