@@ -4,21 +4,21 @@ Importing ``mmvssm`` calls :func:`apply` once. Nothing outside this module may
 look at a version number or patch somebody else's module.
 """
 
-import os.path as osp
 import pickle
-import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
-import mmengine.config.config as mmengine_config
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import is_installed
 
 _NUMPY_DTYPES = ('bool', 'float32', 'float64', 'int32', 'int64', 'uint8', 'uint32')
-_FLAT_CONFIG = re.compile(r'^(mmvssm)::([\w.-]+)$')
+_OWN_SCOPE = 'mmvssm::'
+_CONFIGS = Path(__file__).parent / '.mim' / 'configs'
 
 
 def _register_config_scopes() -> None:
@@ -33,39 +33,32 @@ def _register_config_scopes() -> None:
         MODULE2PACKAGE['mmseg'] = 'mmseg'
 
 
-def _accept_flat_configs() -> None:
-    """Accept ``mmvssm::upernet_vmamba_t.py``, a config in no sub-folder.
+def _find_own_configs() -> None:
+    """Let ``_base_ = 'mmvssm::upernet_vmamba_t.py'`` mean this package's file.
 
-    mmengine insists on a ``/`` after the ``::``, but ``configs/`` of this
-    package is flat.
+    mmengine's own look-up fails here in three ways: it insists on a
+    sub-folder after the ``::``, and ``configs/`` is flat; up to 0.10.7 it
+    looks beside the distribution's metadata, where an editable install has no
+    package; and it marks what it inherits with the scope before the ``::``,
+    in which ``EncoderDecoder`` would have to be a class of this package.
     """
-    split = mmengine_config._get_package_and_cfg_path
-    if getattr(split, 'accepts_flat_configs', False):
-        return
-
-    def split_flat(cfg_path: str) -> tuple[str, str]:
-        match = _FLAT_CONFIG.match(cfg_path)
-        return match.groups() if match else split(cfg_path)
-
-    split_flat.accepts_flat_configs = True
-    mmengine_config._get_package_and_cfg_path = split_flat
-
-
-def _find_own_folder() -> None:
-    """Let mmengine find ``mmvssm/.mim`` however this package was installed.
-
-    mmengine up to 0.10.7 looks beside the distribution's metadata, where an
-    editable install has no package.
-    """
-    find = mmengine_config.get_installed_path
+    find = Config._get_cfg_path
     if getattr(find, 'knows_mmvssm', False):
         return
 
-    def find_installed(package: str) -> str:
-        return osp.dirname(__file__) if package == 'mmvssm' else find(package)
+    def find_config(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        if not cfg_path.startswith(_OWN_SCOPE):
+            return find(cfg_path, filename)
+        path = _CONFIGS / cfg_path.removeprefix(_OWN_SCOPE)
+        if not path.is_file():
+            known = sorted(p.name for p in _CONFIGS.glob('*.py'))
+            raise FileNotFoundError(
+                f'mmvssm has no config {cfg_path}; take one of {known}'
+            )
+        return str(path), None
 
-    find_installed.knows_mmvssm = True
-    mmengine_config.get_installed_path = find_installed
+    find_config.knows_mmvssm = True
+    Config._get_cfg_path = staticmethod(find_config)
 
 
 def _allow_mmengine_checkpoints() -> None:
@@ -116,6 +109,5 @@ def _named(module: str, function: Callable, name: str = '') -> Callable:
 def apply() -> None:
     """Apply every shim. Calling it again changes nothing."""
     _register_config_scopes()
-    _accept_flat_configs()
-    _find_own_folder()
+    _find_own_configs()
     _allow_mmengine_checkpoints()

@@ -254,6 +254,10 @@ def test_inherited_by_scope_from_anywhere(tmp_path, monkeypatch):
     assert cfg.model.backbone.arch == 't_s1l8'
     assert cfg.model.backbone.drop_path_rate == 0.4
     assert cfg.train_cfg.max_iters == 160000
+    # Built in the scope of the toolbox, not in the one it is inherited from.
+    model = build(shrink(cfg))
+    assert type(model.backbone).__name__ == 'VSSM'
+    assert type(model.decode_head).__module__.startswith('mmseg.')
 
 
 def test_backbone_in_somebody_elses_config(tmp_path):
