@@ -23,6 +23,7 @@ def require_file(path: str, what: str) -> None:
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a command-line tool and exit.
 
+    The process keeps the memory it frees, see :func:`keep_freed_memory`.
     A :class:`UsageError` or a checkpoint that cannot be used ends in its
     message and exit code 2, said once however many processes run the tool.
     Anything else keeps its traceback: it is a bug.

@@ -247,6 +247,16 @@ def test_any_strides(backend):
 
 
 @backends
+def test_gradients_have_the_strides_of_the_inputs(backend):
+    """As the fake implementation says: inductor relies on it."""
+    inputs = scan_inputs(2, 4, 40, 2, 2)
+    inputs = {name: _transposed(x) for name, x in inputs.items()}
+    out = selective_scan(**inputs, delta_softplus=True, backend=backend)
+    for name, grad in gradients((out,), inputs).items():
+        assert grad.stride() == inputs[name].stride(), name
+
+
+@backends
 def test_no_state_of_every_position_is_kept(backend):
     """What autograd keeps beside the inputs is far below (B, D, L, N)."""
     inputs = scan_inputs(2, 64, 2048, 16, dtype=torch.float32)
