@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mmvssm.ops.cpu import library
+
 ENV_VARIABLE = 'MMVSSM_SCAN_BACKEND'
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -54,6 +56,13 @@ class Backend:
 _BACKENDS = {
     backend.name: backend
     for backend in (
+        Backend(
+            'cpu',
+            'compiled for the CPU',
+            unavailable=library.unavailable,
+            devices=('cpu',),
+            dtypes=(torch.float32, torch.bfloat16),
+        ),
         Backend('torch', 'plain tensor code, any device, nothing compiled'),
         Backend(
             'reference', 'the definition, one position at a time; slow', automatic=False

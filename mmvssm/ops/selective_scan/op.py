@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from mmvssm.ops import autocast
+from mmvssm.ops import autocast, numerics
 from mmvssm.ops.backends import choose_backend
-from mmvssm.ops.selective_scan import torch_backend
+from mmvssm.ops.selective_scan import cpu_backend, torch_backend
 from mmvssm.ops.selective_scan.reference import selective_scan_reference
 
 # Every backend but the reference, whose gradients are autograd's, supplies
 # forward, backward and saved_states_shape.
-_IMPLEMENTATIONS = {'torch': torch_backend}
+_IMPLEMENTATIONS = {'cpu': cpu_backend, 'torch': torch_backend}
 
 
 def selective_scan(
@@ -101,8 +101,8 @@ def scan(
             out, last_state = selective_scan_reference(
                 u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype
             )
-        if not torch.compiler.is_compiling():
-            _refuse_nan(out, last_state, u, delta, A, B, C, D, z, delta_bias)
+        if not torch.compiler.is_compiling() and numerics.has_nan(out, last_state):
+            _refuse_nan(u, delta, A, B, C, D, z, delta_bias)
         return out, last_state
     out, last_state, _ = _forward_op(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, name
@@ -190,15 +190,8 @@ def _check_weights(
         )
 
 
-def _refuse_nan(out: Tensor, last_state: Tensor, *inputs: Tensor | None) -> None:
-    """Name the input that NaN came from.
-
-    On the CPU only: elsewhere the look would have to wait for the device.
-    """
-    if out.device.type != 'cpu':
-        return
-    if not (bool(out.isnan().any()) or bool(last_state.isnan().any())):
-        return
+def _refuse_nan(*inputs: Tensor | None) -> None:
+    """Name the input that NaN came from."""
     for name, x in zip(_NAMES, inputs):
         bad = 0 if x is None else int(x.isnan().sum())
         if bad:
@@ -228,10 +221,11 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     with autocast.disabled(u):
-        out, last_state, saved = _IMPLEMENTATIONS[backend].forward(
+        out, last_state, saved, has_nan = _IMPLEMENTATIONS[backend].forward(
             *inputs, delta_softplus, out_dtype
         )
-    _refuse_nan(out, last_state, *inputs)
+    if has_nan:
+        _refuse_nan(*inputs)
     return out, last_state, saved
 
 

@@ -207,12 +207,13 @@ def forward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, bool]:
     """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L).
 
     Returns:
-        The output (B, D, L) with u's strides, the last state (B, D, N) and the
-        states at the segments' starts (segments - 1, B, N, D).
+        The output (B, D, L) with u's strides, the last state (B, D, N), the
+        states at the segments' starts (segments - 1, B, N, D), and whether
+        there is NaN.
     """
     problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     out = torch.empty_like(u, dtype=out_dtype)
@@ -233,7 +234,8 @@ def forward(
         if segment.z is not None:
             y.mul_(numerics.silu(segment.z))
         out_channels_last[:, start:stop] = y
-    return out, h.transpose(1, 2).contiguous(), saved
+    last_state = h.transpose(1, 2).contiguous()
+    return out, last_state, saved, numerics.has_nan(out, last_state)
 
 
 class _Gradients:

@@ -1,0 +1,81 @@
+// exp2, softplus and the rest on vectors, accurate to about 1e-7 in relative
+// terms. The polynomials are minimax fits of the relative error.
+#pragma once
+
+#include "vec.h"
+
+namespace mmvssm {
+namespace MMVSSM_ISA {
+
+constexpr float kLog2e = 1.44269502f;
+// What the float above lacks.
+constexpr float kLog2eRest = 1.92596303e-8f;
+
+// 2^r - 1 for |r| <= 1/2; relative to the result, however small r is.
+static inline vfloat exp2m1_small(vfloat r) {
+  vfloat q = broadcast(0.000154035122f);
+  q = q * r + 0.00133907353f;
+  q = q * r + 0.00961823761f;
+  q = q * r + 0.0555035733f;
+  q = q * r + 0.240226492f;
+  q = q * r + 0.693147182f;
+  return q * r;
+}
+
+// x as k + r with integral k and |r| <= 1/2, x being limited to [-150, 150]:
+// 2^-150 is zero, 2^150 infinite.
+static inline vfloat split(vfloat x, vfloat* r) {
+#if !defined(__AVX512F__)
+  x = smaller(broadcast(150.0f), x);
+#endif
+  x = larger(broadcast(-150.0f), x);
+  const vfloat k = round_nearest(x);
+  *r = x - k;
+  return k;
+}
+
+static inline vfloat exp2(vfloat x) {
+  vfloat r;
+  const vfloat k = split(x, &r);
+  return scale_by_power(exp2m1_small(r) + 1.0f, k);
+}
+
+// 1 - exp(-x) for x >= 0, accurate near zero, too.
+static inline vfloat one_minus_exp_of_minus(vfloat x) {
+  vfloat r;
+  const vfloat k = split(x * -kLog2e, &r);
+  const vfloat scale = scale_by_power(broadcast(1.0f), k);
+  return (1.0f - scale) - scale * exp2m1_small(r);
+}
+
+// log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)).
+static inline vfloat softplus(vfloat x) {
+  const vfloat y = smaller(broadcast(104.0f), absolute(x));
+  const vfloat k = round_nearest(y * -kLog2e);
+  const vfloat r = (y * -kLog2e - k) + y * -kLog2eRest;
+  const vfloat e = scale_by_power(exp2m1_small(r) + 1.0f, k);
+  vfloat p = broadcast(0.00523269409f);
+  p = p * e - 0.0295052372f;
+  p = p * e + 0.0782259554f;
+  p = p * e - 0.136632457f;
+  p = p * e + 0.191060066f;
+  p = p * e - 0.24842982f;
+  p = p * e + 0.333190978f;
+  p = p * e - 0.499994934f;
+  p = p * e + 0.99999994f;
+  return larger(x, vfloat{}) + p * e;
+}
+
+static inline vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp2(x * -kLog2e)); }
+
+// Adds x to the sum kept as *sum + *rest (Kahan).
+static inline void add_compensated(float* sum, float* rest, vfloat x) {
+  const vfloat before = load(sum);
+  const vfloat added = x + load(rest);
+  const vfloat after = before + added;
+  store(sum, after);
+  store(rest, added - (after - before));
+}
+
+}  // namespace MMVSSM_ISA
+}  // namespace mmvssm

@@ -1,0 +1,206 @@
+"""Loads the compiled CPU kernels and calls them.
+
+The library knows nothing of torch's C++ interface, so one build serves every
+version of torch and of Python. What it needs of torch, its thread pool, is
+handed over as a function of torch's stable C interface (torch >= 2.10; older
+ones run the kernels on one thread).
+
+Environment variables, read when the library is first used:
+    MMVSSM_CPU_ISA: ``avx512``, ``avx2`` or ``baseline`` instead of the best
+        instruction set of this machine.
+    MMVSSM_CPU_LIBRARY: Path of another build of the library.
+"""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from ctypes import c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ISA_VARIABLE = 'MMVSSM_CPU_ISA'
+LIBRARY_VARIABLE = 'MMVSSM_CPU_LIBRARY'
+# By their numbers in entry.cpp.
+_ISAS = ('baseline', 'avx2', 'avx512')
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_DONE, _FOUND_NAN, _OUT_OF_MEMORY = range(3)
+_forced: list[str] = []
+
+
+class Array(ctypes.Structure):
+    """A tensor of up to four axes, as in problem.h."""
+
+    _fields_ = [('data', c_void_p), ('dtype', c_int64), ('stride', c_int64 * 4)]
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> 'Array':
+        """The array of a tensor, all zeros for None."""
+        if x is None:
+            return cls()
+        return cls(x.data_ptr(), _DTYPES[x.dtype], x.stride())
+
+
+def _structure(name: str, *fields: tuple[type, str]) -> type[ctypes.Structure]:
+    pairs = [(field, kind) for kind, names in fields for field in names.split()]
+    return type(name, (ctypes.Structure,), {'_fields_': pairs})
+
+
+ScanProblem = _structure(
+    'ScanProblem',
+    (c_int64, 'batch channels length states groups softplus'),
+    (Array, 'u delta z B C'),
+    (c_void_p, 'A D bias'),
+    (Array, 'out'),
+    (c_void_p, 'last_state saved'),
+    (Array, 'grad_out'),
+    (c_void_p, 'grad_last_state'),
+    (Array, 'grad_u grad_delta grad_z'),
+    (c_void_p, 'grad_B grad_C grad_A grad_D grad_bias'),
+)
+Ss2dProblem = _structure(
+    'Ss2dProblem',
+    (c_int64, 'batch channels height width states rank'),
+    (c_void_p, 'x projected'),
+    (c_int64, 'projected_stride'),
+    (c_void_p, 'dt_weight dt_bias A D out saved grad_out grad_x grad_projected'),
+    (c_void_p, 'grad_dt_weight grad_dt_bias grad_A grad_D'),
+)
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Address of a tensor's memory, None for None."""
+    return None if x is None else x.data_ptr()
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    path = os.environ.get(LIBRARY_VARIABLE)
+    if path is None:
+        here = Path(__file__).parent
+        found = sorted(here.glob('_kernels*.so')) + sorted(here.glob('_kernels*.pyd'))
+        if not found:
+            raise OSError(
+                'it was not compiled when mmvssm was installed (for want of a C++ '
+                'compiler, or because compiling failed); with g++ or clang++ on '
+                'the path install mmvssm again'
+            )
+        path = str(found[0])
+    return ctypes.CDLL(path)
+
+
+@cache
+def _parallel_for() -> c_void_p:
+    """Address of torch's parallel_for, null where torch does not export it."""
+    folder = Path(torch.__file__).parent / 'lib'
+    for name in ('libtorch_cpu.so', 'libtorch_cpu.dylib', 'torch_cpu.dll'):
+        if (folder / name).exists():
+            function = getattr(
+                ctypes.CDLL(str(folder / name)), 'torch_parallel_for', None
+            )
+            return ctypes.cast(function, c_void_p)
+    return c_void_p()
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run here, or None."""
+    try:
+        isa()
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that the library and this machine have, best first."""
+    return [
+        name
+        for number, name in reversed(list(enumerate(_ISAS)))
+        if _library().mmvssm_lanes(number)
+    ]
+
+
+def isa() -> str:
+    """The instruction set in use.
+
+    Raises:
+        OSError: The library is missing or cannot be loaded.
+        ValueError: ``MMVSSM_CPU_ISA`` names none that this machine has.
+    """
+    return _forced[-1] if _forced else _default_isa()
+
+
+@cache
+def _default_isa() -> str:
+    name = os.environ.get(ISA_VARIABLE)
+    if name:
+        _check_isa(name)
+        return name
+    return available_isas()[0]
+
+
+def _check_isa(name: str) -> None:
+    if name not in available_isas():
+        raise ValueError(
+            f"instruction set '{name}' is not available; there are {available_isas()}"
+        )
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run the kernels of one instruction set inside the ``with`` block.
+
+    Args:
+        name: One of :func:`available_isas`.
+
+    Raises:
+        ValueError: This machine does not have it.
+    """
+    _check_isa(name)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def lanes() -> int:
+    """Floats in a vector of the instruction set in use."""
+    return _library().mmvssm_lanes(_ISAS.index(isa()))
+
+
+@cache
+def tile() -> int:
+    """Positions between two saved states."""
+    _library().mmvssm_tile.restype = c_int64
+    return _library().mmvssm_tile()
+
+
+def strips(channels: int) -> int:
+    """How many strips the kernels cut channels into, as in tile.h."""
+    vectors = -(-channels // lanes())
+    return -(-vectors // 4)
+
+
+def call(function: str, problem: ctypes.Structure) -> bool:
+    """Run a kernel.
+
+    Args:
+        function: Its name in entry.cpp, without ``mmvssm_``.
+        problem: :class:`ScanProblem` or :class:`Ss2dProblem`.
+
+    Returns:
+        Whether a forward kernel met NaN.
+
+    Raises:
+        MemoryError: There is none for its buffers.
+    """
+    status = getattr(_library(), f'mmvssm_{function}')(
+        c_int32(_ISAS.index(isa())), ctypes.byref(problem), _parallel_for()
+    )
+    if status == _OUT_OF_MEMORY:
+        raise MemoryError('the scan found no memory for its buffers')
+    return status == _FOUND_NAN

@@ -1,0 +1,73 @@
+// What Python hands over. The structures are mirrored in library.py.
+#pragma once
+
+#include <cstdint>
+
+namespace mmvssm {
+
+enum Dtype : int64_t { kFloat32 = 0, kBfloat16 = 1 };
+
+// A tensor of up to four axes; strides in elements.
+struct Array {
+  void* data;
+  int64_t dtype;
+  int64_t stride[4];
+};
+
+// selective_scan and its gradients. Plain pointers are contiguous float32;
+// what a call does not have is null.
+struct ScanProblem {
+  int64_t batch, channels, length, states, groups, softplus;
+  Array u, delta, z;               // (batch, channel, position)
+  Array B, C;                      // (batch, group, state, position)
+  const float *A, *D, *bias;       // (channel, state), (channel), (channel)
+  Array out;                       // like u
+  float* last_state;               // (batch, channel, state)
+  float* saved;                    // (tiles - 1, batch, state, channel)
+  Array grad_out;                  // like u
+  const float* grad_last_state;    // like last_state
+  Array grad_u, grad_delta, grad_z;
+  float *grad_B, *grad_C;          // (strips, batch, group, position, state)
+  float *grad_A, *grad_D, *grad_bias;  // (batch, ...) of A transposed, D, bias
+};
+
+// ss2d_scan and its gradients; everything is float32. Maps are contiguous
+// (batch, height, width, channel), called x for short below.
+struct Ss2dProblem {
+  int64_t batch, channels, height, width, states, rank;
+  const float* x;
+  const float* projected;  // (batch, position, route, rank + 2 states)
+  int64_t projected_stride;  // of a position
+  const float* dt_weight;  // (route, channel, rank)
+  const float* dt_bias;    // (route, channel)
+  const float *A, *D;      // (route, channel, state), (route, channel)
+  float* out;              // like x
+  float* saved;            // (route, tiles - 1, batch, state, channel)
+  const float* grad_out;
+  float* grad_x;
+  float* grad_projected;   // (strips, batch, position, route, rank + 2 states)
+  float* grad_dt_weight;   // (batch, route, rank, channel)
+  float* grad_dt_bias;     // (batch, route, channel)
+  float *grad_A, *grad_D;  // (batch, route, state, channel), (batch, route, channel)
+};
+
+// torch::parallel_for of torch's stable C interface.
+typedef void (*RangeFunction)(int64_t begin, int64_t end, void* context);
+typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain,
+                               RangeFunction function, void* context);
+
+enum Status : int32_t { kDone = 0, kFoundNaN = 1, kOutOfMemory = 2 };
+
+// The kernels of one instruction set.
+struct Kernels {
+  int32_t lanes;
+  int32_t (*scan_forward)(const ScanProblem&, ParallelFor);
+  int32_t (*scan_backward)(const ScanProblem&, ParallelFor);
+  int32_t (*ss2d_forward)(const Ss2dProblem&, ParallelFor);
+  int32_t (*ss2d_backward)(const Ss2dProblem&, ParallelFor);
+};
+
+// Positions that are worked on at once, and between two saved states.
+constexpr int64_t kTile = 32;
+
+}  // namespace mmvssm

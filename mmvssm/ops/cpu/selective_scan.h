@@ -1,0 +1,302 @@
+// selective_scan over (batch, group, strip of channels), forward and backward.
+#pragma once
+
+#include "strip.h"
+
+namespace mmvssm {
+namespace MMVSSM_ISA {
+
+// Outputs beyond this size are not worth a place in the cache.
+constexpr int64_t kStreamBytes = 8 << 20;
+
+// What the work on one strip shares: which strip, and its buffers.
+class ScanStrip {
+ public:
+  static int64_t items(const ScanProblem& p) {
+    return p.batch * p.groups * strips_of(p.channels / p.groups);
+  }
+
+  ScanStrip(const ScanProblem& p, int64_t item)
+      : p(p),
+        strips(strips_of(p.channels / p.groups)),
+        index(item % strips),
+        group(item / strips % p.groups),
+        batch(item / strips / p.groups) {
+    strip = strip_of(p.channels / p.groups, index);
+    strip.first += group * (p.channels / p.groups);
+  }
+
+  // Step sizes of a tile from delta, into dt (rows, width).
+  void read_steps(int64_t position, int64_t rows, const float* bias, float* dt) const {
+    const int64_t width = strip.width();
+    const Rows raw = StripOf(p.delta, batch, strip).read(position, rows, dt);
+    for (int64_t t = 0; t < rows; ++t) {
+      for (int64_t c = 0; c < width; c += kLanes) {
+        const vfloat x = load(raw.data + t * raw.stride + c) + load(bias + c);
+        store(dt + t * width + c, p.softplus ? softplus(x) : x);
+      }
+    }
+  }
+
+  Rows read_B(int64_t position, int64_t rows, int64_t padded, float* buffer) const {
+    return read_weights(p.B, batch, group, p.states, padded, position, rows, buffer);
+  }
+  Rows read_C(int64_t position, int64_t rows, int64_t padded, float* buffer) const {
+    return read_weights(p.C, batch, group, p.states, padded, position, rows, buffer);
+  }
+
+  // The saved state before a tile other than the first.
+  float* saved(int64_t tile) const {
+    return p.saved + ((tile - 1) * p.batch + batch) * p.states * p.channels;
+  }
+
+  const ScanProblem& p;
+  const int64_t strips, index, group, batch;
+  Strip strip;
+};
+
+static bool forward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
+  const ScanStrip s(p, item);
+  const int64_t width = s.strip.width();
+  StripRecurrence scan(arena, p.states, s.strip, false);
+  scan.set_parameters(p.A, p.D);
+  scan.set_state_to_zero();
+  float* bias = arena->take(width);
+  read_channels(p.bias, s.strip, bias);
+  float* dt = arena->take(kTile * width);
+  float* u = arena->take(kTile * width);
+  float* z = arena->take(kTile * width);
+  float* y = arena->take(kTile * width);
+  float* B = arena->take(kTile * scan.padded());
+  float* C = arena->take(kTile * scan.padded());
+
+  const StripOf inputs(p.u, s.batch, s.strip), out(p.out, s.batch, s.strip);
+  const bool direct = p.z.data == nullptr && out.direct();
+  const int64_t line = 4 * kLanes;
+  const bool streams = direct && scan.padded() <= 16 &&
+                       (int64_t)out.at(0) % line == 0 &&
+                       out.row_stride() * 4 % line == 0 &&
+                       p.batch * p.channels * p.length * 4 > kStreamBytes;
+  const Write write = streams ? Write::kStream : Write::kStore;
+
+  vint nan = {};
+  for (int64_t start = 0; start < p.length; start += kTile) {
+    const int64_t rows = p.length - start < kTile ? p.length - start : kTile;
+    if (start > 0) scan.get_state(s.saved(start / kTile), p.channels);
+    s.read_steps(start, rows, bias, dt);
+    const Tile tile = {rows, dt, inputs.read(start, rows, u),
+                       s.read_B(start, rows, scan.padded(), B),
+                       s.read_C(start, rows, scan.padded(), C)};
+    if (direct) {
+      nan |= scan.forward(tile, write, out.at(start), out.row_stride());
+      continue;
+    }
+    nan |= scan.forward(tile, Write::kStore, y, width);
+    if (p.z.data != nullptr) {
+      const Rows gate = StripOf(p.z, s.batch, s.strip).read(start, rows, z);
+      for (int64_t t = 0; t < rows; ++t) {
+        for (int64_t c = 0; c < width; c += kLanes) {
+          const vfloat x = load(gate.data + t * gate.stride + c);
+          const vfloat gated = load(y + t * width + c) * (x * sigmoid(x));
+          nan |= gated != gated;
+          store(y + t * width + c, gated);
+        }
+      }
+    }
+    out.write(start, rows, y);
+  }
+  for (int64_t n = 0; n < p.states; ++n) {
+    for (int64_t c = 0; c < s.strip.count; ++c)
+      p.last_state[(s.batch * p.channels + s.strip.first + c) * p.states + n] =
+          scan.state[n * width + c];
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const vfloat h = load(scan.state + n * width + c);
+      nan |= h != h;
+    }
+  }
+  if (streams) stream_fence();
+  return any(nan);
+}
+
+// Sums over positions: of each tile in float32, of the tiles compensated.
+struct ChannelSum {
+  float *sum, *rest;
+  ChannelSum(Arena* arena, int64_t width)
+      : sum(arena->take(width)), rest(arena->take(width)) {
+    __builtin_memset(sum, 0, width * 4);
+    __builtin_memset(rest, 0, width * 4);
+  }
+};
+
+// From the gradients of dt u and of dt through the decay to those of the
+// inputs, in place: `dtu` becomes that of u, `dt_grad` that of delta.
+static void finish_tile(const Tile& tile, int64_t width, const float* D,
+                        const float* grad_y, int64_t grad_y_stride, bool softplus,
+                        float* dtu, float* dt_grad, const ChannelSum& grad_D,
+                        const ChannelSum& grad_bias) {
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const vfloat skip = load(D + c);
+    vfloat sum_D = {}, sum_bias = {};
+    for (int64_t t = 0; t < tile.rows; ++t) {
+      const vfloat dt = load(tile.dt + t * width + c);
+      const vfloat u = load(tile.u.data + t * tile.u.stride + c);
+      const vfloat g = load(grad_y + t * grad_y_stride + c);
+      const vfloat by_dtu = load(dtu + t * width + c);
+      vfloat by_dt = load(dt_grad + t * width + c) + by_dtu * u;
+      if (softplus) by_dt *= one_minus_exp_of_minus(dt);
+      store(dt_grad + t * width + c, by_dt);
+      store(dtu + t * width + c, by_dtu * dt + skip * g);
+      sum_D += g * u;
+      sum_bias += by_dt;
+    }
+    add_compensated(grad_D.sum + c, grad_D.rest + c, sum_D);
+    add_compensated(grad_bias.sum + c, grad_bias.rest + c, sum_bias);
+  }
+}
+
+static void backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
+  const ScanStrip s(p, item);
+  const int64_t width = s.strip.width();
+  StripRecurrence scan(arena, p.states, s.strip, true);
+  const int64_t padded = scan.padded();
+  scan.set_parameters(p.A, p.D);
+  scan.set_gradients_to_zero();
+  scan.set_state_to_zero();
+  if (p.grad_last_state != nullptr) {
+    const float* from = p.grad_last_state + s.batch * p.channels * p.states;
+    for (int64_t n = 0; n < p.states; ++n)
+      for (int64_t c = 0; c < s.strip.count; ++c)
+        scan.state[n * width + c] = from[(s.strip.first + c) * p.states + n];
+  }
+  float* bias = arena->take(width);
+  read_channels(p.bias, s.strip, bias);
+  const ChannelSum grad_D(arena, width), grad_bias(arena, width);
+  float* before = arena->take(padded * width);
+  float* dt = arena->take(kTile * width);
+  float* u = arena->take(kTile * width);
+  float* z = arena->take(kTile * width);
+  float* y = arena->take(kTile * width);
+  float* grad_out = arena->take(kTile * width);
+  float* grad_y = arena->take(kTile * width);
+  float* grad_dt = arena->take(kTile * width);
+  float* grad_dtu = arena->take(kTile * width);
+  float* B = arena->take(kTile * padded);
+  float* C = arena->take(kTile * padded);
+  float* grad_B = arena->take(kTile * padded);
+  float* grad_C = arena->take(kTile * padded);
+  const StripOf inputs(p.u, s.batch, s.strip), gates(p.z, s.batch, s.strip),
+      grads(p.grad_out, s.batch, s.strip);
+
+  const int64_t tiles = (p.length + kTile - 1) / kTile;
+  for (int64_t index = tiles - 1; index >= 0; --index) {
+    const int64_t start = index * kTile;
+    const int64_t rows = p.length - start < kTile ? p.length - start : kTile;
+    s.read_steps(start, rows, bias, dt);
+    const Tile tile = {rows, dt, inputs.read(start, rows, u),
+                       s.read_B(start, rows, padded, B),
+                       s.read_C(start, rows, padded, C)};
+    for (int64_t n = 0; n < padded; ++n)
+      read_channels(index > 0 && n < p.states
+                        ? s.saved(index) + n * p.channels
+                        : nullptr,
+                    s.strip, before + n * width);
+    const Rows g = grads.read(start, rows, grad_out);
+    Rows gate = {}, by_y = g;
+    if (p.z.data != nullptr) {
+      gate = gates.read(start, rows, z);
+      by_y = {grad_y, width};
+      for (int64_t t = 0; t < rows; ++t) {
+        for (int64_t c = 0; c < width; c += kLanes) {
+          const vfloat x = load(gate.data + t * gate.stride + c);
+          store(grad_y + t * width + c,
+                load(g.data + t * g.stride + c) * (x * sigmoid(x)));
+          store(y + t * width + c, load(scan.D() + c) *
+                                       load(tile.u.data + t * tile.u.stride + c));
+        }
+      }
+    }
+    __builtin_memset(grad_dt, 0, rows * width * 4);
+    __builtin_memset(grad_dtu, 0, rows * width * 4);
+    __builtin_memset(grad_B, 0, rows * padded * 4);
+    __builtin_memset(grad_C, 0, rows * padded * 4);
+    scan.backward(tile, before,
+                  {by_y.data, by_y.stride, grad_dt, grad_dtu, grad_B, grad_C, padded},
+                  p.z.data != nullptr ? y : nullptr);
+    finish_tile(tile, width, scan.D(), by_y.data, by_y.stride, p.softplus, grad_dtu,
+                grad_dt, grad_D, grad_bias);
+    StripOf(p.grad_u, s.batch, s.strip).write(start, rows, grad_dtu);
+    StripOf(p.grad_delta, s.batch, s.strip).write(start, rows, grad_dt);
+    if (p.z.data != nullptr) {
+      for (int64_t t = 0; t < rows; ++t) {
+        for (int64_t c = 0; c < width; c += kLanes) {
+          const vfloat x = load(gate.data + t * gate.stride + c);
+          const vfloat open = sigmoid(x);
+          store(y + t * width + c, load(g.data + t * g.stride + c) *
+                                       load(y + t * width + c) *
+                                       (open * (1.0f + x * (1.0f - open))));
+        }
+      }
+      StripOf(p.grad_z, s.batch, s.strip).write(start, rows, y);
+    }
+    const int64_t at = ((s.index * p.batch + s.batch) * p.groups + s.group) *
+                           p.length * p.states + start * p.states;
+    for (int64_t t = 0; t < rows; ++t) {
+      __builtin_memcpy(p.grad_B + at + t * p.states, grad_B + t * padded,
+                       p.states * 4);
+      __builtin_memcpy(p.grad_C + at + t * p.states, grad_C + t * padded,
+                       p.states * 4);
+    }
+  }
+  scan.get_grad_A(p.grad_A + s.batch * p.states * p.channels, p.channels);
+  write_channels(grad_D.sum, s.strip, p.grad_D + s.batch * p.channels);
+  write_channels(grad_bias.sum, s.strip, p.grad_bias + s.batch * p.channels);
+}
+
+// Memory of one strip's buffers.
+static int64_t scan_floats(const ScanProblem& p, bool backward) {
+  const int64_t width = kMaxVectors * kLanes;
+  const int64_t padded = padded_states(p.states);
+  return StripRecurrence::floats(p.states, backward) +
+         (backward ? (8 * kTile + padded + 5) * width + 4 * kTile * padded
+                   : (4 * kTile + 1) * width + 2 * kTile * padded) +
+         32 * 16;
+}
+
+struct ScanTask {
+  const ScanProblem& p;
+  bool backward;
+  int32_t status;
+};
+
+static void run_strips(int64_t begin, int64_t end, void* context) {
+  ScanTask* task = (ScanTask*)context;
+  for (int64_t item = begin; item < end; ++item) {
+    Arena arena(scan_floats(task->p, task->backward));
+    if (arena.failed()) {
+      __atomic_store_n(&task->status, (int32_t)kOutOfMemory, __ATOMIC_RELAXED);
+      return;
+    }
+    if (task->backward) {
+      backward_strip(task->p, item, &arena);
+    } else if (forward_strip(task->p, item, &arena)) {
+      int32_t none = kDone;
+      __atomic_compare_exchange_n(&task->status, &none, (int32_t)kFoundNaN, false,
+                                  __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    }
+  }
+}
+
+static int32_t scan_forward(const ScanProblem& p, ParallelFor parallel_for) {
+  ScanTask task = {p, false, kDone};
+  parallel_for(0, ScanStrip::items(p), 1, run_strips, &task);
+  return task.status;
+}
+
+static int32_t scan_backward(const ScanProblem& p, ParallelFor parallel_for) {
+  ScanTask task = {p, true, kDone};
+  parallel_for(0, ScanStrip::items(p), 1, run_strips, &task);
+  return task.status;
+}
+
+}  // namespace MMVSSM_ISA
+}  // namespace mmvssm

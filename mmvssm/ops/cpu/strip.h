@@ -1,0 +1,274 @@
+// The recurrence over the tiles of one strip of channels: its parameters and
+// its state, and the choice of a kernel for each block of vectors and states.
+#pragma once
+
+#include "recurrence.h"
+
+namespace mmvssm {
+namespace MMVSSM_ISA {
+
+// One state: the vectors of a strip go through a kernel together. More: one
+// vector at a time with as many states as there are registers for.
+static inline int64_t forward_block(int64_t states) {
+  return states > 8 ? 16 : states > 4 ? 8 : states > 2 ? 4 : states;
+}
+static inline int64_t backward_block(int64_t states) {
+  return states > 4 ? 8 : forward_block(states);
+}
+static inline int64_t padded_states(int64_t states) {
+  const int64_t block = forward_block(states);
+  return (states + block - 1) / block * block;
+}
+
+template <int V, int N, bool kIsSlow>
+static inline vint forward_as(Write write, const Block& k, float* h, float* y,
+                              int64_t y_stride) {
+  switch (write) {
+    case Write::kAdd:
+      return run_forward<V, N, kIsSlow, Write::kAdd>(k, h, y, y_stride);
+    case Write::kStream:
+      return run_forward<V, N, kIsSlow, Write::kStream>(k, h, y, y_stride);
+    default:
+      return run_forward<V, N, kIsSlow, Write::kStore>(k, h, y, y_stride);
+  }
+}
+
+template <int V, int N>
+static inline void backward_as(bool slow, const Block& k, const float* h,
+                               const Recomputed& r, const BlockGradients& g) {
+  if (slow) {
+    recompute<V, N, true>(k, h, r);
+    run_backward<V, N, true>(k, r, g);
+  } else {
+    recompute<V, N, false>(k, h, r);
+    run_backward<V, N, false>(k, r, g);
+  }
+}
+
+// y += C h for the recomputed states of a block.
+static inline void add_readout(const Block& k, const float* states, int vectors,
+                               int64_t block, float* y, int64_t y_stride) {
+  const int64_t row = block * vectors * kLanes;
+  for (int64_t t = 0; t < k.rows; ++t) {
+    for (int v = 0; v < vectors; ++v) {
+      vfloat sum = load(y + t * y_stride + v * kLanes);
+      for (int64_t n = 0; n < block; ++n)
+        sum += load(states + (t + 1) * row + (n * vectors + v) * kLanes) *
+               broadcast(k.C.data[t * k.C.stride + n]);
+      store(y + t * y_stride + v * kLanes, sum);
+    }
+  }
+}
+
+// Input of a tile: step sizes (rows, width) and where the rest is.
+struct Tile {
+  int64_t rows;
+  const float* dt;
+  Rows u, B, C;
+};
+
+// Gradients of a tile, all added to; rows of dt and dtu are `width` long.
+struct TileGradients {
+  const float* y;
+  int64_t y_stride;
+  float *dt, *dtu, *B, *C;
+  int64_t weights_stride;
+};
+
+class StripRecurrence {
+ public:
+  static int64_t floats(int64_t states, bool backward) {
+    const int64_t width = kMaxVectors * kLanes;
+    const int64_t padded = padded_states(states);
+    int64_t total = (3 * padded + padded + 2) * width;
+    if (backward) {
+      const int64_t block = backward_block(states);
+      const int64_t vectors = states == 1 ? kMaxVectors : 1;
+      total += (2 * kTile + 1) * block * vectors * kLanes +
+               (2 * padded + block) * width;
+    }
+    return total + 16 * 16;
+  }
+
+  StripRecurrence(Arena* arena, int64_t states, const Strip& strip, bool backward)
+      : states_(states),
+        padded_(padded_states(states)),
+        block_(backward ? backward_block(states) : forward_block(states)),
+        vectors_(strip.vectors),
+        together_(states == 1 ? strip.vectors : 1),
+        width_(strip.width()),
+        strip_(strip) {
+    A_ = arena->take(padded_ * width_);
+    A_log2_ = arena->take(padded_ * width_);
+    fastest_ = arena->take(padded_ / block_ * width_);
+    D_ = arena->take(width_);
+    zeros_ = arena->take(width_);
+    state = arena->take(padded_ * width_);
+    if (backward) {
+      const int64_t row = block_ * together_ * kLanes;
+      recomputed_ = {arena->take((kTile + 1) * row), arena->take(kTile * row)};
+      grad_A_ = arena->take(padded_ * width_);
+      grad_A_rest_ = arena->take(padded_ * width_);
+      tile_grad_A_ = arena->take(block_ * width_);
+    }
+  }
+
+  int64_t padded() const { return padded_; }
+
+  // A is (channel, state) of all channels; D may be null.
+  void set_parameters(const float* A, const float* D) {
+    for (int64_t n = 0; n < padded_; ++n) {
+      for (int64_t c = 0; c < width_; ++c) {
+        const bool real = n < states_ && c < strip_.count;
+        const float a = real ? A[(strip_.first + c) * states_ + n] : 0.0f;
+        A_[n * width_ + c] = a;
+        A_log2_[n * width_ + c] = a * kLog2e;
+      }
+    }
+    for (int64_t b = 0; b < padded_ / block_; ++b) {
+      for (int64_t c = 0; c < width_; c += kLanes) {
+        vfloat most = {};
+        for (int64_t n = b * block_; n < (b + 1) * block_; ++n)
+          most = larger(most, absolute(load(A_log2_ + n * width_ + c)));
+        store(fastest_ + b * width_ + c, most);
+      }
+    }
+    read_channels(D, strip_, D_);
+    read_channels(nullptr, strip_, zeros_);
+  }
+
+  void set_state_to_zero() { __builtin_memset(state, 0, padded_ * width_ * 4); }
+
+  // The state as (state, channel) of all `channels`.
+  void set_state(const float* from, int64_t channels) {
+    for (int64_t n = 0; n < padded_; ++n)
+      read_channels(n < states_ ? from + n * channels : nullptr, strip_,
+                    state + n * width_);
+  }
+  void get_state(float* to, int64_t channels) const {
+    for (int64_t n = 0; n < states_; ++n)
+      write_channels(state + n * width_, strip_, to + n * channels);
+  }
+
+  vint forward(const Tile& tile, Write write, float* y, int64_t y_stride) {
+    vint nan = {};
+    for (int64_t n = 0; n < padded_; n += block_) {
+      for (int v = 0; v < vectors_; v += together_) {
+        const Block k = block(tile, n, v);
+        const Write how = n == 0 ? write : Write::kAdd;
+        float* h = state + n * width_ + v * kLanes;
+        nan |= is_slow(tile, n, v)
+                   ? choose_forward<true>(how, k, h, y + v * kLanes, y_stride)
+                   : choose_forward<false>(how, k, h, y + v * kLanes, y_stride);
+      }
+    }
+    return nan;
+  }
+
+  // Backward through a tile. `before` is the state before it (state, width);
+  // `state` the gradient of the state behind it, afterwards of that before it.
+  // If `readout` is not null, C h is added to it.
+  void backward(const Tile& tile, const float* before, const TileGradients& g,
+                float* readout) {
+    for (int64_t n = 0; n < padded_; n += block_) {
+      for (int v = 0; v < vectors_; v += together_) {
+        const Block k = block(tile, n, v);
+        const int64_t c = v * kLanes;
+        const BlockGradients grads = {
+            g.y + c,  g.y_stride, state + n * width_ + c, tile_grad_A_ + c,
+            g.dt + c, g.dtu + c,  g.B + n,                g.C + n,
+            g.weights_stride};
+        choose_backward(is_slow(tile, n, v), k, before + n * width_ + c, grads);
+        if (readout != nullptr)
+          add_readout(k, recomputed_.states, together_, block_, readout + c, width_);
+      }
+      for (int64_t i = 0; i < block_ * width_; i += kLanes)
+        add_compensated(grad_A_ + n * width_ + i, grad_A_rest_ + n * width_ + i,
+                        load(tile_grad_A_ + i));
+    }
+  }
+
+  void set_gradients_to_zero() {
+    __builtin_memset(grad_A_, 0, padded_ * width_ * 4);
+    __builtin_memset(grad_A_rest_, 0, padded_ * width_ * 4);
+  }
+  // As (state, channel) of all `channels`.
+  void get_grad_A(float* to, int64_t channels) const {
+    for (int64_t n = 0; n < states_; ++n)
+      write_channels(grad_A_ + n * width_, strip_, to + n * channels);
+  }
+
+  const float* D() const { return D_; }
+
+  float* state = nullptr;  // (padded states, width)
+
+ private:
+  Block block(const Tile& tile, int64_t n, int v) const {
+    const int64_t c = v * kLanes;
+    return {tile.rows,
+            width_,
+            tile.dt + c,
+            {tile.u.data + c, tile.u.stride},
+            {tile.B.data + n, tile.B.stride},
+            {tile.C.data + n, tile.C.stride},
+            A_ + n * width_ + c,
+            A_log2_ + n * width_ + c,
+            (n == 0 ? D_ : zeros_) + c};
+  }
+
+  bool is_slow(const Tile& tile, int64_t n, int v) const {
+    vint fast = {};
+    for (int i = v; i < v + together_; ++i) {
+      vfloat most = {};
+      for (int64_t t = 0; t < tile.rows; ++t)
+        most = larger(most, absolute(load(tile.dt + t * width_ + i * kLanes)));
+      fast |= !(most * load(fastest_ + n / block_ * width_ + i * kLanes) <= kSlow);
+    }
+    return !any(fast);
+  }
+
+  template <bool kIsSlow>
+  vint choose_forward(Write write, const Block& k, float* h, float* y,
+                      int64_t y_stride) const {
+    switch (block_) {
+      case 1:
+        switch (together_) {
+          case 1: return forward_as<1, 1, kIsSlow>(write, k, h, y, y_stride);
+          case 2: return forward_as<2, 1, kIsSlow>(write, k, h, y, y_stride);
+          case 3: return forward_as<3, 1, kIsSlow>(write, k, h, y, y_stride);
+          default: return forward_as<4, 1, kIsSlow>(write, k, h, y, y_stride);
+        }
+      case 2: return forward_as<1, 2, kIsSlow>(write, k, h, y, y_stride);
+      case 4: return forward_as<1, 4, kIsSlow>(write, k, h, y, y_stride);
+      case 8: return forward_as<1, 8, kIsSlow>(write, k, h, y, y_stride);
+      default: return forward_as<1, 16, kIsSlow>(write, k, h, y, y_stride);
+    }
+  }
+
+  void choose_backward(bool slow, const Block& k, const float* h,
+                       const BlockGradients& g) const {
+    switch (block_) {
+      case 1:
+        switch (together_) {
+          case 1: return backward_as<1, 1>(slow, k, h, recomputed_, g);
+          case 2: return backward_as<2, 1>(slow, k, h, recomputed_, g);
+          case 3: return backward_as<3, 1>(slow, k, h, recomputed_, g);
+          default: return backward_as<4, 1>(slow, k, h, recomputed_, g);
+        }
+      case 2: return backward_as<1, 2>(slow, k, h, recomputed_, g);
+      case 4: return backward_as<1, 4>(slow, k, h, recomputed_, g);
+      default: return backward_as<1, 8>(slow, k, h, recomputed_, g);
+    }
+  }
+
+  const int64_t states_, padded_, block_;
+  const int vectors_, together_;
+  const int64_t width_;
+  const Strip strip_;
+  float *A_, *A_log2_, *fastest_, *D_, *zeros_;
+  Recomputed recomputed_ = {};
+  float *grad_A_ = nullptr, *grad_A_rest_ = nullptr, *tile_grad_A_ = nullptr;
+};
+
+}  // namespace MMVSSM_ISA
+}  // namespace mmvssm

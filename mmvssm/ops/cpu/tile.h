@@ -1,0 +1,235 @@
+// Tiles: up to kTile positions of a strip of channels, channels-last float32.
+#pragma once
+
+#include <cstdlib>
+
+#include "functions.h"
+#include "problem.h"
+
+namespace mmvssm {
+namespace MMVSSM_ISA {
+
+// Vectors of channels in a strip, at most: a few cache lines a position.
+constexpr int kMaxVectors = 4;
+
+// The channels one thread works on at once. The cut into strips follows from
+// the shapes alone, so sums over strips have the same bits on any machine with
+// the same instruction set.
+struct Strip {
+  int64_t first;  // channel
+  int64_t count;  // channels
+  int vectors;    // that hold them, the last one maybe not full
+  int64_t width() const { return (int64_t)vectors * kLanes; }
+  bool full() const { return count == width(); }
+};
+
+static inline int64_t strips_of(int64_t channels) {
+  const int64_t vectors = (channels + kLanes - 1) / kLanes;
+  return (vectors + kMaxVectors - 1) / kMaxVectors;
+}
+
+static inline Strip strip_of(int64_t channels, int64_t index) {
+  const int64_t vectors = (channels + kLanes - 1) / kLanes;
+  const int64_t strips = strips_of(channels);
+  const int64_t begin = vectors * index / strips;
+  const int64_t end = vectors * (index + 1) / strips;
+  const int64_t first = begin * kLanes;
+  const int64_t last = end * kLanes < channels ? end * kLanes : channels;
+  return {first, last - first, (int)(end - begin)};
+}
+
+// Rows of a tile that are read, where they are or in a buffer.
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+// Aligned memory that is handed out piece by piece and freed at once.
+class Arena {
+ public:
+  explicit Arena(int64_t floats)
+      : size_((floats * 4 + 63) / 64 * 64),
+        memory_((char*)std::aligned_alloc(64, size_)) {}
+  ~Arena() { std::free(memory_); }
+  Arena(const Arena&) = delete;
+  bool failed() const { return memory_ == nullptr; }
+  // Starts on a cache line of its own.
+  float* take(int64_t floats) {
+    float* piece = (float*)(memory_ + used_);
+    used_ += rounded(floats) * 4;
+    return piece;
+  }
+  static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+ private:
+  int64_t size_;
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+template <class E>
+static inline void load_columns(const E* from, int64_t channel_stride,
+                                int64_t channels, int64_t rows, float* to,
+                                int64_t width) {
+  int64_t t = 0;
+  for (; t + kLanes <= rows; t += kLanes) {
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) {
+      vfloat square[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        square[i] = load(from + (c + i) * channel_stride + t);
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i) store(to + (t + i) * width + c, square[i]);
+    }
+    for (; c < channels; ++c)
+      for (int i = 0; i < kLanes; ++i)
+        to[(t + i) * width + c] = to_float(from[c * channel_stride + t + i]);
+  }
+  for (; t < rows; ++t)
+    for (int64_t c = 0; c < channels; ++c)
+      to[t * width + c] = to_float(from[c * channel_stride + t]);
+}
+
+template <class E>
+static inline void load_rows(const E* from, int64_t channel_stride,
+                             int64_t row_stride, int64_t channels, int64_t rows,
+                             float* to, int64_t width) {
+  if (row_stride == 1 && channel_stride != 1) {
+    load_columns(from, channel_stride, channels, rows, to, width);
+  } else {
+    for (int64_t t = 0; t < rows; ++t) {
+      const E* row = from + t * row_stride;
+      int64_t c = 0;
+      if (channel_stride == 1)
+        for (; c + kLanes <= channels; c += kLanes)
+          store(to + t * width + c, load(row + c));
+      for (; c < channels; ++c)
+        to[t * width + c] = to_float(row[c * channel_stride]);
+    }
+  }
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t c = channels; c < width; ++c) to[t * width + c] = 0;
+}
+
+template <class E>
+static inline void store_columns(E* to, int64_t channel_stride, int64_t channels,
+                                 int64_t rows, const float* from, int64_t width) {
+  int64_t t = 0;
+  for (; t + kLanes <= rows; t += kLanes) {
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) {
+      vfloat square[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        square[i] = load(from + (t + i) * width + c);
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i)
+        store(to + (c + i) * channel_stride + t, square[i]);
+    }
+    for (; c < channels; ++c)
+      for (int i = 0; i < kLanes; ++i)
+        assign(to + c * channel_stride + t + i, from[(t + i) * width + c]);
+  }
+  for (; t < rows; ++t)
+    for (int64_t c = 0; c < channels; ++c)
+      assign(to + c * channel_stride + t, from[t * width + c]);
+}
+
+template <class E>
+static inline void store_rows(E* to, int64_t channel_stride, int64_t row_stride,
+                              int64_t channels, int64_t rows, const float* from,
+                              int64_t width) {
+  if (row_stride == 1 && channel_stride != 1) {
+    store_columns(to, channel_stride, channels, rows, from, width);
+    return;
+  }
+  for (int64_t t = 0; t < rows; ++t) {
+    E* row = to + t * row_stride;
+    int64_t c = 0;
+    if (channel_stride == 1)
+      for (; c + kLanes <= channels; c += kLanes)
+        store(row + c, load(from + t * width + c));
+    for (; c < channels; ++c)
+      assign(row + c * channel_stride, from[t * width + c]);
+  }
+}
+
+// A strip of one batch element of an array (batch, channel, position).
+class StripOf {
+ public:
+  StripOf(const Array& array, int64_t batch, const Strip& strip)
+      : array_(array),
+        offset_(batch * array.stride[0] + strip.first * array.stride[1]),
+        strip_(strip) {}
+
+  // Whether kernels may work on the memory itself.
+  bool direct() const {
+    return array_.dtype == kFloat32 && array_.stride[1] == 1 && strip_.full();
+  }
+  float* at(int64_t position) const {
+    return (float*)array_.data + offset_ + position * array_.stride[2];
+  }
+  int64_t row_stride() const { return array_.stride[2]; }
+
+  // The rows from `position` on; `buffer` serves where they need a copy.
+  Rows read(int64_t position, int64_t rows, float* buffer) const {
+    if (direct()) return {at(position), row_stride()};
+    const int64_t offset = offset_ + position * array_.stride[2];
+    if (array_.dtype == kFloat32) {
+      load_rows((const float*)array_.data + offset, array_.stride[1],
+                array_.stride[2], strip_.count, rows, buffer, strip_.width());
+    } else {
+      load_rows((const bfloat16*)array_.data + offset, array_.stride[1],
+                array_.stride[2], strip_.count, rows, buffer, strip_.width());
+    }
+    return {buffer, strip_.width()};
+  }
+
+  void write(int64_t position, int64_t rows, const float* buffer) const {
+    const int64_t offset = offset_ + position * array_.stride[2];
+    if (array_.dtype == kFloat32) {
+      store_rows((float*)array_.data + offset, array_.stride[1],
+                 array_.stride[2], strip_.count, rows, buffer, strip_.width());
+    } else {
+      store_rows((bfloat16*)array_.data + offset, array_.stride[1],
+                 array_.stride[2], strip_.count, rows, buffer, strip_.width());
+    }
+  }
+
+ private:
+  const Array& array_;
+  int64_t offset_;
+  const Strip& strip_;
+};
+
+// One batch element and group of B or C (batch, group, state, position), as
+// rows of `padded` states, the ones beyond the last being zero.
+static inline Rows read_weights(const Array& array, int64_t batch, int64_t group,
+                                int64_t states, int64_t padded, int64_t position,
+                                int64_t rows, float* buffer) {
+  const int64_t offset = batch * array.stride[0] + group * array.stride[1] +
+                         position * array.stride[3];
+  const bool is_float = array.dtype == kFloat32;
+  if (is_float && states == padded && (states == 1 || array.stride[2] == 1))
+    return {(const float*)array.data + offset, array.stride[3]};
+  if (is_float) {
+    load_rows((const float*)array.data + offset, array.stride[2],
+              array.stride[3], states, rows, buffer, padded);
+  } else {
+    load_rows((const bfloat16*)array.data + offset, array.stride[2],
+              array.stride[3], states, rows, buffer, padded);
+  }
+  return {buffer, padded};
+}
+
+// The channels of a strip of a vector (channel), zeros behind the last one.
+static inline void read_channels(const float* from, const Strip& strip, float* to) {
+  for (int64_t c = 0; c < strip.width(); ++c)
+    to[c] = from != nullptr && c < strip.count ? from[strip.first + c] : 0.0f;
+}
+
+static inline void write_channels(const float* from, const Strip& strip, float* to) {
+  __builtin_memcpy(to + strip.first, from, strip.count * 4);
+}
+
+}  // namespace MMVSSM_ISA
+}  // namespace mmvssm
