@@ -34,11 +34,3 @@ def sum_rows(x: Tensor) -> Tensor:
         # A sum to a single number is the one that torch splits among threads.
         return x.expand(*x.shape[:-1], 2).sum((0, 1))[..., :1]
     return x.sum((0, 1))
-
-
-def has_nan(*tensors: Tensor) -> bool:
-    """Whether there is NaN; elsewhere than on the CPU it does not look.
-
-    There it would have to wait for the device.
-    """
-    return any(x.device.type == 'cpu' and bool(x.isnan().any()) for x in tensors)

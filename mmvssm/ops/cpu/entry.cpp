@@ -60,6 +60,10 @@ MMVSSM_EXPORT int32_t mmvssm_lanes(int32_t isa) {
 
 MMVSSM_EXPORT int64_t mmvssm_tile() { return mmvssm::kTile; }
 
+MMVSSM_EXPORT int64_t mmvssm_strips(int32_t isa, int64_t channels) {
+  return mmvssm::find(isa)->strips(channels);
+}
+
 #define MMVSSM_ENTRY(function, Problem)                                       \
   MMVSSM_EXPORT int32_t mmvssm_##function(int32_t isa,                        \
                                           const mmvssm::Problem* problem,     \

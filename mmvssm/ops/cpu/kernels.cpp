@@ -6,7 +6,7 @@ namespace mmvssm {
 namespace MMVSSM_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {kLanes, scan_forward, scan_backward, ss2d_forward,
+const Kernels kernels = {kLanes, strips_of, scan_forward, scan_backward, ss2d_forward,
                          ss2d_backward};
 
 }  // namespace MMVSSM_ISA

@@ -180,9 +180,9 @@ def tile() -> int:
 
 
 def strips(channels: int) -> int:
-    """How many strips the kernels cut channels into, as in tile.h."""
-    vectors = -(-channels // lanes())
-    return -(-vectors // 4)
+    """How many strips the kernels cut channels into; sums over them are ours."""
+    _library().mmvssm_strips.restype = c_int64
+    return _library().mmvssm_strips(c_int32(_ISAS.index(isa())), c_int64(channels))
 
 
 def call(function: str, problem: ctypes.Structure) -> bool:

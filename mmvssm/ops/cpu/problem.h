@@ -61,6 +61,7 @@ enum Status : int32_t { kDone = 0, kFoundNaN = 1, kOutOfMemory = 2 };
 // The kernels of one instruction set.
 struct Kernels {
   int32_t lanes;
+  int64_t (*strips)(int64_t channels);  // that channels are cut into
   int32_t (*scan_forward)(const ScanProblem&, ParallelFor);
   int32_t (*scan_backward)(const ScanProblem&, ParallelFor);
   int32_t (*ss2d_forward)(const Ss2dProblem&, ParallelFor);

@@ -26,11 +26,18 @@ class ScanStrip {
     strip.first += group * (p.channels / p.groups);
   }
 
-  // Step sizes of a tile from delta, into dt (rows, width).
-  void read_steps(int64_t position, int64_t rows, const float* bias, float* dt) const {
+  // Step sizes of a tile from delta, into dt (rows, width). On the way it asks
+  // for the same rows of what is read `soon` and for the delta of the tile
+  // `ahead`: the hardware does not foresee the jump from row to row of a strip.
+  // Asking for more overflows the cache's sets, which rows of equal offset share.
+  void read_steps(int64_t position, int64_t rows, const float* bias, float* dt,
+                  int64_t ahead, const StripOf* soon, int count) const {
     const int64_t width = strip.width();
-    const Rows raw = StripOf(p.delta, batch, strip).read(position, rows, dt);
+    const StripOf deltas(p.delta, batch, strip);
+    const Rows raw = deltas.read(position, rows, dt);
     for (int64_t t = 0; t < rows; ++t) {
+      for (int i = 0; i < count; ++i) soon[i].prefetch(position, t, rows);
+      deltas.prefetch(position + ahead, t, rows);
       for (int64_t c = 0; c < width; c += kLanes) {
         const vfloat x = load(raw.data + t * raw.stride + c) + load(bias + c);
         store(dt + t * width + c, p.softplus ? softplus(x) : x);
@@ -83,7 +90,7 @@ static bool forward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
   for (int64_t start = 0; start < p.length; start += kTile) {
     const int64_t rows = p.length - start < kTile ? p.length - start : kTile;
     if (start > 0) scan.get_state(s.saved(start / kTile), p.channels);
-    s.read_steps(start, rows, bias, dt);
+    s.read_steps(start, rows, bias, dt, kTile, &inputs, 1);
     const Tile tile = {rows, dt, inputs.read(start, rows, u),
                        s.read_B(start, rows, scan.padded(), B),
                        s.read_C(start, rows, scan.padded(), C)};
@@ -123,6 +130,9 @@ struct ChannelSum {
   float *sum, *rest;
   ChannelSum(Arena* arena, int64_t width)
       : sum(arena->take(width)), rest(arena->take(width)) {
+    set_to_zero(width);
+  }
+  void set_to_zero(int64_t width) const {
     __builtin_memset(sum, 0, width * 4);
     __builtin_memset(rest, 0, width * 4);
   }
@@ -186,12 +196,13 @@ static void backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
   float* grad_C = arena->take(kTile * padded);
   const StripOf inputs(p.u, s.batch, s.strip), gates(p.z, s.batch, s.strip),
       grads(p.grad_out, s.batch, s.strip);
+  const StripOf soon[] = {inputs, grads};
 
   const int64_t tiles = (p.length + kTile - 1) / kTile;
   for (int64_t index = tiles - 1; index >= 0; --index) {
     const int64_t start = index * kTile;
     const int64_t rows = p.length - start < kTile ? p.length - start : kTile;
-    s.read_steps(start, rows, bias, dt);
+    s.read_steps(start, rows, bias, dt, -kTile, soon, 2);
     const Tile tile = {rows, dt, inputs.read(start, rows, u),
                        s.read_B(start, rows, padded, B),
                        s.read_C(start, rows, padded, C)};

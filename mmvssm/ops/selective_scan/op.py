@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmvssm.ops import autocast, numerics
+from mmvssm.ops import autocast, checks
 from mmvssm.ops.backends import choose_backend
 from mmvssm.ops.selective_scan import cpu_backend, torch_backend
 from mmvssm.ops.selective_scan.reference import selective_scan_reference
@@ -101,8 +101,9 @@ def scan(
             out, last_state = selective_scan_reference(
                 u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype
             )
-        if not torch.compiler.is_compiling() and numerics.has_nan(out, last_state):
-            _refuse_nan(u, delta, A, B, C, D, z, delta_bias)
+        if not torch.compiler.is_compiling() and checks.has_nan(out, last_state):
+            inputs = (u, delta, A, B, C, D, z, delta_bias)
+            checks.refuse_nan('selective_scan', dict(zip(_NAMES, inputs)))
         return out, last_state
     out, last_state, _ = _forward_op(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, name
@@ -190,18 +191,6 @@ def _check_weights(
         )
 
 
-def _refuse_nan(*inputs: Tensor | None) -> None:
-    """Name the input that NaN came from."""
-    for name, x in zip(_NAMES, inputs):
-        bad = 0 if x is None else int(x.isnan().sum())
-        if bad:
-            raise ValueError(
-                f'selective_scan: {bad} of {x.numel()} values of {name} are NaN; '
-                f'look for their source before the scan '
-                f'(torch.autograd.set_detect_anomaly helps)'
-            )
-
-
 # Registration with torch.library
 
 
@@ -225,7 +214,7 @@ def _forward_op(
             *inputs, delta_softplus, out_dtype
         )
     if has_nan:
-        _refuse_nan(*inputs)
+        checks.refuse_nan('selective_scan', dict(zip(_NAMES, inputs)))
     return out, last_state, saved
 
 

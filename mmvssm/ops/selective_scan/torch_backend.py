@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvssm.ops import numerics
+from mmvssm.ops import checks, numerics
 
 # Elements of one (batch, position, state, channel) work array: a segment's few
 # arrays stay in the cache.
@@ -235,7 +235,7 @@ def forward(
             y.mul_(numerics.silu(segment.z))
         out_channels_last[:, start:stop] = y
     last_state = h.transpose(1, 2).contiguous()
-    return out, last_state, saved, numerics.has_nan(out, last_state)
+    return out, last_state, saved, checks.has_nan(out, last_state)
 
 
 class _Gradients:

@@ -1,12 +1,12 @@
 """SS2D's core out of the other ops: the routes, a scan, the merge."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmvssm.ops import autocast
 from mmvssm.ops.cross_scan import NUM_ROUTES, cross_merge, cross_scan, take_routes
 from mmvssm.ops.selective_scan.op import scan
+from mmvssm.ops.ss2d_scan.project import project_map
 
 
 def ss2d_scan_composed(
@@ -22,9 +22,8 @@ def ss2d_scan_composed(
     batch, channels, height, width = x.shape
     rank, states = dt_projs_weight.shape[2], A.shape[1]
 
-    # A position's projections do not depend on the route to it: project the map
-    # once and then read the result, which is smaller than x, along the routes.
-    projected = _project(x.permute(0, 2, 3, 1), x_proj_weight.flatten(0, 1))
+    # The projections are smaller than x: they are what is read along the routes.
+    projected = project_map(x.permute(0, 2, 3, 1), x_proj_weight)
     projected = projected.unflatten(-1, (NUM_ROUTES, -1))
     sequences = take_routes(projected.unbind(3))  # (B, L, 4, R + 2N)
     dt, B, C = sequences.split((rank, states, states), dim=-1)
@@ -46,13 +45,3 @@ def ss2d_scan_composed(
     if not autocast.is_enabled(x):
         y = y.to(x.dtype)
     return y.unflatten(2, (height, width))
-
-
-def _project(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., C) times weight (M, C): (..., M).
-
-    The matrix product may give each thread some of the M columns. Whole
-    vectors of 16 keep the bits the same at any number of threads.
-    """
-    rows = weight.shape[0]
-    return F.linear(x, F.pad(weight, (0, 0, 0, -rows % 16)))[..., :rows]

@@ -4,7 +4,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from mmvssm.ops import autocast
+from mmvssm.ops.backends import choose_backend
 from mmvssm.ops.ss2d_scan.composed import ss2d_scan_composed
+from mmvssm.ops.ss2d_scan.fused import is_fused, ss2d_scan_fused
 
 
 def ss2d_scan(
@@ -49,7 +51,10 @@ def ss2d_scan(
         # The FLOPs counter sees one op here, however it is computed.
         return handle_torch_function(ss2d_scan, inputs, *inputs, backend=backend)
     _check(*inputs)
-    return ss2d_scan_composed(*inputs, backend)
+    name = choose_backend(x.device.type, x.dtype, backend)
+    if is_fused(name):
+        return ss2d_scan_fused(*inputs, name)
+    return ss2d_scan_composed(*inputs, name)
 
 
 def _check(

@@ -1,0 +1,108 @@
+"""SS2D's core as one op of torch.library, for backends that fuse it.
+
+Only the projection of the map to step sizes, B and C stays outside: it is one
+matrix product in the order of the image. The kernels then read the map and the
+projections along the four routes by index arithmetic, so that no copy of the
+map is made for a route.
+"""
+
+import torch
+from torch import Tensor
+
+from mmvssm.ops import autocast, checks
+from mmvssm.ops.ss2d_scan import cpu_backend
+from mmvssm.ops.ss2d_scan.project import project_map
+
+_IMPLEMENTATIONS = {'cpu': cpu_backend}
+_NAMES = ('x', 'the projections of x', 'dt_projs_weight', 'dt_projs_bias', 'A', 'Ds')
+
+
+def is_fused(backend: str) -> bool:
+    """Whether the backend has SS2D in one piece."""
+    return backend in _IMPLEMENTATIONS
+
+
+def ss2d_scan_fused(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    backend: str,
+) -> Tensor:
+    """See :func:`mmvssm.ops.ss2d_scan`."""
+    maps = x.permute(0, 2, 3, 1)
+    projected = project_map(maps, x_proj_weight)
+    out_dtype = torch.float32 if autocast.is_enabled(x) else x.dtype
+    y, _ = _forward_op(
+        maps.float().contiguous(),
+        projected.float(),
+        *(t.float().contiguous() for t in (dt_projs_weight, dt_projs_bias, A, Ds)),
+        backend,
+    )
+    return y.to(out_dtype).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op('mmvssm::ss2d_scan', mutates_args=())
+def _forward_op(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    inputs = (x, projected, dt_weight, dt_bias, A, Ds)
+    out, saved, has_nan = _IMPLEMENTATIONS[backend].forward(*inputs)
+    if has_nan:
+        checks.refuse_nan('ss2d_scan', dict(zip(_NAMES, inputs)))
+    return out, saved
+
+
+@_forward_op.register_fake
+def _(x, projected, dt_weight, dt_bias, A, Ds, backend):
+    batch, height, width, channels = x.shape
+    saved = _IMPLEMENTATIONS[backend].saved_states_shape(
+        batch, height * width, A.shape[1], channels
+    )
+    return torch.empty_like(x), x.new_empty(saved)
+
+
+@torch.library.custom_op('mmvssm::ss2d_scan_backward', mutates_args=())
+def _backward_op(
+    grad_out: Tensor,
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    saved: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    return _IMPLEMENTATIONS[backend].backward(
+        grad_out.contiguous(), x, projected, dt_weight, dt_bias, A, Ds, saved
+    )
+
+
+@_backward_op.register_fake
+def _(grad_out, x, projected, dt_weight, dt_bias, A, Ds, saved, backend):
+    inputs = (x, projected, dt_weight, dt_bias, A, Ds)
+    return [t.new_empty(t.shape) for t in inputs]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, _):
+    if grad_out is None:
+        return (None,) * 7
+    return (*_backward_op(grad_out, *ctx.saved_tensors, ctx.backend), None)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
