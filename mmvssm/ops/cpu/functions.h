@@ -1,5 +1,6 @@
 // exp2, softplus and the rest on vectors, accurate to about 1e-7 in relative
-// terms. The polynomials are minimax fits of the relative error.
+// terms. The polynomials are minimax fits of the relative error, evaluated in
+// pairs: short chains of operations keep the arithmetic units busy.
 #pragma once
 
 #include "vec.h"
@@ -13,13 +14,11 @@ constexpr float kLog2eRest = 1.92596303e-8f;
 
 // 2^r - 1 for |r| <= 1/2; relative to the result, however small r is.
 static inline vfloat exp2m1_small(vfloat r) {
-  vfloat q = broadcast(0.000154035122f);
-  q = q * r + 0.00133907353f;
-  q = q * r + 0.00961823761f;
-  q = q * r + 0.0555035733f;
-  q = q * r + 0.240226492f;
-  q = q * r + 0.693147182f;
-  return q * r;
+  const vfloat r2 = r * r;
+  const vfloat low = 0.240226492f * r + 0.693147182f;
+  const vfloat middle = 0.00961823761f * r + 0.0555035733f;
+  const vfloat high = 0.000154035122f * r + 0.00133907353f;
+  return ((high * r2 + middle) * r2 + low) * r;
 }
 
 // x as k + r with integral k and |r| <= 1/2, x being limited to [-150, 150]:
@@ -54,16 +53,14 @@ static inline vfloat softplus(vfloat x) {
   const vfloat k = round_nearest(y * -kLog2e);
   const vfloat r = (y * -kLog2e - k) + y * -kLog2eRest;
   const vfloat e = scale_by_power(exp2m1_small(r) + 1.0f, k);
-  vfloat p = broadcast(0.00523269409f);
-  p = p * e - 0.0295052372f;
-  p = p * e + 0.0782259554f;
-  p = p * e - 0.136632457f;
-  p = p * e + 0.191060066f;
-  p = p * e - 0.24842982f;
-  p = p * e + 0.333190978f;
-  p = p * e - 0.499994934f;
-  p = p * e + 0.99999994f;
-  return larger(x, vfloat{}) + p * e;
+  const vfloat e2 = e * e, e4 = e2 * e2;
+  const vfloat p01 = -0.499994934f * e + 0.99999994f;
+  const vfloat p23 = -0.24842982f * e + 0.333190978f;
+  const vfloat p45 = -0.136632457f * e + 0.191060066f;
+  const vfloat p67 = -0.0295052372f * e + 0.0782259554f;
+  const vfloat low = p23 * e2 + p01;
+  const vfloat high = 0.00523269409f * e4 + (p67 * e2 + p45);
+  return (high * e4 + low) * e + larger(x, vfloat{});
 }
 
 static inline vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp2(x * -kLog2e)); }

@@ -6,9 +6,6 @@
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-// Outputs beyond this size are not worth a place in the cache.
-constexpr int64_t kStreamBytes = 8 << 20;
-
 // What the work on one strip shares: which strip, and its buffers.
 class ScanStrip {
  public:
@@ -78,13 +75,7 @@ static bool forward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
   float* C = arena->take(kTile * scan.padded());
 
   const StripOf inputs(p.u, s.batch, s.strip), out(p.out, s.batch, s.strip);
-  const bool direct = p.z.data == nullptr && out.direct();
-  const int64_t line = 4 * kLanes;
-  const bool streams = direct && scan.padded() <= 16 &&
-                       (int64_t)out.at(0) % line == 0 &&
-                       out.row_stride() * 4 % line == 0 &&
-                       p.batch * p.channels * p.length * 4 > kStreamBytes;
-  const Write write = streams ? Write::kStream : Write::kStore;
+  const int64_t bytes = p.batch * p.channels * p.length * 4;
 
   vint nan = {};
   for (int64_t start = 0; start < p.length; start += kTile) {
@@ -94,23 +85,25 @@ static bool forward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
     const Tile tile = {rows, dt, inputs.read(start, rows, u),
                        s.read_B(start, rows, scan.padded(), B),
                        s.read_C(start, rows, scan.padded(), C)};
-    if (direct) {
-      nan |= scan.forward(tile, write, out.at(start), out.row_stride());
-      continue;
-    }
-    nan |= scan.forward(tile, Write::kStore, y, width);
+    const Target to = out.target(start, y, bytes);
     if (p.z.data != nullptr) {
+      scan.forward(tile, Write::kStore, y, width);
       const Rows gate = StripOf(p.z, s.batch, s.strip).read(start, rows, z);
       for (int64_t t = 0; t < rows; ++t) {
         for (int64_t c = 0; c < width; c += kLanes) {
           const vfloat x = load(gate.data + t * gate.stride + c);
           const vfloat gated = load(y + t * width + c) * (x * sigmoid(x));
           nan |= gated != gated;
-          store(y + t * width + c, gated);
+          to.put(t, c, gated);
         }
       }
+    } else {
+      // A second block of states comes back to what the first has written.
+      const bool streams = to.streams && scan.padded() <= 16;
+      nan |= scan.forward(tile, streams ? Write::kStream : Write::kStore, to.data,
+                          to.stride);
     }
-    out.write(start, rows, y);
+    out.write_back(start, rows, y);
   }
   for (int64_t n = 0; n < p.states; ++n) {
     for (int64_t c = 0; c < s.strip.count; ++c)
@@ -121,7 +114,7 @@ static bool forward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
       nan |= h != h;
     }
   }
-  if (streams) stream_fence();
+  stream_fence();
   return any(nan);
 }
 
@@ -138,11 +131,12 @@ struct ChannelSum {
   }
 };
 
-// From the gradients of dt u and of dt through the decay to those of the
-// inputs, in place: `dtu` becomes that of u, `dt_grad` that of delta.
+// From the gradients of dt u and of dt through the decay to those of u and of
+// delta, which may take their places.
 static void finish_tile(const Tile& tile, int64_t width, const float* D,
-                        const float* grad_y, int64_t grad_y_stride, bool softplus,
-                        float* dtu, float* dt_grad, const ChannelSum& grad_D,
+                        const Rows& grad_y, bool softplus, const float* dtu,
+                        const float* dt_grad, const Target& to_u,
+                        const Target& to_delta, const ChannelSum& grad_D,
                         const ChannelSum& grad_bias) {
   for (int64_t c = 0; c < width; c += kLanes) {
     const vfloat skip = load(D + c);
@@ -150,12 +144,12 @@ static void finish_tile(const Tile& tile, int64_t width, const float* D,
     for (int64_t t = 0; t < tile.rows; ++t) {
       const vfloat dt = load(tile.dt + t * width + c);
       const vfloat u = load(tile.u.data + t * tile.u.stride + c);
-      const vfloat g = load(grad_y + t * grad_y_stride + c);
+      const vfloat g = load(grad_y.data + t * grad_y.stride + c);
       const vfloat by_dtu = load(dtu + t * width + c);
       vfloat by_dt = load(dt_grad + t * width + c) + by_dtu * u;
       if (softplus) by_dt *= one_minus_exp_of_minus(dt);
-      store(dt_grad + t * width + c, by_dt);
-      store(dtu + t * width + c, by_dtu * dt + skip * g);
+      to_delta.put(t, c, by_dt);
+      to_u.put(t, c, by_dtu * dt + skip * g);
       sum_D += g * u;
       sum_bias += by_dt;
     }
@@ -196,6 +190,9 @@ static void backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
   float* grad_C = arena->take(kTile * padded);
   const StripOf inputs(p.u, s.batch, s.strip), gates(p.z, s.batch, s.strip),
       grads(p.grad_out, s.batch, s.strip);
+  const StripOf to_u(p.grad_u, s.batch, s.strip),
+      to_delta(p.grad_delta, s.batch, s.strip), to_z(p.grad_z, s.batch, s.strip);
+  const int64_t bytes = p.batch * p.channels * p.length * 4;
   const StripOf soon[] = {inputs, grads};
 
   const int64_t tiles = (p.length + kTile - 1) / kTile;
@@ -233,21 +230,22 @@ static void backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
     scan.backward(tile, before,
                   {by_y.data, by_y.stride, grad_dt, grad_dtu, grad_B, grad_C, padded},
                   p.z.data != nullptr ? y : nullptr);
-    finish_tile(tile, width, scan.D(), by_y.data, by_y.stride, p.softplus, grad_dtu,
-                grad_dt, grad_D, grad_bias);
-    StripOf(p.grad_u, s.batch, s.strip).write(start, rows, grad_dtu);
-    StripOf(p.grad_delta, s.batch, s.strip).write(start, rows, grad_dt);
+    finish_tile(tile, width, scan.D(), by_y, p.softplus, grad_dtu, grad_dt,
+                to_u.target(start, grad_dtu, bytes),
+                to_delta.target(start, grad_dt, bytes), grad_D, grad_bias);
+    to_u.write_back(start, rows, grad_dtu);
+    to_delta.write_back(start, rows, grad_dt);
     if (p.z.data != nullptr) {
+      const Target to = to_z.target(start, y, bytes);
       for (int64_t t = 0; t < rows; ++t) {
         for (int64_t c = 0; c < width; c += kLanes) {
           const vfloat x = load(gate.data + t * gate.stride + c);
           const vfloat open = sigmoid(x);
-          store(y + t * width + c, load(g.data + t * g.stride + c) *
-                                       load(y + t * width + c) *
-                                       (open * (1.0f + x * (1.0f - open))));
+          to.put(t, c, load(g.data + t * g.stride + c) * load(y + t * width + c) *
+                           (open * (1.0f + x * (1.0f - open))));
         }
       }
-      StripOf(p.grad_z, s.batch, s.strip).write(start, rows, y);
+      to_z.write_back(start, rows, y);
     }
     const int64_t at = ((s.index * p.batch + s.batch) * p.groups + s.group) *
                            p.length * p.states + start * p.states;
@@ -261,6 +259,7 @@ static void backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
   scan.get_grad_A(p.grad_A + s.batch * p.states * p.channels, p.channels);
   write_channels(grad_D.sum, s.strip, p.grad_D + s.batch * p.channels);
   write_channels(grad_bias.sum, s.strip, p.grad_bias + s.batch * p.channels);
+  stream_fence();
 }
 
 // Memory of one strip's buffers.

@@ -23,8 +23,13 @@ struct Line {
 template <int V>
 static void project_steps(const float* const* features, int64_t rows, int64_t rank,
                           const float* weight, const float* bias, int64_t width,
-                          float* dt) {
+                          float* dt, const Rows& x, const Rows& y) {
   for (int64_t t = 0; t < rows; t += 2) {
+    for (int i = 0; i < 2; ++i)
+    for (int v = 0; v < V * kLanes; v += 16) {
+      __builtin_prefetch(x.data + (t + i) * x.stride + v);
+      __builtin_prefetch(y.data + (t + i) * y.stride + v);
+    }
     const float* first = features[t];
     const float* second = features[t + 1 < rows ? t + 1 : t];
     vfloat a[V], b[V];
@@ -125,13 +130,8 @@ class Ss2dStrip {
     const int64_t first = k * p.channels;
     scan.set_parameters(p.A + first * p.states, p.D + first);
     read_channels(p.dt_bias + first, strip, bias);
-    for (int64_t r = 0; r < p.rank; ++r) {
-      for (int64_t c = 0; c < width; ++c)
-        weight[r * width + c] =
-            c < strip.count
-                ? p.dt_weight[(first + strip.first + c) * p.rank + r]
-                : 0.0f;
-    }
+    load_rows(p.dt_weight + (first + strip.first) * p.rank, p.rank, 1, strip.count,
+              p.rank, weight, width);
   }
 
   // The rows of a tile that starts at step `start` of the route.
@@ -142,7 +142,7 @@ class Ss2dStrip {
   }
 
   // Reads the projections of a tile and makes dt, B and C of them.
-  Tile read_tile(const Line* x, int64_t start, int64_t rows) {
+  Tile read_tile(const Line* x, const Line* y, int64_t start, int64_t rows) {
     const int64_t padded = scan.padded();
     for (int64_t t = 0; t < rows; ++t) {
       positions[t] = position_of(start + t);
@@ -156,10 +156,10 @@ class Ss2dStrip {
       }
     }
     switch (strip.vectors) {
-      case 1: project_steps<1>(features, rows, p.rank, weight, bias, width, dt); break;
-      case 2: project_steps<2>(features, rows, p.rank, weight, bias, width, dt); break;
-      case 3: project_steps<3>(features, rows, p.rank, weight, bias, width, dt); break;
-      default: project_steps<4>(features, rows, p.rank, weight, bias, width, dt);
+      case 1: project_steps<1>(features, rows, p.rank, weight, bias, width, dt, rows_of(x, start), rows_of(y, start)); break;
+      case 2: project_steps<2>(features, rows, p.rank, weight, bias, width, dt, rows_of(x, start), rows_of(y, start)); break;
+      case 3: project_steps<3>(features, rows, p.rank, weight, bias, width, dt, rows_of(x, start), rows_of(y, start)); break;
+      default: project_steps<4>(features, rows, p.rank, weight, bias, width, dt, rows_of(x, start), rows_of(y, start));
     }
     return {rows, dt, rows_of(x, start), {B, padded}, {C, padded}};
   }
@@ -213,7 +213,7 @@ static bool forward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
     for (int64_t start = 0; start < s.length; start += kTile) {
       const int64_t rows = s.length - start < kTile ? s.length - start : kTile;
       if (start > 0) s.scan.get_state(s.saved(start / kTile), p.channels);
-      const Tile tile = s.read_tile(x, start, rows);
+      const Tile tile = s.read_tile(x, y, start, rows);
       const Rows out = s.rows_of(y, start);
       s.scan.forward(tile, route < 2 ? Write::kStore : Write::kAdd,
                      const_cast<float*>(out.data), out.stride);
@@ -284,10 +284,11 @@ struct Ss2dGradients {
         bias(arena, s.width) {}
 
   void start_route(const Ss2dStrip& s) {
-    __builtin_memset(by_channel, 0, s.width * padded_rank * 4);
-    for (int64_t c = 0; c < s.width; ++c)
-      for (int64_t r = 0; r < s.p.rank; ++r)
-        by_channel[c * padded_rank + r] = s.weight[r * s.width + c];
+    const int64_t first = s.route * s.p.channels + s.strip.first;
+    load_rows(s.p.dt_weight + first * s.p.rank, 1, s.p.rank, s.p.rank, s.strip.count,
+              by_channel, padded_rank);
+    __builtin_memset(by_channel + s.strip.count * padded_rank, 0,
+                     (s.width - s.strip.count) * padded_rank * 4);
     __builtin_memset(weight, 0, s.p.rank * s.width * 4);
     __builtin_memset(weight_rest, 0, s.p.rank * s.width * 4);
     D.set_to_zero(s.width);
@@ -353,7 +354,7 @@ static void backward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
     for (int64_t index = tiles - 1; index >= 0; --index) {
       const int64_t start = index * kTile;
       const int64_t rows = s.length - start < kTile ? s.length - start : kTile;
-      const Tile tile = s.read_tile(x, start, rows);
+      const Tile tile = s.read_tile(x, grad_y, start, rows);
       for (int64_t n = 0; n < padded; ++n)
         read_channels(index > 0 && n < p.states ? s.saved(index) + n * p.channels
                                                 : nullptr,
@@ -366,8 +367,8 @@ static void backward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
       s.scan.backward(tile, g.before,
                       {by_y.data, by_y.stride, g.dt, g.dtu, g.B, g.C, padded},
                       nullptr);
-      finish_tile(tile, s.width, s.scan.D(), by_y.data, by_y.stride, true, g.dtu,
-                  g.dt, g.D, g.bias);
+      finish_tile(tile, s.width, s.scan.D(), by_y, true, g.dtu, g.dt,
+                  {g.dtu, s.width, false}, {g.dt, s.width, false}, g.D, g.bias);
       finish_projections(s, g, rows);
       const Rows to = s.rows_of(grad_x, start);
       for (int64_t t = 0; t < rows; ++t) {

@@ -117,14 +117,10 @@ class StripRecurrence {
 
   // A is (channel, state) of all channels; D may be null.
   void set_parameters(const float* A, const float* D) {
-    for (int64_t n = 0; n < padded_; ++n) {
-      for (int64_t c = 0; c < width_; ++c) {
-        const bool real = n < states_ && c < strip_.count;
-        const float a = real ? A[(strip_.first + c) * states_ + n] : 0.0f;
-        A_[n * width_ + c] = a;
-        A_log2_[n * width_ + c] = a * kLog2e;
-      }
-    }
+    __builtin_memset(A_, 0, padded_ * width_ * 4);
+    load_rows(A + strip_.first * states_, states_, 1, strip_.count, states_, A_,
+              width_);
+    for (int64_t i = 0; i < padded_ * width_; ++i) A_log2_[i] = A_[i] * kLog2e;
     for (int64_t b = 0; b < padded_ / block_; ++b) {
       for (int64_t c = 0; c < width_; c += kLanes) {
         vfloat most = {};

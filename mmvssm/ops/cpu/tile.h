@@ -9,6 +9,9 @@
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
+// Arrays beyond this size are not worth a place in the cache once written.
+constexpr int64_t kStreamBytes = 8 << 20;
+
 // Vectors of channels in a strip, at most: a few cache lines a position.
 constexpr int kMaxVectors = 4;
 
@@ -44,6 +47,21 @@ static inline Strip strip_of(int64_t channels, int64_t index) {
 struct Rows {
   const float* data;
   int64_t stride;
+};
+
+// Rows of a tile that are written, past the cache where that pays.
+struct Target {
+  float* data;
+  int64_t stride;
+  bool streams;
+  void put(int64_t row, int64_t channel, vfloat x) const {
+    float* to = data + row * stride + channel;
+    if (streams) {
+      stream(to, x);
+    } else {
+      store(to, x);
+    }
+  }
 };
 
 // Aligned memory that is handed out piece by piece and freed at once.
@@ -203,7 +221,18 @@ class StripOf {
     return {buffer, strip_.width()};
   }
 
-  void write(int64_t position, int64_t rows, const float* buffer) const {
+  // Where the rows from `position` on are to be put: in place or, for
+  // write_back(), in `buffer`. `bytes` is the size of the whole array.
+  Target target(int64_t position, float* buffer, int64_t bytes) const {
+    if (!direct()) return {buffer, strip_.width(), false};
+    const int64_t vector = 4 * kLanes;
+    const bool aligned =
+        (uintptr_t)at(0) % vector == 0 && row_stride() * 4 % vector == 0;
+    return {at(position), row_stride(), aligned && bytes > kStreamBytes};
+  }
+
+  void write_back(int64_t position, int64_t rows, const float* buffer) const {
+    if (direct()) return;
     const int64_t offset = offset_ + position * array_.stride[2];
     if (array_.dtype == kFloat32) {
       store_rows((float*)array_.data + offset, array_.stride[1],

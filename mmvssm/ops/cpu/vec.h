@@ -120,8 +120,24 @@ static inline vfloat scale_by_power(vfloat p, vfloat k) {
 
 static inline vfloat absolute(vfloat x) { return (vfloat)((vint)x & 0x7fffffff); }
 // Both return b if one of the two is NaN.
-static inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
-static inline vfloat smaller(vfloat a, vfloat b) { return a < b ? a : b; }
+static inline vfloat larger(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+static inline vfloat smaller(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 static inline bool any(vint mask) {
   int32_t found = 0;
