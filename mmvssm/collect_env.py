@@ -24,6 +24,7 @@ from mmvssm.ops.backends import (
     backend_summary,
     choose_backend,
 )
+from mmvssm.ops.cpu import library
 
 # Import name -> the distributions that supply it; one at most may be there.
 _DISTRIBUTIONS = {
@@ -63,8 +64,9 @@ def collect_env() -> dict[str, dict[str, str]]:
             else f'can run ({backend_summary(name)})'
             for name, reason in backend_status().items()
         },
+        'CPU kernels': _kernels(),
         'Backend a tensor gets': {device: _choice(device) for device in ('cpu', 'cuda')}
-        | {ENV_VARIABLE: os.environ.get(ENV_VARIABLE) or 'not set'},
+        | _variables(ENV_VARIABLE),
     }
 
 
@@ -151,6 +153,26 @@ def _has_mmcv_ops() -> bool:
     except (ImportError, ValueError, AttributeError):
         return False
     return any(any(Path(folder).glob('_ext*')) for folder in folders or ())
+
+
+def _kernels() -> dict[str, str]:
+    """The instruction set and the threads of the backend 'cpu'."""
+    variables = _variables(library.ISA_VARIABLE, library.LIBRARY_VARIABLE)
+    reason = library.unavailable()
+    if reason:
+        return {'instruction set': f'none: {reason}'} | variables
+    others = ', '.join(library.available_isas())
+    threads = 'those of torch'
+    if not library.is_threaded():
+        threads = f'one: torch {torch.__version__} lends none, 2.10 and later do'
+    return {
+        'instruction set': f'{library.isa()}, of {others}',
+        'threads': threads,
+    } | variables
+
+
+def _variables(*names: str) -> dict[str, str]:
+    return {name: os.environ.get(name) or 'not set' for name in names}
 
 
 def _choice(device: str) -> str:

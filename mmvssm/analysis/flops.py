@@ -35,6 +35,7 @@ from mmvssm.ops import ss2d_scan
 
 aten = torch.ops.aten
 SCAN = torch.ops.mmvssm.selective_scan
+FUSED_SS2D = torch.ops.mmvssm.ss2d_scan
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,15 @@ def _scan(args: tuple, out: tuple[Tensor, ...]) -> int:
     return scan_flops(*u.shape, A.shape[1], D is not None, z is not None)
 
 
+def _fused_ss2d_flops(
+    x: Sequence[int], dt_weight: Sequence[int], A: Sequence[int], multiply_add: int = 1
+) -> int:
+    """Of the op behind ss2d_scan, which x (B, H, W, C) enters projected."""
+    batch, height, width, channels = x
+    projection = batch * height * width * prod(dt_weight) * multiply_add
+    return projection + scan_flops(batch, 4 * channels, height * width, A[1])
+
+
 # Each formula takes the positional arguments of the op and what it returned.
 FORMULAS: dict[Any, Callable[[tuple, Any], int]] = {
     aten.mm: _product(0),
@@ -209,9 +219,16 @@ def _scan_handle(inputs: list, outputs: list) -> int:
     return scan_flops(*u, A[1], skip, gate)
 
 
+def _fused_ss2d_handle(inputs: list, outputs: list) -> int:
+    return _fused_ss2d_flops(*(get_shape(inputs[i]) for i in (0, 2, 4)))
+
+
 # For counters that trace a model, mmengine's and fvcore's:
 # FlopAnalyzer(model, image).set_op_handle(**SCAN_HANDLES)
-SCAN_HANDLES = {'mmvssm::selective_scan': _scan_handle}
+SCAN_HANDLES = {
+    'mmvssm::selective_scan': _scan_handle,
+    'mmvssm::ss2d_scan': _fused_ss2d_handle,
+}
 
 
 # torch.utils.flop_counter.FlopCounterMode, which counts a multiply-add of
@@ -219,3 +236,8 @@ SCAN_HANDLES = {'mmvssm::selective_scan': _scan_handle}
 @register_flop_formula(SCAN)
 def _(u, delta, A, B, C, D=None, z=None, *args, out_shape=None, **kwargs):
     return scan_flops(*u, A[1], D is not None, z is not None)
+
+
+@register_flop_formula(FUSED_SS2D)
+def _(x, projected, dt_weight, dt_bias, A, *args, out_shape=None, **kwargs):
+    return _fused_ss2d_flops(x, dt_weight, A, multiply_add=2)

@@ -14,7 +14,6 @@ def is_enabled(x: Tensor) -> bool:
 
 def disabled(x: Tensor) -> contextlib.AbstractContextManager:
     """A context in which nothing on the device of ``x`` is cast."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device):
+    if not is_enabled(x):
         return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(x.device.type, enabled=False)

@@ -77,9 +77,15 @@ def test_terms_of_ss2d(gated):
     assert found.flops == sum(found.by_operator.values())
 
 
-def test_agrees_with_mmengine():
+@pytest.mark.parametrize(
+    'backend,op', [('torch', 'selective_scan'), ('cpu', 'ss2d_scan')]
+)
+def test_agrees_with_mmengine(backend, op):
     """mmengine's tracing counter, given the scan, finds about the same."""
     from mmengine.analysis import FlopAnalyzer
+
+    if mmvssm.ops.backend_status()[backend]:
+        pytest.skip(mmvssm.ops.backend_status()[backend])
 
     net = mmvssm.build_backbone('vmamba_t_v0', out_indices=(0, 1)).eval()
     analyzer = FlopAnalyzer(net, torch.rand(1, 3, 32, 48))
@@ -87,8 +93,9 @@ def test_agrees_with_mmengine():
     # It counts what the projections pad, and reads the cost of an einsum from
     # a rounded printout.
     found = count_flops(net, (1, 3, 32, 48)).flops
-    assert analyzer.total() == pytest.approx(found, rel=0.01)
-    assert analyzer.by_operator()['selective_scan'] > 0
+    with mmvssm.ops.use_backend(backend):
+        assert analyzer.total() == pytest.approx(found, rel=0.01)
+        assert analyzer.by_operator()[op] > 0
 
 
 def test_torch_flop_counter_finds_the_scan():
@@ -97,6 +104,21 @@ def test_torch_flop_counter_finds_the_scan():
     with FlopCounterMode(display=False) as counter:
         mmvssm.ops.selective_scan(u, u, -torch.rand(6, 4), B, B, z=u)
     assert counter.get_total_flops() == scan_flops(2, 6, 5, 4, skip=False, gate=True)
+
+
+def test_torch_flop_counter_finds_ss2d():
+    """It counts two for every multiply-add outside the scan."""
+    x = torch.rand(2, 8, 3, 5)
+    weights = [torch.rand(*s) for s in ((4, 2 + 2 * 1, 8), (4, 8, 2), (4, 8))]
+    A, D = -torch.rand(32, 1), torch.rand(32)
+    pixels, scan = 2 * 15, scan_flops(2, 32, 15, 1)
+    for backend in ('torch', 'cpu'):
+        if mmvssm.ops.backend_status()[backend]:
+            continue
+        with FlopCounterMode(display=False) as counter:
+            mmvssm.ops.ss2d_scan(x, *weights, A, D, backend=backend)
+        products = 2 * pixels * (4 * 4 * 8 + 4 * 8 * 2)
+        assert counter.get_total_flops() == products + scan, backend
 
 
 def test_model_is_left_as_it_was():

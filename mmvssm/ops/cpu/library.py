@@ -114,6 +114,11 @@ def unavailable() -> str | None:
     return None
 
 
+def is_threaded() -> bool:
+    """Whether torch lends its threads; without them the kernels use one."""
+    return _parallel_for().value is not None
+
+
 def available_isas() -> list[str]:
     """Instruction sets that the library and this machine have, best first."""
     return [
