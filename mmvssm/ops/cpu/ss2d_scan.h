@@ -1,9 +1,9 @@
 // ss2d_scan over (batch, strip of channels): projection of the step sizes,
 // scan along the four routes and merge, forward and backward.
 //
-// A strip is read along rows where it lies. For the two column routes it is
-// transposed once, since a walk down the columns of a wide map meets the same
-// few sets of the cache again and again.
+// The maps stay as they are. A tile of a row route is read in place; one of a
+// column route, whose positions are far apart, is gathered while the next step
+// sizes are computed, and what comes of it is added to the map.
 #pragma once
 
 #include "selective_scan.h"
@@ -13,23 +13,15 @@ namespace MMVSSM_ISA {
 
 constexpr int64_t kRoutes = 4;
 
-// The positions of one strip of a map in the order of rows or of columns.
-struct Line {
-  float* data;
-  int64_t stride;
-};
+// The first writes the map, the others add to it.
+constexpr int64_t kRouteOrder[kRoutes] = {0, 2, 1, 3};
 
 // dt = softplus(bias + weight f) for rows of features f; `weight` is (rank, width).
 template <int V>
 static void project_steps(const float* const* features, int64_t rows, int64_t rank,
                           const float* weight, const float* bias, int64_t width,
-                          float* dt, const Rows& x, const Rows& y) {
+                          float* dt) {
   for (int64_t t = 0; t < rows; t += 2) {
-    for (int i = 0; i < 2; ++i)
-    for (int v = 0; v < V * kLanes; v += 16) {
-      __builtin_prefetch(x.data + (t + i) * x.stride + v);
-      __builtin_prefetch(y.data + (t + i) * y.stride + v);
-    }
     const float* first = features[t];
     const float* second = features[t + 1 < rows ? t + 1 : t];
     vfloat a[V], b[V];
@@ -60,10 +52,8 @@ class Ss2dStrip {
   static int64_t floats(const Ss2dProblem& p, bool backward) {
     const int64_t width = kMaxVectors * kLanes;
     const int64_t padded = padded_states(p.states);
-    const int64_t lines = backward ? 6 : 4;
     return StripRecurrence::floats(p.states, backward) +
-           lines * p.height * p.width * width + 2 * kTile * padded +
-           (kTile + p.rank + 1) * width +
+           2 * kTile * padded + (3 * kTile + p.rank + 1) * width +
            (backward ? 2 * kTile * padded + (2 * kTile + padded + 4) * width +
                            (p.rank + kLanes) * (3 * width + kTile)
                      : 0) +
@@ -79,51 +69,12 @@ class Ss2dStrip {
         length(p.height * p.width),
         scan(arena, p.states, strip, backward),
         dt(arena->take(kTile * width)),
+        x(arena->take(kTile * width)),
+        y(arena->take(kTile * width)),
         weight(arena->take(p.rank * width)),
         bias(arena->take(width)),
         B(arena->take(kTile * scan.padded())),
         C(arena->take(kTile * scan.padded())) {}
-
-  // The strip of a map (batch, height, width, channel) by rows and by columns.
-  // Where the strip does not fill its vectors the rows are copied, too.
-  void open(const float* map, Arena* arena, Line* lines) const {
-    allocate(const_cast<float*>(map), arena, lines);
-    const float* from = map + batch * length * p.channels + strip.first;
-    if (!strip.full()) {
-      load_rows(from, 1, p.channels, strip.count, length, lines[0].data, width);
-    }
-    transpose_positions(lines[0], p.height, p.width, [this, lines](
-        const float* row, int64_t column_position) {
-      float* to = lines[1].data + column_position * width;
-      for (int64_t c = 0; c < width; c += kLanes) store(to + c, load(row + c));
-    });
-  }
-
-  // The same for a map that is to be written.
-  void allocate(float* map, Arena* arena, Line* lines) const {
-    lines[0] = strip.full()
-                   ? Line{map + batch * length * p.channels + strip.first, p.channels}
-                   : Line{arena->take(length * width), width};
-    lines[1] = {arena->take(length * width), width};
-  }
-
-  // Writes the sum of both lines to the map.
-  bool merge(float* map, const Line* lines) const {
-    vint nan = {};
-    transpose_positions(lines[0], p.height, p.width, [&](
-        float* row, int64_t column_position) {
-      const float* from = lines[1].data + column_position * width;
-      for (int64_t c = 0; c < width; c += kLanes) {
-        const vfloat sum = load(row + c) + load(from + c);
-        nan |= sum != sum;
-        store(row + c, sum);
-      }
-    });
-    if (!strip.full())
-      store_rows(map + batch * length * p.channels + strip.first, 1, p.channels,
-                 strip.count, length, lines[0].data, width);
-    return any(nan);
-  }
 
   void set_route(int64_t k) {
     route = k;
@@ -134,18 +85,18 @@ class Ss2dStrip {
               p.rank, weight, width);
   }
 
-  // The rows of a tile that starts at step `start` of the route.
-  Rows rows_of(const Line* lines, int64_t start) const {
-    const Line& line = lines[route % 2];
-    if (route < 2) return {line.data + start * line.stride, line.stride};
-    return {line.data + (length - 1 - start) * line.stride, -line.stride};
-  }
-
-  // Reads the projections of a tile and makes dt, B and C of them.
-  Tile read_tile(const Line* x, const Line* y, int64_t start, int64_t rows) {
+  // Goes to the tile from step `start` of the route on: finds its positions and
+  // makes dt, B and C of their projections. Meanwhile it asks for the rows of two
+  // maps, since the hardware does not foresee a walk down a column.
+  void go_to(int64_t start, int64_t count, const float* one, const float* other) {
+    rows = count;
     const int64_t padded = scan.padded();
+    find_positions(start);
     for (int64_t t = 0; t < rows; ++t) {
-      positions[t] = position_of(start + t);
+      for (int64_t c = 0; c < width; c += 16) {
+        __builtin_prefetch(row_of(one, t) + c);
+        __builtin_prefetch(row_of(other, t) + c);
+      }
       features[t] = p.projected +
                     (batch * length + positions[t]) * p.projected_stride +
                     route * (p.rank + 2 * p.states);
@@ -156,13 +107,52 @@ class Ss2dStrip {
       }
     }
     switch (strip.vectors) {
-      case 1: project_steps<1>(features, rows, p.rank, weight, bias, width, dt, rows_of(x, start), rows_of(y, start)); break;
-      case 2: project_steps<2>(features, rows, p.rank, weight, bias, width, dt, rows_of(x, start), rows_of(y, start)); break;
-      case 3: project_steps<3>(features, rows, p.rank, weight, bias, width, dt, rows_of(x, start), rows_of(y, start)); break;
-      default: project_steps<4>(features, rows, p.rank, weight, bias, width, dt, rows_of(x, start), rows_of(y, start));
+      case 1: project_steps<1>(features, rows, p.rank, weight, bias, width, dt); break;
+      case 2: project_steps<2>(features, rows, p.rank, weight, bias, width, dt); break;
+      case 3: project_steps<3>(features, rows, p.rank, weight, bias, width, dt); break;
+      default: project_steps<4>(features, rows, p.rank, weight, bias, width, dt);
     }
-    return {rows, dt, rows_of(x, start), {B, padded}, {C, padded}};
   }
+
+  // Whether the tile's rows of a map may be worked on where they are.
+  bool in_place() const { return strip.full() && route % 2 == 0; }
+
+  // The tile's rows of a map (batch, height, width, channel).
+  Rows read(const float* map, float* buffer) const {
+    if (in_place())
+      return {row_of(map, 0), route == 0 ? p.channels : -p.channels};
+    for (int64_t t = 0; t < rows; ++t) {
+      const float* from = row_of(map, t);
+      float* to = buffer + t * width;
+      int64_t c = 0;
+      for (; c + kLanes <= strip.count; c += kLanes) store(to + c, load(from + c));
+      for (; c < width; ++c) to[c] = c < strip.count ? from[c] : 0.0f;
+    }
+    return {buffer, width};
+  }
+
+  // Writes the tile's rows to a map, or adds them to it; finds NaN there.
+  vint write(float* map, const float* buffer, bool add) const {
+    vint nan = {};
+    for (int64_t t = 0; t < rows; ++t) {
+      float* to = const_cast<float*>(row_of(map, t));
+      int64_t c = 0;
+      for (; c + kLanes <= strip.count; c += kLanes) {
+        vfloat sum = load(buffer + t * width + c);
+        if (add) sum += load(to + c);
+        nan |= sum != sum;
+        store(to + c, sum);
+      }
+      for (; c < strip.count; ++c) {
+        to[c] = add ? to[c] + buffer[t * width + c] : buffer[t * width + c];
+        nan[0] |= to[c] != to[c];
+      }
+    }
+    return nan;
+  }
+
+  Tile tile(const Rows& u) const { return {rows, dt, u, {B, scan.padded()},
+                                           {C, scan.padded()}}; }
 
   // The saved state before a tile other than the first.
   float* saved(int64_t tile) const {
@@ -177,49 +167,60 @@ class Ss2dStrip {
   const int64_t width, length;
   int64_t route = 0;
   StripRecurrence scan;
-  float *dt, *weight, *bias, *B, *C;  // of the tile at hand; (rank, width) weight
+  // Of the tile at hand: how many rows, the step sizes, buffers for rows of maps,
+  // B and C, the features the step sizes are projected from, and where it is.
+  int64_t rows = 0;
+  float *dt, *x, *y;
+  float *weight, *bias;  // of the projection, (rank, width) and (width)
+  float *B, *C;
   const float* features[kTile];
-  int64_t positions[kTile];  // in the image
+  int64_t positions[kTile];
 
  private:
-  int64_t position_of(int64_t step) const {
-    const int64_t at = route < 2 ? step : length - 1 - step;
-    return route % 2 ? at % p.height * p.width + at / p.height : at;
-  }
-
-  // Calls function(row position's data, its place in the order of columns) for
-  // all positions, some rows at once for longer runs in both orders.
-  template <class Function>
-  static void transpose_positions(const Line& rows, int64_t height, int64_t width,
-                                  Function function) {
-    constexpr int64_t kRows = 4;
-    for (int64_t top = 0; top < height; top += kRows) {
-      const int64_t bottom = top + kRows < height ? top + kRows : height;
-      for (int64_t j = 0; j < width; ++j)
-        for (int64_t i = top; i < bottom; ++i)
-          function(rows.data + (i * width + j) * rows.stride, j * height + i);
+  void find_positions(int64_t start) {
+    const int64_t step = route < 2 ? 1 : -1;
+    const int64_t at = route < 2 ? start : length - 1 - start;
+    if (route % 2 == 0) {
+      for (int64_t t = 0; t < rows; ++t) positions[t] = at + t * step;
+      return;
     }
+    int64_t i = at % p.height, j = at / p.height;
+    for (int64_t t = 0; t < rows; ++t) {
+      positions[t] = i * p.width + j;
+      i += step;
+      if (i == p.height || i < 0) {
+        i = i < 0 ? p.height - 1 : 0;
+        j += step;
+      }
+    }
+  }
+  const float* row_of(const float* map, int64_t t) const {
+    return map + (batch * length + positions[t]) * p.channels + strip.first;
   }
 };
 
 static bool forward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
   Ss2dStrip s(p, item, arena, false);
-  Line x[2], y[2];
-  s.open(p.x, arena, x);
-  s.allocate(p.out, arena, y);
-  for (int64_t route = 0; route < kRoutes; ++route) {
+  vint nan = {};
+  for (const int64_t route : kRouteOrder) {
     s.set_route(route);
     s.scan.set_state_to_zero();
     for (int64_t start = 0; start < s.length; start += kTile) {
       const int64_t rows = s.length - start < kTile ? s.length - start : kTile;
       if (start > 0) s.scan.get_state(s.saved(start / kTile), p.channels);
-      const Tile tile = s.read_tile(x, y, start, rows);
-      const Rows out = s.rows_of(y, start);
-      s.scan.forward(tile, route < 2 ? Write::kStore : Write::kAdd,
-                     const_cast<float*>(out.data), out.stride);
+      s.go_to(start, rows, p.x, p.out);
+      const Tile tile = s.tile(s.read(p.x, s.x));
+      if (s.in_place()) {
+        const Rows out = s.read(p.out, nullptr);
+        nan |= s.scan.forward(tile, route == 0 ? Write::kStore : Write::kAdd,
+                              const_cast<float*>(out.data), out.stride);
+      } else {
+        s.scan.forward(tile, Write::kStore, s.y, s.width);
+        nan |= s.write(p.out, s.y, route != 0);
+      }
     }
   }
-  return s.merge(p.out, y);
+  return any(nan);
 }
 
 // grad_f = weight^T grad_dt for each row; `by_channel` is (width, padded rank).
@@ -312,9 +313,9 @@ struct Ss2dGradients {
 };
 
 // Gradients of the projections of a tile from those of dt, B and C.
-static void finish_projections(const Ss2dStrip& s, const Ss2dGradients& g,
-                               int64_t rows) {
+static void finish_projections(const Ss2dStrip& s, const Ss2dGradients& g) {
   const Ss2dProblem& p = s.p;
+  const int64_t rows = s.rows;
   // project_back works on whole groups of rows.
   for (int64_t i = rows * s.width; i < (rows + 3) / 4 * 4 * s.width; ++i) g.dt[i] = 0;
   project_back(g.dt, rows, s.width, g.by_channel, g.padded_rank, g.features);
@@ -341,12 +342,8 @@ static void backward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
   Ss2dStrip s(p, item, arena, true);
   Ss2dGradients g(s, arena);
   const int64_t padded = s.scan.padded();
-  Line x[2], grad_y[2], grad_x[2];
-  s.open(p.x, arena, x);
-  s.open(p.grad_out, arena, grad_y);
-  s.allocate(p.grad_x, arena, grad_x);
   const int64_t tiles = (s.length + kTile - 1) / kTile;
-  for (int64_t route = 0; route < kRoutes; ++route) {
+  for (const int64_t route : kRouteOrder) {
     s.set_route(route);
     s.scan.set_state_to_zero();
     s.scan.set_gradients_to_zero();
@@ -354,7 +351,8 @@ static void backward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
     for (int64_t index = tiles - 1; index >= 0; --index) {
       const int64_t start = index * kTile;
       const int64_t rows = s.length - start < kTile ? s.length - start : kTile;
-      const Tile tile = s.read_tile(x, grad_y, start, rows);
+      s.go_to(start, rows, p.x, p.grad_out);
+      const Tile tile = s.tile(s.read(p.x, s.x));
       for (int64_t n = 0; n < padded; ++n)
         read_channels(index > 0 && n < p.states ? s.saved(index) + n * p.channels
                                                 : nullptr,
@@ -363,25 +361,17 @@ static void backward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
       __builtin_memset(g.dtu, 0, rows * s.width * 4);
       __builtin_memset(g.B, 0, rows * padded * 4);
       __builtin_memset(g.C, 0, rows * padded * 4);
-      const Rows by_y = s.rows_of(grad_y, start);
+      const Rows by_y = s.read(p.grad_out, s.y);
       s.scan.backward(tile, g.before,
                       {by_y.data, by_y.stride, g.dt, g.dtu, g.B, g.C, padded},
                       nullptr);
       finish_tile(tile, s.width, s.scan.D(), by_y, true, g.dtu, g.dt,
                   {g.dtu, s.width, false}, {g.dt, s.width, false}, g.D, g.bias);
-      finish_projections(s, g, rows);
-      const Rows to = s.rows_of(grad_x, start);
-      for (int64_t t = 0; t < rows; ++t) {
-        float* row = const_cast<float*>(to.data) + t * to.stride;
-        for (int64_t c = 0; c < s.width; c += kLanes) {
-          const vfloat grad = load(g.dtu + t * s.width + c);
-          store(row + c, route < 2 ? grad : grad + load(row + c));
-        }
-      }
+      finish_projections(s, g);
+      s.write(p.grad_x, g.dtu, route != 0);
     }
     g.finish_route(s);
   }
-  s.merge(p.grad_x, grad_x);
 }
 
 struct Ss2dTask {
