@@ -13,6 +13,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.mmvssm-installed
+KERNELS := mmvssm/ops/cpu
 
 .PHONY: help
 help: ## Show this list.
@@ -21,7 +22,9 @@ help: ## Show this list.
 .PHONY: install
 install: $(STAMP) ## Make .venv with the tested stack and this package (editable).
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard requirements/*.txt)
+# The sources of the kernels are among them: this compiles the kernels, too.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard requirements/*.txt) \
+          $(wildcard $(KERNELS)/*.h $(KERNELS)/*.cpp)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "error: $(PYTHON) is missing or older than 3.10 ($$($(PYTHON) -V 2>&1))." \
 	         "Name a newer one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -36,6 +39,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard requirements/*.txt)
 	@echo '==> [3/3] mmsegmentation and mmcv-lite'
 	@$(INSTALL) --no-deps --no-build-isolation -r requirements/openmmlab.txt
 	@touch $@
+	@test -e $(KERNELS)/_kernels.so || \
+	    echo 'warning: the CPU kernels were not compiled, so scans on the CPU are' \
+	         'many times slower. Put a C++ compiler on the path, then: make -B install;' \
+	         'MMVSSM_REQUIRE_KERNELS=1 make -B install shows what fails' >&2
 	@echo '==> installed'
 
 .PHONY: quickstart
@@ -45,6 +52,32 @@ quickstart: install ## Train, evaluate and draw a small VMamba-UperNet on the CP
 .PHONY: test
 test: lint ## Lint, then run every test.
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+
+# ASan must come before all else in the program, so Python gets it preloaded,
+# with the C++ library whose functions it replaces. No virtual functions, so no
+# vptr; Python's own leaks are not looked for. pytest -s lets the report through,
+# -k leaves out the tests of other backends and other instruction sets.
+SANITIZED := $(CURDIR)/build/sanitize
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
+            -fno-sanitize=vptr -fno-sanitize-recover=all
+RUN_SANITIZED = env OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+    UBSAN_OPTIONS=print_stacktrace=1 \
+    MMVSSM_CPU_LIBRARY=$(SANITIZED)/$(KERNELS)/_kernels.so LD_PRELOAD="$(strip \
+    $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so)))" \
+    $(RUN)
+
+.PHONY: sanitize
+sanitize: install ## Run the tests of the ops under ASan and UBSan (Linux, g++).
+	@MMVSSM_REQUIRE_KERNELS=1 CXX=g++ CXXFLAGS='$(SANITIZE)' $(RUN) setup.py -q \
+	    build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	@isas=$$($(RUN_SANITIZED) -c 'from mmvssm.ops.cpu import library; \
+	    print(*library.available_isas())'); \
+	for isa in $$isas; do \
+	    echo "==> $$isa"; \
+	    MMVSSM_CPU_ISA=$$isa $(RUN_SANITIZED) -m pytest -n 2 -q -s \
+	        --max-worker-restart 0 tests/ops -k "($$isa or not (avx or baseline)) and \
+	        (cpu or not (torch or reference))"; \
+	done
 
 .PHONY: lint
 lint: install ## Check style without changing a file.
@@ -59,4 +92,5 @@ format: install ## Sort imports, format, apply ruff's safe fixes.
 .PHONY: clean
 clean: ## Remove the virtual environment, builds and caches (work_dirs/ and data/ stay).
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -f $(KERNELS)/_kernels*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -28,10 +28,10 @@ model = dict(
     ),
 )
 
-max_iters = 1800
+max_iters = 2800
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.01),
+    optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.01, fused=True),
     paramwise_cfg=dict(custom_keys={'norm': dict(decay_mult=0.0)}),
 )
 param_scheduler = [
@@ -40,7 +40,7 @@ param_scheduler = [
         type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, begin=30, end=max_iters
     ),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=600)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=700)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(

@@ -161,12 +161,12 @@ def _kernels() -> dict[str, str]:
     reason = library.unavailable()
     if reason:
         return {'instruction set': f'none: {reason}'} | variables
-    others = ', '.join(library.available_isas())
+    names = ', '.join(library.available_isas())
     threads = 'those of torch'
     if not library.is_threaded():
         threads = f'one: torch {torch.__version__} lends none, 2.10 and later do'
     return {
-        'instruction set': f'{library.isa()}, of {others}',
+        'instruction set': f'{library.isa()} (there are {names})',
         'threads': threads,
     } | variables
 

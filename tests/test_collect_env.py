@@ -9,6 +9,7 @@ import mmvssm
 from mmvssm import collect_env as module
 from mmvssm.ops import backend_status
 from mmvssm.ops.backends import ENV_VARIABLE
+from mmvssm.ops.cpu import library
 
 
 @pytest.fixture
@@ -63,6 +64,41 @@ def test_choice_that_differs_by_dtype_names_the_dtypes(monkeypatch):
     monkeypatch.setattr(module, 'choose_backend', choose)
     chosen = module.collect_env()['Backend a tensor gets']
     assert chosen['cpu'] == 'cpu (float32); torch (bfloat16, float16)'
+
+
+def test_kernels_name_the_instruction_set_in_use(monkeypatch):
+    monkeypatch.setattr(library, 'unavailable', lambda: None)
+    monkeypatch.setattr(library, 'isa', lambda: 'avx2')
+    monkeypatch.setattr(library, 'available_isas', lambda: ['avx2', 'baseline'])
+    monkeypatch.setattr(library, 'is_threaded', lambda: True)
+    monkeypatch.setenv(library.ISA_VARIABLE, 'avx2')
+    assert module.collect_env()['CPU kernels'] == {
+        'instruction set': 'avx2 (there are avx2, baseline)',
+        'threads': 'those of torch',
+        library.ISA_VARIABLE: 'avx2',
+        library.LIBRARY_VARIABLE: 'not set',
+    }
+
+
+def test_kernels_without_the_threads_of_torch(monkeypatch):
+    monkeypatch.setattr(library, 'unavailable', lambda: None)
+    monkeypatch.setattr(library, 'isa', lambda: 'baseline')
+    monkeypatch.setattr(library, 'available_isas', lambda: ['baseline'])
+    monkeypatch.setattr(library, 'is_threaded', lambda: False)
+    threads = module.collect_env()['CPU kernels']['threads']
+    assert threads == f'one: torch {torch.__version__} lends none, 2.10 and later do'
+
+
+def test_torch_lends_its_threads_from_2_10_on():
+    version = tuple(map(int, torch.__version__.split('.')[:2]))
+    assert library.is_threaded() == (version >= (2, 10))
+
+
+def test_kernels_that_are_not_built_say_why(monkeypatch):
+    monkeypatch.setattr(library, 'unavailable', lambda: 'never compiled')
+    kernels = module.collect_env()['CPU kernels']
+    assert kernels['instruction set'] == 'none: never compiled'
+    assert 'threads' not in kernels
 
 
 def test_missing_packages_are_reported_with_their_use(installed):

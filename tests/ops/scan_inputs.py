@@ -2,9 +2,6 @@
 
 import torch
 
-from mmvssm.ops import list_backends
-
-FAST_BACKENDS = [name for name in list_backends() if name != 'reference']
 OPTIONAL = ('D', 'z', 'delta_bias')
 
 
@@ -83,6 +80,11 @@ def ss2d_inputs(
         Ds=normal(4 * channels),
     )
     return {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
+
+
+def as_double(inputs):
+    """The same values in float64, as leaves of their own."""
+    return {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
 
 
 def gradients(outputs, inputs, seed=1):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -5,13 +7,25 @@ from mmvssm import ops
 from mmvssm.ops import backends
 
 
-def test_choice_follows_the_tensors():
-    assert ops.choose_backend('cpu', torch.float32) == 'torch'
+def without_kernels(monkeypatch, reason='not compiled'):
+    broken = dataclasses.replace(backends._BACKENDS['cpu'], unavailable=lambda: reason)
+    monkeypatch.setitem(backends._BACKENDS, 'cpu', broken)
+
+
+@pytest.mark.parametrize('compiled', [True, False])
+def test_choice_follows_the_tensors(monkeypatch, compiled):
+    without_kernels(monkeypatch, None if compiled else 'not compiled')
+    best = 'cpu' if compiled else 'torch'
+    assert ops.choose_backend('cpu', torch.float32) == best
+    assert ops.choose_backend('cpu', torch.bfloat16) == best
+    for dtype in (torch.float16, torch.float64):
+        assert ops.choose_backend('cpu', dtype) == 'torch'
     assert ops.choose_backend('cuda', torch.bfloat16) == 'torch'
 
 
 def test_reference_is_never_chosen_silently(monkeypatch):
-    monkeypatch.delitem(backends._BACKENDS, 'torch')
+    only = {'reference': backends._BACKENDS['reference']}
+    monkeypatch.setattr(backends, '_BACKENDS', only)
     with pytest.raises(ops.BackendUnavailableError, match='no scan backend takes'):
         ops.choose_backend('cpu', torch.float32)
 
@@ -28,9 +42,10 @@ def test_order_of_overrides(monkeypatch):
 
 
 def test_use_backend_ends_with_an_error_inside():
+    before = ops.choose_backend('cpu', torch.float32)
     with pytest.raises(RuntimeError, match='inside'), ops.use_backend('reference'):
         raise RuntimeError('inside')
-    assert ops.choose_backend('cpu', torch.float32) == 'torch'
+    assert ops.choose_backend('cpu', torch.float32) == before
 
 
 def test_unknown_names(monkeypatch):
@@ -42,7 +57,17 @@ def test_unknown_names(monkeypatch):
 
 
 def test_status_and_reasons(monkeypatch):
-    assert ops.backend_status() == {'torch': None, 'reference': None}
+    without_kernels(monkeypatch)
+    assert ops.backend_status() == {
+        'cpu': 'not compiled',
+        'torch': None,
+        'reference': None,
+    }
+    with pytest.raises(
+        ops.BackendUnavailableError,
+        match=r"'cpu' cannot run: not compiled\. .* one of \['torch', 'reference'\]",
+    ):
+        ops.choose_backend('cpu', torch.float32, 'cpu')
     broken = backends.Backend('broken', 'test', unavailable=lambda: 'no such chip')
     monkeypatch.setitem(backends._BACKENDS, 'broken', broken)
     assert ops.backend_status()['broken'] == 'no such chip'
@@ -50,3 +75,7 @@ def test_status_and_reasons(monkeypatch):
         ops.choose_backend('cpu', torch.float32, 'broken')
     with pytest.raises(ops.BackendUnavailableError, match='not int64'):
         ops.choose_backend('cpu', torch.int64, 'torch')
+    with pytest.raises(ops.BackendUnavailableError, match='not float64'):
+        ops.choose_backend('cpu', torch.float64, 'cpu')
+    with pytest.raises(ops.BackendUnavailableError, match='cpu tensors, not cuda'):
+        ops.choose_backend('cuda', torch.float32, 'cpu')

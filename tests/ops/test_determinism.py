@@ -3,18 +3,13 @@
 import pytest
 import torch
 
-from mmvssm.ops import list_backends, numerics, selective_scan, ss2d_scan
+from mmvssm.ops import numerics, selective_scan, ss2d_scan
+from mmvssm.ops.cpu import library
 
+from .backends_under_test import FAST_BACKENDS, on, on_backends, on_every_isa
 from .scan_inputs import gradients, scan_inputs, ss2d_inputs
 
 THREADS = (1, 2, 3, 4, 7)
-
-
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def assert_same_bits(set_threads, run):
@@ -28,53 +23,68 @@ def assert_same_bits(set_threads, run):
 
 
 # Large enough that torch really cuts the work, small enough for the loop.
+SHAPES = [(2, 96, 3136, 1, 4), (1, 384, 196, 16, 1), (1, 7, 333, 5, 1)]
+
+
+def scan_with_gradients(inputs, backend):
+    out, last = selective_scan(
+        **inputs, delta_softplus=True, return_last_state=True, backend=backend
+    )
+    return dict(out=out, last=last, **gradients((out, last), inputs))
+
+
 @pytest.mark.parametrize(
     'backend,shape',
     [
         *[
-            (name, shape)
-            for name in list_backends()
-            if name != 'reference'
-            for shape in (
-                (2, 96, 3136, 1, 4),
-                (1, 384, 196, 16, 1),
-                (1, 7, 333, 5, 1),
-                (1, 1, 70001, 1, 1),
-            )
+            on(name, shape)
+            for name in FAST_BACKENDS
+            for shape in (*SHAPES, (1, 1, 70001, 1, 1))
         ],
-        ('reference', (2, 4096, 5, 16, 4)),
+        on('reference', (2, 4096, 5, 16, 4)),
     ],
 )
 def test_selective_scan(set_threads, backend, shape):
     inputs = scan_inputs(*shape, dtype=torch.float32)
-
-    def run():
-        out, last = selective_scan(
-            **inputs, delta_softplus=True, return_last_state=True, backend=backend
-        )
-        return dict(out=out, last=last, **gradients((out, last), inputs))
-
-    assert_same_bits(set_threads, run)
+    assert_same_bits(set_threads, lambda: scan_with_gradients(inputs, backend))
 
 
+@on_every_isa()
 @pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize(
-    'shape',
-    [
-        (1, 96, 56, 56, 6, 1),
-        (2, 192, 28, 28, 12, 1),
-        (1, 384, 14, 14, 24, 1),
-        (2, 64, 33, 47, 4, 16),
-    ],
-)
-def test_ss2d_scan(set_threads, shape, channels_last):
+@pytest.mark.parametrize('shape', [*SHAPES, (5, 130, 100, 3, 2)])
+def test_selective_scan_kernels(set_threads, isa, shape, channels_last):
+    inputs = scan_inputs(*shape, dtype=torch.float32, channels_last=channels_last)
+    with library.use_isa(isa):
+        assert_same_bits(set_threads, lambda: scan_with_gradients(inputs, 'cpu'))
+
+
+MAPS = [
+    (1, 96, 56, 56, 6, 1),
+    (2, 192, 28, 28, 12, 1),
+    (1, 384, 14, 14, 24, 1),
+    (2, 64, 33, 47, 4, 16),
+]
+
+
+def ss2d_with_gradients(inputs, backend):
+    y = ss2d_scan(**inputs, backend=backend)
+    return dict(y=y, **gradients((y,), inputs))
+
+
+@on_backends(*FAST_BACKENDS)
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('shape', MAPS)
+def test_ss2d_scan(set_threads, shape, channels_last, backend):
     inputs = ss2d_inputs(*shape, dtype=torch.float32, channels_last=channels_last)
+    assert_same_bits(set_threads, lambda: ss2d_with_gradients(inputs, backend))
 
-    def run():
-        y = ss2d_scan(**inputs)
-        return dict(y=y, **gradients((y,), inputs))
 
-    assert_same_bits(set_threads, run)
+@on_every_isa()
+@pytest.mark.parametrize('shape', [(1, 130, 23, 31, 5, 1), (3, 48, 9, 40, 3, 4)])
+def test_ss2d_scan_kernels(set_threads, isa, shape):
+    inputs = ss2d_inputs(*shape, dtype=torch.float32, channels_last=True)
+    with library.use_isa(isa):
+        assert_same_bits(set_threads, lambda: ss2d_with_gradients(inputs, 'cpu'))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 import pytest
 import torch
+from torch.library import opcheck
 
-from mmvssm.ops import list_backends, selective_scan, ss2d_scan
+from mmvssm.ops import selective_scan, ss2d_scan
+from mmvssm.ops.ss2d_scan import fused
 
-from .scan_inputs import gradients, relative_error, ss2d_inputs
+from .backends_under_test import BACKENDS, on, on_backends, precision, takes
+from .scan_inputs import as_double, gradients, relative_error, ss2d_inputs
 
-backends = pytest.mark.parametrize('backend', list_backends())
+backends = on_backends(*BACKENDS)
 
 
 def ss2d_by_definition(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds):
@@ -42,24 +45,35 @@ def ss2d_by_definition(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds):
     'size,rank,states', [((4, 5), 2, 1), ((1, 6), 1, 4), ((7, 1), 3, 2), ((1, 1), 1, 1)]
 )
 def test_matches_the_definition(backend, size, rank, states, channels_last):
-    inputs = ss2d_inputs(2, 6, *size, rank, states, channels_last=channels_last)
-    got, want = ss2d_scan(**inputs, backend=backend), ss2d_by_definition(**inputs)
-    assert relative_error(got, want) < 1e-12
-    got, want = gradients((got,), inputs), gradients((want,), inputs)
+    dtype, tolerance = precision(backend)
+    inputs = ss2d_inputs(
+        *(2, 6, *size, rank, states), dtype=dtype, channels_last=channels_last
+    )
+    double = as_double(inputs)
+    got, want = ss2d_scan(**inputs, backend=backend), ss2d_by_definition(**double)
+    assert relative_error(got, want) < tolerance
+    got, want = gradients((got,), inputs), gradients((want,), double)
     for name in inputs:
-        assert relative_error(got[name], want[name]) < 1e-11, name
+        assert relative_error(got[name], want[name]) < tolerance, name
 
 
-@backends
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    'backend,dtype',
+    [
+        on(backend, dtype)
+        for backend in BACKENDS
+        for dtype in (torch.bfloat16, torch.float16)
+        if takes(backend, dtype)
+    ],
+)
 def test_half_precision_in_and_out(backend, dtype):
     inputs = ss2d_inputs(1, 8, 5, 6, 2, 1, dtype=dtype)
     for name in ('A', 'Ds', 'dt_projs_bias'):
         inputs[name] = inputs[name].detach().float()
     y = ss2d_scan(**inputs, backend=backend)
     assert y.dtype == dtype
-    double = {k: v.detach().double() for k, v in inputs.items()}
-    assert relative_error(y, ss2d_by_definition(**double)) < 4 * torch.finfo(dtype).eps
+    want = ss2d_by_definition(**as_double(inputs))
+    assert relative_error(y, want) < 4 * torch.finfo(dtype).eps
 
 
 @backends
@@ -95,6 +109,17 @@ def test_compile_fullgraph(backend):
     torch.testing.assert_close(got, want)
     got, want = gradients((got,), inputs), gradients((want,), inputs)
     torch.testing.assert_close(got, want)
+
+
+@on_backends(*(name for name in BACKENDS if fused.is_fused(name)))
+def test_opcheck(backend):
+    x, *weights = ss2d_inputs(2, 20, 5, 9, 2, 3, dtype=torch.float32).values()
+    x_proj_weight, dt_weight, dt_bias, A, Ds = (w.detach() for w in weights)
+    maps = x.detach().permute(0, 2, 3, 1).contiguous()
+    projected = fused.project_map(maps, x_proj_weight)
+    arguments = (maps, projected, dt_weight, dt_bias, A, Ds)
+    arguments = [t.requires_grad_() for t in arguments]
+    opcheck(fused._forward_op, (*arguments, backend))
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ static const Kernels* find(int32_t isa) {
 }
 
 // Stands in for torch's parallel_for where torch has none to offer.
-static int32_t run_serially(int64_t begin, int64_t end, int64_t,
-                            RangeFunction function, void* context) {
+static int32_t run_serially(int64_t begin, int64_t end, int64_t, RangeFunction function,
+                            void* context) {
   function(begin, end, context);
   return 0;
 }
@@ -64,12 +64,11 @@ MMVSSM_EXPORT int64_t mmvssm_strips(int32_t isa, int64_t channels) {
   return mmvssm::find(isa)->strips(channels);
 }
 
-#define MMVSSM_ENTRY(function, Problem)                                       \
-  MMVSSM_EXPORT int32_t mmvssm_##function(int32_t isa,                        \
-                                          const mmvssm::Problem* problem,     \
-                                          mmvssm::ParallelFor parallel_for) { \
-    if (parallel_for == nullptr) parallel_for = mmvssm::run_serially;         \
-    return mmvssm::find(isa)->function(*problem, parallel_for);               \
+#define MMVSSM_ENTRY(function, Problem)                                                \
+  MMVSSM_EXPORT int32_t mmvssm_##function(int32_t isa, const mmvssm::Problem* problem, \
+                                          mmvssm::ParallelFor parallel_for) {          \
+    if (parallel_for == nullptr) parallel_for = mmvssm::run_serially;                  \
+    return mmvssm::find(isa)->function(*problem, parallel_for);                        \
   }
 
 MMVSSM_ENTRY(scan_forward, ScanProblem)

@@ -6,8 +6,8 @@ namespace mmvssm {
 namespace MMVSSM_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {kLanes, strips_of, scan_forward, scan_backward, ss2d_forward,
-                         ss2d_backward};
+const Kernels kernels = {kLanes,        strips_of,    scan_forward,
+                         scan_backward, ss2d_forward, ss2d_backward};
 
 }  // namespace MMVSSM_ISA
 }  // namespace mmvssm

@@ -93,7 +93,7 @@ def _library() -> ctypes.CDLL:
 
 
 @cache
-def _parallel_for() -> c_void_p:
+def parallel_for() -> c_void_p:
     """Address of torch's parallel_for, null where torch does not export it."""
     folder = Path(torch.__file__).parent / 'lib'
     for name in ('libtorch_cpu.so', 'libtorch_cpu.dylib', 'torch_cpu.dll'):
@@ -105,6 +105,8 @@ def _parallel_for() -> c_void_p:
     return c_void_p()
 
 
+# torch.compile asks once and does not trace what follows.
+@torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why the kernels cannot run here, or None."""
     try:
@@ -116,7 +118,7 @@ def unavailable() -> str | None:
 
 def is_threaded() -> bool:
     """Whether torch lends its threads; without them the kernels use one."""
-    return _parallel_for().value is not None
+    return parallel_for().value is not None
 
 
 def available_isas() -> list[str]:
@@ -204,7 +206,7 @@ def call(function: str, problem: ctypes.Structure) -> bool:
         MemoryError: There is none for its buffers.
     """
     status = getattr(_library(), f'mmvssm_{function}')(
-        c_int32(_ISAS.index(isa())), ctypes.byref(problem), _parallel_for()
+        c_int32(_ISAS.index(isa())), ctypes.byref(problem), parallel_for()
     )
     if status == _OUT_OF_MEMORY:
         raise MemoryError('the scan found no memory for its buffers')

@@ -18,16 +18,16 @@ struct Array {
 // what a call does not have is null.
 struct ScanProblem {
   int64_t batch, channels, length, states, groups, softplus;
-  Array u, delta, z;               // (batch, channel, position)
-  Array B, C;                      // (batch, group, state, position)
-  const float *A, *D, *bias;       // (channel, state), (channel), (channel)
-  Array out;                       // like u
-  float* last_state;               // (batch, channel, state)
-  float* saved;                    // (tiles - 1, batch, state, channel)
-  Array grad_out;                  // like u
-  const float* grad_last_state;    // like last_state
+  Array u, delta, z;             // (batch, channel, position)
+  Array B, C;                    // (batch, group, state, position)
+  const float *A, *D, *bias;     // (channel, state), (channel), (channel)
+  Array out;                     // like u
+  float* last_state;             // (batch, channel, state)
+  float* saved;                  // (tiles - 1, batch, state, channel)
+  Array grad_out;                // like u
+  const float* grad_last_state;  // like last_state
   Array grad_u, grad_delta, grad_z;
-  float *grad_B, *grad_C;          // (strips, batch, group, position, state)
+  float *grad_B, *grad_C;              // (strips, batch, group, position, state)
   float *grad_A, *grad_D, *grad_bias;  // (batch, ...) of A transposed, D, bias
 };
 
@@ -36,13 +36,13 @@ struct ScanProblem {
 struct Ss2dProblem {
   int64_t batch, channels, height, width, states, rank;
   const float* x;
-  const float* projected;  // (batch, position, route, rank + 2 states)
+  const float* projected;    // (batch, position, route, rank + 2 states)
   int64_t projected_stride;  // of a position
-  const float* dt_weight;  // (route, channel, rank)
-  const float* dt_bias;    // (route, channel)
-  const float *A, *D;      // (route, channel, state), (route, channel)
-  float* out;              // like x
-  float* saved;            // (route, tiles - 1, batch, state, channel)
+  const float* dt_weight;    // (route, channel, rank)
+  const float* dt_bias;      // (route, channel)
+  const float *A, *D;        // (route, channel, state), (route, channel)
+  float* out;                // like x
+  float* saved;              // (route, tiles - 1, batch, state, channel)
   const float* grad_out;
   float* grad_x;
   float* grad_projected;   // (strips, batch, position, route, rank + 2 states)

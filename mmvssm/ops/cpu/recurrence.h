@@ -23,7 +23,7 @@ constexpr float kSlow = 0.5f;
 // and the first state of a block.
 struct Block {
   int64_t rows;
-  int64_t width;   // channels of the strip: stride of dt
+  int64_t width;  // channels of the strip: stride of dt
   const float* dt;
   Rows u, B, C;
   const float* A;       // (state, channel), `width` apart
@@ -102,8 +102,7 @@ static vint run_forward(const Block& k, float* h_memory, float* y, int64_t y_str
     }
   }
   for (int n = 0; n < N; ++n)
-    for (int v = 0; v < V; ++v)
-      store(h_memory + n * k.width + v * kLanes, h[n][v]);
+    for (int v = 0; v < V; ++v) store(h_memory + n * k.width + v * kLanes, h[n][v]);
   return nan;
 }
 
@@ -135,8 +134,8 @@ static void recompute(const Block& k, const float* h_memory, const Recomputed& r
       for (int v = 0; v < V; ++v) {
         const vfloat A = load(k.A_log2 + n * k.width + v * kLanes);
         const int64_t at = t * kRow + (n * V + v) * kLanes;
-        store(r.decays + at, step<kIsSlow>(dt[v] * A, dt[v] * u[v] * B, &h[n][v],
-                                           &low[n][v]));
+        store(r.decays + at,
+              step<kIsSlow>(dt[v] * A, dt[v] * u[v] * B, &h[n][v], &low[n][v]));
         store(r.states + kRow + at, h[n][v]);
       }
     }
@@ -146,18 +145,17 @@ static void recompute(const Block& k, const float* h_memory, const Recomputed& r
 // What the backward pass adds to, all of it in float32. Rows of grad_B and
 // grad_C are `weights_stride` apart.
 struct BlockGradients {
-  const float* y;       // gradient of y, (row, channel)
+  const float* y;  // gradient of y, (row, channel)
   int64_t y_stride;
-  float *carry;         // of the state behind the tile, then before it
-  float *A;             // (state, channel)
-  float *dt, *dtu;      // of dt through the decay, of dt u; (row, channel)
-  float *B, *C;         // (row, state)
+  float* carry;     // of the state behind the tile, then before it
+  float* A;         // (state, channel)
+  float *dt, *dtu;  // of dt through the decay, of dt u; (row, channel)
+  float *B, *C;     // (row, state)
   int64_t weights_stride;
 };
 
 template <int V, int N, bool kIsSlow>
-static void run_backward(const Block& k, const Recomputed& r,
-                         const BlockGradients& g) {
+static void run_backward(const Block& k, const Recomputed& r, const BlockGradients& g) {
   constexpr int64_t kRow = N * V * kLanes;
   // Gradient of the state, of one position later to begin with; the decay
   // between the two; and the part of the gradient that did not fit.
@@ -188,8 +186,7 @@ static void run_backward(const Block& k, const Recomputed& r,
         const int64_t at = t * kRow + (n * V + v) * kLanes;
         vfloat through;  // gradient of the state through the decay
         if constexpr (kIsSlow) {
-          const vfloat added =
-              (decay[n][v] * grad[n][v] + y[v] * C) + low[n][v];
+          const vfloat added = (decay[n][v] * grad[n][v] + y[v] * C) + low[n][v];
           const vfloat after = grad[n][v] + added;
           low[n][v] = added - (after - grad[n][v]);
           grad[n][v] = after;
@@ -221,8 +218,7 @@ static void run_backward(const Block& k, const Recomputed& r,
       waiting_C[slot] = sum_C[0];
       if (slot == 0) {
         const int64_t ready = k.rows - t < kLanes ? k.rows - t : kLanes;
-        for (int64_t i = ready; i < kLanes; ++i)
-          waiting_B[i] = waiting_C[i] = vfloat{};
+        for (int64_t i = ready; i < kLanes; ++i) waiting_B[i] = waiting_C[i] = vfloat{};
         float sums_B[kLanes] = {}, sums_C[kLanes] = {};
         add_lane_sums<kLanes>(waiting_B, sums_B);
         add_lane_sums<kLanes>(waiting_C, sums_C);

@@ -204,10 +204,9 @@ static void backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
                        s.read_B(start, rows, padded, B),
                        s.read_C(start, rows, padded, C)};
     for (int64_t n = 0; n < padded; ++n)
-      read_channels(index > 0 && n < p.states
-                        ? s.saved(index) + n * p.channels
-                        : nullptr,
-                    s.strip, before + n * width);
+      read_channels(
+          index > 0 && n < p.states ? s.saved(index) + n * p.channels : nullptr,
+          s.strip, before + n * width);
     const Rows g = grads.read(start, rows, grad_out);
     Rows gate = {}, by_y = g;
     if (p.z.data != nullptr) {
@@ -218,8 +217,8 @@ static void backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
           const vfloat x = load(gate.data + t * gate.stride + c);
           store(grad_y + t * width + c,
                 load(g.data + t * g.stride + c) * (x * sigmoid(x)));
-          store(y + t * width + c, load(scan.D() + c) *
-                                       load(tile.u.data + t * tile.u.stride + c));
+          store(y + t * width + c,
+                load(scan.D() + c) * load(tile.u.data + t * tile.u.stride + c));
         }
       }
     }
@@ -241,19 +240,19 @@ static void backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
         for (int64_t c = 0; c < width; c += kLanes) {
           const vfloat x = load(gate.data + t * gate.stride + c);
           const vfloat open = sigmoid(x);
-          to.put(t, c, load(g.data + t * g.stride + c) * load(y + t * width + c) *
-                           (open * (1.0f + x * (1.0f - open))));
+          to.put(t, c,
+                 load(g.data + t * g.stride + c) * load(y + t * width + c) *
+                     (open * (1.0f + x * (1.0f - open))));
         }
       }
       to_z.write_back(start, rows, y);
     }
-    const int64_t at = ((s.index * p.batch + s.batch) * p.groups + s.group) *
-                           p.length * p.states + start * p.states;
+    const int64_t at =
+        ((s.index * p.batch + s.batch) * p.groups + s.group) * p.length * p.states +
+        start * p.states;
     for (int64_t t = 0; t < rows; ++t) {
-      __builtin_memcpy(p.grad_B + at + t * p.states, grad_B + t * padded,
-                       p.states * 4);
-      __builtin_memcpy(p.grad_C + at + t * p.states, grad_C + t * padded,
-                       p.states * 4);
+      __builtin_memcpy(p.grad_B + at + t * p.states, grad_B + t * padded, p.states * 4);
+      __builtin_memcpy(p.grad_C + at + t * p.states, grad_C + t * padded, p.states * 4);
     }
   }
   scan.get_grad_A(p.grad_A + s.batch * p.states * p.channels, p.channels);

@@ -45,15 +45,13 @@ static void project_steps(const float* const* features, int64_t rows, int64_t ra
 // The work on one strip of one batch element, the same forward and backward.
 class Ss2dStrip {
  public:
-  static int64_t items(const Ss2dProblem& p) {
-    return p.batch * strips_of(p.channels);
-  }
+  static int64_t items(const Ss2dProblem& p) { return p.batch * strips_of(p.channels); }
 
   static int64_t floats(const Ss2dProblem& p, bool backward) {
     const int64_t width = kMaxVectors * kLanes;
     const int64_t padded = padded_states(p.states);
-    return StripRecurrence::floats(p.states, backward) +
-           2 * kTile * padded + (3 * kTile + p.rank + 1) * width +
+    return StripRecurrence::floats(p.states, backward) + 2 * kTile * padded +
+           (3 * kTile + p.rank + 1) * width +
            (backward ? 2 * kTile * padded + (2 * kTile + padded + 4) * width +
                            (p.rank + kLanes) * (3 * width + kTile)
                      : 0) +
@@ -97,8 +95,7 @@ class Ss2dStrip {
         __builtin_prefetch(row_of(one, t) + c);
         __builtin_prefetch(row_of(other, t) + c);
       }
-      features[t] = p.projected +
-                    (batch * length + positions[t]) * p.projected_stride +
+      features[t] = p.projected + (batch * length + positions[t]) * p.projected_stride +
                     route * (p.rank + 2 * p.states);
       const float* weights = features[t] + p.rank;
       for (int64_t n = 0; n < padded; ++n) {
@@ -107,10 +104,17 @@ class Ss2dStrip {
       }
     }
     switch (strip.vectors) {
-      case 1: project_steps<1>(features, rows, p.rank, weight, bias, width, dt); break;
-      case 2: project_steps<2>(features, rows, p.rank, weight, bias, width, dt); break;
-      case 3: project_steps<3>(features, rows, p.rank, weight, bias, width, dt); break;
-      default: project_steps<4>(features, rows, p.rank, weight, bias, width, dt);
+      case 1:
+        project_steps<1>(features, rows, p.rank, weight, bias, width, dt);
+        break;
+      case 2:
+        project_steps<2>(features, rows, p.rank, weight, bias, width, dt);
+        break;
+      case 3:
+        project_steps<3>(features, rows, p.rank, weight, bias, width, dt);
+        break;
+      default:
+        project_steps<4>(features, rows, p.rank, weight, bias, width, dt);
     }
   }
 
@@ -119,8 +123,7 @@ class Ss2dStrip {
 
   // The tile's rows of a map (batch, height, width, channel).
   Rows read(const float* map, float* buffer) const {
-    if (in_place())
-      return {row_of(map, 0), route == 0 ? p.channels : -p.channels};
+    if (in_place()) return {row_of(map, 0), route == 0 ? p.channels : -p.channels};
     for (int64_t t = 0; t < rows; ++t) {
       const float* from = row_of(map, t);
       float* to = buffer + t * width;
@@ -151,14 +154,15 @@ class Ss2dStrip {
     return nan;
   }
 
-  Tile tile(const Rows& u) const { return {rows, dt, u, {B, scan.padded()},
-                                           {C, scan.padded()}}; }
+  Tile tile(const Rows& u) const {
+    return {rows, dt, u, {B, scan.padded()}, {C, scan.padded()}};
+  }
 
   // The saved state before a tile other than the first.
   float* saved(int64_t tile) const {
     const int64_t tiles = (length + kTile - 1) / kTile;
-    return p.saved + ((route * (tiles - 1) + tile - 1) * p.batch + batch) *
-                         p.states * p.channels;
+    return p.saved +
+           ((route * (tiles - 1) + tile - 1) * p.batch + batch) * p.states * p.channels;
   }
 
   const Ss2dProblem& p;
@@ -245,8 +249,8 @@ static void project_back(const float* grad_dt, int64_t rows, int64_t width,
 // from tile to tile.
 template <int V>
 static void add_weight_gradient(const float* const* features, const float* grad_dt,
-                                int64_t rows, int64_t rank, int64_t width,
-                                float* sum, float* rest) {
+                                int64_t rows, int64_t rank, int64_t width, float* sum,
+                                float* rest) {
   constexpr int64_t kRanks = 2;
   for (int64_t r = 0; r < rank; r += kRanks) {
     const int64_t next = r + 1 < rank ? r + 1 : r;
@@ -354,17 +358,16 @@ static void backward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
       s.go_to(start, rows, p.x, p.grad_out);
       const Tile tile = s.tile(s.read(p.x, s.x));
       for (int64_t n = 0; n < padded; ++n)
-        read_channels(index > 0 && n < p.states ? s.saved(index) + n * p.channels
-                                                : nullptr,
-                      s.strip, g.before + n * s.width);
+        read_channels(
+            index > 0 && n < p.states ? s.saved(index) + n * p.channels : nullptr,
+            s.strip, g.before + n * s.width);
       __builtin_memset(g.dt, 0, rows * s.width * 4);
       __builtin_memset(g.dtu, 0, rows * s.width * 4);
       __builtin_memset(g.B, 0, rows * padded * 4);
       __builtin_memset(g.C, 0, rows * padded * 4);
       const Rows by_y = s.read(p.grad_out, s.y);
       s.scan.backward(tile, g.before,
-                      {by_y.data, by_y.stride, g.dt, g.dtu, g.B, g.C, padded},
-                      nullptr);
+                      {by_y.data, by_y.stride, g.dt, g.dtu, g.B, g.C, padded}, nullptr);
       finish_tile(tile, s.width, s.scan.D(), by_y, true, g.dtu, g.dt,
                   {g.dtu, s.width, false}, {g.dt, s.width, false}, g.D, g.bias);
       finish_projections(s, g);

@@ -84,8 +84,8 @@ class StripRecurrence {
     if (backward) {
       const int64_t block = backward_block(states);
       const int64_t vectors = states == 1 ? kMaxVectors : 1;
-      total += (2 * kTile + 1) * block * vectors * kLanes +
-               (2 * padded + block) * width;
+      total +=
+          (2 * kTile + 1) * block * vectors * kLanes + (2 * padded + block) * width;
     }
     return total + 16 * 16;
   }
@@ -171,9 +171,9 @@ class StripRecurrence {
         const Block k = block(tile, n, v);
         const int64_t c = v * kLanes;
         const BlockGradients grads = {
-            g.y + c,  g.y_stride, state + n * width_ + c, tile_grad_A_ + c,
-            g.dt + c, g.dtu + c,  g.B + n,                g.C + n,
-            g.weights_stride};
+            g.y + c,          g.y_stride, state + n * width_ + c,
+            tile_grad_A_ + c, g.dt + c,   g.dtu + c,
+            g.B + n,          g.C + n,    g.weights_stride};
         choose_backward(is_slow(tile, n, v), k, before + n * width_ + c, grads);
         if (readout != nullptr)
           add_readout(k, recomputed_.states, together_, block_, readout + c, width_);
@@ -229,15 +229,23 @@ class StripRecurrence {
     switch (block_) {
       case 1:
         switch (together_) {
-          case 1: return forward_as<1, 1, kIsSlow>(write, k, h, y, y_stride);
-          case 2: return forward_as<2, 1, kIsSlow>(write, k, h, y, y_stride);
-          case 3: return forward_as<3, 1, kIsSlow>(write, k, h, y, y_stride);
-          default: return forward_as<4, 1, kIsSlow>(write, k, h, y, y_stride);
+          case 1:
+            return forward_as<1, 1, kIsSlow>(write, k, h, y, y_stride);
+          case 2:
+            return forward_as<2, 1, kIsSlow>(write, k, h, y, y_stride);
+          case 3:
+            return forward_as<3, 1, kIsSlow>(write, k, h, y, y_stride);
+          default:
+            return forward_as<4, 1, kIsSlow>(write, k, h, y, y_stride);
         }
-      case 2: return forward_as<1, 2, kIsSlow>(write, k, h, y, y_stride);
-      case 4: return forward_as<1, 4, kIsSlow>(write, k, h, y, y_stride);
-      case 8: return forward_as<1, 8, kIsSlow>(write, k, h, y, y_stride);
-      default: return forward_as<1, 16, kIsSlow>(write, k, h, y, y_stride);
+      case 2:
+        return forward_as<1, 2, kIsSlow>(write, k, h, y, y_stride);
+      case 4:
+        return forward_as<1, 4, kIsSlow>(write, k, h, y, y_stride);
+      case 8:
+        return forward_as<1, 8, kIsSlow>(write, k, h, y, y_stride);
+      default:
+        return forward_as<1, 16, kIsSlow>(write, k, h, y, y_stride);
     }
   }
 
@@ -246,14 +254,21 @@ class StripRecurrence {
     switch (block_) {
       case 1:
         switch (together_) {
-          case 1: return backward_as<1, 1>(slow, k, h, recomputed_, g);
-          case 2: return backward_as<2, 1>(slow, k, h, recomputed_, g);
-          case 3: return backward_as<3, 1>(slow, k, h, recomputed_, g);
-          default: return backward_as<4, 1>(slow, k, h, recomputed_, g);
+          case 1:
+            return backward_as<1, 1>(slow, k, h, recomputed_, g);
+          case 2:
+            return backward_as<2, 1>(slow, k, h, recomputed_, g);
+          case 3:
+            return backward_as<3, 1>(slow, k, h, recomputed_, g);
+          default:
+            return backward_as<4, 1>(slow, k, h, recomputed_, g);
         }
-      case 2: return backward_as<1, 2>(slow, k, h, recomputed_, g);
-      case 4: return backward_as<1, 4>(slow, k, h, recomputed_, g);
-      default: return backward_as<1, 8>(slow, k, h, recomputed_, g);
+      case 2:
+        return backward_as<1, 2>(slow, k, h, recomputed_, g);
+      case 4:
+        return backward_as<1, 4>(slow, k, h, recomputed_, g);
+      default:
+        return backward_as<1, 8>(slow, k, h, recomputed_, g);
     }
   }
 

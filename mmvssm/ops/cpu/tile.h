@@ -88,9 +88,8 @@ class Arena {
 };
 
 template <class E>
-static inline void load_columns(const E* from, int64_t channel_stride,
-                                int64_t channels, int64_t rows, float* to,
-                                int64_t width) {
+static inline void load_columns(const E* from, int64_t channel_stride, int64_t channels,
+                                int64_t rows, float* to, int64_t width) {
   int64_t t = 0;
   for (; t + kLanes <= rows; t += kLanes) {
     int64_t c = 0;
@@ -111,9 +110,8 @@ static inline void load_columns(const E* from, int64_t channel_stride,
 }
 
 template <class E>
-static inline void load_rows(const E* from, int64_t channel_stride,
-                             int64_t row_stride, int64_t channels, int64_t rows,
-                             float* to, int64_t width) {
+static inline void load_rows(const E* from, int64_t channel_stride, int64_t row_stride,
+                             int64_t channels, int64_t rows, float* to, int64_t width) {
   if (row_stride == 1 && channel_stride != 1) {
     load_columns(from, channel_stride, channels, rows, to, width);
   } else {
@@ -123,8 +121,7 @@ static inline void load_rows(const E* from, int64_t channel_stride,
       if (channel_stride == 1)
         for (; c + kLanes <= channels; c += kLanes)
           store(to + t * width + c, load(row + c));
-      for (; c < channels; ++c)
-        to[t * width + c] = to_float(row[c * channel_stride]);
+      for (; c < channels; ++c) to[t * width + c] = to_float(row[c * channel_stride]);
     }
   }
   for (int64_t t = 0; t < rows; ++t)
@@ -139,8 +136,7 @@ static inline void store_columns(E* to, int64_t channel_stride, int64_t channels
     int64_t c = 0;
     for (; c + kLanes <= channels; c += kLanes) {
       vfloat square[kLanes];
-      for (int i = 0; i < kLanes; ++i)
-        square[i] = load(from + (t + i) * width + c);
+      for (int i = 0; i < kLanes; ++i) square[i] = load(from + (t + i) * width + c);
       transpose(square);
       for (int i = 0; i < kLanes; ++i)
         store(to + (c + i) * channel_stride + t, square[i]);
@@ -168,8 +164,7 @@ static inline void store_rows(E* to, int64_t channel_stride, int64_t row_stride,
     if (channel_stride == 1)
       for (; c + kLanes <= channels; c += kLanes)
         store(row + c, load(from + t * width + c));
-    for (; c < channels; ++c)
-      assign(row + c * channel_stride, from[t * width + c]);
+    for (; c < channels; ++c) assign(row + c * channel_stride, from[t * width + c]);
   }
 }
 
@@ -212,8 +207,8 @@ class StripOf {
     if (direct()) return {at(position), row_stride()};
     const int64_t offset = offset_ + position * array_.stride[2];
     if (array_.dtype == kFloat32) {
-      load_rows((const float*)array_.data + offset, array_.stride[1],
-                array_.stride[2], strip_.count, rows, buffer, strip_.width());
+      load_rows((const float*)array_.data + offset, array_.stride[1], array_.stride[2],
+                strip_.count, rows, buffer, strip_.width());
     } else {
       load_rows((const bfloat16*)array_.data + offset, array_.stride[1],
                 array_.stride[2], strip_.count, rows, buffer, strip_.width());
@@ -235,11 +230,11 @@ class StripOf {
     if (direct()) return;
     const int64_t offset = offset_ + position * array_.stride[2];
     if (array_.dtype == kFloat32) {
-      store_rows((float*)array_.data + offset, array_.stride[1],
-                 array_.stride[2], strip_.count, rows, buffer, strip_.width());
+      store_rows((float*)array_.data + offset, array_.stride[1], array_.stride[2],
+                 strip_.count, rows, buffer, strip_.width());
     } else {
-      store_rows((bfloat16*)array_.data + offset, array_.stride[1],
-                 array_.stride[2], strip_.count, rows, buffer, strip_.width());
+      store_rows((bfloat16*)array_.data + offset, array_.stride[1], array_.stride[2],
+                 strip_.count, rows, buffer, strip_.width());
     }
   }
 
@@ -254,17 +249,17 @@ class StripOf {
 static inline Rows read_weights(const Array& array, int64_t batch, int64_t group,
                                 int64_t states, int64_t padded, int64_t position,
                                 int64_t rows, float* buffer) {
-  const int64_t offset = batch * array.stride[0] + group * array.stride[1] +
-                         position * array.stride[3];
+  const int64_t offset =
+      batch * array.stride[0] + group * array.stride[1] + position * array.stride[3];
   const bool is_float = array.dtype == kFloat32;
   if (is_float && states == padded && (states == 1 || array.stride[2] == 1))
     return {(const float*)array.data + offset, array.stride[3]};
   if (is_float) {
-    load_rows((const float*)array.data + offset, array.stride[2],
-              array.stride[3], states, rows, buffer, padded);
+    load_rows((const float*)array.data + offset, array.stride[2], array.stride[3],
+              states, rows, buffer, padded);
   } else {
-    load_rows((const bfloat16*)array.data + offset, array.stride[2],
-              array.stride[3], states, rows, buffer, padded);
+    load_rows((const bfloat16*)array.data + offset, array.stride[2], array.stride[3],
+              states, rows, buffer, padded);
   }
   return {buffer, padded};
 }

@@ -153,8 +153,7 @@ static inline bool any(vint mask) {
 #endif
 static inline vfloat zip_low(vfloat a, vfloat b) {
 #if defined(__AVX512F__)
-  return MMVSSM_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22,
-                        7, 23);
+  return MMVSSM_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 #elif defined(__AVX2__)
   return MMVSSM_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
 #else
@@ -163,8 +162,8 @@ static inline vfloat zip_low(vfloat a, vfloat b) {
 }
 static inline vfloat zip_high(vfloat a, vfloat b) {
 #if defined(__AVX512F__)
-  return MMVSSM_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
-                        30, 15, 31);
+  return MMVSSM_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                        31);
 #elif defined(__AVX2__)
   return MMVSSM_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #else
@@ -196,8 +195,7 @@ static inline void add_lane_sums(const vfloat* rows, float* sums) {
     for (int i = 0; i < M; ++i) left[i] = rows[i];
     for (int half = M / 2; half > 0; half /= 2) {
       for (int i = 0; i < half; ++i) {
-        left[i] = zip_low(left[i], left[i + half]) +
-                  zip_high(left[i], left[i + half]);
+        left[i] = zip_low(left[i], left[i + half]) + zip_high(left[i], left[i + half]);
       }
     }
     // Lane j holds a part of the sum of row j mod M.

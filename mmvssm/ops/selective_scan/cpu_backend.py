@@ -25,8 +25,9 @@ def _native(x: Tensor | None) -> Tensor | None:
     return x.float()
 
 
-def _vector(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().float().contiguous()
+def _parameter(x: Tensor | None) -> Tensor | None:
+    """The tensor as contiguous float32."""
+    return None if x is None else x.float().contiguous()
 
 
 def forward(
@@ -55,7 +56,7 @@ def forward(
         saved_states_shape(batch, length, states, channels), dtype=torch.float32
     )
     delta, B, C, z = (_native(x) for x in (delta, B, C, z))
-    A, D, delta_bias = (_vector(x) for x in (A, D, delta_bias))
+    A, D, delta_bias = (_parameter(x) for x in (A, D, delta_bias))
     problem = ScanProblem(
         *(batch, channels, length, states, B.shape[1], delta_softplus),
         *(Array.of(x) for x in (u, delta, z, B, C)),
@@ -95,7 +96,7 @@ def backward(
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     grad_out, delta, B, C, z = (_native(x) for x in (grad_out, delta, B, C, z))
     A, D, delta_bias, grad_last_state = (
-        _vector(x) for x in (A, D, delta_bias, grad_last_state)
+        _parameter(x) for x in (A, D, delta_bias, grad_last_state)
     )
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
     grad_z = None if z is None else torch.empty_like(z)

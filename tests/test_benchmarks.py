@@ -1,0 +1,183 @@
+"""The benchmarks: what they compare with is right, and they run."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from mmvssm import ops
+from tiny import REPO
+
+BENCHMARKS = REPO / 'benchmarks'
+if not BENCHMARKS.exists():
+    pytest.skip('there are none in a source distribution', allow_module_level=True)
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a module from beside the benchmarks."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def in_double(inputs):
+    return [x.detach().double().requires_grad_() for x in inputs]
+
+
+def results(function, inputs):
+    """The output and the gradients of a random projection of it."""
+    out = function(*inputs)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    return out, *torch.autograd.grad((out * weight).sum(), inputs)
+
+
+@pytest.mark.parametrize('channels_last', [True, False])
+@pytest.mark.parametrize(
+    'shape', [(2, 1, 6, 13, 3), (1, 3, 2, 16, 1), (2, 2, 2, 1, 2), (1, 2, 3, 5, 1)]
+)
+@pytest.mark.parametrize('peer', ['loop_scan', 'parallel_scan'])
+def test_peers_compute_the_scan(load, peer, shape, channels_last):
+    inputs = in_double(load('scan_cpu_inputs').op_inputs(*shape, channels_last))
+
+    def reference(u, delta, A, B, C, D, bias):
+        return ops.selective_scan(
+            u, delta, A, B, C, D, None, bias, True, backend='reference'
+        )
+
+    got = results(getattr(load('scan_cpu_peers'), peer), inputs)
+    for x, want in zip(got, results(reference, inputs)):
+        torch.testing.assert_close(x, want)
+
+
+def test_inputs_have_the_layout_they_are_asked_for(load):
+    op_inputs = load('scan_cpu_inputs').op_inputs
+    for channels_last in (True, False):
+        u, delta, A, B, *_ = op_inputs(2, 3, 4, 5, 6, channels_last)
+        assert u.shape == delta.shape == (2, 12, 5)
+        assert A.shape == (12, 6) and B.shape == (2, 3, 6, 5)
+        strides = (60, 1, 12) if channels_last else (60, 5, 1)
+        assert u.stride() == delta.stride() == strides
+        assert B.stride() == ((90, 6, 1, 18) if channels_last else (90, 30, 5, 1))
+
+
+def test_published_core_computes_ss2d(load):
+    peers = load('scan_cpu_peers')
+    inputs = in_double(load('scan_cpu_inputs').ss2d_inputs(2, 8, 3, 5, 2))
+    want = ops.ss2d_scan(*inputs, backend='reference')
+    torch.testing.assert_close(peers.loop_ss2d(*inputs), want)
+    assert torch.equal(peers.no_ss2d(*inputs), inputs[0])
+
+
+def test_functions_take_turns(load):
+    timing = load('timing')
+    said, calls = iter([9.0, 3.0, 1.0, 2.0]), []
+
+    def first():
+        calls.append('first')
+        return next(said)
+
+    # Turns of no length: no call to warm up, one call that counts.
+    times = timing.interleaved(
+        {'first': first, 'second': lambda: calls.append('second')},
+        timing.Effort(rounds=3, turn=0.0),
+    )
+    assert calls == ['first', 'second'] * 4
+    assert times['first'] == dict(median=2.0, fastest=1.0, calls=3)
+    assert 0 < times['second']['fastest'] <= times['second']['median']
+
+
+def test_slow_functions_get_few_turns(load):
+    timing = load('timing')
+    times = timing.interleaved(
+        {'slow': lambda: None}, timing.Effort(rounds=9, turn=0.0, limit=0.0)
+    )
+    assert times['slow']['calls'] == 3
+
+
+def test_floor_is_the_larger_of_bytes_and_arithmetic(load):
+    floor_seconds = load('scan_cpu_floor').floor_seconds
+    shape = dict(batch=2, groups=3, channels=5, length=7, states=4)
+    elements, weights = 2 * 3 * 5 * 7, 2 * 3 * 7 * 4
+    free = dict(stream=0.0, exp2=0.0, softplus=0.0, fma=0.0)
+
+    def seconds(which, **costs):
+        return floor_seconds(which, {**free, **costs}, **shape)
+
+    assert seconds('forward', stream=1) == 12 * elements + 8 * weights
+    assert seconds('backward', stream=1) == 20 * elements + 16 * weights
+    assert seconds('forward', exp2=1) == 4 * elements
+    assert seconds('backward', exp2=1, softplus=1, fma=1) == (5 + 1 + 68) * elements
+    assert seconds('forward', stream=1, softplus=1) == seconds('forward', stream=1)
+
+
+def test_marks_are_held_against_the_worst(load):
+    report = load('scan_cpu_report')
+
+    def network(threads, loop):
+        times = dict(ours=2.0, loop=loop, **{'no core': 1.0})
+        seconds = {core: dict(median=time) for core, time in times.items()}
+        return dict(name='VMamba-T s1l8', threads=threads, seconds=seconds)
+
+    rows = [network(1, 4.0), network(2, 8.0), network(2, 9.0)]
+    over_loop, over_none = report.marks(dict(network=rows))
+    assert over_loop['at least'] == 3.5
+    assert [(worst['value'], worst['met']) for worst in over_loop['worst']] == [
+        (2.0, False),
+        (4.0, True),
+    ]
+    assert over_none['at most'] == 1.15
+    assert not any(worst['met'] for worst in over_none['worst'])
+    lines = report.marks_table([over_loop], [1, 2]).splitlines()
+    assert lines[1].split()[-6:-3] == ['3.5', '2', '!']
+
+
+@pytest.mark.parametrize('arguments', [['--quick'], ['--only', 'op,ss2d']])
+def test_only_a_complete_run_replaces_the_result(load, monkeypatch, arguments):
+    monkeypatch.setattr(sys, 'argv', ['scan_cpu.py', *arguments])
+    assert load('scan_cpu').parse_args().out is None
+    monkeypatch.setattr(sys, 'argv', ['scan_cpu.py'])
+    assert load('scan_cpu').parse_args().out.endswith('results/scan_cpu.json')
+
+
+def test_quick_run(load, tmp_path):
+    pytest.importorskip('matplotlib')
+    reason = ops.backend_status()['cpu']
+    if reason:
+        pytest.skip(reason)
+    out = tmp_path / 'new' / 'scan.json'
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / 'scan_cpu.py']
+        + ['--quick', '--threads', '1', '--out', out],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f'written to {out}' in done.stdout
+    result = json.loads(out.read_text())
+    assert result['environment']['Packages']['torch'].startswith(torch.__version__)
+    assert result['settings']['threads'] == [1]
+    plan = load('scan_cpu').QUICK
+    for part in ('op', 'ss2d', 'network'):
+        rows = result[part]
+        assert [row['name'] for row in rows] == list(getattr(plan, part))
+        assert {row['threads'] for row in rows} == {1}
+    for row in result['op']:
+        for who in ('ours', 'loop', 'parallel', 'torch'):
+            for layout in ('channels_last', 'channels_first'):
+                for which in ('forward', 'both'):
+                    assert row['seconds'][which][who][layout]['median'] > 0
+        assert row['seconds']['backward']['ours']['channels_last']['calls'] >= 2
+        assert all(rate > 0 for rate in row['rates'].values())
+        assert set(row['floor']) == {'forward', 'backward'}
+    if sys.platform == 'linux':
+        for row in result['memory']:
+            made = row['bytes']['outputs'] + row['bytes']['gradients']
+            assert row['bytes']['peak'] >= 0.9 * made
+    assert {'op memory: peak / (inputs + outputs + gradients)'} < {
+        mark['what'] for mark in result['marks']
+    }
+    assert Image.open(out.with_suffix('.png')).width > 1000
