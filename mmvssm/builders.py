@@ -2,29 +2,66 @@
 
 import difflib
 import fnmatch
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from mmvssm.backbones.mambar import ARCH_ZOO as MAMBAR_ARCHS
+from mmvssm.backbones.mambar import MambaR
+from mmvssm.backbones.vim import ARCH_ZOO as VIM_ARCHS
+from mmvssm.backbones.vim import Vim
 from mmvssm.backbones.vssm import ARCH_ZOO as VSSM_ARCHS
 from mmvssm.backbones.vssm import VSSM
-from mmvssm.heads import ClassificationHead, ImageClassifier
+from mmvssm.heads import (
+    ClassificationHead,
+    ClassTokenHead,
+    ImageClassifier,
+    RegisterHead,
+)
+
+# Published: by how much each register of an arch is reduced for the head.
+_REGISTER_REDUCTION = dict(t=1, s=2, b=4, l=8)
 
 
 @dataclass(frozen=True)
 class _Family:
     backbone: type[nn.Module]
     archs: dict
-    head: type[nn.Module]
+    # Backbone, arch and number of classes -> head.
+    head: Callable[[nn.Module, str, int], nn.Module]
     # Arguments of the backbone when a head of its own follows.
     classifier_kwargs: dict
 
 
+def _map_head(backbone: VSSM, arch: str, num_classes: int) -> nn.Module:
+    return ClassificationHead(backbone.out_channels[-1], num_classes)
+
+
+def _class_token_head(backbone: Vim, arch: str, num_classes: int) -> nn.Module:
+    return ClassTokenHead(backbone.out_channels[-1], num_classes)
+
+
+def _register_head(backbone: MambaR, arch: str, num_classes: int) -> nn.Module:
+    registers = backbone.num_registers
+    return RegisterHead(
+        backbone.out_channels[-1],
+        num_classes,
+        registers,
+        _REGISTER_REDUCTION[arch],
+        pooling='concat' if registers else 'patches',
+    )
+
+
 _FAMILIES = {
     'vmamba': _Family(
-        VSSM, VSSM_ARCHS, ClassificationHead, dict(out_indices=(3,), out_norm=False)
+        VSSM, VSSM_ARCHS, _map_head, dict(out_indices=(3,), out_norm=False)
     ),
+    'vim': _Family(
+        Vim, VIM_ARCHS, _class_token_head, dict(classification=True, cls_token='middle')
+    ),
+    'mambar': _Family(MambaR, MAMBAR_ARCHS, _register_head, dict(classification=True)),
 }
 _MODELS = {
     f'{name}_{arch}': (family, arch)
@@ -57,27 +94,28 @@ def build_classifier(
         ValueError: The name is unknown.
     """
     family, arch = _find(name)
-    backbone = family.backbone(arch, **family.classifier_kwargs, **kwargs)
-    return ImageClassifier(
-        backbone, family.head(backbone.out_channels[-1], num_classes)
-    )
+    backbone = family.backbone(arch, **{**family.classifier_kwargs, **kwargs})
+    return ImageClassifier(backbone, family.head(backbone, arch, num_classes))
 
 
 def build_backbone(
-    name: str, out_indices: tuple[int, ...] = (0, 1, 2, 3), **kwargs: Any
+    name: str, out_indices: tuple[int, ...] | None = None, **kwargs: Any
 ) -> nn.Module:
     """Build a backbone: image (B, 3, H, W) -> tuple of (B, C, H, W) maps.
 
     Args:
         name: One of :func:`list_models`.
-        out_indices: Stages whose maps are returned.
+        out_indices: Stages whose maps are returned, of a plain backbone blocks;
+            by default all four stages, or the last block of each quarter.
         **kwargs: Further arguments of the backbone.
 
     Raises:
         ValueError: The name is unknown.
     """
     family, arch = _find(name)
-    return family.backbone(arch, out_indices=out_indices, **kwargs)
+    if out_indices is not None:
+        kwargs['out_indices'] = out_indices
+    return family.backbone(arch, **kwargs)
 
 
 def _find(name: str) -> tuple[_Family, str]:

@@ -7,6 +7,9 @@ needed.
 """
 
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import (
+    OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+)
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
@@ -14,7 +17,13 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='mmvssm',
-    locations=['mmvssm.backbones', 'mmvssm.heads'],
+    locations=['mmvssm.backbones', 'mmvssm.heads', 'mmvssm.necks'],
+)
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='mmvssm',
+    locations=['mmvssm.engine'],
 )
 OPTIM_WRAPPERS = Registry(
     'optimizer wrapper',

@@ -16,6 +16,16 @@ PUBLISHED = {
     'vmamba_t_s1l8': (30_249_064, 29_481_408),
     'vmamba_s_s1l20': (49_012_840, None),
     'vmamba_b_s1l20': (86_614_504, None),
+    # Published dense forms at 224 have no class token, registers or last norm.
+    'vim_t': (7_148_008, 6_954_432),
+    'vim_s': (25_796_584, None),
+    'vim_b': (97_598_440, None),
+    'vim_t_stride8': (7_250_344, None),
+    'vim_s_stride8': (26_001_256, None),
+    'mambar_t': (9_264_232, None),
+    'mambar_s': (27_801_064, None),
+    'mambar_b': (99_301_096, None),
+    'mambar_l': (341_222_376, None),
 }
 
 
@@ -33,7 +43,6 @@ def test_published_parameter_counts(name):
 
 
 def test_list_models():
-    assert set(PUBLISHED) <= set(mmvssm.list_models())
     assert mmvssm.list_models() == sorted(mmvssm.list_models())
     assert mmvssm.list_models('vmamba_t*') == [
         'vmamba_t_s1l8',
@@ -41,6 +50,7 @@ def test_list_models():
         'vmamba_t_v0',
     ]
     assert mmvssm.list_models('nothing*') == []
+    assert set(mmvssm.list_models()) == set(PUBLISHED)
 
 
 def test_arguments_arrive():
@@ -52,6 +62,23 @@ def test_arguments_arrive():
     assert net.classifier.head.weight.shape == (7, 768)
     assert net.backbone.patch_embed[0].in_channels == 4
     assert maps.out_channels == (192, 384)
+
+
+@pytest.mark.parametrize('place', ['none', 'head', 'double'])
+def test_other_class_tokens(place):
+    with torch.device('meta'):
+        net = mmvssm.build_classifier('vim_t', num_classes=7, cls_token=place)
+    assert net.backbone.cls_token_place == place
+    assert output_shapes(net, (2, 3, 64, 96)) == [(2, 7)]
+
+
+@pytest.mark.parametrize('registers', [0, 1, 6])
+def test_other_registers(registers):
+    with torch.device('meta'):
+        net = mmvssm.build_classifier('mambar_s', num_classes=7, registers=registers)
+    features = 192 * registers or 384
+    assert net.classifier.head.weight.shape == (7, features)
+    assert output_shapes(net, (2, 3, 64, 96)) == [(2, 7)]
 
 
 def output_shapes(net, image_shape):
@@ -72,16 +99,24 @@ def output_shapes(net, image_shape):
 
 @pytest.mark.parametrize('name', mmvssm.list_models())
 def test_every_backbone(name):
-    """Maps at strides 4 to 32 of an image that is not square; no idle parameter."""
+    """Maps of an image that is not square, and no idle parameter.
+
+    At strides 4 to 32 of hierarchical backbones, at one of plain ones.
+    """
     with torch.device('meta'):
         net = mmvssm.build_backbone(name)
     sizes = [(2, c, 64 // s, 96 // s) for c, s in zip(net.out_channels, (4, 8, 16, 32))]
+    if not name.startswith('vmamba'):
+        grid = (7, 11) if name.endswith('stride8') else (4, 6)
+        sizes = [(2, c, *grid) for c in net.out_channels]
+    assert len(sizes) == 4
     assert output_shapes(net, (2, 3, 64, 96)) == sizes
 
 
-def test_every_parameter_of_a_classifier_gets_a_gradient():
+@pytest.mark.parametrize('name', ['vmamba_t_v0', 'vim_t', 'mambar_t', 'mambar_s'])
+def test_every_parameter_of_a_classifier_gets_a_gradient(name):
     with torch.device('meta'):
-        net = mmvssm.build_classifier('vmamba_t_v0', num_classes=7)
+        net = mmvssm.build_classifier(name, num_classes=7)
     assert output_shapes(net, (2, 3, 64, 96)) == [(2, 7)]
 
 

@@ -16,6 +16,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 SEGMENTORS = sorted((REPO / 'configs').glob('upernet_*.py'))
+VMAMBAS = [path for path in SEGMENTORS if 'vmamba' in path.stem]
 PUBLISHED = {
     # arch, drop path, channels
     'upernet_vmamba_t': ('t_s1l8', 0.2, 96),
@@ -40,12 +41,18 @@ def build(cfg):
 
 
 def shrink(cfg):
-    """One block a stage and an eighth or less of the channels."""
+    """One block a map and an eighth or less of the channels."""
     model = cfg.model
     arch = model.backbone.arch
-    arch = ARCH_ZOO[arch] if isinstance(arch, str) else arch
-    model.backbone.arch = dict(arch, depths=(1, 1, 1, 1), dims=8)
-    channels = [8 * 2**i for i in model.backbone.out_indices]
+    if model.backbone.type == 'mmvssm.VSSM':
+        arch = ARCH_ZOO[arch] if isinstance(arch, str) else arch
+        model.backbone.arch = dict(arch, depths=(1, 1, 1, 1), dims=8)
+        channels = [8 * 2**i for i in model.backbone.out_indices]
+    else:
+        model.backbone.arch = dict(embed_dims=16, depth=4)
+        model.backbone.out_indices = (0, 1, 2, 3)
+        model.neck['embed_dim' if 'embed_dim' in model.neck else 'channels'] = 16
+        channels = [16] * 4
     model.decode_head.update(in_channels=channels, channels=16)
     if model.get('auxiliary_head'):
         model.auxiliary_head.update(
@@ -186,6 +193,114 @@ def test_published_settings(name):
     assert steps['RandomCrop'].crop_size == (512, 512)
 
 
+@pytest.mark.parametrize(
+    'name,backbone,width,head,rate,parameters',
+    [
+        ('vim_t', dict(residual_in_fp32=False), 192, 192, 0.92, 12.3),
+        (
+            'vim_s',
+            dict(
+                rope=True,
+                rope_residual=True,
+                average=False,
+                feature='residual',
+                last_layer_process='add',
+            ),
+            384,
+            384,
+            0.95,
+            45.4,
+        ),
+    ],
+)
+def test_published_settings_of_vim(name, backbone, width, head, rate, parameters):
+    cfg = Config.fromfile(REPO / 'configs' / f'upernet_{name}.py')
+    model = cfg.model
+    common = dict(
+        type='mmvssm.Vim',
+        arch=name[-1],
+        img_size=512,
+        out_indices=(5, 11, 17, 23),
+        drop_path_rate=0.1,
+    )
+    assert dict(model.backbone) == common | backbone
+    assert model.neck.type == 'Feature2Pyramid' and model.neck.embed_dim == width
+    assert (model.decode_head.type, model.decode_head.channels) == ('UPerHead', head)
+    assert model.decode_head.in_channels == [width] * 4
+    assert model.auxiliary_head.in_channels == width
+    assert model.auxiliary_head.channels == 256
+    assert dict(model.test_cfg) == dict(
+        mode='slide', crop_size=(512, 512), stride=(341, 341)
+    )
+    wrapper = cfg.optim_wrapper
+    assert wrapper.constructor == 'mmvssm.LayerDecayOptimWrapperConstructor'
+    assert dict(wrapper.optimizer) == dict(
+        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05
+    )
+    assert wrapper.paramwise_cfg.layer_decay_rate == rate
+    assert cfg.train_cfg.max_iters == cfg.param_scheduler[1].end == 60000
+    # 4 GPUs x 8
+    assert cfg.train_dataloader.batch_size == 8
+    assert cfg.auto_scale_lr.base_batch_size == 32
+    assert count(cfg) == pytest.approx(parameters, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    'name,width,indices,drop_path,rate,parameters',
+    [
+        ('s', 384, (5, 11, 17, 23), 0.1, 0.92, 56),
+        ('b', 768, (5, 11, 17, 23), 0.3, 0.92, 132),
+        ('l', 1024, (11, 23, 35, 47), 0.4, 0.96, 377),
+    ],
+)
+def test_settings_of_mambar(name, width, indices, drop_path, rate, parameters):
+    """The parameters are those of the paper, in millions and rounded."""
+    cfg = Config.fromfile(REPO / 'configs' / f'upernet_mambar_{name}.py')
+    model = cfg.model
+    backbone = model.backbone
+    assert (backbone.type, backbone.arch) == ('mmvssm.MambaR', name)
+    assert (backbone.img_size, backbone.drop_path_rate) == (512, drop_path)
+    assert backbone.out_indices == indices
+    assert model.neck.channels == model.auxiliary_head.in_channels == width
+    assert (model.decode_head.channels, model.auxiliary_head.channels) == (512, 256)
+    assert cfg.optim_wrapper.paramwise_cfg == dict(layer_decay_rate=rate)
+    # The stem learns alike at either depth.
+    blocks = indices[-1] + 1
+    assert rate ** (blocks + 1) == pytest.approx(0.92**25, abs=0.015)
+    assert cfg.train_cfg.max_iters == 160000
+    assert round(count(cfg)) == parameters
+
+
+def count(cfg):
+    """Millions of parameters of the model."""
+    del cfg.model.data_preprocessor
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+@pytest.mark.parametrize('path', [p for p in SEGMENTORS if p not in VMAMBAS], ids=names)
+def test_layer_decay_reaches_every_parameter(path):
+    from mmengine.optim import build_optim_wrapper
+
+    cfg = shrink(Config.fromfile(path))
+    model = build(cfg)
+    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
+    lr = cfg.optim_wrapper.optimizer.lr
+    rate = cfg.optim_wrapper.paramwise_cfg.layer_decay_rate
+    scales = {}
+    for group in groups:
+        scales |= dict.fromkeys(group['param_names'], group['lr'] / lr)
+    assert set(scales) == {name for name, _ in model.named_parameters()}
+    for name, depth in (
+        ('backbone.pos_embed', 0),
+        ('backbone.layers.0.mixer.A_log', 1),
+        ('backbone.layers.3.mixer.out_proj.weight', 4),
+        ('decode_head.conv_seg.weight', 5),
+    ):
+        assert scales[name] == pytest.approx(rate ** (5 - depth)), name
+
+
 def test_quickstart_is_the_common_path_made_small():
     """Heads, losses (without class weights) and test mode are the published ones."""
     small, full = (
@@ -204,7 +319,7 @@ def test_weight_decay_spares_what_was_published():
     """Names with 'norm' only: not A_logs, biases or the stem's norms."""
     from mmengine.optim import build_optim_wrapper
 
-    cfg = shrink(Config.fromfile(SEGMENTORS[0]))
+    cfg = shrink(Config.fromfile(VMAMBAS[0]))
     model = build(cfg)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     decay = {}

@@ -1,5 +1,7 @@
 """Backbones, one file a family."""
 
+from mmvssm.backbones.mambar import MambaR
+from mmvssm.backbones.vim import Vim
 from mmvssm.backbones.vssm import VSSM
 
-__all__ = ['VSSM']
+__all__ = ['VSSM', 'MambaR', 'Vim']

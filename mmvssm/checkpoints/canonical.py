@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from mmvssm.checkpoints import vmamba
+from mmvssm.checkpoints import mambar, vim, vmamba
 from mmvssm.checkpoints.families import recognise
 from mmvssm.checkpoints.read import CheckpointError, read_state_dict
 
 # Families whose weights can be converted: a module with BACKBONE_KEY,
-# rename, file_format, component, reshape and describe.
-FAMILIES = {'VMamba': vmamba}
+# rename, file_format, component, reshape, fit and describe.
+FAMILIES = {'VMamba': vmamba, 'Vim': vim, 'Mamba-R': mambar}
 
 _SEGMENTOR_HEADS = ('decode_head.', 'auxiliary_head.')
 _DETECTOR_HEADS = ('rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.')
@@ -24,9 +24,10 @@ class Checkpoint:
     """A checkpoint in the canonical form.
 
     Attributes:
-        family: ``'VMamba'``.
+        family: ``'VMamba'``, ``'Vim'`` or ``'Mamba-R'``.
         format: Which published naming the file had: ``'v0-old'``,
-            ``'v0-new'`` or ``'v2'``.
+            ``'v0-new'`` or ``'v2'`` of VMamba, ``'vim'``, ``'vim-fpn'``, or
+            ``'mambar'``.
         contents: ``'classifier'``, ``'backbone'``, ``'segmentor'``,
             ``'detector'``, or ``'model'`` with heads of other names.
         arch: Model the shapes belong to, such as ``'vmamba_t_s1l8'``.
@@ -157,6 +158,7 @@ def _contents(others: Iterable[str], whole: bool) -> str:
     ):
         if any(key.startswith(heads) for key in others):
             return contents
+    whole = whole or any(key.startswith('neck.') for key in others)
     return 'model' if whole else 'backbone'
 
 

@@ -1,7 +1,7 @@
 """Load a checkpoint into a model and say what was loaded."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,6 +33,8 @@ class LoadReport:
         missing: Names in the model that the file does not have; they keep
             their values.
         unexpected: Names in the file, converted, that the model does not have.
+        notes: What was changed to fit the model, such as a resized position
+            embedding.
     """
 
     family: str
@@ -42,6 +44,7 @@ class LoadReport:
     matched: list[str]
     missing: list[str]
     unexpected: list[str]
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = len(self.matched) + len(self.missing)
@@ -50,6 +53,7 @@ class LoadReport:
             f'format ({self.arch}): loaded {len(self.matched)} of the '
             f"model's {total} tensors"
         ]
+        lines += [f'  {note}' for note in self.notes]
         if self.missing:
             lines.append(
                 '  not in the file, left as initialised: ' + summarise(self.missing)
@@ -100,6 +104,8 @@ def load_checkpoint(
             f'{type(model).__name__} is {owner.family}'
         )
     checkpoint = to_canonical(state, what)
+    backbone = model.get_submodule(owner.prefix.removesuffix('.'))
+    checkpoint.backbone, notes = FAMILIES[family].fit(checkpoint.backbone, backbone)
 
     own, foreign = split_keys(target, owner.prefix)
     names = {**foreign, **own}
@@ -129,6 +135,7 @@ def load_checkpoint(
         [names[key] for key in matched],
         [names[key] for key in missing],
         unexpected,
+        notes,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from mmvssm.backbones.vssm import ARCH_ZOO
+from mmvssm.backbones.vssm import ARCH_ZOO, VSSM
 
 # Old name -> name of the current published code.
 _RENAMES = (
@@ -57,6 +57,13 @@ def reshape(key: str, value: torch.Tensor) -> torch.Tensor:
     """1x1 convolutions -> linear weights."""
     pointwise = value.ndim == 4 and value.shape[2:] == (1, 1)
     return value.flatten(1) if pointwise and '.conv2d.' not in key else value
+
+
+def fit(
+    state: Mapping[str, torch.Tensor], backbone: VSSM
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Nothing depends on the size of the image."""
+    return dict(state), []
 
 
 def describe(state: Mapping[str, torch.Tensor]) -> str:

@@ -4,11 +4,13 @@ from .config import enable_amp, enable_painting, enable_tta, load_config
 from .data import check_datasets
 from .errors import UsageError, require_file, run_tool
 from .launch import prepare_launch
+from .layer_decay import LayerDecayOptimWrapperConstructor
 from .optim import Bf16OptimWrapper
 from .weights import check_load_from, load_weights
 
 __all__ = [
     'Bf16OptimWrapper',
+    'LayerDecayOptimWrapperConstructor',
     'UsageError',
     'check_datasets',
     'check_load_from',

@@ -1,6 +1,25 @@
 """Building blocks that more than one backbone uses."""
 
+from mmvssm.layers.bimamba import BidirectionalMamba, MambaBlock
 from mmvssm.layers.drop_path import DropPath
 from mmvssm.layers.maps import LayerNorm2d, Linear2d, Mlp2d
+from mmvssm.layers.norm import AddRMSNorm
+from mmvssm.layers.position import resize_position
+from mmvssm.layers.rotary import rotary_angles, rotate
+from mmvssm.layers.tokens import insert_tokens, split_tokens, token_positions
 
-__all__ = ['DropPath', 'LayerNorm2d', 'Linear2d', 'Mlp2d']
+__all__ = [
+    'AddRMSNorm',
+    'BidirectionalMamba',
+    'DropPath',
+    'LayerNorm2d',
+    'Linear2d',
+    'MambaBlock',
+    'Mlp2d',
+    'insert_tokens',
+    'resize_position',
+    'rotary_angles',
+    'rotate',
+    'split_tokens',
+    'token_positions',
+]

@@ -1,5 +1,6 @@
 """The scans, each behind one public function with several backends."""
 
+from .add_norm import add_rms_norm
 from .backends import (
     BackendUnavailableError,
     backend_status,
@@ -8,14 +9,18 @@ from .backends import (
     list_backends,
     use_backend,
 )
+from .bidirectional_scan import Direction, bidirectional_scan
 from .cross_scan import cross_merge, cross_scan
 from .selective_scan import selective_scan
 from .ss2d_scan import ss2d_scan
 
 __all__ = [
     'BackendUnavailableError',
+    'Direction',
+    'add_rms_norm',
     'backend_status',
     'backend_summary',
+    'bidirectional_scan',
     'choose_backend',
     'cross_merge',
     'cross_scan',

@@ -1,0 +1,18 @@
+_base_ = [
+    './_base_/models/upernet_mambar.py',
+    './_base_/datasets/ade20k.py',
+    './_base_/schedules/schedule_160k.py',
+    './_base_/default_runtime.py',
+]
+# Never published. Drop path 0.3, between the 0.1 and 0.4 of the stages of Mamba®'s
+# own training, as a larger model overfits sooner; layer decay 0.92 of Vim's config.
+model = dict(
+    backbone=dict(arch='b', drop_path_rate=0.3),
+    neck=dict(channels=768),
+    decode_head=dict(in_channels=[768, 768, 768, 768]),
+    auxiliary_head=dict(in_channels=768),
+)
+optim_wrapper = dict(
+    constructor='mmvssm.LayerDecayOptimWrapperConstructor',
+    paramwise_cfg=dict(_delete_=True, layer_decay_rate=0.92),
+)

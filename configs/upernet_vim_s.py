@@ -1,0 +1,24 @@
+_base_ = [
+    './_base_/models/upernet_vim.py',
+    './_base_/datasets/ade20k.py',
+    './_base_/schedules/schedule_60k_vim.py',
+    './_base_/default_runtime.py',
+]
+# Published: positions by rotation, too, directions added up rather than
+# averaged, the residual stream as features.
+model = dict(
+    backbone=dict(
+        arch='s',
+        rope=True,
+        rope_residual=True,
+        average=False,
+        feature='residual',
+        last_layer_process='add',
+    ),
+    neck=dict(embed_dim=384),
+    decode_head=dict(in_channels=[384, 384, 384, 384], channels=384),
+    auxiliary_head=dict(in_channels=384),
+)
+optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.95))
+# 4 GPUs x 8
+train_dataloader = dict(batch_size=8)

@@ -1,0 +1,10 @@
+_base_ = [
+    './_base_/models/upernet_vim.py',
+    './_base_/datasets/ade20k.py',
+    './_base_/schedules/schedule_60k_vim.py',
+    './_base_/default_runtime.py',
+]
+# Published: outputs of the blocks as features, stream in the dtype of the model.
+model = dict(backbone=dict(arch='t', residual_in_fp32=False))
+# 4 GPUs x 8
+train_dataloader = dict(batch_size=8)

@@ -1,0 +1,119 @@
+"""Mamba®: Vim with registers (Wang et al., CVPR 2025, arXiv 2405.14858).
+
+Registers, learned tokens spread through the sequence, take up the global
+information that Vim would leave in patches of the background. The names of
+parameters are those of the published code.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from mmvssm.backbones.plain import (
+    ARCH_DEFAULTS,
+    PlainMamba,
+    check_choice,
+    resolve_arch,
+)
+from mmvssm.layers import resize_position, token_positions
+from mmvssm.registry import MODELS
+
+ARCH_ZOO = {
+    't': dict(ARCH_DEFAULTS, embed_dims=192, depth=24, registers=12),
+    's': dict(ARCH_DEFAULTS, embed_dims=384, depth=24, registers=12),
+    'b': dict(ARCH_DEFAULTS, embed_dims=768, depth=24, registers=12),
+    'l': dict(ARCH_DEFAULTS, embed_dims=1024, depth=48, registers=16),
+}
+
+
+@MODELS.register_module()
+class MambaR(PlainMamba):
+    """Mamba® backbone.
+
+    Arguments without an entry here are those of :class:`Vim`. Positions are
+    always embedded, never by rotation, and directions are averaged.
+
+    Args:
+        arch: A name of ``ARCH_ZOO``: ``t``, ``s``, ``b``, ``l``. Or a dict as
+            :class:`Vim` takes it, with ``registers`` (12) as one more key.
+        registers: Number n of registers, None for that of the arch. Without
+            any (0) the parameters are those of a Vim without class token, and
+            checkpoints are told to be Vim's.
+        placement: ``'even'``, as published: one after every M // (n + 1) of
+            the M patches at hand. ``'head'``: before the patches. ``'middle'``:
+            side by side after half of them.
+        frozen_stages: As in :class:`Vim`; 0 freezes the registers as well.
+        return_tokens: Return pairs of a map and the registers (B, n, C). Maps
+            are without registers in any case.
+
+    Attributes:
+        out_channels: Channels of each returned map.
+        grid: Rows and columns the position embedding is stored at.
+
+    Raises:
+        ValueError: An argument is out of range, or the image is smaller than a
+            patch or has another number of channels.
+    """
+
+    def __init__(
+        self,
+        arch: str | dict = 't',
+        img_size: int | tuple[int, int] = 224,
+        in_channels: int = 3,
+        out_indices: Sequence[int] | None = None,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        drop_path_rate: float | None = None,
+        registers: int | None = None,
+        placement: str = 'even',
+        residual_in_fp32: bool = True,
+        feature: str = 'hidden',
+        last_layer_process: str = 'none',
+        return_tokens: bool = False,
+        classification: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ):
+        arch = resolve_arch(arch, ARCH_ZOO, 'MambaR')
+        check_choice('placement', placement, ('even', 'head', 'middle'))
+        registers = arch['registers'] if registers is None else registers
+        if registers < 0:
+            raise ValueError(f'registers must not be negative, got {registers}')
+        super().__init__(
+            arch,
+            img_size=img_size,
+            in_channels=in_channels,
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            drop_path_rate=drop_path_rate,
+            average=True,
+            residual_in_fp32=residual_in_fp32,
+            feature=feature,
+            last_layer_process=last_layer_process,
+            return_tokens=return_tokens,
+            classification=classification,
+            init_cfg=init_cfg,
+        )
+        self.num_registers = registers
+        self.placement = placement
+        channels = arch['embed_dims']
+        shapes = {}
+        if registers:
+            shapes['cls_token'] = (1, registers, channels)
+            shapes['pos_embed_cls'] = (1, registers, channels)
+        shapes['pos_embed'] = (1, self.grid[0] * self.grid[1], channels)
+        self._make_tokens(**shapes)
+        self._freeze()
+
+    def token_positions(self, patches: int) -> tuple[int, ...]:
+        """Where the registers stand in a sequence with that many patches."""
+        return token_positions(patches, self.num_registers, self.placement)
+
+    def embed(
+        self, patches: torch.Tensor, size: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add positions to the patches, and to the registers theirs."""
+        patches = patches + resize_position(self.pos_embed, self.grid, size)
+        if not self.num_registers:
+            return patches, None
+        return patches, self.cls_token + self.pos_embed_cls

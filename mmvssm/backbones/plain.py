@@ -1,0 +1,340 @@
+"""What Vim and Mamba® share: a sequence of patches through one stack of blocks."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mmvssm.backbones.base import Backbone
+from mmvssm.layers import (
+    AddRMSNorm,
+    DropPath,
+    MambaBlock,
+    insert_tokens,
+    rotary_angles,
+    rotate,
+    split_tokens,
+)
+
+ARCH_DEFAULTS = dict(patch_size=16, stride=16, d_state=16, drop_path_rate=0.1)
+_FEATURES = ('hidden', 'residual')
+_LAST = ('none', 'add', 'norm')
+
+
+class PatchEmbed(nn.Module):
+    """Patches of an image, projected to C channels, as a map.
+
+    Args:
+        in_channels: Channels of the image.
+        channels: C.
+        patch_size: Side of a patch in pixels.
+        stride: Distance of neighbouring patches in pixels.
+    """
+
+    def __init__(self, in_channels: int, channels: int, patch_size: int, stride: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, channels, patch_size, stride)
+        # LeCun's normal initialisation, cut at two of its standard deviations
+        # and widened to have the right one after the cut.
+        std = self.proj.weight[0].numel() ** -0.5 / 0.87962566103423978
+        nn.init.trunc_normal_(self.proj.weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x.contiguous(memory_format=torch.channels_last))
+
+
+class PlainMamba(Backbone):
+    """A stack of bidirectional Mamba blocks on patches and extra tokens.
+
+    A subclass makes the position embedding and the tokens: it sets
+    ``token_names``, the names of those parameters, and overrides
+    :meth:`token_positions` and :meth:`embed`.
+
+    Args:
+        arch: With all keys of ``ARCH_DEFAULTS``, ``embed_dims`` and ``depth``.
+        img_size: Height and width, or one number for both, whose grid of
+            patches position embeddings are stored at.
+        in_channels, out_indices, frozen_stages, with_cp, drop_path_rate,
+            average, residual_in_fp32, feature, last_layer_process,
+            return_tokens, classification, init_cfg: See :class:`Vim`.
+    """
+
+    token_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        arch: dict,
+        *,
+        img_size: int | tuple[int, int],
+        in_channels: int,
+        out_indices: Sequence[int] | None,
+        frozen_stages: int,
+        with_cp: bool,
+        drop_path_rate: float | None,
+        average: bool,
+        residual_in_fp32: bool,
+        feature: str,
+        last_layer_process: str,
+        return_tokens: bool,
+        classification: bool,
+        init_cfg: dict | list[dict] | None,
+    ):
+        super().__init__(init_cfg)
+        channels, depth = arch['embed_dims'], arch['depth']
+        self.depth = depth
+        check_choice('feature', feature, _FEATURES)
+        check_choice('last_layer_process', last_layer_process, _LAST)
+        if classification:
+            out_indices, last_layer_process = (depth - 1,), 'norm'
+        if drop_path_rate is None:
+            drop_path_rate = arch['drop_path_rate']
+        self.out_indices = _checked_indices(out_indices, depth)
+        num_blocks = self.out_indices[-1] + 1
+        if not -1 <= frozen_stages <= num_blocks:
+            raise ValueError(
+                f'frozen_stages must be between -1 (nothing) and {num_blocks} (all '
+                f'blocks built), got {frozen_stages}'
+            )
+        self.in_channels = in_channels
+        self.frozen_stages = frozen_stages
+        self.with_cp = with_cp
+        self.feature = feature
+        self.last_layer_process = last_layer_process
+        self.return_tokens = return_tokens or classification
+        self.out_channels = (channels,) * len(self.out_indices)
+        self.patch_size, self.stride = arch['patch_size'], arch['stride']
+        self.rope = None
+        self.rope_residual = False
+        self.grid = self._grid_of(img_size)
+
+        self.patch_embed = PatchEmbed(
+            in_channels, channels, self.patch_size, self.stride
+        )
+        # The output of a block is dropped on its way into the next one.
+        rates = [0.0, *np.linspace(0, drop_path_rate, depth).tolist()]
+        self.layers = nn.ModuleList(
+            MambaBlock(
+                channels,
+                rates[i],
+                residual_in_fp32,
+                d_state=arch['d_state'],
+                average=average,
+            )
+            for i in range(num_blocks)
+        )
+        self.drop_path = DropPath(rates[depth] if classification else 0.0)
+        if last_layer_process == 'norm':
+            self.norm_f = AddRMSNorm(channels, residual_in_fp32=residual_in_fp32)
+        self._init_mixers(depth, as_published=classification)
+
+    # What a subclass supplies
+
+    def token_positions(self, patches: int) -> tuple[int, ...]:
+        """Where the extra tokens stand in a sequence with that many patches."""
+        raise NotImplementedError
+
+    def embed(
+        self, patches: torch.Tensor, size: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add positions to patches (B, H * W, C); also give the tokens (1, n, C)."""
+        raise NotImplementedError
+
+    # The forward pass
+
+    def forward(self, x: torch.Tensor) -> tuple:
+        """Compute the maps of ``out_indices``.
+
+        Args:
+            x: Image (B, in_channels, H, W), at least one patch high and wide.
+                Rows and columns that do not fill a patch are left out.
+
+        Returns:
+            One (B, C, H', W') map an entry of ``out_indices``, contiguous, all
+            of one size. With ``return_tokens`` each is a pair of the map and
+            the tokens (B, n, C).
+        """
+        self._check_input(x)
+        x = self.patch_embed(x)
+        size = tuple(x.shape[2:])
+        positions = self.token_positions(size[0] * size[1])
+        patches, tokens = self.embed(x.flatten(2).mT, size)
+        if positions:
+            tokens = tokens.to(patches.dtype).expand(x.shape[0], -1, -1)
+        x = insert_tokens(patches, tokens, positions)
+        outs = self._run_blocks(x, self._rotation(x, size, positions))
+        return tuple(self._unfold(out, size, positions) for out in outs)
+
+    def _run_blocks(
+        self, x: torch.Tensor, rotation: tuple[torch.Tensor, ...] | None
+    ) -> list[torch.Tensor]:
+        outs, residual = [], None
+        for i, block in enumerate(self.layers):
+            if rotation is not None:
+                x = rotate(x, *rotation)
+                if residual is not None and self.rope_residual:
+                    residual = rotate(residual, *rotation)
+            if self.with_cp and torch.is_grad_enabled():
+                x, residual = checkpoint(block, x, residual, use_reentrant=False)
+            else:
+                x, residual = block(x, residual)
+            # The stream that a block returns is complete up to the block before.
+            if self.feature == 'residual' and i - 1 in self.out_indices:
+                outs.append(residual)
+            elif self.feature == 'hidden' and i in self.out_indices[:-1]:
+                outs.append(x)
+        return [*outs, self._process_last(x, residual)]
+
+    def _process_last(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if self.last_layer_process == 'none':
+            return x
+        if self.last_layer_process == 'add':
+            return x + residual
+        return self.norm_f(self.drop_path(x), residual)[0]
+
+    def _rotation(
+        self, x: torch.Tensor, size: tuple[int, int], positions: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosine and sine for every position; tokens stay as they are."""
+        if self.rope is None:
+            return None
+        angles = rotary_angles(*size, x.shape[2], self.rope, like=x)[None]
+        still = angles.new_zeros(1, len(positions), angles.shape[2])
+        angles = insert_tokens(angles, still, positions)
+        return angles.cos(), angles.sin()
+
+    def _unfold(
+        self, x: torch.Tensor, size: tuple[int, int], positions: Sequence[int]
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        patches, tokens = split_tokens(x, positions)
+        # Heads may hand the memory to compiled ops that take NCHW strides for
+        # granted.
+        out = patches.mT.unflatten(2, size).contiguous()
+        return (out, tokens) if self.return_tokens else out
+
+    # Around it
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that take no weight decay.
+
+        This is the rule of the published classification recipes: 1-d
+        parameters, biases, tokens and position embeddings are exempt, ``A_log``
+        and ``A_b_log`` are not.
+        """
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.ndim == 1 or name.endswith('.bias') or name in self.token_names
+        }
+
+    def train(self, mode: bool = True) -> 'PlainMamba':
+        """Set the mode of all but the frozen stages."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        for module in (self.patch_embed, *self.layers[: self.frozen_stages]):
+            module.eval().requires_grad_(False)
+        for name in self.token_names:
+            getattr(self, name).requires_grad_(False)
+
+    def _grid_of(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
+        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if len(sides) != 2 or min(sides) < self.patch_size:
+            raise ValueError(
+                f'img_size must be at least one patch, '
+                f'{self.patch_size}x{self.patch_size} pixels, got {img_size}'
+            )
+        return tuple((side - self.patch_size) // self.stride + 1 for side in sides)
+
+    def _check_input(self, x: torch.Tensor) -> None:
+        size = self.patch_size
+        if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < size:
+            raise ValueError(
+                f'{type(self).__name__} takes images (B, {self.in_channels}, H, W) of '
+                f'at least {size}x{size} pixels, one patch, got a tensor of shape '
+                f'{tuple(x.shape)}'
+            )
+
+    @torch.no_grad()
+    def _init_mixers(self, depth: int, as_published: bool) -> None:
+        """Initialise what differs from the mixer's own.
+
+        Published classification leaves the step size of the backward direction
+        at softplus(0) = 0.69; in a dense model both directions start alike.
+        """
+        for block in self.layers:
+            block.mixer.out_proj.weight.div_(math.sqrt(depth))
+            if as_published:
+                dt_proj = block.mixer.dt_proj_b
+                dt_proj.reset_parameters()
+                nn.init.zeros_(dt_proj.bias)
+
+    def _make_tokens(self, **shapes: tuple[int, ...]) -> None:
+        """Register tokens and position embeddings, normal with 0.02."""
+        for name, shape in shapes.items():
+            parameter = nn.Parameter(torch.empty(shape))
+            nn.init.trunc_normal_(parameter, std=0.02)
+            self.register_parameter(name, parameter)
+        self.token_names = tuple(shapes)
+
+
+def resolve_arch(arch: str | dict, zoo: dict[str, dict], family: str) -> dict:
+    """Name of an arch, or a dict with the keys of its own, -> all keys.
+
+    Raises:
+        ValueError: The name or a key is unknown, or a value is no positive
+            integer.
+    """
+    if isinstance(arch, str):
+        if arch not in zoo:
+            raise ValueError(
+                f"unknown arch '{arch}' of {family}; take one of {sorted(zoo)} or a "
+                f'dict with embed_dims and depth'
+            )
+        return zoo[arch]
+    known = next(iter(zoo.values()))
+    unknown = sorted(set(arch) - set(known))
+    missing = [key for key in ('embed_dims', 'depth') if key not in arch]
+    if unknown or missing:
+        raise ValueError(
+            f'arch of {family}: missing keys {missing}, unknown keys {unknown}; '
+            f'known are {sorted(known)}'
+        )
+    arch = {**known, **arch}
+    for key in ('embed_dims', 'depth', 'patch_size', 'stride', 'd_state'):
+        if not isinstance(arch[key], int) or arch[key] < 1:
+            raise ValueError(
+                f'arch of {family}: {key} must be a positive integer, got {arch[key]!r}'
+            )
+    return arch
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError for a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {tuple(choices)}, got {value!r}')
+
+
+def _checked_indices(indices: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    if indices is None:
+        quarters = min(4, depth)
+        return tuple(depth * (i + 1) // quarters - 1 for i in range(quarters))
+    indices = tuple(indices)
+    if (
+        not indices
+        or sorted(set(indices)) != list(indices)
+        or indices[0] < 0
+        or indices[-1] >= depth
+    ):
+        raise ValueError(
+            f'out_indices must be increasing block numbers from 0 to {depth - 1}, '
+            f'got {indices}'
+        )
+    return indices

@@ -1,0 +1,176 @@
+"""Vim: Vision Mamba (Zhu et al., ICML 2024, arXiv 2401.09417).
+
+A plain backbone: patches of 16 x 16 pixels, with or without a class token, run
+through blocks that scan the sequence from both ends. The names of parameters
+are those of the published code.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from mmvssm.backbones.plain import (
+    ARCH_DEFAULTS,
+    PlainMamba,
+    check_choice,
+    resolve_arch,
+)
+from mmvssm.layers import resize_position, split_tokens, token_positions
+from mmvssm.registry import MODELS
+
+ARCH_ZOO = {
+    't': dict(ARCH_DEFAULTS, embed_dims=192, depth=24),
+    's': dict(ARCH_DEFAULTS, embed_dims=384, depth=24),
+    'b': dict(ARCH_DEFAULTS, embed_dims=768, depth=24),
+    # Fine-tuned with overlapping patches.
+    't_stride8': dict(ARCH_DEFAULTS, embed_dims=192, depth=24, stride=8),
+    's_stride8': dict(ARCH_DEFAULTS, embed_dims=384, depth=24, stride=8),
+}
+# Where class tokens stand -> their parameters and their placement.
+_CLASS_TOKENS = {
+    'none': ((), 'head'),
+    'head': (('cls_token',), 'head'),
+    'middle': (('cls_token',), 'middle'),
+    'double': (('cls_token_head', 'cls_token_tail'), 'ends'),
+}
+
+
+@MODELS.register_module()
+class Vim(PlainMamba):
+    """Vim backbone.
+
+    Args:
+        arch: A name of ``ARCH_ZOO``: ``t``, ``s``, ``b``, ``t_stride8``,
+            ``s_stride8``. Or a dict with ``embed_dims`` (int, channels) and
+            ``depth`` (int, blocks) and, optionally, ``patch_size`` (16),
+            ``stride`` (16), ``d_state`` (16) and ``drop_path_rate`` (.1).
+        img_size: Image size, one number or height and width, at whose grid of
+            patches the position embedding is stored. Every size is accepted:
+            the embedding is resized to the grid at hand.
+        in_channels: Channels of the image.
+        out_indices: Blocks whose maps are returned; None for the last block of
+            each quarter, ``(5, 11, 17, 23)`` of 24. Blocks behind the last of
+            them are not built, so every parameter receives a gradient.
+        frozen_stages: -1 freezes nothing, 0 the patch embedding, positions and
+            class token, i >= 1 also the first i blocks. Frozen parts get no
+            gradient and stay in eval mode.
+        with_cp: Recompute each block in the backward pass to save memory.
+        drop_path_rate: Rate at the end of the stack, growing linearly from 0;
+            None for the value of the arch.
+        cls_token: ``'none'``, ``'head'``, ``'middle'`` (of all published
+            classifiers) or ``'double'`` (one at each end). Maps are without it.
+        pos_embed: Whether to add a position embedding to the patches.
+        rope: Whether to turn pairs of channels with the position of the patch
+            before every block, as published anew at each one. Class tokens are
+            not turned.
+        rope_residual: Turn the residual stream, too.
+        rope_grid: Rows and columns of the grid of pre-training, one number or
+            two, over which positions are stretched for ``rope``.
+        average: Average the two directions of a block, or add them up.
+        residual_in_fp32: Keep the residual stream in float32.
+        feature: What a map shows: ``'hidden'``, the output of the block, or
+            ``'residual'``, the stream it has been added to (with the drop path
+            and the rotation on its way into the next block).
+        last_layer_process: What becomes of the last map, whatever ``feature``
+            is: ``'none'`` takes the output of the block, ``'add'`` adds it to
+            the stream, ``'norm'`` norms that sum.
+        return_tokens: Return pairs of a map and the class tokens (B, n, C).
+        classification: The form of the published classifiers: the last block
+            alone, normed, with tokens, with drop path before that norm, and
+            with their initialisation of the backward direction's step sizes.
+        pretrained_cls_token: Where the class token of a classification
+            checkpoint stands, ``'middle'`` or ``'head'``, which its names do
+            not tell. Only read when the model has no class token itself.
+        init_cfg: mmengine's initialisation config. ``dict(type='Pretrained',
+            checkpoint=...)`` takes published files as they are, by
+            :func:`mmvssm.load_checkpoint`, and logs what matched.
+
+    Attributes:
+        out_channels: Channels of each returned map.
+        grid: Rows and columns the position embedding is stored at.
+
+    Raises:
+        ValueError: An argument is out of range, or the image is smaller than a
+            patch or has another number of channels.
+    """
+
+    def __init__(
+        self,
+        arch: str | dict = 't',
+        img_size: int | tuple[int, int] = 224,
+        in_channels: int = 3,
+        out_indices: Sequence[int] | None = None,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        drop_path_rate: float | None = None,
+        cls_token: str = 'none',
+        pos_embed: bool = True,
+        rope: bool = False,
+        rope_residual: bool = False,
+        rope_grid: int | tuple[int, int] = 14,
+        average: bool = True,
+        residual_in_fp32: bool = True,
+        feature: str = 'hidden',
+        last_layer_process: str = 'none',
+        return_tokens: bool = False,
+        classification: bool = False,
+        pretrained_cls_token: str = 'middle',
+        init_cfg: dict | list[dict] | None = None,
+    ):
+        arch = resolve_arch(arch, ARCH_ZOO, 'Vim')
+        check_choice('cls_token', cls_token, _CLASS_TOKENS)
+        check_choice('pretrained_cls_token', pretrained_cls_token, ('middle', 'head'))
+        super().__init__(
+            arch,
+            img_size=img_size,
+            in_channels=in_channels,
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            drop_path_rate=drop_path_rate,
+            average=average,
+            residual_in_fp32=residual_in_fp32,
+            feature=feature,
+            last_layer_process=last_layer_process,
+            return_tokens=return_tokens,
+            classification=classification,
+            init_cfg=init_cfg,
+        )
+        channels = arch['embed_dims']
+        if rope and channels % 4:
+            raise ValueError(
+                f'rope turns pairs of channels with rows and columns: embed_dims '
+                f'must be a multiple of 4, got {channels}'
+            )
+        self.cls_token_place = cls_token
+        self.pretrained_cls_token = pretrained_cls_token
+        if rope:
+            both = isinstance(rope_grid, int)
+            self.rope = (rope_grid, rope_grid) if both else tuple(rope_grid)
+        self.rope_residual = rope_residual
+        names, self._placement = _CLASS_TOKENS[cls_token]
+        shapes = dict.fromkeys(names, (1, 1, channels))
+        self.class_token_names = names
+        if pos_embed:
+            length = self.grid[0] * self.grid[1] + len(names)
+            shapes['pos_embed'] = (1, length, channels)
+        self._make_tokens(**shapes)
+        self._freeze()
+
+    def token_positions(self, patches: int) -> tuple[int, ...]:
+        """Where the class tokens stand in a sequence with that many patches."""
+        return token_positions(patches, len(self.class_token_names), self._placement)
+
+    def embed(
+        self, patches: torch.Tensor, size: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add positions to the patches, and to the class tokens theirs."""
+        tokens = [getattr(self, name) for name in self.class_token_names]
+        tokens = torch.cat(tokens, dim=1) if tokens else None
+        if 'pos_embed' not in self.token_names:
+            return patches, tokens
+        # Stored in the order of the sequence, class tokens where they stand.
+        positions = self.token_positions(self.grid[0] * self.grid[1])
+        grid, others = split_tokens(self.pos_embed, positions)
+        patches = patches + resize_position(grid, self.grid, size)
+        return patches, None if tokens is None else tokens + others

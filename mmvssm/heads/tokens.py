@@ -1,0 +1,114 @@
+"""From the tokens of a plain backbone to class logits.
+
+A backbone built with ``classification=True`` gives the last map and the tokens,
+both normed.
+"""
+
+import torch
+from mmengine.model import BaseModule
+from torch import nn
+
+_POOLINGS = ('concat', 'mean', 'one', 'patches')
+
+
+class ClassTokenHead(BaseModule):
+    """A linear layer on the class token; on the mean of two; of patches if none.
+
+    Args:
+        in_channels: Channels C of the tokens.
+        num_classes: Number of classes K.
+        init_cfg: mmengine's initialisation config.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int = 1000,
+        init_cfg: dict | list[dict] | None = None,
+    ):
+        super().__init__(init_cfg)
+        self.head = _linear(in_channels, num_classes)
+
+    def pre_logits(self, x: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Map (B, C, H, W) and class tokens (B, n, C) -> features (B, C)."""
+        patches, tokens = x
+        return tokens.mean(1) if tokens.shape[1] else patches.mean((2, 3))
+
+    def forward(self, x: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Map (B, C, H, W) and class tokens (B, n, C) -> logits (B, K)."""
+        return self.head(self.pre_logits(x))
+
+
+class RegisterHead(BaseModule):
+    """Classify by the registers of Mamba® (arXiv 2405.14858, section 3.2).
+
+    Args:
+        in_channels: Channels C of the registers.
+        num_classes: Number of classes K.
+        num_registers: n.
+        reduce: Each register is projected to C / reduce channels, and the
+            concatenation of all normed; with 1 neither happens.
+        pooling: ``'concat'``, as published. The ablations take the ``'mean'``
+            of the registers, the first ``'one'`` of them, or the mean of the
+            ``'patches'``, and ignore ``reduce``.
+        init_cfg: mmengine's initialisation config.
+
+    Raises:
+        ValueError: The pooling is unknown or needs registers, or ``reduce``
+            does not divide the channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int = 1000,
+        num_registers: int = 12,
+        reduce: int = 1,
+        pooling: str = 'concat',
+        init_cfg: dict | list[dict] | None = None,
+    ):
+        super().__init__(init_cfg)
+        if pooling not in _POOLINGS:
+            raise ValueError(f'pooling must be one of {_POOLINGS}, got {pooling!r}')
+        if num_registers < 1 and pooling != 'patches':
+            raise ValueError(
+                f"pooling {pooling!r} needs registers; without any take 'patches'"
+            )
+        if in_channels % reduce:
+            raise ValueError(
+                f'reduce must divide the {in_channels} channels, got {reduce}'
+            )
+        self.pooling = pooling
+        self.neck = None
+        features = in_channels
+        if pooling == 'concat':
+            features = num_registers * in_channels // reduce
+            if reduce > 1:
+                self.neck = _linear(in_channels, in_channels // reduce, bias=False)
+                self.norm_neck = nn.RMSNorm(features, eps=1e-5)
+        self.head = _linear(features, num_classes)
+
+    def pre_logits(self, x: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Map (B, C, H, W) and registers (B, n, C) -> what ``head`` takes."""
+        patches, registers = x
+        if self.pooling == 'patches':
+            return patches.mean((2, 3))
+        if self.pooling == 'mean':
+            return registers.mean(1)
+        if self.pooling == 'one':
+            return registers[:, 0]
+        if self.neck is None:
+            return registers.flatten(1)
+        return self.norm_neck(self.neck(registers).flatten(1))
+
+    def forward(self, x: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Map (B, C, H, W) and registers (B, n, C) -> logits (B, K)."""
+        return self.head(self.pre_logits(x))
+
+
+def _linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features, bias)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer

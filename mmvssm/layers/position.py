@@ -1,0 +1,44 @@
+"""Learned position embeddings on maps of any size."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmvssm.layers.tables import cached_table
+from mmvssm.ops import autocast
+
+
+def resize_position(
+    embedding: Tensor, old: tuple[int, int], new: tuple[int, int]
+) -> Tensor:
+    """Resize a position embedding, bicubically and without antialiasing.
+
+    This is ``F.interpolate(mode='bicubic', align_corners=False)`` written as
+    two small matrix products. Their matrices depend on the sizes alone, so
+    they, rather than the embedding under training, can be kept.
+
+    Args:
+        embedding: (1, H * W, C), row by row.
+        old: Size (H, W) it has.
+        new: Size (H', W') of the result.
+
+    Returns:
+        (1, H' * W', C) in the same dtype.
+    """
+    if old == new:
+        return embedding
+    down, across = (_bicubic(a, b, like=embedding) for a, b in zip(old, new))
+    grid = embedding.to(down.dtype).unflatten(1, old)
+    with autocast.disabled(embedding):
+        resized = torch.einsum('ph,bhwc->bpwc', down, grid)
+        resized = torch.einsum('qw,bpwc->bpqc', across, resized)
+    return resized.flatten(1, 2).to(embedding.dtype)
+
+
+@cached_table
+def _bicubic(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Weights (new, old) of the old positions in the new ones."""
+    # On the CPU in float64: some devices do not have it.
+    one_hot = torch.eye(old, dtype=torch.float64)[None, :, :, None]
+    columns = F.interpolate(one_hot, size=(new, 1), mode='bicubic', align_corners=False)
+    return columns[0, :, :, 0].T.to(device, dtype).contiguous()

@@ -1,0 +1,79 @@
+"""Extra tokens (class tokens, registers) in a sequence of patches."""
+
+from collections.abc import Sequence
+from itertools import chain, pairwise, zip_longest
+
+import torch
+from torch import Tensor
+
+PLACEMENTS = ('even', 'head', 'middle', 'ends')
+
+
+def token_positions(patches: int, tokens: int, placement: str) -> tuple[int, ...]:
+    """Where extra tokens stand.
+
+    Args:
+        patches: Number of patches M.
+        tokens: Number of extra tokens n.
+        placement: ``'even'``: after each of the first n runs of M // (n + 1)
+            patches, as in Mamba® (arXiv 2405.14858, section 3.2). ``'head'``:
+            before the patches. ``'middle'``: side by side after M // 2 patches.
+            ``'ends'``: two tokens, the first and the last of the sequence.
+
+    Returns:
+        Increasing indices into the sequence of M + n.
+
+    Raises:
+        ValueError: The placement is unknown, or two ends have to hold another
+            number of tokens.
+    """
+    if placement not in PLACEMENTS or (placement == 'ends' and tokens != 2):
+        raise ValueError(
+            f'cannot place {tokens} tokens at {placement!r}; placements are '
+            f'{PLACEMENTS}, and ends are two'
+        )
+    if placement == 'ends':
+        return 0, patches + 1
+    if placement == 'even':
+        step = patches // (tokens + 1) + 1
+        return tuple(step * (k + 1) - 1 for k in range(tokens))
+    first = patches // 2 if placement == 'middle' else 0
+    return tuple(range(first, first + tokens))
+
+
+def insert_tokens(patches: Tensor, tokens: Tensor, positions: Sequence[int]) -> Tensor:
+    """Put tokens among patches.
+
+    Args:
+        patches: (B, M, ...).
+        tokens: (B, n, ...).
+        positions: Increasing indices of the tokens in the result.
+
+    Returns:
+        Sequence (B, M + n, ...).
+    """
+    if not positions:
+        return patches
+    runs = patches.split(_runs(positions, patches.shape[1]), dim=1)
+    pieces = chain.from_iterable(zip_longest(runs, tokens.split(1, dim=1)))
+    return torch.cat([piece for piece in pieces if piece is not None], dim=1)
+
+
+def split_tokens(sequence: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Take a sequence apart; the inverse of :func:`insert_tokens`.
+
+    Returns:
+        Patches (B, M, ...) and tokens (B, n, ...).
+    """
+    if not positions:
+        return sequence, sequence[:, :0]
+    runs = _runs(positions, sequence.shape[1] - len(positions))
+    sizes = list(chain.from_iterable(zip(runs, [1] * len(runs))))[:-1]
+    pieces = sequence.split(sizes, dim=1)
+    return torch.cat(pieces[::2], dim=1), torch.cat(pieces[1::2], dim=1)
+
+
+def _runs(positions: Sequence[int], patches: int) -> list[int]:
+    """How many patches stand before, between and behind the tokens."""
+    bounds = (-1, *positions, patches + len(positions))
+    return [b - a - 1 for a, b in pairwise(bounds)]

@@ -1,0 +1,5 @@
+"""Necks for plain backbones."""
+
+from mmvssm.necks.pyramid import PlainPyramid
+
+__all__ = ['PlainPyramid']

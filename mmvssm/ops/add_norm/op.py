@@ -1,0 +1,68 @@
+"""Residual addition and RMS norm in one, as blocks in pre-norm form need it."""
+
+import torch
+from torch import Tensor
+
+from mmvssm.ops import autocast
+from mmvssm.ops.add_norm.reference import add_rms_norm_reference
+from mmvssm.ops.add_norm.torch_backend import add_rms_norm_torch
+from mmvssm.ops.backends import choose_backend
+
+
+def add_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual_in_fp32: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Add a branch to the residual stream and normalise the sum.
+
+    .. math::
+        r' = r + x, \quad y = \frac{r'}{\sqrt{\mathrm{mean}(r'^2) + \epsilon}} w
+
+    Args:
+        x: Output of the last branch (..., C), float32, bfloat16, float16 or
+            float64.
+        weight: Scale w (C,).
+        residual: Stream r of x's shape, of any of these dtypes; None at the
+            first block, whose stream is x.
+        eps: Added to the mean square.
+        residual_in_fp32: Return the stream in float32 (float64 for float64)
+            whatever its dtype was; otherwise it keeps its dtype, or has x's at
+            the first block.
+        backend: See :func:`mmvssm.ops.selective_scan`.
+
+    Returns:
+        y in x's dtype, and the stream r'. Sum and norm are computed in float32
+        (float64 for float64 input), under autocast as well.
+
+    Raises:
+        TypeError: x is not floating-point.
+        ValueError: A shape does not fit.
+    """
+    _check(x, weight, residual)
+    residual_dtype = x.dtype if residual is None else residual.dtype
+    if residual_in_fp32:
+        residual_dtype = torch.promote_types(residual_dtype, torch.float32)
+    name = choose_backend(x.device.type, x.dtype, backend)
+    compute = add_rms_norm_reference if name == 'reference' else add_rms_norm_torch
+    with autocast.disabled(x):
+        return compute(x, weight, residual, eps, x.dtype, residual_dtype)
+
+
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f'add_rms_norm: x must be floating-point, got {x.dtype}')
+    if x.ndim == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f'add_rms_norm: weight must be (channels,) for x (..., channels), got '
+            f'{tuple(weight.shape)} and {tuple(x.shape)}'
+        )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(
+            f"add_rms_norm: residual must have x's shape {tuple(x.shape)}, got "
+            f'{tuple(residual.shape)}'
+        )

@@ -1,0 +1,130 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmvssm.ops import add_rms_norm
+
+from .backends_under_test import (
+    BACKENDS,
+    FAST_BACKENDS,
+    on,
+    on_backends,
+    precision,
+    takes,
+)
+from .scan_inputs import as_double, gradients, relative_error
+
+backends = on_backends(*BACKENDS)
+fast_backends = on_backends(*FAST_BACKENDS)
+
+
+def make_inputs(*shape, residual=True, dtype=torch.float64, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    inputs = dict(x=normal(*shape), weight=1 + normal(shape[-1]) / 10)
+    if residual:
+        inputs['residual'] = normal(*shape)
+    return {name: t.to(dtype).requires_grad_() for name, t in inputs.items()}
+
+
+def definition(x, weight, residual=None, eps=1e-5):
+    total = x if residual is None else x + residual
+    return F.rms_norm(total, weight.shape, weight, eps), total
+
+
+@backends
+@pytest.mark.parametrize('residual', [False, True])
+@pytest.mark.parametrize('shape', [(2, 5, 24), (1, 1, 7), (3, 1), (9,)])
+def test_matches_the_definition(backend, shape, residual):
+    dtype, tolerance = precision(backend)
+    # Small enough for eps to matter.
+    inputs = make_inputs(*shape, residual=residual, dtype=dtype, scale=0.01)
+    double = as_double(inputs)
+    got, want = add_rms_norm(**inputs, backend=backend), definition(**double)
+    for ours, theirs in zip(got, want):
+        assert relative_error(ours, theirs) < tolerance
+    got, want = gradients(got, inputs), gradients(want, double)
+    for name in inputs:
+        assert relative_error(got[name], want[name]) < 4 * tolerance, name
+
+
+@backends
+def test_eps(backend):
+    inputs = make_inputs(2, 8, residual=False, dtype=torch.float32, scale=1e-3)
+    for eps in (1e-6, 1e-2):
+        got, _ = add_rms_norm(**inputs, eps=eps, backend=backend)
+        torch.testing.assert_close(got, definition(**inputs, eps=eps)[0])
+
+
+@pytest.mark.parametrize(
+    'backend,dtype',
+    [
+        on(backend, dtype)
+        for backend in BACKENDS
+        for dtype in (torch.bfloat16, torch.float16)
+        if takes(backend, dtype)
+    ],
+)
+@pytest.mark.parametrize('autocast', [False, True])
+def test_dtype_of_the_stream(backend, dtype, autocast):
+    inputs = make_inputs(2, 5, 16, dtype=dtype)
+    x, weight, residual = (t.detach() for t in inputs.values())
+    full = residual.float()
+    context = torch.autocast('cpu', torch.bfloat16, enabled=autocast)
+    cases = [
+        (None, False, dtype),
+        (None, True, torch.float32),
+        (residual, False, dtype),
+        (residual, True, torch.float32),
+        (full, False, torch.float32),
+    ]
+    for stream, in_fp32, want_dtype in cases:
+        with context:
+            out, got = add_rms_norm(
+                x, weight, stream, residual_in_fp32=in_fp32, backend=backend
+            )
+        assert out.dtype == dtype and got.dtype == want_dtype
+        total = x.float() if stream is None else x.float() + stream.float()
+        assert torch.equal(got, total.to(want_dtype))
+        want, _ = definition(total, weight.float())
+        assert torch.equal(out, want.to(dtype)) or relative_error(out, want) < (
+            torch.finfo(dtype).eps
+        )
+
+
+@fast_backends
+def test_same_bits_at_any_number_of_threads(backend):
+    inputs = make_inputs(2, 1025, 193, dtype=torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7, 1):
+            torch.set_num_threads(threads)
+            outs = add_rms_norm(**inputs, backend=backend)
+            results.append([*outs, *gradients(outs, inputs).values()])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+@backends
+def test_compile_fullgraph(backend):
+    inputs = make_inputs(2, 5, 8, dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(add_rms_norm, fullgraph=True, backend='aot_eager')
+    got, want = (f(**inputs, backend=backend) for f in (compiled, add_rms_norm))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradients(got, inputs), gradients(want, inputs))
+
+
+def test_bad_arguments():
+    inputs = make_inputs(2, 5, 8)
+    with pytest.raises(TypeError, match='x must be floating-point, got torch.int64'):
+        add_rms_norm(torch.zeros(2, 8, dtype=torch.int64), inputs['weight'])
+    with pytest.raises(ValueError, match=r'weight must be .* \(7,\) and \(2, 5, 8\)'):
+        add_rms_norm(inputs['x'], torch.ones(7))
+    with pytest.raises(ValueError, match=r'residual must have .* got \(2, 4, 8\)'):
+        add_rms_norm(inputs['x'], inputs['weight'], inputs['residual'][:, :4])
