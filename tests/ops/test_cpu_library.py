@@ -1,5 +1,7 @@
 """Which build of the kernels runs, with which instruction set, memory and threads."""
 
+import ctypes
+import ctypes.util
 import os
 import subprocess
 import sys
@@ -51,6 +53,22 @@ def test_library_that_was_not_built(reload_library, monkeypatch, tmp_path):
     monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
     monkeypatch.setattr(library, '__file__', str(tmp_path / 'library.py'))
     assert_torch_takes_over('it was not compiled when mmvssm was installed')
+
+
+def test_library_of_another_version(reload_library, monkeypatch):
+    """Structures of another size would be read as garbage."""
+    other = ctypes.util.find_library('c')
+    monkeypatch.setenv(library.LIBRARY_VARIABLE, other)
+    assert_torch_takes_over('built from the sources of another version')
+
+
+@needs_kernels
+def test_library_with_other_structures(backend, reload_library, monkeypatch):
+    class Longer(library.Ss2dProblem):
+        _fields_ = [('more', ctypes.c_int64)]
+
+    monkeypatch.setattr(library, 'Ss2dProblem', Longer)
+    assert_torch_takes_over('built from the sources of another version')
 
 
 def test_library_that_is_not_there(reload_library, monkeypatch, tmp_path):

@@ -58,6 +58,10 @@ MMVSSM_EXPORT int32_t mmvssm_lanes(int32_t isa) {
   return kernels == nullptr ? 0 : kernels->lanes;
 }
 
+// Sizes of the structures, for library.py to compare with its own.
+MMVSSM_EXPORT int64_t mmvssm_scan_problem_size() { return sizeof(mmvssm::ScanProblem); }
+MMVSSM_EXPORT int64_t mmvssm_ss2d_problem_size() { return sizeof(mmvssm::Ss2dProblem); }
+
 MMVSSM_EXPORT int64_t mmvssm_tile() { return mmvssm::kTile; }
 
 MMVSSM_EXPORT int64_t mmvssm_strips(int32_t isa, int64_t channels) {

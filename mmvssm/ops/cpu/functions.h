@@ -9,8 +9,10 @@ namespace mmvssm {
 namespace MMVSSM_ISA {
 
 constexpr float kLog2e = 1.44269502f;
-// What the float above lacks.
-constexpr float kLog2eRest = 1.92596303e-8f;
+// log(2) in two parts, the first one of so few bits that whole multiples of it
+// up to 151 are exact.
+constexpr float kLn2 = 0.693145752f;
+constexpr float kLn2Rest = 1.42860677e-6f;
 
 // 2^r - 1 for |r| <= 1/2; relative to the result, however small r is.
 static inline vfloat exp2m1_small(vfloat r) {
@@ -47,12 +49,21 @@ static inline vfloat one_minus_exp_of_minus(vfloat x) {
   return (1.0f - scale) - scale * exp2m1_small(r);
 }
 
+// exp(r) - 1 for |r| <= log(2) / 2, the same polynomial of another variable.
+static inline vfloat expm1_small(vfloat r) {
+  const vfloat r2 = r * r;
+  const vfloat low = 0.499999969f * r + 1.0f;
+  const vfloat middle = 0.0416671367f * r + 0.166665059f;
+  const vfloat high = 0.00138888725f * r + 0.00836906845f;
+  return ((high * r2 + middle) * r2 + low) * r;
+}
+
 // log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)).
 static inline vfloat softplus(vfloat x) {
   const vfloat y = smaller(broadcast(104.0f), absolute(x));
   const vfloat k = round_nearest(y * -kLog2e);
-  const vfloat r = (y * -kLog2e - k) + y * -kLog2eRest;
-  const vfloat e = scale_by_power(exp2m1_small(r) + 1.0f, k);
+  const vfloat r = ((-y - k * kLn2) - k * kLn2Rest);
+  const vfloat e = scale_by_power(expm1_small(r) + 1.0f, k);
   const vfloat e2 = e * e, e4 = e2 * e2;
   const vfloat p01 = -0.499994934f * e + 0.99999994f;
   const vfloat p23 = -0.24842982f * e + 0.333190978f;

@@ -89,7 +89,16 @@ def _library() -> ctypes.CDLL:
                 'the path install mmvssm again'
             )
         path = str(found[0])
-    return ctypes.CDLL(path)
+    library = ctypes.CDLL(path)
+    sizes = {'scan': ScanProblem, 'ss2d': Ss2dProblem}
+    for name, structure in sizes.items():
+        size = getattr(library, f'mmvssm_{name}_problem_size', lambda: None)
+        if size() != ctypes.sizeof(structure):
+            raise OSError(
+                f'{path} was built from the sources of another version; '
+                f'install mmvssm again'
+            )
+    return library
 
 
 @cache

@@ -5,11 +5,10 @@
 // independent of the others, so nothing is summed over lanes but the gradients
 // of B and C.
 //
-// Where every decay of the tile is slow, |dt A log2(e)| <= 1/2, the state moves
-// by its small change, h += (exp(dt A) - 1) h + dt B u, and the rounding error
-// of that addition is carried along. A decay near 1 rounded to float32 would
-// otherwise lose the change, and sequences of tens of thousands of positions
-// with small steps their accuracy.
+// A decay near 1 rounded to float32 loses its small difference from 1, and a
+// long sequence with small steps its accuracy. So where a decay is slow the state
+// moves by its change, h += (exp(dt A) - 1) h + dt B u, and the rounding error of
+// that addition is carried along, from tile to tile, too.
 #pragma once
 
 #include "tile.h"
@@ -17,7 +16,12 @@
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
+// Decays of a block of channels and states over a tile by |dt A log2(e)|: all of
+// them slow, at most 1/2; some very slow, at most 1/32, beside faster ones; or all
+// so fast that rounding them costs less than 1e-6.
+enum class Decay { kSlow, kMixed, kFast };
 constexpr float kSlow = 0.5f;
+constexpr float kVerySlow = 0.03125f;
 
 // What both passes over a tile read. Pointers are those of the first channel
 // and the first state of a block.
@@ -38,31 +42,42 @@ static inline void load_vectors(const float* from, vfloat (&to)[V]) {
   for (int v = 0; v < V; ++v) to[v] = load(from + v * kLanes);
 }
 
-// One step of the state. `low` is the part of h that did not fit.
-template <bool kIsSlow>
+// One step of the state. `low` is the part of h that did not fit. In a mixture
+// the power of two nearest to the decay is taken out of both first; what is left
+// is a slow decay. Returns the decay if all are fast, else that slow one less 1.
+template <Decay kDecay>
 static inline vfloat step(vfloat exponent, vfloat input, vfloat* h, vfloat* low) {
-  if constexpr (kIsSlow) {
-    const vfloat change = exp2m1_small(exponent);
-    const vfloat added = (change * *h + input) + *low;
-    const vfloat after = *h + added;
-    *low = added - (after - *h);
-    *h = after;
-    return change;
-  } else {
+  if constexpr (kDecay == Decay::kFast) {
     const vfloat decay = exp2(exponent);
     *h = decay * *h + input;
     return decay;
+  } else {
+    vfloat rest = exponent, before = *h, lost = *low;
+    if constexpr (kDecay == Decay::kMixed) {
+      const vfloat power = split(exponent, &rest);
+      before = scale_by_power(before, power);
+      lost = scale_by_power(lost, power);
+    }
+    const vfloat change = exp2m1_small(rest);
+    const vfloat added = (change * before + input) + lost;
+    *h = before + added;
+    *low = added - (*h - before);
+    return change;
   }
 }
 
 // Runs the tile from the state h (N, channel) and leaves the last state there;
 // returns a mask of the lanes that met NaN.
-template <int V, int N, bool kIsSlow, Write kWrite>
-static vint run_forward(const Block& k, float* h_memory, float* y, int64_t y_stride) {
+template <int V, int N, Decay kDecay, Write kWrite>
+static vint run_forward(const Block& k, float* h_memory, float* low_memory, float* y,
+                        int64_t y_stride) {
   vfloat h[N][V], low[N][V], D[V];
-  for (int n = 0; n < N; ++n) load_vectors<V>(h_memory + n * k.width, h[n]);
-  for (int n = 0; n < N; ++n)
-    for (int v = 0; v < V; ++v) low[n][v] = vfloat{};
+  for (int n = 0; n < N; ++n) {
+    load_vectors<V>(h_memory + n * k.width, h[n]);
+    load_vectors<V>(low_memory + n * k.width, low[n]);
+    if constexpr (kDecay == Decay::kFast)
+      for (int v = 0; v < V; ++v) low[n][v] = vfloat{};
+  }
   load_vectors<V>(k.D, D);
   vint nan = {};
   for (int64_t t = 0; t < k.rows; ++t) {
@@ -82,7 +97,7 @@ static vint run_forward(const Block& k, float* h_memory, float* y, int64_t y_str
       const vfloat C = broadcast(k.C.data[t * k.C.stride + n]);
       for (int v = 0; v < V; ++v) {
         const vfloat A = load(k.A_log2 + n * k.width + v * kLanes);
-        step<kIsSlow>(dt[v] * A, dtu[v] * B, &h[n][v], &low[n][v]);
+        step<kDecay>(dt[v] * A, dtu[v] * B, &h[n][v], &low[n][v]);
         // Two sums, for two chains of additions.
         if (n % 2) {
           sum2[v] += h[n][v] * C;
@@ -101,8 +116,12 @@ static vint run_forward(const Block& k, float* h_memory, float* y, int64_t y_str
       }
     }
   }
-  for (int n = 0; n < N; ++n)
-    for (int v = 0; v < V; ++v) store(h_memory + n * k.width + v * kLanes, h[n][v]);
+  for (int n = 0; n < N; ++n) {
+    for (int v = 0; v < V; ++v) {
+      store(h_memory + n * k.width + v * kLanes, h[n][v]);
+      store(low_memory + n * k.width + v * kLanes, low[n][v]);
+    }
+  }
   return nan;
 }
 
@@ -113,7 +132,7 @@ struct Recomputed {
   float *states, *decays;
 };
 
-template <int V, int N, bool kIsSlow>
+template <int V, int N, Decay kDecay>
 static void recompute(const Block& k, const float* h_memory, const Recomputed& r) {
   constexpr int64_t kRow = N * V * kLanes;
   vfloat h[N][V], low[N][V];
@@ -135,7 +154,7 @@ static void recompute(const Block& k, const float* h_memory, const Recomputed& r
         const vfloat A = load(k.A_log2 + n * k.width + v * kLanes);
         const int64_t at = t * kRow + (n * V + v) * kLanes;
         store(r.decays + at,
-              step<kIsSlow>(dt[v] * A, dt[v] * u[v] * B, &h[n][v], &low[n][v]));
+              step<kDecay>(dt[v] * A, dt[v] * u[v] * B, &h[n][v], &low[n][v]));
         store(r.states + kRow + at, h[n][v]);
       }
     }
@@ -147,24 +166,26 @@ static void recompute(const Block& k, const float* h_memory, const Recomputed& r
 struct BlockGradients {
   const float* y;  // gradient of y, (row, channel)
   int64_t y_stride;
-  float* carry;     // of the state behind the tile, then before it
-  float* A;         // (state, channel)
-  float *dt, *dtu;  // of dt through the decay, of dt u; (row, channel)
-  float *B, *C;     // (row, state)
+  float *carry, *low;  // of the state behind the tile, then before it
+  float* A;            // (state, channel)
+  float *dt, *dtu;     // of dt through the decay, of dt u; (row, channel)
+  float *B, *C;        // (row, state)
   int64_t weights_stride;
 };
 
-template <int V, int N, bool kIsSlow>
+template <int V, int N, Decay kDecay>
 static void run_backward(const Block& k, const Recomputed& r, const BlockGradients& g) {
   constexpr int64_t kRow = N * V * kLanes;
-  // Gradient of the state, of one position later to begin with; the decay
-  // between the two; and the part of the gradient that did not fit.
+  // Gradient of the state, of one position later to begin with, the powers of
+  // two of a mixture applied; the decay between the two; and the part of the
+  // gradient that did not fit.
   vfloat grad[N][V], decay[N][V], low[N][V], grad_A[N][V];
   for (int n = 0; n < N; ++n) {
     load_vectors<V>(g.carry + n * k.width, grad[n]);
+    load_vectors<V>(g.low + n * k.width, low[n]);
     for (int v = 0; v < V; ++v) {
-      decay[n][v] = kIsSlow ? vfloat{} : broadcast(1.0f);
-      low[n][v] = grad_A[n][v] = vfloat{};
+      if constexpr (kDecay == Decay::kFast) low[n][v] = vfloat{};
+      decay[n][v] = grad_A[n][v] = vfloat{};
     }
   }
   // One state: rows wait until there are enough to sum over the lanes at once.
@@ -185,24 +206,32 @@ static void run_backward(const Block& k, const Recomputed& r, const BlockGradien
       for (int v = 0; v < V; ++v) {
         const int64_t at = t * kRow + (n * V + v) * kLanes;
         vfloat through;  // gradient of the state through the decay
-        if constexpr (kIsSlow) {
-          const vfloat added = (decay[n][v] * grad[n][v] + y[v] * C) + low[n][v];
-          const vfloat after = grad[n][v] + added;
-          low[n][v] = added - (after - grad[n][v]);
-          grad[n][v] = after;
-          decay[n][v] = load(r.decays + at);
-          through = decay[n][v] * after + after;
+        vfloat here;
+        if constexpr (kDecay == Decay::kFast) {
+          here = grad[n][v] + y[v] * C;
+          through = load(r.decays + at) * here;
+          grad[n][v] = through;
         } else {
-          grad[n][v] = grad[n][v] + y[v] * C;
-          through = load(r.decays + at) * grad[n][v];
+          const vfloat added = (decay[n][v] * grad[n][v] + y[v] * C) + low[n][v];
+          here = grad[n][v] + added;
+          low[n][v] = added - (here - grad[n][v]);
+          grad[n][v] = here;
+          if constexpr (kDecay == Decay::kMixed) {
+            vfloat rest;
+            const vfloat power =
+                split(dt[v] * load(k.A_log2 + n * k.width + v * kLanes), &rest);
+            grad[n][v] = scale_by_power(here, power);
+            low[n][v] = scale_by_power(low[n][v], power);
+          }
+          decay[n][v] = load(r.decays + at);
+          through = decay[n][v] * grad[n][v] + grad[n][v];
         }
         sum_C[n] += y[v] * load(r.states + kRow + at);
-        sum_B[n] += grad[n][v] * (dt[v] * u[v]);
-        grad_dtu[v] += grad[n][v] * B;
+        sum_B[n] += here * (dt[v] * u[v]);
+        grad_dtu[v] += here * B;
         const vfloat exponent = through * load(r.states + at);
         grad_dt[v] += exponent * load(k.A + n * k.width + v * kLanes);
         grad_A[n][v] += exponent * dt[v];
-        if constexpr (!kIsSlow) grad[n][v] = through;
       }
     }
     for (int v = 0; v < V; ++v) {
@@ -232,9 +261,14 @@ static void run_backward(const Block& k, const Recomputed& r, const BlockGradien
   for (int n = 0; n < N; ++n) {
     for (int v = 0; v < V; ++v) {
       const int64_t at = n * k.width + v * kLanes;
-      const vfloat carry =
-          kIsSlow ? decay[n][v] * grad[n][v] + low[n][v] + grad[n][v] : grad[n][v];
+      vfloat carry = grad[n][v];
+      if constexpr (kDecay != Decay::kFast) {
+        const vfloat added = decay[n][v] * grad[n][v] + low[n][v];
+        carry = grad[n][v] + added;
+        low[n][v] = added - (carry - grad[n][v]);
+      }
       store(g.carry + at, carry);
+      store(g.low + at, low[n][v]);
       store(g.A + at, grad_A[n][v]);
     }
   }

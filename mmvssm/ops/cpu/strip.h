@@ -20,28 +20,36 @@ static inline int64_t padded_states(int64_t states) {
   return (states + block - 1) / block * block;
 }
 
-template <int V, int N, bool kIsSlow>
-static inline vint forward_as(Write write, const Block& k, float* h, float* y,
-                              int64_t y_stride) {
+template <int V, int N, Decay kDecay>
+static inline vint forward_as(Write write, const Block& k, float* h, float* low,
+                              float* y, int64_t y_stride) {
   switch (write) {
     case Write::kAdd:
-      return run_forward<V, N, kIsSlow, Write::kAdd>(k, h, y, y_stride);
+      return run_forward<V, N, kDecay, Write::kAdd>(k, h, low, y, y_stride);
     case Write::kStream:
-      return run_forward<V, N, kIsSlow, Write::kStream>(k, h, y, y_stride);
+      return run_forward<V, N, kDecay, Write::kStream>(k, h, low, y, y_stride);
     default:
-      return run_forward<V, N, kIsSlow, Write::kStore>(k, h, y, y_stride);
+      return run_forward<V, N, kDecay, Write::kStore>(k, h, low, y, y_stride);
   }
 }
 
+template <int V, int N, Decay kDecay>
+static inline void backward_with(const Block& k, const float* h, const Recomputed& r,
+                                 const BlockGradients& g) {
+  recompute<V, N, kDecay>(k, h, r);
+  run_backward<V, N, kDecay>(k, r, g);
+}
+
 template <int V, int N>
-static inline void backward_as(bool slow, const Block& k, const float* h,
+static inline void backward_as(Decay decay, const Block& k, const float* h,
                                const Recomputed& r, const BlockGradients& g) {
-  if (slow) {
-    recompute<V, N, true>(k, h, r);
-    run_backward<V, N, true>(k, r, g);
-  } else {
-    recompute<V, N, false>(k, h, r);
-    run_backward<V, N, false>(k, r, g);
+  switch (decay) {
+    case Decay::kSlow:
+      return backward_with<V, N, Decay::kSlow>(k, h, r, g);
+    case Decay::kMixed:
+      return backward_with<V, N, Decay::kMixed>(k, h, r, g);
+    default:
+      return backward_with<V, N, Decay::kFast>(k, h, r, g);
   }
 }
 
@@ -80,7 +88,7 @@ class StripRecurrence {
   static int64_t floats(int64_t states, bool backward) {
     const int64_t width = kMaxVectors * kLanes;
     const int64_t padded = padded_states(states);
-    int64_t total = (3 * padded + padded + 2) * width;
+    int64_t total = (6 * padded + 2) * width;
     if (backward) {
       const int64_t block = backward_block(states);
       const int64_t vectors = states == 1 ? kMaxVectors : 1;
@@ -101,9 +109,11 @@ class StripRecurrence {
     A_ = arena->take(padded_ * width_);
     A_log2_ = arena->take(padded_ * width_);
     fastest_ = arena->take(padded_ / block_ * width_);
+    slowest_ = arena->take(padded_ / block_ * width_);
     D_ = arena->take(width_);
     zeros_ = arena->take(width_);
     state = arena->take(padded_ * width_);
+    state_low_ = arena->take(padded_ * width_);
     if (backward) {
       const int64_t row = block_ * together_ * kLanes;
       recomputed_ = {arena->take((kTile + 1) * row), arena->take(kTile * row)};
@@ -123,24 +133,29 @@ class StripRecurrence {
     for (int64_t i = 0; i < padded_ * width_; ++i) A_log2_[i] = A_[i] * kLog2e;
     for (int64_t b = 0; b < padded_ / block_; ++b) {
       for (int64_t c = 0; c < width_; c += kLanes) {
-        vfloat most = {};
-        for (int64_t n = b * block_; n < (b + 1) * block_; ++n)
-          most = larger(most, absolute(load(A_log2_ + n * width_ + c)));
+        vfloat most = {}, least = broadcast(1e30f);
+        for (int64_t n = b * block_; n < (b + 1) * block_ && n < states_; ++n) {
+          const vfloat rate = absolute(load(A_log2_ + n * width_ + c));
+          most = larger(most, rate);
+          least = smaller(least, rate);
+        }
         store(fastest_ + b * width_ + c, most);
+        store(slowest_ + b * width_ + c, least);
       }
+      // What only fills a vector never counts as slow.
+      for (int64_t c = strip_.count; c < width_; ++c)
+        slowest_[b * width_ + c] = __builtin_nanf("");
     }
     read_channels(D, strip_, D_);
     read_channels(nullptr, strip_, zeros_);
   }
 
-  void set_state_to_zero() { __builtin_memset(state, 0, padded_ * width_ * 4); }
+  void set_state_to_zero() {
+    __builtin_memset(state, 0, padded_ * width_ * 4);
+    __builtin_memset(state_low_, 0, padded_ * width_ * 4);
+  }
 
   // The state as (state, channel) of all `channels`.
-  void set_state(const float* from, int64_t channels) {
-    for (int64_t n = 0; n < padded_; ++n)
-      read_channels(n < states_ ? from + n * channels : nullptr, strip_,
-                    state + n * width_);
-  }
   void get_state(float* to, int64_t channels) const {
     for (int64_t n = 0; n < states_; ++n)
       write_channels(state + n * width_, strip_, to + n * channels);
@@ -153,9 +168,18 @@ class StripRecurrence {
         const Block k = block(tile, n, v);
         const Write how = n == 0 ? write : Write::kAdd;
         float* h = state + n * width_ + v * kLanes;
-        nan |= is_slow(tile, n, v)
-                   ? choose_forward<true>(how, k, h, y + v * kLanes, y_stride)
-                   : choose_forward<false>(how, k, h, y + v * kLanes, y_stride);
+        float* low = state_low_ + n * width_ + v * kLanes;
+        float* to = y + v * kLanes;
+        switch (decay_of(tile, n, v)) {
+          case Decay::kSlow:
+            nan |= choose_forward<Decay::kSlow>(how, k, h, low, to, y_stride);
+            break;
+          case Decay::kMixed:
+            nan |= choose_forward<Decay::kMixed>(how, k, h, low, to, y_stride);
+            break;
+          default:
+            nan |= choose_forward<Decay::kFast>(how, k, h, low, to, y_stride);
+        }
       }
     }
     return nan;
@@ -170,11 +194,17 @@ class StripRecurrence {
       for (int v = 0; v < vectors_; v += together_) {
         const Block k = block(tile, n, v);
         const int64_t c = v * kLanes;
-        const BlockGradients grads = {
-            g.y + c,          g.y_stride, state + n * width_ + c,
-            tile_grad_A_ + c, g.dt + c,   g.dtu + c,
-            g.B + n,          g.C + n,    g.weights_stride};
-        choose_backward(is_slow(tile, n, v), k, before + n * width_ + c, grads);
+        const BlockGradients grads = {g.y + c,
+                                      g.y_stride,
+                                      state + n * width_ + c,
+                                      state_low_ + n * width_ + c,
+                                      tile_grad_A_ + c,
+                                      g.dt + c,
+                                      g.dtu + c,
+                                      g.B + n,
+                                      g.C + n,
+                                      g.weights_stride};
+        choose_backward(decay_of(tile, n, v), k, before + n * width_ + c, grads);
         if (readout != nullptr)
           add_readout(k, recomputed_.states, together_, block_, readout + c, width_);
       }
@@ -212,63 +242,65 @@ class StripRecurrence {
             (n == 0 ? D_ : zeros_) + c};
   }
 
-  bool is_slow(const Tile& tile, int64_t n, int v) const {
-    vint fast = {};
+  Decay decay_of(const Tile& tile, int64_t n, int v) const {
+    vint fast = {}, slow = {};
     for (int i = v; i < v + together_; ++i) {
       vfloat most = {};
       for (int64_t t = 0; t < tile.rows; ++t)
         most = larger(most, absolute(load(tile.dt + t * width_ + i * kLanes)));
-      fast |= !(most * load(fastest_ + n / block_ * width_ + i * kLanes) <= kSlow);
+      const int64_t at = n / block_ * width_ + i * kLanes;
+      fast |= !(most * load(fastest_ + at) <= kSlow);
+      slow |= most * load(slowest_ + at) <= kVerySlow;
     }
-    return !any(fast);
+    return !any(fast) ? Decay::kSlow : any(slow) ? Decay::kMixed : Decay::kFast;
   }
 
-  template <bool kIsSlow>
-  vint choose_forward(Write write, const Block& k, float* h, float* y,
+  template <Decay kDecay>
+  vint choose_forward(Write write, const Block& k, float* h, float* low, float* y,
                       int64_t y_stride) const {
     switch (block_) {
       case 1:
         switch (together_) {
           case 1:
-            return forward_as<1, 1, kIsSlow>(write, k, h, y, y_stride);
+            return forward_as<1, 1, kDecay>(write, k, h, low, y, y_stride);
           case 2:
-            return forward_as<2, 1, kIsSlow>(write, k, h, y, y_stride);
+            return forward_as<2, 1, kDecay>(write, k, h, low, y, y_stride);
           case 3:
-            return forward_as<3, 1, kIsSlow>(write, k, h, y, y_stride);
+            return forward_as<3, 1, kDecay>(write, k, h, low, y, y_stride);
           default:
-            return forward_as<4, 1, kIsSlow>(write, k, h, y, y_stride);
+            return forward_as<4, 1, kDecay>(write, k, h, low, y, y_stride);
         }
       case 2:
-        return forward_as<1, 2, kIsSlow>(write, k, h, y, y_stride);
+        return forward_as<1, 2, kDecay>(write, k, h, low, y, y_stride);
       case 4:
-        return forward_as<1, 4, kIsSlow>(write, k, h, y, y_stride);
+        return forward_as<1, 4, kDecay>(write, k, h, low, y, y_stride);
       case 8:
-        return forward_as<1, 8, kIsSlow>(write, k, h, y, y_stride);
+        return forward_as<1, 8, kDecay>(write, k, h, low, y, y_stride);
       default:
-        return forward_as<1, 16, kIsSlow>(write, k, h, y, y_stride);
+        return forward_as<1, 16, kDecay>(write, k, h, low, y, y_stride);
     }
   }
 
-  void choose_backward(bool slow, const Block& k, const float* h,
+  void choose_backward(Decay decay, const Block& k, const float* h,
                        const BlockGradients& g) const {
     switch (block_) {
       case 1:
         switch (together_) {
           case 1:
-            return backward_as<1, 1>(slow, k, h, recomputed_, g);
+            return backward_as<1, 1>(decay, k, h, recomputed_, g);
           case 2:
-            return backward_as<2, 1>(slow, k, h, recomputed_, g);
+            return backward_as<2, 1>(decay, k, h, recomputed_, g);
           case 3:
-            return backward_as<3, 1>(slow, k, h, recomputed_, g);
+            return backward_as<3, 1>(decay, k, h, recomputed_, g);
           default:
-            return backward_as<4, 1>(slow, k, h, recomputed_, g);
+            return backward_as<4, 1>(decay, k, h, recomputed_, g);
         }
       case 2:
-        return backward_as<1, 2>(slow, k, h, recomputed_, g);
+        return backward_as<1, 2>(decay, k, h, recomputed_, g);
       case 4:
-        return backward_as<1, 4>(slow, k, h, recomputed_, g);
+        return backward_as<1, 4>(decay, k, h, recomputed_, g);
       default:
-        return backward_as<1, 8>(slow, k, h, recomputed_, g);
+        return backward_as<1, 8>(decay, k, h, recomputed_, g);
     }
   }
 
@@ -276,7 +308,7 @@ class StripRecurrence {
   const int vectors_, together_;
   const int64_t width_;
   const Strip strip_;
-  float *A_, *A_log2_, *fastest_, *D_, *zeros_;
+  float *A_, *A_log2_, *fastest_, *slowest_, *D_, *zeros_, *state_low_;
   Recomputed recomputed_ = {};
   float *grad_A_ = nullptr, *grad_A_rest_ = nullptr, *tile_grad_A_ = nullptr;
 };
