@@ -111,7 +111,12 @@ class BuildKernels(build_ext):
             ) from error
 
     def compile_and_link(self, ext: Extension, library: Path) -> None:
-        """Raises OSError or SubprocessError, with the compiler's words."""
+        """Compile the objects, at once where there are cores, and link them.
+
+        Raises:
+            OSError: There is no compiler.
+            SubprocessError: It failed.
+        """
         command = [
             *(from_environment('CXX') or [find_compiler()]),
             *FLAGS,

@@ -14,6 +14,7 @@ import pytest
 from mmengine.utils import is_installed
 
 import mmvssm
+from mmvssm.ops import backend_status
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ('configs', 'tools', 'model-index.yml')
@@ -262,6 +263,14 @@ def test_failed_compilation_warns_or_is_an_error(source, environment, reason):
         assert ('error: ' if required else 'warning: ') in output
         assert reason in output and 'install mmvssm again' in output
         assert not old.exists(), 'a library of older sources would be loaded'
+
+
+@pytest.mark.skipif(
+    os.environ.get('MMVSSM_REQUIRE_KERNELS', '0') in ('', '0'),
+    reason='MMVSSM_REQUIRE_KERNELS is not set (continuous integration sets it)',
+)
+def test_required_kernels_can_run():
+    assert backend_status()['cpu'] is None
 
 
 def test_editable_install_compiles_beside_the_sources(source, fake_compiler, tmp_path):
