@@ -94,6 +94,11 @@ class BuildKernels(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace('.', os.sep) + '.so'
 
+    def get_output_mapping(self) -> dict[str, str]:
+        # A strict editable install links these; a failure leaves none.
+        mapping = super().get_output_mapping()
+        return {to: file for to, file in mapping.items() if Path(file).exists()}
+
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name))
         if not self.force and not newer_group(ext.sources + ext.depends, str(library)):

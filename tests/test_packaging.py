@@ -279,6 +279,13 @@ def test_editable_install_compiles_beside_the_sources(source, fake_compiler, tmp
     assert (source / KERNELS).exists()
 
 
+def test_strict_editable_install_without_compiler(source, tmp_path):
+    code = BUILD.format('editable', str(tmp_path / 'wheel'))
+    code = code.replace(')', ", {'editable_mode': 'strict'})")
+    assert 'there is no C++ compiler' in run('-c', code, cwd=source, **NO_COMPILER)
+    assert list((tmp_path / 'wheel').iterdir())
+
+
 def test_edited_header_is_compiled(source, fake_compiler):
     compiler, log = fake_compiler
 
