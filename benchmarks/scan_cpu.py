@@ -133,8 +133,9 @@ QUICK = Plan(
     },
     ss2d={'tiny': Ss2dShape(1, 16, 5, 6)},
     network={'tiny': Network(dict(depths=(1, 1, 1, 1), dims=8), 32)},
-    op_memory=OpShape(1, 4, 16, 1024, 1),
-    ss2d_memory=Ss2dShape(1, 16, 32, 32),
+    # Large enough for what the process holds to show it.
+    op_memory=OpShape(1, 4, 16, 16384, 1),
+    ss2d_memory=Ss2dShape(1, 16, 256, 256),
     effort=Effort(rounds=2, turn=1e-4, limit=0.1),
     floor=dict(values=2**16, passes=100),
 )
