@@ -158,7 +158,8 @@ static void finish_tile(const Tile& tile, int64_t width, const float* D,
   }
 }
 
-static void backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
+// False: NaN is looked for in the forward pass.
+static bool backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
   const ScanStrip s(p, item);
   const int64_t width = s.strip.width();
   StripRecurrence scan(arena, p.states, s.strip, true);
@@ -259,6 +260,7 @@ static void backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
   write_channels(grad_D.sum, s.strip, p.grad_D + s.batch * p.channels);
   write_channels(grad_bias.sum, s.strip, p.grad_bias + s.batch * p.channels);
   stream_fence();
+  return false;
 }
 
 // Memory of one strip's buffers.
@@ -271,40 +273,14 @@ static int64_t scan_floats(const ScanProblem& p, bool backward) {
          32 * 16;
 }
 
-struct ScanTask {
-  const ScanProblem& p;
-  bool backward;
-  int32_t status;
-};
-
-static void run_strips(int64_t begin, int64_t end, void* context) {
-  ScanTask* task = (ScanTask*)context;
-  for (int64_t item = begin; item < end; ++item) {
-    Arena arena(scan_floats(task->p, task->backward));
-    if (arena.failed()) {
-      __atomic_store_n(&task->status, (int32_t)kOutOfMemory, __ATOMIC_RELAXED);
-      return;
-    }
-    if (task->backward) {
-      backward_strip(task->p, item, &arena);
-    } else if (forward_strip(task->p, item, &arena)) {
-      int32_t none = kDone;
-      __atomic_compare_exchange_n(&task->status, &none, (int32_t)kFoundNaN, false,
-                                  __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-    }
-  }
-}
-
 static int32_t scan_forward(const ScanProblem& p, ParallelFor parallel_for) {
-  ScanTask task = {p, false, kDone};
-  parallel_for(0, ScanStrip::items(p), 1, run_strips, &task);
-  return task.status;
+  return run_items(p, ScanStrip::items(p), scan_floats(p, false), forward_strip,
+                   parallel_for);
 }
 
 static int32_t scan_backward(const ScanProblem& p, ParallelFor parallel_for) {
-  ScanTask task = {p, true, kDone};
-  parallel_for(0, ScanStrip::items(p), 1, run_strips, &task);
-  return task.status;
+  return run_items(p, ScanStrip::items(p), scan_floats(p, true), backward_strip,
+                   parallel_for);
 }
 
 }  // namespace MMVSSM_ISA

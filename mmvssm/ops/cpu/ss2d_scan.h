@@ -342,7 +342,8 @@ static void finish_projections(const Ss2dStrip& s, const Ss2dGradients& g) {
   }
 }
 
-static void backward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
+// False: NaN is looked for in the forward pass.
+static bool backward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
   Ss2dStrip s(p, item, arena, true);
   Ss2dGradients g(s, arena);
   const int64_t padded = s.scan.padded();
@@ -375,42 +376,17 @@ static void backward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
     }
     g.finish_route(s);
   }
-}
-
-struct Ss2dTask {
-  const Ss2dProblem& p;
-  bool backward;
-  int32_t status;
-};
-
-static void run_ss2d(int64_t begin, int64_t end, void* context) {
-  Ss2dTask* task = (Ss2dTask*)context;
-  for (int64_t item = begin; item < end; ++item) {
-    Arena arena(Ss2dStrip::floats(task->p, task->backward));
-    if (arena.failed()) {
-      __atomic_store_n(&task->status, (int32_t)kOutOfMemory, __ATOMIC_RELAXED);
-      return;
-    }
-    if (task->backward) {
-      backward_ss2d(task->p, item, &arena);
-    } else if (forward_ss2d(task->p, item, &arena)) {
-      int32_t none = kDone;
-      __atomic_compare_exchange_n(&task->status, &none, (int32_t)kFoundNaN, false,
-                                  __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-    }
-  }
+  return false;
 }
 
 static int32_t ss2d_forward(const Ss2dProblem& p, ParallelFor parallel_for) {
-  Ss2dTask task = {p, false, kDone};
-  parallel_for(0, Ss2dStrip::items(p), 1, run_ss2d, &task);
-  return task.status;
+  return run_items(p, Ss2dStrip::items(p), Ss2dStrip::floats(p, false), forward_ss2d,
+                   parallel_for);
 }
 
 static int32_t ss2d_backward(const Ss2dProblem& p, ParallelFor parallel_for) {
-  Ss2dTask task = {p, true, kDone};
-  parallel_for(0, Ss2dStrip::items(p), 1, run_ss2d, &task);
-  return task.status;
+  return run_items(p, Ss2dStrip::items(p), Ss2dStrip::floats(p, true), backward_ss2d,
+                   parallel_for);
 }
 
 }  // namespace MMVSSM_ISA

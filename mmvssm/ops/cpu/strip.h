@@ -313,5 +313,35 @@ class StripRecurrence {
   float *grad_A_ = nullptr, *grad_A_rest_ = nullptr, *tile_grad_A_ = nullptr;
 };
 
+// Shares the items of a problem out among torch's threads. `work` does one with
+// an arena of `floats` and says whether it met NaN.
+template <class Problem>
+static int32_t run_items(const Problem& problem, int64_t items, int64_t floats,
+                         bool (*work)(const Problem&, int64_t, Arena*),
+                         ParallelFor parallel_for) {
+  struct Task {
+    const Problem& problem;
+    int64_t floats;
+    bool (*work)(const Problem&, int64_t, Arena*);
+    int32_t status;
+  } task = {problem, floats, work, kDone};
+  const RangeFunction run = [](int64_t begin, int64_t end, void* context) {
+    Task* task = (Task*)context;
+    for (int64_t item = begin; item < end; ++item) {
+      Arena arena(task->floats);
+      if (arena.failed()) {
+        __atomic_store_n(&task->status, (int32_t)kOutOfMemory, __ATOMIC_RELAXED);
+        return;
+      }
+      int32_t none = kDone;
+      if (task->work(task->problem, item, &arena))
+        __atomic_compare_exchange_n(&task->status, &none, (int32_t)kFoundNaN, false,
+                                    __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    }
+  };
+  parallel_for(0, items, 1, run, &task);
+  return task.status;
+}
+
 }  // namespace MMVSSM_ISA
 }  // namespace mmvssm
