@@ -41,12 +41,17 @@ static inline vfloat exp2(vfloat x) {
   return scale_by_power(exp2m1_small(r) + 1.0f, k);
 }
 
+// (1 + x) 2^k - 1.
+static inline vfloat times_power_less_one(vfloat x, vfloat k) {
+  const vfloat power = scale_by_power(broadcast(1.0f), k);
+  return power * x + (power - 1.0f);
+}
+
 // 1 - exp(-x) for x >= 0, accurate near zero, too.
 static inline vfloat one_minus_exp_of_minus(vfloat x) {
   vfloat r;
   const vfloat k = split(x * -kLog2e, &r);
-  const vfloat scale = scale_by_power(broadcast(1.0f), k);
-  return (1.0f - scale) - scale * exp2m1_small(r);
+  return -times_power_less_one(exp2m1_small(r), k);
 }
 
 // exp(r) - 1 for |r| <= log(2) / 2, the same polynomial of another variable.

@@ -7,8 +7,9 @@
 //
 // A decay near 1 rounded to float32 loses its small difference from 1, and a
 // long sequence with small steps its accuracy. So where a decay is slow the state
-// moves by its change, h += (exp(dt A) - 1) h + dt B u, and the rounding error of
-// that addition is carried along, from tile to tile, too.
+// moves by its change, h += (exp(dt A) - 1) h + dt B u; and where it is so slow that
+// many additions follow each other before the state forgets them, their rounding
+// errors are carried along, from tile to tile, too.
 #pragma once
 
 #include "tile.h"
@@ -16,12 +17,19 @@
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-// Decays of a block of channels and states over a tile by |dt A log2(e)|: all of
-// them slow, at most 1/2; some very slow, at most 1/32, beside faster ones; or all
-// so fast that rounding them costs less than 1e-6.
-enum class Decay { kSlow, kMixed, kFast };
+// How a block of channels and states goes through a tile, by |dt A log2(e)|: it is
+// at most 1/2 everywhere; or above that somewhere and in the mean of a channel and
+// state at most 1/1024; or at most 1/32; or neither, so that rounding decays costs
+// less than 1e-6.
+enum class Decay { kSlow, kMixedSlowest, kMixed, kFast };
 constexpr float kSlow = 0.5f;
-constexpr float kVerySlow = 0.03125f;
+constexpr float kVerySlow = 1.0f / 32;
+constexpr float kSlowest = 1.0f / 1024;
+
+constexpr bool by_change(Decay decay) { return decay != Decay::kFast; }
+constexpr bool compensated(Decay decay) {
+  return decay == Decay::kSlow || decay == Decay::kMixedSlowest;
+}
 
 // What both passes over a tile read. Pointers are those of the first channel
 // and the first state of a block.
@@ -42,28 +50,43 @@ static inline void load_vectors(const float* from, vfloat (&to)[V]) {
   for (int v = 0; v < V; ++v) to[v] = load(from + v * kLanes);
 }
 
-// One step of the state. `low` is the part of h that did not fit. In a mixture
-// the power of two nearest to the decay is taken out of both first; what is left
-// is a slow decay. Returns the decay if all are fast, else that slow one less 1.
+// h = decay h + input by the change of h, where `low` is the part of h that did not
+// fit and `less_one` the decay less 1.
+template <Decay kDecay>
+static inline void change(vfloat less_one, vfloat input, vfloat* h, vfloat* low) {
+  vfloat added = less_one * *h + input;
+  if constexpr (compensated(kDecay)) {
+    added += *low;
+    const vfloat before = *h;
+    *h = before + added;
+    *low = added - (*h - before);
+  } else {
+    *h += added;
+  }
+}
+
+// One step of the state. In a mixture the power of two nearest to the decay is taken
+// out of the state first; what is left is a slow decay. Returns the decay, less 1
+// unless all are fast.
 template <Decay kDecay>
 static inline vfloat step(vfloat exponent, vfloat input, vfloat* h, vfloat* low) {
   if constexpr (kDecay == Decay::kFast) {
     const vfloat decay = exp2(exponent);
     *h = decay * *h + input;
     return decay;
-  } else {
-    vfloat rest = exponent, before = *h, lost = *low;
-    if constexpr (kDecay == Decay::kMixed) {
-      const vfloat power = split(exponent, &rest);
-      before = scale_by_power(before, power);
-      lost = scale_by_power(lost, power);
-    }
-    const vfloat change = exp2m1_small(rest);
-    const vfloat added = (change * before + input) + lost;
-    *h = before + added;
-    *low = added - (*h - before);
-    return change;
   }
+  if constexpr (kDecay == Decay::kSlow) {
+    const vfloat less_one = exp2m1_small(exponent);
+    change<kDecay>(less_one, input, h, low);
+    return less_one;
+  }
+  vfloat rest;
+  const vfloat k = split(exponent, &rest);
+  const vfloat less_one = exp2m1_small(rest);
+  *h = scale_by_power(*h, k);
+  *low = scale_by_power(*low, k);
+  change<kDecay>(less_one, input, h, low);
+  return times_power_less_one(less_one, k);
 }
 
 // Runs the tile from the state h (N, channel) and leaves the last state there;
@@ -75,7 +98,7 @@ static vint run_forward(const Block& k, float* h_memory, float* low_memory, floa
   for (int n = 0; n < N; ++n) {
     load_vectors<V>(h_memory + n * k.width, h[n]);
     load_vectors<V>(low_memory + n * k.width, low[n]);
-    if constexpr (kDecay == Decay::kFast)
+    if constexpr (!compensated(kDecay))
       for (int v = 0; v < V; ++v) low[n][v] = vfloat{};
   }
   load_vectors<V>(k.D, D);
@@ -126,8 +149,8 @@ static vint run_forward(const Block& k, float* h_memory, float* low_memory, floa
 }
 
 // What the backward pass recomputes of a tile: states (rows + 1, N, V kLanes),
-// the first one being that before the tile, and decays (rows, N, V kLanes),
-// less one where they are slow.
+// the first one being that before the tile, and decays (rows, N, V kLanes) as
+// `step` returns them.
 struct Recomputed {
   float *states, *decays;
 };
@@ -176,15 +199,15 @@ struct BlockGradients {
 template <int V, int N, Decay kDecay>
 static void run_backward(const Block& k, const Recomputed& r, const BlockGradients& g) {
   constexpr int64_t kRow = N * V * kLanes;
-  // Gradient of the state, of one position later to begin with, the powers of
-  // two of a mixture applied; the decay between the two; and the part of the
-  // gradient that did not fit.
+  // Gradient of the state, of one position later to begin with and, unless it is
+  // compensated, already through the decay between the two; that decay; and the
+  // part of the gradient that did not fit.
   vfloat grad[N][V], decay[N][V], low[N][V], grad_A[N][V];
   for (int n = 0; n < N; ++n) {
     load_vectors<V>(g.carry + n * k.width, grad[n]);
     load_vectors<V>(g.low + n * k.width, low[n]);
     for (int v = 0; v < V; ++v) {
-      if constexpr (kDecay == Decay::kFast) low[n][v] = vfloat{};
+      if constexpr (!compensated(kDecay)) low[n][v] = vfloat{};
       decay[n][v] = grad_A[n][v] = vfloat{};
     }
   }
@@ -205,27 +228,16 @@ static void run_backward(const Block& k, const Recomputed& r, const BlockGradien
       sum_B[n] = sum_C[n] = vfloat{};
       for (int v = 0; v < V; ++v) {
         const int64_t at = t * kRow + (n * V + v) * kLanes;
-        vfloat through;  // gradient of the state through the decay
-        vfloat here;
-        if constexpr (kDecay == Decay::kFast) {
-          here = grad[n][v] + y[v] * C;
-          through = load(r.decays + at) * here;
-          grad[n][v] = through;
+        if constexpr (compensated(kDecay)) {
+          change<kDecay>(decay[n][v], y[v] * C, &grad[n][v], &low[n][v]);
         } else {
-          const vfloat added = (decay[n][v] * grad[n][v] + y[v] * C) + low[n][v];
-          here = grad[n][v] + added;
-          low[n][v] = added - (here - grad[n][v]);
-          grad[n][v] = here;
-          if constexpr (kDecay == Decay::kMixed) {
-            vfloat rest;
-            const vfloat power =
-                split(dt[v] * load(k.A_log2 + n * k.width + v * kLanes), &rest);
-            grad[n][v] = scale_by_power(here, power);
-            low[n][v] = scale_by_power(low[n][v], power);
-          }
-          decay[n][v] = load(r.decays + at);
-          through = decay[n][v] * grad[n][v] + grad[n][v];
+          grad[n][v] += y[v] * C;
         }
+        const vfloat here = grad[n][v];
+        decay[n][v] = load(r.decays + at);
+        vfloat through = decay[n][v] * here;  // the decay
+        if constexpr (by_change(kDecay)) through += here;
+        if constexpr (!compensated(kDecay)) grad[n][v] = through;
         sum_C[n] += y[v] * load(r.states + kRow + at);
         sum_B[n] += here * (dt[v] * u[v]);
         grad_dtu[v] += here * B;
@@ -261,13 +273,9 @@ static void run_backward(const Block& k, const Recomputed& r, const BlockGradien
   for (int n = 0; n < N; ++n) {
     for (int v = 0; v < V; ++v) {
       const int64_t at = n * k.width + v * kLanes;
-      vfloat carry = grad[n][v];
-      if constexpr (kDecay != Decay::kFast) {
-        const vfloat added = decay[n][v] * grad[n][v] + low[n][v];
-        carry = grad[n][v] + added;
-        low[n][v] = added - (carry - grad[n][v]);
-      }
-      store(g.carry + at, carry);
+      if constexpr (compensated(kDecay))
+        change<kDecay>(decay[n][v], vfloat{}, &grad[n][v], &low[n][v]);
+      store(g.carry + at, grad[n][v]);
       store(g.low + at, low[n][v]);
       store(g.A + at, grad_A[n][v]);
     }

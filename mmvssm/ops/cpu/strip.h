@@ -46,6 +46,8 @@ static inline void backward_as(Decay decay, const Block& k, const float* h,
   switch (decay) {
     case Decay::kSlow:
       return backward_with<V, N, Decay::kSlow>(k, h, r, g);
+    case Decay::kMixedSlowest:
+      return backward_with<V, N, Decay::kMixedSlowest>(k, h, r, g);
     case Decay::kMixed:
       return backward_with<V, N, Decay::kMixed>(k, h, r, g);
     default:
@@ -174,6 +176,9 @@ class StripRecurrence {
           case Decay::kSlow:
             nan |= choose_forward<Decay::kSlow>(how, k, h, low, to, y_stride);
             break;
+          case Decay::kMixedSlowest:
+            nan |= choose_forward<Decay::kMixedSlowest>(how, k, h, low, to, y_stride);
+            break;
           case Decay::kMixed:
             nan |= choose_forward<Decay::kMixed>(how, k, h, low, to, y_stride);
             break;
@@ -243,16 +248,24 @@ class StripRecurrence {
   }
 
   Decay decay_of(const Tile& tile, int64_t n, int v) const {
-    vint fast = {}, slow = {};
+    vint fast = {}, slow = {}, slowest = {};
     for (int i = v; i < v + together_; ++i) {
-      vfloat most = {};
-      for (int64_t t = 0; t < tile.rows; ++t)
-        most = larger(most, absolute(load(tile.dt + t * width_ + i * kLanes)));
+      vfloat most = {}, sum = {};
+      for (int64_t t = 0; t < tile.rows; ++t) {
+        const vfloat dt = absolute(load(tile.dt + t * width_ + i * kLanes));
+        most = larger(most, dt);
+        sum += dt;
+      }
       const int64_t at = n / block_ * width_ + i * kLanes;
       fast |= !(most * load(fastest_ + at) <= kSlow);
-      slow |= most * load(slowest_ + at) <= kVerySlow;
+      const vfloat mean = sum * load(slowest_ + at) / (float)tile.rows;
+      slow |= mean <= kVerySlow;
+      slowest |= mean <= kSlowest;
     }
-    return !any(fast) ? Decay::kSlow : any(slow) ? Decay::kMixed : Decay::kFast;
+    if (!any(fast)) return Decay::kSlow;
+    return any(slowest) ? Decay::kMixedSlowest
+           : any(slow)  ? Decay::kMixed
+                        : Decay::kFast;
   }
 
   template <Decay kDecay>
