@@ -23,7 +23,7 @@ struct ScanProblem {
   const float *A, *D, *bias;     // (channel, state), (channel), (channel)
   Array out;                     // like u
   float* last_state;             // (batch, channel, state)
-  float* saved;                  // (tiles - 1, batch, state, channel)
+  float* saved;                  // (tiles - 1, batch, state, channel) or null
   Array grad_out;                // like u
   const float* grad_last_state;  // like last_state
   Array grad_u, grad_delta, grad_z;
@@ -42,7 +42,7 @@ struct Ss2dProblem {
   const float* dt_bias;      // (route, channel)
   const float *A, *D;        // (route, channel, state), (route, channel)
   float* out;                // like x
-  float* saved;              // (route, tiles - 1, batch, state, channel)
+  float* saved;              // (route, tiles - 1, batch, state, channel) or null
   const float* grad_out;
   float* grad_x;
   float* grad_projected;   // (strips, batch, position, route, rank + 2 states)

@@ -49,8 +49,9 @@ class ScanStrip {
     return read_weights(p.C, batch, group, p.states, padded, position, rows, buffer);
   }
 
-  // The saved state before a tile other than the first.
+  // The saved state before a tile, null before the first.
   float* saved(int64_t tile) const {
+    if (tile <= 0) return nullptr;
     return p.saved + ((tile - 1) * p.batch + batch) * p.states * p.channels;
   }
 
@@ -80,7 +81,8 @@ static bool forward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
   vint nan = {};
   for (int64_t start = 0; start < p.length; start += kTile) {
     const int64_t rows = p.length - start < kTile ? p.length - start : kTile;
-    if (start > 0) scan.get_state(s.saved(start / kTile), p.channels);
+    if (start > 0 && p.saved != nullptr)
+      scan.get_state(s.saved(start / kTile), p.channels);
     s.read_steps(start, rows, bias, dt, kTile, &inputs, 1);
     const Tile tile = {rows, dt, inputs.read(start, rows, u),
                        s.read_B(start, rows, scan.padded(), B),
@@ -158,6 +160,17 @@ static void finish_tile(const Tile& tile, int64_t width, const float* D,
   }
 }
 
+// From rows `stride` apart to rows without gaps.
+static void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t columns,
+                      float* to) {
+  if (stride == columns) {
+    __builtin_memcpy(to, from, rows * columns * 4);
+  } else {
+    for (int64_t t = 0; t < rows; ++t)
+      __builtin_memcpy(to + t * columns, from + t * stride, columns * 4);
+  }
+}
+
 // False: NaN is looked for in the forward pass.
 static bool backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
   const ScanStrip s(p, item);
@@ -204,10 +217,7 @@ static bool backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
     const Tile tile = {rows, dt, inputs.read(start, rows, u),
                        s.read_B(start, rows, padded, B),
                        s.read_C(start, rows, padded, C)};
-    for (int64_t n = 0; n < padded; ++n)
-      read_channels(
-          index > 0 && n < p.states ? s.saved(index) + n * p.channels : nullptr,
-          s.strip, before + n * width);
+    scan.read_state(s.saved(index), s.saved(index - 1), p.channels, before);
     const Rows g = grads.read(start, rows, grad_out);
     Rows gate = {}, by_y = g;
     if (p.z.data != nullptr) {
@@ -251,10 +261,8 @@ static bool backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
     const int64_t at =
         ((s.index * p.batch + s.batch) * p.groups + s.group) * p.length * p.states +
         start * p.states;
-    for (int64_t t = 0; t < rows; ++t) {
-      __builtin_memcpy(p.grad_B + at + t * p.states, grad_B + t * padded, p.states * 4);
-      __builtin_memcpy(p.grad_C + at + t * p.states, grad_C + t * padded, p.states * 4);
-    }
+    copy_rows(grad_B, padded, rows, p.states, p.grad_B + at);
+    copy_rows(grad_C, padded, rows, p.states, p.grad_C + at);
   }
   scan.get_grad_A(p.grad_A + s.batch * p.states * p.channels, p.channels);
   write_channels(grad_D.sum, s.strip, p.grad_D + s.batch * p.channels);

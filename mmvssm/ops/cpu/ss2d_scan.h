@@ -158,8 +158,9 @@ class Ss2dStrip {
     return {rows, dt, u, {B, scan.padded()}, {C, scan.padded()}};
   }
 
-  // The saved state before a tile other than the first.
+  // The saved state before a tile, null before the first.
   float* saved(int64_t tile) const {
+    if (tile <= 0) return nullptr;
     const int64_t tiles = (length + kTile - 1) / kTile;
     return p.saved +
            ((route * (tiles - 1) + tile - 1) * p.batch + batch) * p.states * p.channels;
@@ -211,7 +212,8 @@ static bool forward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
     s.scan.set_state_to_zero();
     for (int64_t start = 0; start < s.length; start += kTile) {
       const int64_t rows = s.length - start < kTile ? s.length - start : kTile;
-      if (start > 0) s.scan.get_state(s.saved(start / kTile), p.channels);
+      if (start > 0 && p.saved != nullptr)
+        s.scan.get_state(s.saved(start / kTile), p.channels);
       s.go_to(start, rows, p.x, p.out);
       const Tile tile = s.tile(s.read(p.x, s.x));
       if (s.in_place()) {
@@ -358,10 +360,7 @@ static bool backward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
       const int64_t rows = s.length - start < kTile ? s.length - start : kTile;
       s.go_to(start, rows, p.x, p.grad_out);
       const Tile tile = s.tile(s.read(p.x, s.x));
-      for (int64_t n = 0; n < padded; ++n)
-        read_channels(
-            index > 0 && n < p.states ? s.saved(index) + n * p.channels : nullptr,
-            s.strip, g.before + n * s.width);
+      s.scan.read_state(s.saved(index), s.saved(index - 1), p.channels, g.before);
       __builtin_memset(g.dt, 0, rows * s.width * 4);
       __builtin_memset(g.dtu, 0, rows * s.width * 4);
       __builtin_memset(g.B, 0, rows * padded * 4);

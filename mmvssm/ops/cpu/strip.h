@@ -157,10 +157,23 @@ class StripRecurrence {
     __builtin_memset(state_low_, 0, padded_ * width_ * 4);
   }
 
-  // The state as (state, channel) of all `channels`.
+  // Saves the state as (state, channel) of all `channels`.
   void get_state(float* to, int64_t channels) const {
     for (int64_t n = 0; n < states_; ++n)
       write_channels(state + n * width_, strip_, to + n * channels);
+  }
+  // Reads a saved state, zeros if `from` is null, into (padded state, width), and
+  // asks for the one that is read `next`.
+  void read_state(const float* from, const float* next, int64_t channels,
+                  float* to) const {
+    for (int64_t n = 0; n < padded_; ++n) {
+      const bool there = from != nullptr && n < states_;
+      read_channels(there ? from + n * channels : nullptr, strip_, to + n * width_);
+    }
+    if (next == nullptr) return;
+    for (int64_t n = 0; n < states_; ++n)
+      for (int64_t c = 0; c < strip_.count; c += 16)
+        __builtin_prefetch(next + n * channels + strip_.first + c);
   }
 
   vint forward(const Tile& tile, Write write, float* y, int64_t y_stride) {

@@ -41,20 +41,23 @@ def forward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, bool]:
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
     """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L).
 
     Returns:
-        The output (B, D, L) with u's strides, the last state (B, D, N), the
-        states before the tiles (tiles - 1, B, N, D), and whether there is NaN.
+        The output (B, D, L) with u's strides, the last state (B, D, N), with
+        ``keep_states`` the states before the tiles (tiles - 1, B, N, D), and
+        whether there is NaN.
     """
     batch, channels, length = u.shape
     states = A.shape[1]
     out = torch.empty_like(u, dtype=out_dtype)
     last_state = u.new_empty(batch, channels, states, dtype=torch.float32)
-    saved = u.new_empty(
-        saved_states_shape(batch, length, states, channels), dtype=torch.float32
-    )
+    saved = None
+    if keep_states:
+        shape = saved_states_shape(batch, length, states, channels)
+        saved = u.new_empty(shape, dtype=torch.float32)
     delta, B, C, z = (_native(x) for x in (delta, B, C, z))
     A, D, delta_bias = (_parameter(x) for x in (A, D, delta_bias))
     problem = ScanProblem(

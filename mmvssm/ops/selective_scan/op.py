@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmvssm.ops import autocast, checks
+from mmvssm.ops import autocast, checks, direct
 from mmvssm.ops.backends import choose_backend
 from mmvssm.ops.selective_scan import cpu_backend, torch_backend
 from mmvssm.ops.selective_scan.reference import selective_scan_reference
@@ -105,10 +105,31 @@ def scan(
             inputs = (u, delta, A, B, C, D, z, delta_bias)
             checks.refuse_nan('selective_scan', dict(zip(_NAMES, inputs)))
         return out, last_state
-    out, last_state, _ = _forward_op(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, name
-    )
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    if direct.possible(*inputs):
+        out, last_state, _ = _forward(
+            inputs, delta_softplus, out_dtype, name, keep_states=False
+        )
+    else:
+        out, last_state, _ = _forward_op(*inputs, delta_softplus, out_dtype, name)
     return out, last_state
+
+
+def _forward(
+    inputs: tuple[Tensor | None, ...],
+    delta_softplus: bool,
+    out_dtype: torch.dtype,
+    backend: str,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The output, the last state and, if asked for, what backward needs."""
+    with autocast.disabled(inputs[0]):
+        out, last_state, saved, has_nan = _IMPLEMENTATIONS[backend].forward(
+            *inputs, delta_softplus, out_dtype, keep_states
+        )
+    if has_nan:
+        checks.refuse_nan('selective_scan', dict(zip(_NAMES, inputs)))
+    return out, last_state, saved
 
 
 # The checks
@@ -209,13 +230,7 @@ def _forward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (u, delta, A, B, C, D, z, delta_bias)
-    with autocast.disabled(u):
-        out, last_state, saved, has_nan = _IMPLEMENTATIONS[backend].forward(
-            *inputs, delta_softplus, out_dtype
-        )
-    if has_nan:
-        checks.refuse_nan('selective_scan', dict(zip(_NAMES, inputs)))
-    return out, last_state, saved
+    return _forward(inputs, delta_softplus, out_dtype, backend, keep_states=True)
 
 
 @_forward_op.register_fake

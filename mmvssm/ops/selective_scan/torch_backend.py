@@ -207,25 +207,28 @@ def forward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, bool]:
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
     """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L).
 
     Returns:
-        The output (B, D, L) with u's strides, the last state (B, D, N), the
-        states at the segments' starts (segments - 1, B, N, D), and whether
-        there is NaN.
+        The output (B, D, L) with u's strides, the last state (B, D, N), with
+        ``keep_states`` the states at the segments' starts (segments - 1, B, N,
+        D), and whether there is NaN.
     """
     problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     out = torch.empty_like(u, dtype=out_dtype)
     out_channels_last = out.transpose(1, 2)
     h = problem.zero_state()
-    saved = h.new_empty(
-        saved_states_shape(
-            problem.batch, problem.length, problem.states, problem.channels
+    saved = None
+    if keep_states:
+        saved = h.new_empty(
+            saved_states_shape(
+                problem.batch, problem.length, problem.states, problem.channels
+            )
         )
-    )
     for index, (start, stop) in enumerate(problem.bounds()):
-        if index:
+        if index and keep_states:
             saved[index - 1] = h
         segment = problem.segment(start, stop)
         states = segment.states(h)

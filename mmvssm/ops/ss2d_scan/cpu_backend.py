@@ -27,16 +27,19 @@ def forward(
     dt_bias: Tensor,
     A: Tensor,
     Ds: Tensor,
-) -> tuple[Tensor, Tensor, bool]:
+    keep_states: bool,
+) -> tuple[Tensor, Tensor | None, bool]:
     """See :func:`mmvssm.ops.ss2d_scan.fused.scan`; parameters are contiguous.
 
     Returns:
-        The merged map (B, H, W, C), the states before the tiles, and whether
-        there is NaN.
+        The merged map (B, H, W, C), with ``keep_states`` the states before the
+        tiles, and whether there is NaN.
     """
     batch, channels, height, width, states, _ = sizes = _sizes(x, dt_weight, A)
     out = torch.empty_like(x)
-    saved = x.new_empty(saved_states_shape(batch, height * width, states, channels))
+    saved = None
+    if keep_states:
+        saved = x.new_empty(saved_states_shape(batch, height * width, states, channels))
     problem = Ss2dProblem(
         *sizes,
         *(pointer(x), pointer(projected), projected.stride(2)),

@@ -9,7 +9,7 @@ map is made for a route.
 import torch
 from torch import Tensor
 
-from mmvssm.ops import autocast, checks
+from mmvssm.ops import autocast, checks, direct
 from mmvssm.ops.ss2d_scan import cpu_backend
 from mmvssm.ops.ss2d_scan.project import project_map
 
@@ -35,13 +35,26 @@ def ss2d_scan_fused(
     maps = x.permute(0, 2, 3, 1)
     projected = project_map(maps, x_proj_weight)
     out_dtype = torch.float32 if autocast.is_enabled(x) else x.dtype
-    y, _ = _forward_op(
+    inputs = (
         maps.float().contiguous(),
         projected.float(),
         *(t.float().contiguous() for t in (dt_projs_weight, dt_projs_bias, A, Ds)),
-        backend,
     )
+    if direct.possible(*inputs):
+        y, _ = _forward(inputs, backend, keep_states=False)
+    else:
+        y, _ = _forward_op(*inputs, backend)
     return y.to(out_dtype).permute(0, 3, 1, 2)
+
+
+def _forward(
+    inputs: tuple[Tensor, ...], backend: str, keep_states: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The merged map and, if asked for, what backward needs."""
+    out, saved, has_nan = _IMPLEMENTATIONS[backend].forward(*inputs, keep_states)
+    if has_nan:
+        checks.refuse_nan('ss2d_scan', dict(zip(_NAMES, inputs)))
+    return out, saved
 
 
 @torch.library.custom_op('mmvssm::ss2d_scan', mutates_args=())
@@ -54,11 +67,7 @@ def _forward_op(
     Ds: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    inputs = (x, projected, dt_weight, dt_bias, A, Ds)
-    out, saved, has_nan = _IMPLEMENTATIONS[backend].forward(*inputs)
-    if has_nan:
-        checks.refuse_nan('ss2d_scan', dict(zip(_NAMES, inputs)))
-    return out, saved
+    return _forward((x, projected, dt_weight, dt_bias, A, Ds), backend, True)
 
 
 @_forward_op.register_fake

@@ -1,0 +1,28 @@
+"""When an op may call its backend without going through torch's dispatcher.
+
+The dispatcher is what lets torch differentiate, trace, count, transform and
+profile an op. When none of this happens it only costs time: in a small network
+as much as the scan itself.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+
+def possible(*inputs: Tensor | None) -> bool:
+    """Whether nothing but the result is wanted of an op on these inputs."""
+    tensors = [x for x in inputs if x is not None]
+    return not (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        # Fake tensors and other subclasses, and modes that watch the dispatcher.
+        or any(type(x) not in (Tensor, Parameter) or x.is_meta for x in tensors)
+        or torch._C._len_torch_dispatch_stack()
+        # torch.func, forward-mode differentiation, torch.jit.trace, the profiler.
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
+    )

@@ -1,0 +1,104 @@
+"""Calls that skip torch's dispatcher, and when they must not."""
+
+import functools
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmvssm.ops import direct, selective_scan, ss2d_scan
+
+from .backends_under_test import FAST_BACKENDS, on_backends
+from .scan_inputs import scan_inputs, ss2d_inputs
+
+backends = on_backends(*FAST_BACKENDS)
+
+
+class Watch(TorchDispatchMode):
+    """Remembers the ops that are run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.fixture
+def x():
+    return torch.ones(2)
+
+
+@backends
+@pytest.mark.parametrize('op', ['selective_scan', 'ss2d_scan'])
+def test_same_bits(op, backend):
+    """Without gradients to come nothing is kept for them; else all is the same."""
+    if op == 'selective_scan':
+        inputs = scan_inputs(2, 20, 100, 3, 2, dtype=torch.float32)
+        run = functools.partial(selective_scan, delta_softplus=True)
+    else:
+        inputs = ss2d_inputs(2, 20, 7, 9, 3, 2, dtype=torch.float32)
+        run = ss2d_scan
+    want = run(**inputs, backend=backend)
+    assert want.requires_grad
+    with torch.no_grad():
+        got = run(**inputs, backend=backend)
+        with Watch() as watch:
+            watched = run(**inputs, backend=backend)
+    assert torch.equal(got, want) and torch.equal(watched, want)
+    assert any('mmvssm' in str(func) for func in watch.seen)
+
+
+def test_gradients_need_the_dispatcher(x):
+    assert direct.possible(x, None)
+    weight = torch.nn.Parameter(x)
+    assert not direct.possible(x, weight)
+    with torch.no_grad():
+        assert direct.possible(x, weight)
+    with torch.inference_mode():
+        assert direct.possible(x, weight)
+
+
+def test_other_kinds_of_tensors(x):
+    assert not direct.possible(x, x.as_subclass(Subclass))
+    assert not direct.possible(x.to('meta'))
+
+
+@pytest.mark.parametrize(
+    'watcher',
+    [Watch, forward_ad.dual_level, lambda: profile(activities=[ProfilerActivity.CPU])],
+)
+def test_watched(x, watcher):
+    with watcher():
+        assert not direct.possible(x)
+    assert direct.possible(x)
+
+
+def test_transformed(x):
+    found = []
+
+    def function(x):
+        found.append(direct.possible(x))
+        return x * 2
+
+    torch.func.vmap(function)(x)
+    torch.func.grad(lambda x: function(x).sum())(x)
+    torch.jit.trace(function, x, check_trace=False)
+    assert found == [False] * 3
+
+
+def test_compiled(x):
+    function = torch.compile(
+        lambda x: x + 1 if direct.possible(x) else x - 1,
+        fullgraph=True,
+        backend='eager',
+    )
+    assert torch.equal(function(x), x - 1)
