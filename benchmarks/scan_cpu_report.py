@@ -52,6 +52,8 @@ class Figure:
         shape: Name of the row it comes from.
         threads: Number of threads.
         value: The ratio.
+        at_floor: What it would be if ours took no longer than the floor, or a
+            network no longer than without its cores.
     """
 
     part: str
@@ -61,6 +63,7 @@ class Figure:
     shape: str
     threads: int
     value: float
+    at_floor: float | None = None
 
     @property
     def name(self) -> str:
@@ -94,7 +97,10 @@ def figures(parts: dict[str, list[dict]]) -> Iterator[Figure]:
         for ratio in ('loop / ours', 'ours / no core'):
             first, second = (row['seconds'][core] for core in ratio.split(' / '))
             value = first['median'] / second['median']
-            yield Figure('network', name, ratio, '', name, threads, value)
+            at_floor = first['median'] / row['seconds']['no core']['median']
+            if ratio == 'ours / no core':
+                at_floor = 1.0
+            yield Figure('network', name, ratio, '', name, threads, value, at_floor)
     yield from _memory_figures(parts.get('memory', []))
 
 
@@ -108,12 +114,13 @@ def _op_figures(row: dict) -> Iterator[Figure]:
                 for who in people
                 if who != 'ours'
             }
+            floors = row['floor'] | {'both': sum(row['floor'].values())}
             if which in row['floor']:
-                others['floor'] = row['floor'][which]
+                others['floor'] = floors[which]
             for who, theirs in others.items():
                 yield Figure(
                     *('op', PASSES[which], f'{who} / ours', f'N = {states}, {text}'),
-                    *(row['name'], threads, theirs / ours),
+                    *(row['name'], threads, theirs / ours, theirs / floors[which]),
                 )
 
 
@@ -147,7 +154,13 @@ def marks(parts: dict[str, list[dict]]) -> list[dict]:
             figure = pick(same, key=lambda figure: figure.value)
             met = figure.value >= mark if least else figure.value <= mark
             worst.append(
-                dict(threads=threads, value=figure.value, at=figure.shape, met=met)
+                dict(
+                    threads=threads,
+                    value=figure.value,
+                    at_floor=figure.at_floor,
+                    at=figure.shape,
+                    met=met,
+                )
             )
         if worst:
             limit = 'at least' if least else 'at most'
@@ -173,20 +186,25 @@ def tables(parts: dict[str, list[dict]]) -> str:
 
 
 def marks_table(found: list[dict], threads: list[int]) -> str:
-    """The marks, one line each; figures that miss them have an exclamation mark."""
+    """The marks, one line each; figures that miss them have an exclamation mark.
+
+    In brackets: the figure if ours took no longer than the floor.
+    """
     lines = [['marks', '', *(f'threads: {count}' for count in threads), 'worst at']]
     for mark in found:
         sign, limit = '>=', mark.get('at least')
         if limit is None:
             sign, limit = '<=', mark['at most']
         worst = {value['threads']: value for value in mark['worst']}
-        cells = [
-            f'{short(worst[count]["value"])}{"" if worst[count]["met"] else " !"}'
-            for count in threads
-        ]
+        cells = [_against_mark(worst[count]) for count in threads]
         places = dict.fromkeys(worst[count]['at'] for count in threads)
         lines.append([mark['what'], f'{sign} {limit:g}', *cells, ' | '.join(places)])
     return _align(lines)
+
+
+def _against_mark(worst: dict) -> str:
+    cell = short(worst['value']) + ('' if worst['met'] else ' !')
+    return cell if worst['at_floor'] is None else f'{cell} ({short(worst["at_floor"])})'
 
 
 def _op_table(rows: list[dict]) -> str:
