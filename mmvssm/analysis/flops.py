@@ -13,7 +13,9 @@ The convention is that of the published tables (and of fvcore and mmengine):
 
 SS2D scans four routes at once, so there D is four times its inner channels,
 and its projections to Δ, B and C add the matrix products of their definition,
-however a backend computes them: :math:`4 B L C (R + 2 N) + 4 B L C R`.
+however a backend computes them: :math:`4 B L C (R + 2 N) + 4 B L C R`. The
+bidirectional scan is two scans whose sum is gated once, with two convolutions of
+width W and two sets of projections: :math:`2 B L C (W + R + 2 N) + 2 B L C R`.
 """
 
 from collections import Counter
@@ -31,11 +33,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import register_flop_formula
 
-from mmvssm.ops import ss2d_scan
+from mmvssm.ops import Direction, bidirectional_scan, ss2d_scan
 
 aten = torch.ops.aten
 SCAN = torch.ops.mmvssm.selective_scan
 FUSED_SS2D = torch.ops.mmvssm.ss2d_scan
+FUSED_BIDIRECTIONAL = torch.ops.mmvssm.bidirectional_scan
+LINEAR = torch.ops.mmvssm.linear
+ADD_NORM = torch.ops.mmvssm.add_rms_norm
 
 
 @dataclass(frozen=True)
@@ -131,16 +136,16 @@ class _FlopCounter(TorchDispatchMode):
 
 
 class _WholeOps(TorchFunctionMode):
-    """Counts ``ss2d_scan`` as a whole and none of the ops it is made of."""
+    """Counts some ops as a whole and none of the ops they are made of."""
 
     def __init__(self, counter: _FlopCounter):
         super().__init__()
         self.counter = counter
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not ss2d_scan:
+        if func not in _WHOLE:
             return func(*args, **(kwargs or {}))
-        self.counter.flops.update(_ss2d_scan(*args))
+        self.counter.flops.update(_WHOLE[func](*args))
         self.counter.paused = True
         try:
             return func(*args, **(kwargs or {}))
@@ -163,6 +168,24 @@ def _ss2d_scan(
         'ss2d_scan: projections': batch * length * weights,
         'ss2d_scan: scan': scan_flops(batch, 4 * channels, length, states),
     }
+
+
+def _bidirectional_scan(
+    x: Tensor, z: Tensor, forward: Direction, backward: Direction
+) -> dict[str, int]:
+    batch, channels, length = x.shape
+    positions, ways = batch * length, (forward, backward)
+    weights = sum(w.x_proj_weight.numel() + w.dt_proj_weight.numel() for w in ways)
+    taps = sum(w.conv_weight.numel() for w in ways)
+    scans = scan_flops(batch, 2 * channels, length, forward.A.shape[1])
+    return {
+        'bidirectional_scan: convolutions': positions * taps,
+        'bidirectional_scan: projections': positions * weights,
+        'bidirectional_scan: scans': scans + positions * channels,
+    }
+
+
+_WHOLE = {ss2d_scan: _ss2d_scan, bidirectional_scan: _bidirectional_scan}
 
 
 def _product(first: int) -> Callable[[tuple, Tensor], int]:
@@ -195,6 +218,19 @@ def _fused_ss2d_flops(
     return projection + scan_flops(batch, 4 * channels, height * width, A[1])
 
 
+def _fused_bidirectional_flops(
+    x: Sequence[int], weights: Sequence[Sequence[int]], multiply_add: int = 1
+) -> int:
+    """Of the op behind bidirectional_scan, which x (B, L, D) enters."""
+    batch, length, channels = x
+    half = len(Direction._fields)
+    ways = [Direction(*weights[:half]), Direction(*weights[half:])]
+    matrices = ('conv_weight', 'x_proj_weight', 'dt_proj_weight')
+    products = sum(prod(getattr(w, name)) for w in ways for name in matrices)
+    scans = scan_flops(batch, 2 * channels, length, ways[0].A[1])
+    return batch * length * (products * multiply_add + channels) + scans
+
+
 # Each formula takes the positional arguments of the op and what it returned.
 FORMULAS: dict[Any, Callable[[tuple, Any], int]] = {
     aten.mm: _product(0),
@@ -210,6 +246,9 @@ FORMULAS: dict[Any, Callable[[tuple, Any], int]] = {
     aten.upsample_bilinear2d: lambda args, out: 4 * out.numel(),
     aten._adaptive_avg_pool2d: lambda args, out: args[0].numel(),
     SCAN: _scan,
+    LINEAR: _product(0),
+    # Counters of the published models do not see their RMS norms.
+    ADD_NORM: lambda args, out: 0,
 }
 
 
@@ -223,11 +262,22 @@ def _fused_ss2d_handle(inputs: list, outputs: list) -> int:
     return _fused_ss2d_flops(*(get_shape(inputs[i]) for i in (0, 2, 4)))
 
 
+def _fused_bidirectional_handle(inputs: list, outputs: list) -> int:
+    weights = [get_shape(weight) for weight in inputs[2].node().inputs()]
+    return _fused_bidirectional_flops(get_shape(inputs[0]), weights)
+
+
+def _linear_handle(inputs: list, outputs: list) -> int:
+    return prod(get_shape(inputs[0])) * get_shape(inputs[1])[0]
+
+
 # For counters that trace a model, mmengine's and fvcore's:
 # FlopAnalyzer(model, image).set_op_handle(**SCAN_HANDLES)
 SCAN_HANDLES = {
     'mmvssm::selective_scan': _scan_handle,
     'mmvssm::ss2d_scan': _fused_ss2d_handle,
+    'mmvssm::bidirectional_scan': _fused_bidirectional_handle,
+    'mmvssm::linear': _linear_handle,
 }
 
 
@@ -241,3 +291,13 @@ def _(u, delta, A, B, C, D=None, z=None, *args, out_shape=None, **kwargs):
 @register_flop_formula(FUSED_SS2D)
 def _(x, projected, dt_weight, dt_bias, A, *args, out_shape=None, **kwargs):
     return _fused_ss2d_flops(x, dt_weight, A, multiply_add=2)
+
+
+@register_flop_formula(FUSED_BIDIRECTIONAL)
+def _(x, z, weights, *args, out_shape=None, **kwargs):
+    return _fused_bidirectional_flops(x, weights, multiply_add=2)
+
+
+@register_flop_formula(LINEAR)
+def _(x, weight, *args, out_shape=None, **kwargs):
+    return 2 * prod(x) * weight[0]

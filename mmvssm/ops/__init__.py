@@ -11,6 +11,7 @@ from .backends import (
 )
 from .bidirectional_scan import Direction, bidirectional_scan
 from .cross_scan import cross_merge, cross_scan
+from .linear import linear
 from .selective_scan import selective_scan
 from .ss2d_scan import ss2d_scan
 
@@ -24,6 +25,7 @@ __all__ = [
     'choose_backend',
     'cross_merge',
     'cross_scan',
+    'linear',
     'list_backends',
     'selective_scan',
     'ss2d_scan',

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import autocast
+from mmvssm.ops.add_norm.fused import add_rms_norm_fused, takes
 from mmvssm.ops.add_norm.reference import add_rms_norm_reference
 from mmvssm.ops.add_norm.torch_backend import add_rms_norm_torch
 from mmvssm.ops.backends import choose_backend
@@ -48,8 +49,10 @@ def add_rms_norm(
     if residual_in_fp32:
         residual_dtype = torch.promote_types(residual_dtype, torch.float32)
     name = choose_backend(x.device.type, x.dtype, backend)
-    compute = add_rms_norm_reference if name == 'reference' else add_rms_norm_torch
     with autocast.disabled(x):
+        if takes(name, x, residual):
+            return add_rms_norm_fused(x, weight, residual, eps, residual_dtype, name)
+        compute = add_rms_norm_reference if name == 'reference' else add_rms_norm_torch
         return compute(x, weight, residual, eps, x.dtype, residual_dtype)
 
 

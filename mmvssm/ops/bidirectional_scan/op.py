@@ -2,11 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from mmvssm.ops import autocast
 from mmvssm.ops.backends import choose_backend
 from mmvssm.ops.bidirectional_scan.composed import bidirectional_scan_composed
 from mmvssm.ops.bidirectional_scan.direction import Direction
+from mmvssm.ops.bidirectional_scan.fused import bidirectional_scan_fused, is_fused
 from mmvssm.ops.bidirectional_scan.reference import bidirectional_scan_reference
 
 
@@ -51,8 +53,20 @@ def bidirectional_scan(
             than x outside autocast.
         ValueError: A shape does not fit.
     """
+    inputs = (x, z, *forward, *backward)
+    if has_torch_function(inputs):
+        # The FLOPs counter sees one op here, however it is computed.
+        return handle_torch_function(
+            bidirectional_scan,
+            inputs,
+            *(x, z, forward, backward),
+            average=average,
+            backend=backend,
+        )
     _check(x, z, forward, backward)
     name = choose_backend(x.device.type, x.dtype, backend)
+    if is_fused(name):
+        return bidirectional_scan_fused(x, z, forward, backward, average, name)
     if name != 'reference':
         return bidirectional_scan_composed(x, z, forward, backward, average, name)
     dtype = x.dtype

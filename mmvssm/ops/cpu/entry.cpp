@@ -62,6 +62,12 @@ MMVSSM_EXPORT int32_t mmvssm_lanes(int32_t isa) {
 MMVSSM_EXPORT int64_t mmvssm_scan_problem_size() { return sizeof(mmvssm::ScanProblem); }
 MMVSSM_EXPORT int64_t mmvssm_ss2d_problem_size() { return sizeof(mmvssm::Ss2dProblem); }
 
+MMVSSM_EXPORT int64_t mmvssm_pair_problem_size() { return sizeof(mmvssm::ScanPair); }
+MMVSSM_EXPORT int64_t mmvssm_conv_problem_size() { return sizeof(mmvssm::ConvProblem); }
+MMVSSM_EXPORT int64_t mmvssm_gate_problem_size() { return sizeof(mmvssm::GateProblem); }
+MMVSSM_EXPORT int64_t mmvssm_norm_problem_size() { return sizeof(mmvssm::NormProblem); }
+
+MMVSSM_EXPORT int64_t mmvssm_norm_rows() { return mmvssm::kNormRows; }
 MMVSSM_EXPORT int64_t mmvssm_tile() { return mmvssm::kTile; }
 
 MMVSSM_EXPORT int64_t mmvssm_strips(int32_t isa, int64_t channels) {
@@ -79,3 +85,11 @@ MMVSSM_ENTRY(scan_forward, ScanProblem)
 MMVSSM_ENTRY(scan_backward, ScanProblem)
 MMVSSM_ENTRY(ss2d_forward, Ss2dProblem)
 MMVSSM_ENTRY(ss2d_backward, Ss2dProblem)
+MMVSSM_ENTRY(pair_forward, ScanPair)
+MMVSSM_ENTRY(pair_backward, ScanPair)
+MMVSSM_ENTRY(conv_forward, ConvProblem)
+MMVSSM_ENTRY(conv_backward, ConvProblem)
+MMVSSM_ENTRY(gate_forward, GateProblem)
+MMVSSM_ENTRY(gate_backward, GateProblem)
+MMVSSM_ENTRY(norm_forward, NormProblem)
+MMVSSM_ENTRY(norm_backward, NormProblem)

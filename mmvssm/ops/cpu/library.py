@@ -15,7 +15,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -43,6 +43,12 @@ class Array(ctypes.Structure):
             return cls()
         return cls(x.data_ptr(), _DTYPES[x.dtype], x.stride())
 
+    @classmethod
+    def from_end(cls, x: Tensor) -> 'Array':
+        """The array of a tensor with its last axis running backwards."""
+        last = x[..., -1]
+        return cls(last.data_ptr(), _DTYPES[x.dtype], (*last.stride(), -x.stride(-1)))
+
 
 def _structure(name: str, *fields: tuple[type, str]) -> type[ctypes.Structure]:
     pairs = [(field, kind) for kind, names in fields for field in names.split()]
@@ -69,6 +75,42 @@ Ss2dProblem = _structure(
     (c_void_p, 'dt_weight dt_bias A D out saved grad_out grad_x grad_projected'),
     (c_void_p, 'grad_dt_weight grad_dt_bias grad_A grad_D'),
 )
+ScanPair = _structure('ScanPair', (ScanProblem * 2, 'ways'))
+ConvWay = _structure(
+    'ConvWay',
+    (c_void_p, 'weight bias'),
+    (Array, 'out grad_scan grad_rest'),
+    (c_void_p, 'grad_weight grad_bias'),
+)
+ConvProblem = _structure(
+    'ConvProblem',
+    (c_int64, 'batch channels length taps'),
+    (Array, 'x grad_x'),
+    (ConvWay * 2, 'ways'),
+)
+GateProblem = _structure(
+    'GateProblem',
+    (c_int64, 'batch channels length'),
+    (c_float, 'scale'),
+    (Array, 'y y_from_end z out grad_out grad_y grad_z'),
+)
+NormProblem = _structure(
+    'NormProblem',
+    (c_int64, 'rows channels'),
+    (c_float, 'eps'),
+    (Array, 'x residual total out'),
+    (c_void_p, 'weight'),
+    (Array, 'grad_out grad_total grad_x grad_residual'),
+    (c_void_p, 'grad_weight'),
+)
+_PROBLEMS = {
+    'scan': ScanProblem,
+    'ss2d': Ss2dProblem,
+    'pair': ScanPair,
+    'conv': ConvProblem,
+    'gate': GateProblem,
+    'norm': NormProblem,
+}
 
 
 def pointer(x: Tensor | None) -> int | None:
@@ -90,8 +132,7 @@ def _library() -> ctypes.CDLL:
             )
         path = str(found[0])
     library = ctypes.CDLL(path)
-    sizes = {'scan': ScanProblem, 'ss2d': Ss2dProblem}
-    for name, structure in sizes.items():
+    for name, structure in _PROBLEMS.items():
         size = getattr(library, f'mmvssm_{name}_problem_size', lambda: None)
         if size() != ctypes.sizeof(structure):
             raise OSError(
@@ -195,6 +236,13 @@ def tile() -> int:
     return _library().mmvssm_tile()
 
 
+@cache
+def norm_rows() -> int:
+    """Rows that add_rms_norm sums the gradient of its weight over at once."""
+    _library().mmvssm_norm_rows.restype = c_int64
+    return _library().mmvssm_norm_rows()
+
+
 def strips(channels: int) -> int:
     """How many strips the kernels cut channels into; sums over them are ours."""
     _library().mmvssm_strips.restype = c_int64
@@ -206,7 +254,7 @@ def call(function: str, problem: ctypes.Structure) -> bool:
 
     Args:
         function: Its name in entry.cpp, without ``mmvssm_``.
-        problem: :class:`ScanProblem` or :class:`Ss2dProblem`.
+        problem: The structure that it takes.
 
     Returns:
         Whether a forward kernel met NaN.

@@ -51,6 +51,45 @@ struct Ss2dProblem {
   float *grad_A, *grad_D;  // (batch, route, state, channel), (batch, route, channel)
 };
 
+// Two scans of one shape, which run at the same time.
+struct ScanPair {
+  ScanProblem ways[2];
+};
+
+// The depthwise convolutions of bidirectional_scan, one from each end, with SiLU,
+// and their gradients. Plain pointers are contiguous float32.
+struct ConvWay {
+  const float *weight, *bias;  // (channel, tap), (channel)
+  Array out;                   // (batch, channel, position)
+  Array grad_scan, grad_rest;  // like out, to be added up
+  float *grad_weight, *grad_bias;  // (batch, tap, channel), (batch, channel)
+};
+struct ConvProblem {
+  int64_t batch, channels, length, taps;
+  Array x, grad_x;  // (batch, channel, position)
+  ConvWay ways[2];
+};
+
+// (y + y_from_end) SiLU(z) scale, and the gradients of it. The forward pass leaves
+// the sum of the two in y. All arrays are (batch, channel, position).
+struct GateProblem {
+  int64_t batch, channels, length;
+  float scale;
+  Array y, y_from_end, z, out;
+  Array grad_out, grad_y, grad_z;
+};
+
+// add_rms_norm and its gradients. Arrays are (row, channel), channels next to each
+// other; what a call does not have is null.
+struct NormProblem {
+  int64_t rows, channels;
+  float eps;
+  Array x, residual, total, out;
+  const float* weight;  // (channel)
+  Array grad_out, grad_total, grad_x, grad_residual;
+  float* grad_weight;  // (blocks of kNormRows rows, channel)
+};
+
 // torch::parallel_for of torch's stable C interface.
 typedef void (*RangeFunction)(int64_t begin, int64_t end, void* context);
 typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain,
@@ -66,9 +105,20 @@ struct Kernels {
   int32_t (*scan_backward)(const ScanProblem&, ParallelFor);
   int32_t (*ss2d_forward)(const Ss2dProblem&, ParallelFor);
   int32_t (*ss2d_backward)(const Ss2dProblem&, ParallelFor);
+  int32_t (*pair_forward)(const ScanPair&, ParallelFor);
+  int32_t (*pair_backward)(const ScanPair&, ParallelFor);
+  int32_t (*conv_forward)(const ConvProblem&, ParallelFor);
+  int32_t (*conv_backward)(const ConvProblem&, ParallelFor);
+  int32_t (*gate_forward)(const GateProblem&, ParallelFor);
+  int32_t (*gate_backward)(const GateProblem&, ParallelFor);
+  int32_t (*norm_forward)(const NormProblem&, ParallelFor);
+  int32_t (*norm_backward)(const NormProblem&, ParallelFor);
 };
 
 // Positions that are worked on at once, and between two saved states.
 constexpr int64_t kTile = 32;
+
+// Rows of add_rms_norm that one thread works on at once.
+constexpr int64_t kNormRows = 32;
 
 }  // namespace mmvssm
