@@ -183,3 +183,56 @@ def test_quick_run(load, tmp_path):
         mark['what'] for mark in result['marks']
     }
     assert Image.open(out.with_suffix('.png')).width > 1000
+
+
+@pytest.mark.parametrize('contender', ['torch linear', 'plain', 'loop'])
+def test_contenders_compute_the_block(load, contender):
+    blocks = load('blocks_cpu')
+    block, *inputs = blocks.make_block(blocks.Shape(32, 11, 2))
+    leaves = [*inputs, *block.parameters()]
+    reason = ops.backend_status()['cpu']
+    if reason:
+        pytest.skip(reason)
+    for average in (True, False):
+        block.mixer.average = average
+        outs = [blocks.CONTENDERS[name](block, *inputs) for name in ('ours', contender)]
+        torch.testing.assert_close(*outs)
+        grads = [torch.autograd.grad(out, leaves, inputs) for out in outs]
+        torch.testing.assert_close(*grads)
+
+
+def test_quick_run_of_blocks(load, tmp_path):
+    reason = ops.backend_status()['cpu']
+    if reason:
+        pytest.skip(reason)
+    out = tmp_path / 'new' / 'blocks.json'
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / 'blocks_cpu.py']
+        + ['--quick', '--threads', '1', '--out', out],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f'written to {out}' in done.stdout
+    result = json.loads(out.read_text())
+    assert result['environment']['Packages']['torch'].startswith(torch.__version__)
+    (row,) = result['blocks']
+    blocks = load('blocks_cpu')
+    assert row['name'] in blocks.QUICK and row['threads'] == 1
+    for which in blocks.PASSES:
+        times = row['seconds'][which]
+        assert list(times) == list(blocks.CONTENDERS)
+        assert all(taken['median'] > 0 for taken in times.values())
+        assert row['over_ours'][which]['plain'] == pytest.approx(
+            times['plain']['median'] / times['ours']['median']
+        )
+    assert result['mark']['worst'] == min(
+        ratios['plain'] for ratios in row['over_ours'].values()
+    )
+
+
+def test_only_a_complete_run_of_blocks_replaces_the_result(load, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['blocks_cpu.py', '--quick'])
+    assert load('blocks_cpu').parse_args().out is None
+    monkeypatch.setattr(sys, 'argv', ['blocks_cpu.py'])
+    assert load('blocks_cpu').parse_args().out.endswith('results/blocks_cpu.json')

@@ -62,10 +62,10 @@ class BidirectionalMamba(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Sequence (B, L, C) -> sequence (B, L, C)."""
-        x, z = self.in_proj(x).mT.chunk(2, dim=1)
+        x, z = self.in_proj(x).chunk(2, dim=-1)
         y = bidirectional_scan(
-            x,
-            z,
+            x.mT,
+            z.mT,
             self._direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
             self._direction(
                 self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b

@@ -77,6 +77,54 @@ def test_terms_of_ss2d(gated):
     assert found.flops == sum(found.by_operator.values())
 
 
+@pytest.mark.parametrize('backend', ['torch', 'cpu'])
+def test_terms_of_bidirectional_scan(backend):
+    """Every term written out for one block; the norm is free."""
+    from mmvssm.layers import MambaBlock
+
+    if mmvssm.ops.backend_status()[backend]:
+        pytest.skip(mmvssm.ops.backend_status()[backend])
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = MambaBlock(32, d_state=4)
+
+        def forward(self, x):
+            return self.block(x.flatten(2).mT, None)[0]
+
+    inner, rank, positions = 64, 2, 2 * 15
+    with mmvssm.ops.use_backend(backend):
+        found = count_flops(Net(), (2, 32, 3, 5))
+    products = found.by_operator.pop('linear' if backend == 'cpu' else 'mm')
+    assert products == positions * 32 * inner * 3
+    assert found.by_operator.pop('add_rms_norm', 0) == 0
+    assert found.by_operator == {
+        'bidirectional_scan: convolutions': positions * 2 * inner * 4,
+        'bidirectional_scan: projections': positions * 2 * inner * (rank + 8 + rank),
+        'bidirectional_scan: scans': positions * (2 * inner * (9 * 4 + 1) + inner),
+    }
+
+
+@pytest.mark.parametrize('backend', ['torch', 'cpu'])
+def test_vim_agrees_with_mmengine(backend):
+    """But for the convolutions, which tensor code has as free products."""
+    from mmengine.analysis import FlopAnalyzer
+
+    if mmvssm.ops.backend_status()[backend]:
+        pytest.skip(mmvssm.ops.backend_status()[backend])
+
+    arch = dict(embed_dims=192, depth=2)
+    net = mmvssm.backbones.Vim(arch, out_indices=(1,)).eval()
+    analyzer = FlopAnalyzer(net, torch.rand(1, 3, 224, 224))
+    analyzer.set_op_handle(**SCAN_HANDLES).unsupported_ops_warnings(False)
+    found = count_flops(net, (1, 3, 224, 224)).flops
+    with mmvssm.ops.use_backend(backend):
+        assert analyzer.total() == pytest.approx(
+            found, rel=0.05 if backend == 'torch' else 0.001
+        )
+
+
 @pytest.mark.parametrize(
     'backend,op', [('torch', 'selective_scan'), ('cpu', 'ss2d_scan')]
 )
@@ -119,6 +167,20 @@ def test_torch_flop_counter_finds_ss2d():
             mmvssm.ops.ss2d_scan(x, *weights, A, D, backend=backend)
         products = 2 * pixels * (4 * 4 * 8 + 4 * 8 * 2)
         assert counter.get_total_flops() == products + scan, backend
+
+
+def test_torch_flop_counter_finds_a_block():
+    if mmvssm.ops.backend_status()['cpu']:
+        pytest.skip(mmvssm.ops.backend_status()['cpu'])
+    from mmvssm.layers import MambaBlock
+
+    block, x = MambaBlock(32, d_state=4), torch.rand(2, 15, 32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        block(x, x)
+    inner, rank = 64, 2
+    weights = 32 * inner * 3 + 2 * inner * (4 + rank + 8 + rank)
+    scans = 2 * inner * (9 * 4 + 1) + inner
+    assert counter.get_total_flops() == 30 * (2 * weights + scans)
 
 
 def test_model_is_left_as_it_was():

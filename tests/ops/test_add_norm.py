@@ -1,8 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.library import opcheck
 
 from mmvssm.ops import add_rms_norm
+from mmvssm.ops.add_norm import fused
 
 from .backends_under_test import (
     BACKENDS,
@@ -93,6 +95,56 @@ def test_dtype_of_the_stream(backend, dtype, autocast):
         assert torch.equal(out, want.to(dtype)) or relative_error(out, want) < (
             torch.finfo(dtype).eps
         )
+
+
+@on_backends(*fused._IMPLEMENTATIONS)
+@pytest.mark.parametrize('residual', [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_opcheck(backend, dtype, residual):
+    x, weight = make_inputs(5, 20, residual=False).values()
+    x, weight = (t.detach() for t in (x, weight))
+    stream = None if residual is None else x.to(residual).requires_grad_()
+    x, weight = x.to(dtype).requires_grad_(), weight.float().requires_grad_()
+    opcheck(fused._forward_op, (x, weight, stream, 1e-5, residual or dtype, backend))
+
+
+@backends
+@pytest.mark.parametrize('which', ['out', 'total'])
+def test_gradient_of_one_result(backend, which):
+    dtype, tolerance = precision(backend)
+    inputs = make_inputs(2, 40, 33, dtype=dtype)
+    double = as_double(inputs)
+    index = ('out', 'total').index(which)
+    got = add_rms_norm(**inputs, backend=backend)[index]
+    want = definition(**double)[index]
+    names = [name for name in inputs if which == 'out' or name != 'weight']
+    got = gradients((got,), {name: inputs[name] for name in names})
+    want = gradients((want,), {name: double[name] for name in names})
+    for name in names:
+        assert relative_error(got[name], want[name]) < 4 * tolerance, name
+
+
+@backends
+@pytest.mark.parametrize('in_fp32', [False, True])
+def test_gradients_in_half_precision(backend, in_fp32):
+    inputs = make_inputs(3, 70, 24, dtype=torch.bfloat16)
+    double = as_double(inputs)
+    outs = add_rms_norm(**inputs, residual_in_fp32=in_fp32, backend=backend)
+    got, want = gradients(outs, inputs), gradients(definition(**double), double)
+    for name in inputs:
+        assert got[name].dtype == torch.bfloat16
+        assert relative_error(got[name], want[name]) < 1e-2, name
+
+
+@backends
+def test_any_strides(backend):
+    inputs = make_inputs(2, 12, 9, dtype=torch.float32)
+    want = add_rms_norm(**inputs, backend=backend)
+    for name in ('x', 'residual'):
+        inputs[name] = inputs[name].detach().mT.contiguous().mT.requires_grad_()
+    got = add_rms_norm(**inputs, backend=backend)
+    torch.testing.assert_close(got, want)
+    assert all(g.isfinite().all() for g in gradients(got, inputs).values())
 
 
 @fast_backends

@@ -1,8 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.library import opcheck
 
-from mmvssm.ops import Direction, bidirectional_scan, selective_scan
+from mmvssm.ops import Direction
+from mmvssm.ops.bidirectional_scan import fused
 
 from .backends_under_test import (
     BACKENDS,
@@ -12,7 +14,15 @@ from .backends_under_test import (
     precision,
     takes,
 )
-from .scan_inputs import gradients, relative_error
+from .bidirectional_inputs import (
+    WAYS,
+    arguments,
+    call,
+    direction,
+    flip_twice,
+    make_inputs,
+)
+from .scan_inputs import as_double, gradients, relative_error
 
 backends = on_backends(*BACKENDS)
 fast_backends = on_backends(*FAST_BACKENDS)
@@ -22,79 +32,6 @@ SHAPES = [
     (1, 4, 2, 2, 3, 3),
     (2, 1, 7, 1, 2, 1),
 ]
-WAYS = ('forward', 'backward')
-
-
-def direction(generator, channels, rank, states, width):
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    return Direction(
-        normal(channels, width) / width**0.5,
-        normal(channels),
-        normal(rank + 2 * states, channels) / channels**0.5,
-        normal(channels, rank) / rank**0.5,
-        normal(channels) - 3,
-        -torch.exp(normal(channels, states)),
-        normal(channels),
-    )
-
-
-def make_inputs(batch, channels, length, rank, states, width, dtype=torch.float64):
-    """Flat leaves by name; ``call`` puts the directions together."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        name: torch.randn(batch, length, channels, generator=generator).double().mT
-        for name in ('x', 'z')
-    }
-    for way in WAYS:
-        weights = direction(generator, channels, rank, states, width)
-        inputs |= {f'{way}.{k}': v for k, v in weights._asdict().items()}
-    return {name: t.to(dtype).requires_grad_() for name, t in inputs.items()}
-
-
-def as_double(inputs):
-    return {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
-
-
-def arguments(inputs):
-    ways = [
-        Direction(*(inputs[f'{way}.{name}'] for name in Direction._fields))
-        for way in WAYS
-    ]
-    return inputs['x'], inputs['z'], *ways
-
-
-def call(inputs, **kwargs):
-    return bidirectional_scan(*arguments(inputs), **kwargs)
-
-
-def flip_twice(inputs, average=False):
-    """The published formulation: two gated scans, one on flipped copies."""
-
-    def one(x, z, w):
-        width, states = w.conv_weight.shape[1], w.A.shape[1]
-        u = F.silu(
-            F.conv1d(x, w.conv_weight[:, None], w.conv_bias, 1, width - 1, 1, len(w.D))
-        )[..., : x.shape[2]]
-        rank = w.dt_proj_weight.shape[1]
-        dt, B, C = (w.x_proj_weight @ u).split((rank, states, states), dim=1)
-        return selective_scan(
-            u,
-            w.dt_proj_weight @ dt,
-            w.A,
-            B,
-            C,
-            w.D,
-            z,
-            w.dt_proj_bias,
-            True,
-            backend='reference',
-        )
-
-    x, z, forward, backward = arguments(inputs)
-    y = one(x, z, forward) + one(x.flip(2), z.flip(2), backward).flip(2)
-    return y / 2 if average else y
 
 
 @backends
@@ -175,9 +112,10 @@ def test_sum_of_directions_in_float32(backend):
 
 
 @backends
-def test_autocast(backend):
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(backend, dtype):
     inputs = make_inputs(1, 16, 23, 3, 4, 4, dtype=torch.float32)
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast('cpu', dtype):
         y = call(inputs, backend=backend)
     assert y.dtype == torch.float32
     assert relative_error(y, flip_twice(as_double(inputs))) < 2e-2
@@ -210,6 +148,47 @@ def test_compile_fullgraph(backend):
     torch.testing.assert_close(got, want)
     got, want = gradients((got,), inputs), gradients((want,), inputs)
     torch.testing.assert_close(got, want)
+
+
+fused_backends = on_backends(*(name for name in BACKENDS if fused.is_fused(name)))
+
+
+@fused_backends
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_opcheck(backend, dtype):
+    inputs = make_inputs(2, 20, 37, 3, 2, 4, dtype=dtype)
+    x, z, *ways = arguments({name: t.detach() for name, t in inputs.items()})
+    weights = [w for way in ways for w in fused._as_kernels_read(way, 4, dtype)]
+    tensors = [x.mT, z.mT, *weights]
+    x, z, *weights = (t.requires_grad_() for t in tensors)
+    opcheck(fused._forward_op, (x, z, weights, True, dtype, backend))
+
+
+@backends
+def test_directions_of_other_widths_and_ranks(backend):
+    dtype, tolerance = precision(backend)
+    inputs = make_inputs(1, 5, 11, 3, 2, 4, dtype=dtype)
+    other = direction(torch.Generator().manual_seed(1), 5, 1, 2, 2)
+    inputs |= {
+        f'backward.{name}': t.to(dtype).requires_grad_()
+        for name, t in other._asdict().items()
+    }
+    double = as_double(inputs)
+    got, want = call(inputs, backend=backend), flip_twice(double)
+    assert relative_error(got, want) < tolerance
+    got, want = gradients((got,), inputs), gradients((want,), double)
+    for name in inputs:
+        assert relative_error(got[name], want[name]) < 4 * tolerance, name
+
+
+@fused_backends
+@pytest.mark.parametrize('name', ['x', 'z', 'forward.conv_bias', 'backward.A'])
+def test_nan_is_named(backend, name):
+    inputs = make_inputs(1, 20, 37, 3, 2, 4, dtype=torch.float32)
+    inputs = {key: t.detach() for key, t in inputs.items()}
+    inputs[name][(-1,) * inputs[name].ndim] = float('nan')
+    with pytest.raises(ValueError, match=rf'1 of .* values of {name} are NaN'):
+        call(inputs, backend=backend)
 
 
 @pytest.mark.parametrize('way', WAYS)

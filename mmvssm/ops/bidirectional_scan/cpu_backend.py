@@ -24,6 +24,8 @@ from mmvssm.ops.cpu.library import (
 from mmvssm.ops.linear.product import product
 from mmvssm.ops.selective_scan.cpu_backend import saved_states_shape
 
+# Of sequences and projections.
+DTYPES = (torch.float32, torch.bfloat16)
 # How the scan of each direction sees a tensor.
 _VIEWS = (Array.of, Array.from_end)
 

@@ -14,9 +14,21 @@ _IMPLEMENTATIONS = {'cpu': cpu_backend}
 _HALF = len(Direction._fields)
 
 
-def is_fused(backend: str) -> bool:
-    """Whether the backend has the bidirectional scan in one piece."""
-    return backend in _IMPLEMENTATIONS
+def is_fused(backend: str, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the backend has the bidirectional scan in one piece.
+
+    Args:
+        backend: Its name.
+        dtype: That of the projections.
+    """
+    return backend in _IMPLEMENTATIONS and dtype in _IMPLEMENTATIONS[backend].DTYPES
+
+
+def projected_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which projections are computed."""
+    if autocast.is_enabled(x):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def bidirectional_scan_fused(
@@ -28,27 +40,22 @@ def bidirectional_scan_fused(
     backend: str,
 ) -> Tensor:
     """See :func:`mmvssm.ops.bidirectional_scan`."""
-    out_dtype = projected_dtype = x.dtype
-    if autocast.is_enabled(x):
-        out_dtype = torch.float32
-        projected_dtype = torch.get_autocast_dtype(x.device.type)
+    out_dtype = torch.float32 if autocast.is_enabled(x) else x.dtype
     taps = max(way.conv_weight.shape[1] for way in (forward, backward))
     weights = [
-        *_as_kernels_read(forward, taps, projected_dtype),
-        *_as_kernels_read(backward, taps, projected_dtype),
+        *_as_kernels_read(forward, taps, projected_dtype(x)),
+        *_as_kernels_read(backward, taps, projected_dtype(x)),
     ]
-    if z.dtype not in (torch.float32, torch.bfloat16):
+    if z.dtype not in _IMPLEMENTATIONS[backend].DTYPES:
         z = z.float()
     return _forward_op(x.mT, z.mT, weights, average, out_dtype, backend)[0].mT
 
 
-def _as_kernels_read(
-    weights: Direction, taps: int, projected_dtype: torch.dtype
-) -> Direction:
-    """Contiguous; float32 but for the matrices; with that many taps."""
+def _as_kernels_read(weights: Direction, taps: int, dtype: torch.dtype) -> Direction:
+    """Contiguous; float32, the matrices of that dtype; with that many taps."""
     matrices = ('x_proj_weight', 'dt_proj_weight')
     found = {
-        name: tensor.to(projected_dtype if name in matrices else torch.float32)
+        name: tensor.to(dtype if name in matrices else torch.float32)
         for name, tensor in weights._asdict().items()
     }
     missing = taps - weights.conv_weight.shape[1]

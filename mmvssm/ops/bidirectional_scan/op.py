@@ -8,7 +8,11 @@ from mmvssm.ops import autocast
 from mmvssm.ops.backends import choose_backend
 from mmvssm.ops.bidirectional_scan.composed import bidirectional_scan_composed
 from mmvssm.ops.bidirectional_scan.direction import Direction
-from mmvssm.ops.bidirectional_scan.fused import bidirectional_scan_fused, is_fused
+from mmvssm.ops.bidirectional_scan.fused import (
+    bidirectional_scan_fused,
+    is_fused,
+    projected_dtype,
+)
 from mmvssm.ops.bidirectional_scan.reference import bidirectional_scan_reference
 
 
@@ -65,7 +69,7 @@ def bidirectional_scan(
         )
     _check(x, z, forward, backward)
     name = choose_backend(x.device.type, x.dtype, backend)
-    if is_fused(name):
+    if is_fused(name, projected_dtype(x)):
         return bidirectional_scan_fused(x, z, forward, backward, average, name)
     if name != 'reference':
         return bidirectional_scan_composed(x, z, forward, backward, average, name)

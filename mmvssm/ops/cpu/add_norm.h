@@ -79,7 +79,8 @@ class NormRows {
       store(buffers[1] + c, total);
       squares[i % 4] += total * total;
     }
-    const float square = lane_sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    const float square =
+        lane_sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
     return 1.0f / __builtin_sqrtf(square / p.channels + p.eps);
   }
 

@@ -73,8 +73,7 @@ static void read_taps(const ConvProblem& p, int way, const Strip& strip, float* 
     const bool inside = c < strip.count;
     const float* weight = p.ways[way].weight + (strip.first + c) * p.taps;
     for (int64_t k = 0; k < p.taps; ++k)
-      taps[k * width + c] =
-          inside ? weight[way == 0 ? k : p.taps - 1 - k] : 0.0f;
+      taps[k * width + c] = inside ? weight[way == 0 ? k : p.taps - 1 - k] : 0.0f;
     taps[p.taps * width + c] = inside ? p.ways[way].bias[strip.first + c] : 0.0f;
   }
 }
@@ -182,7 +181,8 @@ class ConvGradients {
     const Rows b = item_.of(w.grad_rest).read(low, high - low, other_);
     for (int64_t t = 0; t < high - low; ++t) {
       for (int64_t c = 0; c < width_; c += kLanes) {
-        const vfloat sum = convolve(x + t * width_ + c, taps_[way] + c, p_.taps, width_);
+        const vfloat sum =
+            convolve(x + t * width_ + c, taps_[way] + c, p_.taps, width_);
         const vfloat open = sigmoid(sum);
         const vfloat by_out =
             load(a.data + t * a.stride + c) + load(b.data + t * b.stride + c);
@@ -317,8 +317,9 @@ static bool backward_gate(const GateProblem& p, int64_t index, Arena* arena) {
         const vfloat open = sigmoid(x);
         const vfloat g = load(grad.data + t * grad.stride + c) * p.scale;
         to_y.put(t, c, g * (x * open));
-        to_z.put(t, c, g * load(y.data + t * y.stride + c) *
-                           (open * (1.0f + x * (1.0f - open))));
+        to_z.put(
+            t, c,
+            g * load(y.data + t * y.stride + c) * (open * (1.0f + x * (1.0f - open))));
       }
     }
     grad_y.write_back(start, rows, buffers[3]);

@@ -8,10 +8,10 @@ namespace mmvssm {
 namespace MMVSSM_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {
-    kLanes,       strips_of,     scan_forward, scan_backward, ss2d_forward,
-    ss2d_backward, pair_forward, pair_backward, conv_forward, conv_backward,
-    gate_forward, gate_backward, norm_forward, norm_backward};
+const Kernels kernels = {kLanes,       strips_of,     scan_forward, scan_backward,
+                         ss2d_forward, ss2d_backward, pair_forward, pair_backward,
+                         conv_forward, conv_backward, gate_forward, gate_backward,
+                         norm_forward, norm_backward};
 
 }  // namespace MMVSSM_ISA
 }  // namespace mmvssm

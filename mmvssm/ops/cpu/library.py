@@ -103,14 +103,6 @@ NormProblem = _structure(
     (Array, 'grad_out grad_total grad_x grad_residual'),
     (c_void_p, 'grad_weight'),
 )
-_PROBLEMS = {
-    'scan': ScanProblem,
-    'ss2d': Ss2dProblem,
-    'pair': ScanPair,
-    'conv': ConvProblem,
-    'gate': GateProblem,
-    'norm': NormProblem,
-}
 
 
 def pointer(x: Tensor | None) -> int | None:
@@ -132,7 +124,15 @@ def _library() -> ctypes.CDLL:
             )
         path = str(found[0])
     library = ctypes.CDLL(path)
-    for name, structure in _PROBLEMS.items():
+    structures = {
+        'scan': ScanProblem,
+        'ss2d': Ss2dProblem,
+        'pair': ScanPair,
+        'conv': ConvProblem,
+        'gate': GateProblem,
+        'norm': NormProblem,
+    }
+    for name, structure in structures.items():
         size = getattr(library, f'mmvssm_{name}_problem_size', lambda: None)
         if size() != ctypes.sizeof(structure):
             raise OSError(

@@ -59,9 +59,9 @@ struct ScanPair {
 // The depthwise convolutions of bidirectional_scan, one from each end, with SiLU,
 // and their gradients. Plain pointers are contiguous float32.
 struct ConvWay {
-  const float *weight, *bias;  // (channel, tap), (channel)
-  Array out;                   // (batch, channel, position)
-  Array grad_scan, grad_rest;  // like out, to be added up
+  const float *weight, *bias;      // (channel, tap), (channel)
+  Array out;                       // (batch, channel, position)
+  Array grad_scan, grad_rest;      // like out, to be added up
   float *grad_weight, *grad_bias;  // (batch, tap, channel), (batch, channel)
 };
 struct ConvProblem {

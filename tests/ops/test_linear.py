@@ -1,0 +1,105 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+from mmvssm.ops import linear
+from mmvssm.ops.linear.op import _forward_op
+from mmvssm.ops.linear.product import product
+
+from .backends_under_test import BACKENDS, on_backends
+from .scan_inputs import as_double, gradients, relative_error
+
+backends = on_backends(*BACKENDS)
+
+
+def make_inputs(*shape, outputs=24, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    weight = torch.randn(outputs, shape[-1], generator=generator)
+    inputs = dict(x=x, weight=weight)
+    return {name: t.to(dtype).requires_grad_() for name, t in inputs.items()}
+
+
+@backends
+@pytest.mark.parametrize('shape', [(2, 5, 24), (7, 1), (9,), (3, 0, 4), (1, 1, 1, 17)])
+def test_matches_torch(backend, shape):
+    inputs = make_inputs(*shape)
+    double = as_double(inputs)
+    got, want = linear(**inputs, backend=backend), F.linear(*double.values())
+    assert got.shape == want.shape and got.dtype == torch.float32
+    results = dict(y=got, **gradients((got,), inputs))
+    for name, truth in dict(y=want, **gradients((want,), double)).items():
+        assert relative_error(results[name], truth) < 2e-6 or not truth.any(), name
+
+
+@pytest.mark.parametrize(
+    'view',
+    [
+        lambda x: x[..., :5],
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x[::2],
+        lambda x: x[:1].expand(4, -1, -1),
+    ],
+)
+def test_any_strides(view):
+    x = view(make_inputs(4, 7, 24)['x'].detach())
+    weight = torch.randn(x.shape[-1], 30).t()
+    got, want = product(x, weight), x.double() @ weight.double().t()
+    assert relative_error(got, want) < 2e-6
+    assert relative_error(linear(x, weight), want) < 2e-6
+
+
+@on_backends('cpu')
+def test_only_gradients_that_are_needed(backend):
+    for name in ('x', 'weight'):
+        inputs = make_inputs(3, 4)
+        inputs[name].requires_grad_(False)
+        linear(**inputs, backend=backend).sum().backward()
+        assert inputs[name].grad is None
+        assert all(t.grad is not None for key, t in inputs.items() if key != name)
+
+
+@backends
+def test_dtypes(backend):
+    half = make_inputs(3, 4, dtype=torch.bfloat16)
+    assert linear(**half, backend=backend).dtype == torch.bfloat16
+    full = make_inputs(3, 4)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert linear(**full, backend=backend).dtype == torch.bfloat16
+
+
+@on_backends('cpu')
+@pytest.mark.parametrize('shape', [(2, 197, 384), (1, 1025, 96), (2, 3, 20)])
+def test_same_bits_at_any_number_of_threads(backend, shape):
+    inputs = make_inputs(*shape, outputs=56)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7, 1):
+            torch.set_num_threads(threads)
+            y = linear(**inputs, backend=backend)
+            results.append([y, *gradients((y,), inputs).values()])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+@backends
+def test_compile_fullgraph(backend):
+    inputs = make_inputs(2, 5, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend='aot_eager')
+    got, want = (f(**inputs, backend=backend) for f in (compiled, linear))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradients((got,), inputs), gradients((want,), inputs))
+
+
+def test_opcheck():
+    opcheck(_forward_op, tuple(make_inputs(2, 5, 8).values()))
+
+
+def test_without_onednn(monkeypatch):
+    x, weight = (t.detach() for t in make_inputs(2, 5, 8).values())
+    monkeypatch.setattr('mmvssm.ops.linear.product._has_onednn', lambda: False)
+    assert torch.equal(product(x, weight), F.linear(x, weight))
