@@ -8,8 +8,9 @@ from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmvssm.ops import direct, selective_scan, ss2d_scan
+from mmvssm.ops import add_rms_norm, direct, linear, selective_scan, ss2d_scan
 
+from . import bidirectional_inputs
 from .backends_under_test import FAST_BACKENDS, on_backends
 from .scan_inputs import scan_inputs, ss2d_inputs
 
@@ -53,6 +54,30 @@ def test_same_bits(op, backend):
         got = run(**inputs, backend=backend)
         with Watch() as watch:
             watched = run(**inputs, backend=backend)
+    assert torch.equal(got, want) and torch.equal(watched, want)
+    assert any('mmvssm' in str(func) for func in watch.seen)
+
+
+@on_backends('cpu')
+@pytest.mark.parametrize('op', ['bidirectional_scan', 'add_rms_norm', 'linear'])
+def test_same_bits_around_projections(op, backend):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 40, 24, generator=generator).requires_grad_()
+    weight = torch.randn(24, generator=generator)
+    inputs = bidirectional_inputs.make_inputs(2, 20, 70, 3, 2, 4, dtype=torch.float32)
+    run = {
+        'bidirectional_scan': lambda: bidirectional_inputs.call(
+            inputs, backend=backend
+        ),
+        'add_rms_norm': lambda: add_rms_norm(x, weight, x, backend=backend)[0],
+        'linear': lambda: linear(x, weight.expand(5, 24), backend=backend),
+    }[op]
+    want = run()
+    assert want.requires_grad
+    with torch.no_grad():
+        got = run()
+        with Watch() as watch:
+            watched = run()
     assert torch.equal(got, want) and torch.equal(watched, want)
     assert any('mmvssm' in str(func) for func in watch.seen)
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mmvssm.ops import direct
 from mmvssm.ops.add_norm import cpu_backend
 
 _IMPLEMENTATIONS = {'cpu': cpu_backend}
@@ -29,7 +30,12 @@ def add_rms_norm_fused(
     x = x.reshape(-1, shape[-1])
     if residual is not None:
         residual = residual.reshape(-1, shape[-1])
-    out, total = _forward_op(x, weight.float(), residual, eps, residual_dtype, backend)
+    inputs = (x, weight.float(), residual)
+    if direct.possible(*inputs):
+        forward = _IMPLEMENTATIONS[backend].forward
+        out, total = forward(*inputs, eps, residual_dtype)
+    else:
+        out, total = _forward_op(*inputs, eps, residual_dtype, backend)
     return out.view(shape), total.view(shape)
 
 

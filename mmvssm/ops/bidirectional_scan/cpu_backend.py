@@ -41,13 +41,14 @@ def forward(
     weights: Sequence[Direction],
     average: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor, bool]:
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None, bool]:
     """See :func:`mmvssm.ops.bidirectional_scan`; weights are contiguous.
 
     Returns:
         The output (B, L, D), the sum of the two scans before the gate, the
-        projections (B, L, R + 2N) of each direction, the states before the
-        tiles of each direction, and whether there is NaN.
+        projections (B, L, R + 2N) of each direction, with ``keep_states`` the
+        states before the tiles of each direction, and whether there is NaN.
     """
     batch, length, channels = x.shape
     states = weights[0].A.shape[1]
@@ -55,7 +56,9 @@ def forward(
     projected = [_project(u, w) for u, w in zip(us, weights)]
     ys = [x.new_empty(x.shape, dtype=torch.float32) for _ in weights]
     last = ys[0].new_empty(2, batch, channels, states)
-    saved = ys[0].new_empty(saved_shape(batch, length, states, channels))
+    saved = None
+    if keep_states:
+        saved = ys[0].new_empty(saved_shape(batch, length, states, channels))
     deltas = [_step_sizes(p, w) for p, w in zip(projected, weights)]
     problem = ScanPair()
     for i, view in enumerate(_VIEWS):
@@ -63,7 +66,7 @@ def forward(
             **_scan_inputs(view, us[i], deltas[i], projected[i], weights[i]),
             out=view(ys[i].mT),
             last_state=pointer(last[i]),
-            saved=pointer(saved[i]),
+            saved=pointer(saved[i]) if keep_states else None,
         )
     has_nan = library.call('pair_forward', problem)
     out = x.new_empty(x.shape, dtype=out_dtype)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvssm.ops import autocast, checks
+from mmvssm.ops import autocast, checks, direct
 from mmvssm.ops.bidirectional_scan import cpu_backend
 from mmvssm.ops.bidirectional_scan.direction import Direction
 
@@ -48,7 +48,31 @@ def bidirectional_scan_fused(
     ]
     if z.dtype not in _IMPLEMENTATIONS[backend].DTYPES:
         z = z.float()
-    return _forward_op(x.mT, z.mT, weights, average, out_dtype, backend)[0].mT
+    x, z = x.mT, z.mT
+    if direct.possible(x, z, *weights):
+        out, *_ = _forward(x, z, weights, average, out_dtype, backend, False)
+    else:
+        out, *_ = _forward_op(x, z, weights, average, out_dtype, backend)
+    return out.mT
+
+
+def _forward(
+    x: Tensor,
+    z: Tensor,
+    weights: Sequence[Tensor],
+    average: bool,
+    out_dtype: torch.dtype,
+    backend: str,
+    keep_states: bool,
+) -> tuple[Tensor | None, ...]:
+    """The output and what backward needs, its states only if asked for."""
+    with autocast.disabled(x):
+        out, y, projected, saved, has_nan = _IMPLEMENTATIONS[backend].forward(
+            x, z, _directions(weights), average, out_dtype, keep_states
+        )
+    if has_nan:
+        checks.refuse_nan('bidirectional_scan', _by_name(x, z, weights))
+    return out, y, *projected, saved
 
 
 def _as_kernels_read(weights: Direction, taps: int, dtype: torch.dtype) -> Direction:
@@ -84,13 +108,7 @@ def _forward_op(
     out_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with autocast.disabled(x):
-        out, y, projected, saved, has_nan = _IMPLEMENTATIONS[backend].forward(
-            x, z, _directions(weights), average, out_dtype
-        )
-    if has_nan:
-        checks.refuse_nan('bidirectional_scan', _by_name(x, z, weights))
-    return out, y, *projected, saved
+    return _forward(x, z, weights, average, out_dtype, backend, keep_states=True)
 
 
 @_forward_op.register_fake

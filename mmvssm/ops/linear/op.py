@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvssm.ops import autocast
+from mmvssm.ops import autocast, direct
 from mmvssm.ops.backends import choose_backend
 from mmvssm.ops.linear.product import product
 
@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
         and not autocast.is_enabled(x)
         and choose_backend(x.device.type, x.dtype, backend) == 'cpu'
     ):
-        return _forward_op(x, weight)
+        return (product if direct.possible(x, weight) else _forward_op)(x, weight)
     return F.linear(x, weight)
 
 
