@@ -49,7 +49,7 @@ class BidirectionalMamba(nn.Module):
         for suffix, decay in (('', 'A_log'), ('_b', 'A_b_log')):
             self.register_parameter(decay, nn.Parameter(states.clone()))
             self.register_parameter(f'D{suffix}', nn.Parameter(torch.ones(inner)))
-        self.in_proj = Linear(channels, 2 * inner)
+        self.in_proj = Linear(channels, 2 * inner, bias=False)
         for suffix in ('', '_b'):
             conv = nn.Conv1d(inner, inner, d_conv, groups=inner)
             x_proj = nn.Linear(inner, dt_rank + 2 * d_state, bias=False)
@@ -58,7 +58,7 @@ class BidirectionalMamba(nn.Module):
             self.add_module(f'conv1d{suffix}', conv)
             self.add_module(f'x_proj{suffix}', x_proj)
             self.add_module(f'dt_proj{suffix}', dt_proj)
-        self.out_proj = Linear(inner, channels)
+        self.out_proj = Linear(inner, channels, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Sequence (B, L, C) -> sequence (B, L, C)."""

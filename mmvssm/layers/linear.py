@@ -1,4 +1,4 @@
-"""A linear layer without bias."""
+"""A linear layer."""
 
 import torch
 from torch import nn
@@ -7,15 +7,7 @@ from mmvssm.ops import linear
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without bias, by :func:`mmvssm.ops.linear`.
-
-    Args:
-        in_features: Size of the last axis of the input.
-        out_features: Of the output.
-    """
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    """``nn.Linear`` by :func:`mmvssm.ops.linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.bias)

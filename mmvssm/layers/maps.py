@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmvssm.layers.linear import Linear
+
 
 class LayerNorm2d(nn.LayerNorm):
     """Layer normalisation over the channels of a (B, C, H, W) map."""
@@ -18,7 +20,7 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class Linear2d(nn.Linear):
+class Linear2d(Linear):
     """A 1x1 convolution of a (B, C, H, W) map with the parameters of a linear.
 
     ``weight`` is 2-d (C_out, C_in). The 4-d weight (C_out, C_in, 1, 1) of a

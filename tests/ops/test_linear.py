@@ -15,18 +15,21 @@ from .scan_inputs import as_double, gradients, relative_error
 backends = on_backends(*BACKENDS)
 
 
-def make_inputs(*shape, outputs=24, dtype=torch.float32):
+def make_inputs(*shape, outputs=24, dtype=torch.float32, bias=True):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator)
     weight = torch.randn(outputs, shape[-1], generator=generator)
     inputs = dict(x=x, weight=weight)
+    if bias:
+        inputs['bias'] = torch.randn(outputs, generator=generator)
     return {name: t.to(dtype).requires_grad_() for name, t in inputs.items()}
 
 
 @backends
+@pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('shape', [(2, 5, 24), (7, 1), (9,), (3, 0, 4), (1, 1, 1, 17)])
-def test_matches_torch(backend, shape):
-    inputs = make_inputs(*shape)
+def test_matches_torch(backend, shape, bias):
+    inputs = make_inputs(*shape, bias=bias)
     double = as_double(inputs)
     got, want = linear(**inputs, backend=backend), F.linear(*double.values())
     assert got.shape == want.shape and got.dtype == torch.float32
@@ -54,7 +57,7 @@ def test_any_strides(view):
 
 @on_backends('cpu')
 def test_only_gradients_that_are_needed(backend):
-    for name in ('x', 'weight'):
+    for name in ('x', 'weight', 'bias'):
         inputs = make_inputs(3, 4)
         inputs[name].requires_grad_(False)
         linear(**inputs, backend=backend).sum().backward()
@@ -102,7 +105,7 @@ def test_opcheck():
 
 
 def test_without_onednn(monkeypatch):
-    x, weight = (t.detach() for t in make_inputs(2, 5, 8).values())
+    inputs = [t.detach() for t in make_inputs(2, 5, 8).values()]
     module = sys.modules[product.__module__]
     monkeypatch.setattr(module, '_has_onednn', lambda: False)
-    assert torch.equal(product(x, weight), F.linear(x, weight))
+    assert torch.equal(product(*inputs), F.linear(*inputs))

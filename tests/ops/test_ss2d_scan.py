@@ -116,7 +116,7 @@ def test_opcheck(backend):
     x, *weights = ss2d_inputs(2, 20, 5, 9, 2, 3, dtype=torch.float32).values()
     x_proj_weight, dt_weight, dt_bias, A, Ds = (w.detach() for w in weights)
     maps = x.detach().permute(0, 2, 3, 1).contiguous()
-    projected = fused.project_map(maps, x_proj_weight)
+    projected = fused.project_map(maps, x_proj_weight, backend)
     arguments = (maps, projected, dt_weight, dt_bias, A, Ds)
     arguments = [t.requires_grad_() for t in arguments]
     opcheck(fused._forward_op, (*arguments, backend))

@@ -1,4 +1,4 @@
-"""A linear layer without bias around the scans."""
+"""A linear layer, the other half of the time that these models take."""
 
 import torch
 import torch.nn.functional as F
@@ -9,58 +9,77 @@ from mmvssm.ops.backends import choose_backend
 from mmvssm.ops.linear.product import product
 
 
-def linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
-    """x weightᵀ, by the faster of torch's two libraries on the CPU.
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """x weightᵀ + bias, by the faster of torch's two libraries on the CPU.
 
     Args:
         x: (..., K).
         weight: (N, K), of x's dtype outside autocast.
+        bias: (N,), of x's dtype outside autocast.
         backend: See :func:`mmvssm.ops.selective_scan`; ``cpu`` takes oneDNN
             for float32, all others are ``torch.nn.functional.linear``.
 
     Returns:
         (..., N).
     """
+    inputs = (x, weight, bias)
     if (
-        x.dtype == weight.dtype == torch.float32
+        all(t is None or t.dtype == torch.float32 for t in inputs)
         and x.ndim > 1
         and not autocast.is_enabled(x)
         and choose_backend(x.device.type, x.dtype, backend) == 'cpu'
     ):
-        return (product if direct.possible(x, weight) else _forward_op)(x, weight)
-    return F.linear(x, weight)
+        return (product if direct.possible(*inputs) else _forward_op)(*inputs)
+    return F.linear(x, weight, bias)
 
 
 @torch.library.custom_op('mmvssm::linear', mutates_args=())
-def _forward_op(x: Tensor, weight: Tensor) -> Tensor:
-    return product(x, weight)
+def _forward_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return product(x, weight, bias)
 
 
 @_forward_op.register_fake
-def _(x, weight):
+def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op('mmvssm::linear_backward', mutates_args=())
 def _backward_op(
-    grad: Tensor, x: Tensor, weight: Tensor, for_x: bool, for_weight: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    for_x: bool,
+    for_weight: bool,
+    for_bias: bool,
 ) -> list[Tensor]:
-    grads = []
+    grads, rows = [], grad.flatten(0, -2)
     if for_x:
         grads.append(product(grad, weight.t()))
     if for_weight:
-        grads.append(product(grad.flatten(0, -2).t(), x.flatten(0, -2).t()))
+        grads.append(product(rows.t(), x.flatten(0, -2).t()))
+    if for_bias:
+        grads.append(rows.sum(0))
     return grads
 
 
 @_backward_op.register_fake
-def _(grad, x, weight, for_x, for_weight):
-    inputs = ((x, for_x), (weight, for_weight))
-    return [t.new_empty(t.shape) for t, needed in inputs if needed]
+def _(grad, x, weight, for_x, for_weight, for_bias):
+    shapes = (
+        (x.shape, for_x),
+        (weight.shape, for_weight),
+        (weight.shape[:1], for_bias),
+    )
+    return [x.new_empty(shape) for shape, needed in shapes if needed]
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:2])
 
 
 def _backward(ctx, grad):

@@ -10,20 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x weightᵀ without gradients.
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightᵀ + bias without gradients.
 
     Args:
         x: (..., K), any strides.
         weight: (N, K) of the same dtype, any strides.
+        bias: (N,) of the same dtype.
 
     Returns:
         (..., N), contiguous.
     """
     if x.dtype != torch.float32 or not _has_onednn() or not x.numel():
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(
-        _dense(x), _dense(weight), None, 'none', [], ''
+        _dense(x), _dense(weight), bias, 'none', [], ''
     )
 
 

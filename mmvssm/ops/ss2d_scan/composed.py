@@ -16,14 +16,14 @@ def ss2d_scan_composed(
     dt_projs_bias: Tensor,
     A: Tensor,
     Ds: Tensor,
-    backend: str | None,
+    backend: str,
 ) -> Tensor:
     """See :func:`mmvssm.ops.ss2d_scan`; ``backend`` is that of the scan."""
     batch, channels, height, width = x.shape
     rank, states = dt_projs_weight.shape[2], A.shape[1]
 
     # The projections are smaller than x: they are what is read along the routes.
-    projected = project_map(x.permute(0, 2, 3, 1), x_proj_weight)
+    projected = project_map(x.permute(0, 2, 3, 1), x_proj_weight, backend)
     projected = projected.unflatten(-1, (NUM_ROUTES, -1))
     sequences = take_routes(projected.unbind(3))  # (B, L, 4, R + 2N)
     dt, B, C = sequences.split((rank, states, states), dim=-1)

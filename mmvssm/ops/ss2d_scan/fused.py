@@ -33,7 +33,7 @@ def ss2d_scan_fused(
 ) -> Tensor:
     """See :func:`mmvssm.ops.ss2d_scan`."""
     maps = x.permute(0, 2, 3, 1)
-    projected = project_map(maps, x_proj_weight)
+    projected = project_map(maps, x_proj_weight, backend)
     out_dtype = torch.float32 if autocast.is_enabled(x) else x.dtype
     inputs = (
         maps.float().contiguous(),

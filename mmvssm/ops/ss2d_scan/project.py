@@ -3,8 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmvssm.ops.linear import linear
 
-def project_map(x: Tensor, x_proj_weight: Tensor) -> Tensor:
+
+def project_map(x: Tensor, x_proj_weight: Tensor, backend: str) -> Tensor:
     """Project every position for every route.
 
     A position's projections do not depend on the route that leads to it, so one
@@ -13,11 +15,14 @@ def project_map(x: Tensor, x_proj_weight: Tensor) -> Tensor:
     Args:
         x: Map (B, H, W, C).
         x_proj_weight: (4, M, C).
+        backend: Of the scan, see :func:`mmvssm.ops.linear`.
 
     Returns:
-        (B, H, W, 4 M), a view with some more columns in memory.
+        (B, H, W, 4 M), perhaps a view with some more columns in memory.
     """
     weight = x_proj_weight.flatten(0, 1)
+    if backend == 'cpu':
+        return linear(x, weight, backend=backend)
     columns = weight.shape[0]
     # The product may give each thread some of the columns. Whole vectors of 16
     # keep the bits the same at any number of threads.
