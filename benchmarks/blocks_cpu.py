@@ -247,7 +247,8 @@ def main(args: argparse.Namespace) -> None:
         keeps_freed_memory=keep_freed_memory(),
         load_average_before=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
     )
-    effort = Effort(rounds=2, turn=1e-4, limit=0.1) if args.quick else Effort()
+    quick = Effort(rounds=2, turn=1e-4, limit=0.1)
+    effort = quick if args.quick else Effort(limit=1.0)
     before, rows = torch.get_num_threads(), []
     for threads in args.threads:
         torch.set_num_threads(threads)
