@@ -1,4 +1,4 @@
-"""Two-dimensional rotary position embedding (arXiv 2104.09864) as in Vim."""
+"""Two-dimensional rotary position embeddings (arXiv 2104.09864), as tables."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def rotary_angles(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Angles by which pairs of channels turn.
+    """Angles by which pairs of channels turn, as in Vim.
 
     The first half of the channels turns with the row, the second one with the
     column. A position is counted in patches of the grid of pre-training, over
@@ -30,6 +30,31 @@ def rotary_angles(
     Returns:
         (height * width, C / 2), one angle for two neighbouring channels.
     """
+    return _angles(height, width, channels, grid).to(device, dtype)
+
+
+@cached_table
+def rotary_tables(
+    height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Cosine and sine of the angles by which pairs of channels turn, as in MLLA.
+
+    The angles are those of :func:`rotary_angles`, except that a position is
+    the number of its row and column in the map at hand.
+
+    Args:
+        height, width: Size of the map.
+        channels: C, a multiple of 4.
+        device, dtype: Of the result.
+
+    Returns:
+        (2, height * width, C / 2), for :func:`mmvssm.ops.linear_attention`.
+    """
+    angles = _angles(height, width, channels, (height, width))
+    return torch.stack((angles.cos(), angles.sin())).to(device, dtype)
+
+
+def _angles(height: int, width: int, channels: int, grid: tuple[int, int]) -> Tensor:
     # On the CPU in float64: some devices do not have it.
     half = channels // 2
     exponents = torch.arange(0, half, 2, dtype=torch.float64) / half
@@ -40,20 +65,4 @@ def rotary_angles(
     )
     rows = rows[:, None].expand(-1, width, -1)
     columns = columns[None].expand(height, -1, -1)
-    angles = torch.cat((rows, columns), dim=-1).flatten(0, 1)
-    return angles.to(device, dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs of neighbouring channels.
-
-    Args:
-        x: (B, L, C).
-        cos, sin: Cosine and sine of the angles, (L, C / 2) or (1, L, C / 2).
-
-    Returns:
-        Of x's shape and dtype, computed in the dtype of the angles.
-    """
-    a, b = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    return torch.cat((rows, columns), dim=-1).flatten(0, 1)

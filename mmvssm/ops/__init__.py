@@ -12,6 +12,7 @@ from .backends import (
 from .bidirectional_scan import Direction, bidirectional_scan
 from .cross_scan import cross_merge, cross_scan
 from .linear import linear
+from .linear_attention import linear_attention
 from .selective_scan import selective_scan
 from .ss2d_scan import ss2d_scan
 
@@ -26,6 +27,7 @@ __all__ = [
     'cross_merge',
     'cross_scan',
     'linear',
+    'linear_attention',
     'list_backends',
     'selective_scan',
     'ss2d_scan',

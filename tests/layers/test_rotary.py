@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mmvssm.layers import rotary_angles, rotate
+from mmvssm.layers import rotary_angles, rotary_tables, rotate
 
 LIKE = torch.zeros(1, dtype=torch.float64)
 
@@ -56,3 +56,30 @@ def test_angles_are_made_once_a_size():
     first = rotary_angles(3, 5, 8, (14, 14), like=LIKE)
     assert rotary_angles(3, 5, 8, (14, 14), like=LIKE) is first
     assert rotary_angles(5, 3, 8, (14, 14), like=LIKE) is not first
+
+
+def test_tables_count_positions():
+    tables = rotary_tables(2, 4, 8, like=LIKE).unflatten(1, (2, 4))
+    for row in range(2):
+        for column in range(4):
+            want = [row, row / 100, column, column / 100]
+            cos, sin = tables[:, row, column].tolist()
+            assert cos == pytest.approx([math.cos(angle) for angle in want])
+            assert sin == pytest.approx([math.sin(angle) for angle in want])
+
+
+def test_tables_of_a_long_map_are_exact():
+    tables = rotary_tables(1, 4000, 8, like=LIKE.float())
+    assert tables.dtype == torch.float32
+    position = torch.arange(4000, dtype=torch.float64)
+    want = torch.stack((position.cos(), position.sin()))
+    assert (tables[:, :, 2] - want).abs().max() < 1e-7
+
+
+def test_tables_are_made_once_a_size():
+    rotary_tables.cache_clear()
+    first = rotary_tables(3, 5, 8, like=LIKE)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert rotary_tables(3, 5, 8, like=LIKE) is first
+    assert rotary_tables(5, 3, 8, like=LIKE) is not first
+    assert rotary_tables(3, 5, 8, like=LIKE.bfloat16()).dtype == torch.float32

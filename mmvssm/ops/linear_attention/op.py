@@ -1,0 +1,116 @@
+"""Attention without the softmax, in time linear in the length."""
+
+import torch
+from torch import Tensor
+
+from mmvssm.ops import autocast
+from mmvssm.ops.backends import choose_backend
+from mmvssm.ops.linear_attention.linear import linear_attention_linear
+from mmvssm.ops.linear_attention.reference import linear_attention_reference
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int = 1,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    *,
+    normalise: bool = True,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Attend to all positions at once (arXiv 2006.16236, as in arXiv 2405.16605).
+
+    With :math:`\phi(x) = \mathrm{elu}(x) + 1` and the rotation :math:`R_i` of
+    position i, in each head
+
+    .. math::
+        y_i = \frac{\frac{1}{L} \sum_j
+                    \langle R_i \phi(q_i), R_j \phi(k_j) \rangle \, v_j}
+                   {\langle \phi(q_i), \frac{1}{L} \sum_j \phi(k_j) \rangle
+                    + \epsilon}.
+
+    The normaliser has no rotation: with one it could come to zero. Sums over
+    j that do not depend on i are taken once, so neither time nor memory grows
+    faster than L.
+
+    Args:
+        q: Queries before :math:`\phi` (B, L, C), any strides, float32,
+            bfloat16, float16 or float64.
+        k: Keys before :math:`\phi`, of q's shape.
+        v: Values (B, L, C'); neither C' nor the dtype need be those of q.
+        heads: Number of heads, which have C / heads and C' / heads
+            neighbouring channels each.
+        rotary: Cosine and sine (L, C / 2) of the angles by which pairs of
+            neighbouring channels turn; see
+            :func:`mmvssm.layers.rotary_tables`. They get no gradient.
+        normalise: Divide by the normaliser. Without it y is the numerator,
+            still a mean over j.
+        eps: :math:`\epsilon`.
+        backend: ``'reference'``, the definition by the L x L matrix of
+            weights, or any other of :func:`mmvssm.ops.list_backends`: all of
+            them take the same tensor code. See
+            :func:`mmvssm.ops.selective_scan`.
+
+    Returns:
+        (B, L, C') in v's dtype, under autocast in float32. Everything is
+        computed in float32 (float64 for a float64 input).
+
+    Raises:
+        TypeError: q, k or v is not floating-point.
+        ValueError: A shape does not fit.
+    """
+    _check(q, k, v, heads, rotary)
+    name = choose_backend(v.device.type, v.dtype, backend)
+    reference = name == 'reference'
+    compute = linear_attention_reference if reference else linear_attention_linear
+    dtype = torch.float32
+    for x in (q, k, v):
+        dtype = torch.promote_types(dtype, x.dtype)
+    out_dtype = dtype if autocast.is_enabled(v) else v.dtype
+    if rotary is not None:
+        rotary = tuple(table.to(dtype) for table in rotary)
+    with autocast.disabled(v):
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        y = compute(q, k, v, heads, rotary, normalise, eps)
+    return y.to(out_dtype)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> None:
+    if not all(x.is_floating_point() for x in (q, k, v)):
+        raise TypeError(
+            f'linear_attention: q, k and v must be floating-point, got {q.dtype}, '
+            f'{k.dtype} and {v.dtype}'
+        )
+    if q.ndim != 3 or q.numel() == 0 or k.shape != q.shape:
+        raise ValueError(
+            f'linear_attention: q and k must have one shape (batch, length, '
+            f'channels) with no empty side, got {tuple(q.shape)} and {tuple(k.shape)}'
+        )
+    if v.ndim != 3 or v.numel() == 0 or v.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f'linear_attention: v must be (batch, length, channels) with the batch '
+            f'and length of q {tuple(q.shape)}, got {tuple(v.shape)}'
+        )
+    _, length, channels = q.shape
+    if heads < 1 or channels % heads or v.shape[2] % heads:
+        raise ValueError(
+            f'linear_attention: heads must divide the channels of q and v, '
+            f'{channels} and {v.shape[2]}, got {heads}'
+        )
+    if rotary is None:
+        return
+    shapes = [tuple(table.shape) for table in rotary]
+    if channels // heads % 2 or shapes != [(length, channels // 2)] * 2:
+        raise ValueError(
+            f'linear_attention: rotary must be two tables (length, channels / 2) '
+            f'= ({length}, {channels / 2:g}), with whole pairs of channels in each '
+            f'of the {heads} heads, got {shapes}'
+        )
