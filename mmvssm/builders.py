@@ -10,6 +10,8 @@ from torch import nn
 
 from mmvssm.backbones.mambar import ARCH_ZOO as MAMBAR_ARCHS
 from mmvssm.backbones.mambar import MambaR
+from mmvssm.backbones.mlla import ARCH_ZOO as MLLA_ARCHS
+from mmvssm.backbones.mlla import MLLA
 from mmvssm.backbones.vim import ARCH_ZOO as VIM_ARCHS
 from mmvssm.backbones.vim import Vim
 from mmvssm.backbones.vssm import ARCH_ZOO as VSSM_ARCHS
@@ -35,7 +37,7 @@ class _Family:
     classifier_kwargs: dict
 
 
-def _map_head(backbone: VSSM, arch: str, num_classes: int) -> nn.Module:
+def _map_head(backbone: VSSM | MLLA, arch: str, num_classes: int) -> nn.Module:
     return ClassificationHead(backbone.out_channels[-1], num_classes)
 
 
@@ -62,6 +64,9 @@ _FAMILIES = {
         Vim, VIM_ARCHS, _class_token_head, dict(classification=True, cls_token='middle')
     ),
     'mambar': _Family(MambaR, MAMBAR_ARCHS, _register_head, dict(classification=True)),
+    'mlla': _Family(
+        MLLA, MLLA_ARCHS, _map_head, dict(out_indices=(3,), out_norm=False)
+    ),
 }
 _MODELS = {
     f'{name}_{arch}': (family, arch)

@@ -26,6 +26,9 @@ PUBLISHED = {
     'mambar_s': (27_801_064, None),
     'mambar_b': (99_301_096, None),
     'mambar_l': (341_222_376, None),
+    'mlla_t': (24_392_200, 23_880_096),
+    'mlla_s': (43_015_048, 42_502_944),
+    'mlla_b': (95_983_960, 95_216_304),
 }
 
 
@@ -91,7 +94,11 @@ def output_shapes(net, image_shape):
             name: torch.empty(p.shape, requires_grad=True)
             for name, p in net.named_parameters()
         }
-        outputs = functional_call(net, weights, (torch.empty(image_shape),))
+        buffers = {
+            name: torch.empty(b.shape, dtype=b.dtype) for name, b in net.named_buffers()
+        }
+        image = torch.empty(image_shape)
+        outputs = functional_call(net, weights | buffers, (image,))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.grad(sum(x.sum() for x in outputs), list(weights.values()))
     return [tuple(x.shape) for x in outputs]
@@ -106,14 +113,16 @@ def test_every_backbone(name):
     with torch.device('meta'):
         net = mmvssm.build_backbone(name)
     sizes = [(2, c, 64 // s, 96 // s) for c, s in zip(net.out_channels, (4, 8, 16, 32))]
-    if not name.startswith('vmamba'):
+    if not name.startswith(('vmamba', 'mlla')):
         grid = (7, 11) if name.endswith('stride8') else (4, 6)
         sizes = [(2, c, *grid) for c in net.out_channels]
     assert len(sizes) == 4
     assert output_shapes(net, (2, 3, 64, 96)) == sizes
 
 
-@pytest.mark.parametrize('name', ['vmamba_t_v0', 'vim_t', 'mambar_t', 'mambar_s'])
+@pytest.mark.parametrize(
+    'name', ['vmamba_t_v0', 'vim_t', 'mambar_t', 'mambar_s', 'mlla_t']
+)
 def test_every_parameter_of_a_classifier_gets_a_gradient(name):
     with torch.device('meta'):
         net = mmvssm.build_classifier(name, num_classes=7)

@@ -11,14 +11,13 @@ therefore runs through the same code as the later variants.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from mmvssm.backbones.base import Backbone
+from mmvssm.backbones.staged import StagedBackbone, resolve_arch
 from mmvssm.layers import DropPath, LayerNorm2d, Linear2d, Mlp2d
 from mmvssm.ops import ss2d_scan
 from mmvssm.registry import MODELS
@@ -39,6 +38,7 @@ _V2 = dict(
     patchembed_version='v2',
     downsample_version='v3',
 )
+_DEFAULTS = dict(_V2, drop_path_rate=0.2)
 _CHOICES = dict(
     forward_type=('v0', 'v05_noz'),
     patchembed_version=('v1', 'v2'),
@@ -241,32 +241,8 @@ def _downsample(version: str, channels: int, out_channels: int) -> nn.Module:
     )
 
 
-class VSSStage(nn.Module):
-    """Blocks of one resolution and the downsampling behind them.
-
-    Returns the map before and the map after downsampling; they are the same
-    where ``downsample`` is the identity.
-    """
-
-    def __init__(
-        self, blocks: Sequence[VSSBlock], downsample: nn.Module, with_cp: bool = False
-    ):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-        self.with_cp = with_cp
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        for block in self.blocks:
-            if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x, self.downsample(x)
-
-
 @MODELS.register_module()
-class VSSM(Backbone):
+class VSSM(StagedBackbone):
     """VMamba backbone.
 
     Args:
@@ -323,168 +299,35 @@ class VSSM(Backbone):
         out_norm: bool = True,
         init_cfg: dict | list[dict] | None = None,
     ):
-        super().__init__(init_cfg)
-        arch = _resolve_arch(arch)
-        depths, dims = arch['depths'], arch['dims']
+        arch = resolve_arch(arch, ARCH_ZOO, 'VSSM', _DEFAULTS, _CHOICES)
+        dims = arch['dims']
         if drop_path_rate is None:
             drop_path_rate = arch['drop_path_rate']
-        self.out_indices = _checked_indices(out_indices, len(depths))
-        self.num_stages = self.out_indices[-1] + 1
-        if not -1 <= frozen_stages <= self.num_stages:
-            raise ValueError(
-                f'frozen_stages must be between -1 (nothing) and '
-                f'{self.num_stages} (all stages built), got {frozen_stages}'
-            )
-        self.in_channels = in_channels
-        self.frozen_stages = frozen_stages
-        self.out_channels = tuple(dims * 2**i for i in self.out_indices)
-        # The unpadded 4x4 convolution of v1 needs a whole patch.
-        self.min_size = 4 if arch['patchembed_version'] == 'v1' else 1
 
-        self.patch_embed = _patch_embed(arch['patchembed_version'], in_channels, dims)
-        rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
-        self.layers = nn.ModuleList()
-        for i in range(self.num_stages):
-            channels = dims * 2**i
-            blocks = [
-                VSSBlock(
-                    channels,
-                    arch['ssm_d_state'],
-                    arch['ssm_ratio'],
-                    arch['forward_type'] == 'v0',
-                    arch['mlp_ratio'],
-                    next(rates),
-                )
-                for _ in range(depths[i])
-            ]
-            downsample = (
-                nn.Identity()
-                if i + 1 == self.num_stages
-                else _downsample(arch['downsample_version'], channels, 2 * channels)
-            )
-            self.layers.append(VSSStage(blocks, downsample, with_cp))
-        for i, channels in zip(self.out_indices, self.out_channels, strict=True):
-            self.add_module(
-                f'outnorm{i}', LayerNorm2d(channels) if out_norm else nn.Identity()
-            )
-        self.apply(init_linear)
-        self._freeze()
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Compute the maps of ``out_indices``.
-
-        Args:
-            x: Image (B, in_channels, H, W), any H and W.
-
-        Returns:
-            One (B, C, H', W') map a stage of ``out_indices``, contiguous.
-            Sizes are rounded up at each halving, but for the patch embedding
-            of v0, which drops rows and columns that do not fill a patch.
-        """
-        self._check_input(x)
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
-        outs = []
-        for i, stage in enumerate(self.layers):
-            out, x = stage(x)
-            if i in self.out_indices:
-                # Heads may hand the memory to compiled ops that take NCHW
-                # strides for granted.
-                out = getattr(self, f'outnorm{i}')(out)
-                outs.append(out.contiguous())
-        return tuple(outs)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that take no weight decay.
-
-        This is the rule of the published classification recipe: 1-d
-        parameters and biases are exempt, ``A_logs``, ``dt_projs_bias`` and
-        ``dt_projs_weight`` are not. The published segmentation and detection
-        recipes have another rule, ``paramwise_cfg=dict(custom_keys={'norm':
-        dict(decay_mult=0.)})``, which exempts names that contain ``norm``.
-        """
-        return {
-            name
-            for name, parameter in self.named_parameters()
-            if parameter.ndim == 1 or name.endswith('.bias')
-        }
-
-    def train(self, mode: bool = True) -> 'VSSM':
-        """Set the mode of all but the frozen stages."""
-        super().train(mode)
-        self._freeze()
-        return self
-
-    def _freeze(self) -> None:
-        if self.frozen_stages < 0:
-            return
-        for module in (self.patch_embed, *self.layers[: self.frozen_stages]):
-            module.eval().requires_grad_(False)
-
-    def _check_input(self, x: torch.Tensor) -> None:
-        size = self.min_size
-        if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < size:
-            raise ValueError(
-                f'VSSM takes images (B, {self.in_channels}, H, W) of at least '
-                f'{size}x{size} pixels, got a tensor of shape '
-                f'{tuple(x.shape)}'
+        def block(stage: int, channels: int, drop_path: float) -> VSSBlock:
+            return VSSBlock(
+                channels,
+                arch['ssm_d_state'],
+                arch['ssm_ratio'],
+                arch['forward_type'] == 'v0',
+                arch['mlp_ratio'],
+                drop_path,
             )
 
-
-def init_linear(module: nn.Module) -> None:
-    """Initialise a linear layer as published; for ``nn.Module.apply``."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def _resolve_arch(arch: str | dict) -> dict:
-    if isinstance(arch, str):
-        if arch not in ARCH_ZOO:
-            raise ValueError(
-                f"unknown arch '{arch}' of VSSM; take one of "
-                f'{sorted(ARCH_ZOO)} or a dict with depths and dims'
-            )
-        return ARCH_ZOO[arch]
-    unknown = sorted(set(arch) - set(ARCH_ZOO['t_s1l8']))
-    missing = [key for key in ('depths', 'dims') if key not in arch]
-    if unknown or missing:
-        raise ValueError(
-            f'arch of VSSM: missing keys {missing}, unknown keys {unknown}; '
-            f'known are {sorted(ARCH_ZOO["t_s1l8"])}'
+        super().__init__(
+            _patch_embed(arch['patchembed_version'], in_channels, dims),
+            block,
+            partial(_downsample, arch['downsample_version']),
+            depths=arch['depths'],
+            dims=dims,
+            norm_name='outnorm',
+            # The unpadded 4x4 convolution of v1 needs a whole patch.
+            min_size=4 if arch['patchembed_version'] == 'v1' else 1,
+            in_channels=in_channels,
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            drop_path_rate=drop_path_rate,
+            out_norm=out_norm,
+            init_cfg=init_cfg,
         )
-    arch = {**_V2, 'drop_path_rate': 0.2, **arch}
-    depths = arch['depths']
-    if not isinstance(depths, Sequence) or not all(
-        isinstance(depth, int) and depth > 0 for depth in depths
-    ):
-        raise ValueError(
-            f'arch of VSSM: depths is the number of blocks of each stage, such as '
-            f'(2, 2, 8, 2), got {depths!r}'
-        )
-    if not isinstance(arch['dims'], int):
-        raise ValueError(
-            f'arch of VSSM: dims is the number of channels of the first stage, '
-            f'doubled from stage to stage, got {arch["dims"]!r}'
-        )
-    for key, choices in _CHOICES.items():
-        if arch[key] not in choices:
-            raise ValueError(
-                f'arch of VSSM: {key} must be one of {choices}, got {arch[key]!r}'
-            )
-    return arch
-
-
-def _checked_indices(indices: Sequence[int], stages: int) -> tuple[int, ...]:
-    indices = tuple(indices)
-    if (
-        not indices
-        or sorted(set(indices)) != list(indices)
-        or indices[0] < 0
-        or indices[-1] >= stages
-    ):
-        raise ValueError(
-            f'out_indices must be increasing stage numbers out of '
-            f'{tuple(range(stages))}, got {indices}'
-        )
-    return indices

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from mmvssm.checkpoints import mambar, vim, vmamba
+from mmvssm.checkpoints import mambar, mlla, vim, vmamba
 from mmvssm.checkpoints.families import recognise
 from mmvssm.checkpoints.read import CheckpointError, read_state_dict
 
 # Families whose weights can be converted: a module with BACKBONE_KEY,
 # rename, file_format, component, reshape, fit and describe.
-FAMILIES = {'VMamba': vmamba, 'Vim': vim, 'Mamba-R': mambar}
+FAMILIES = {'VMamba': vmamba, 'Vim': vim, 'Mamba-R': mambar, 'MLLA': mlla}
 
 _SEGMENTOR_HEADS = ('decode_head.', 'auxiliary_head.')
 _DETECTOR_HEADS = ('rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.')
@@ -24,10 +24,10 @@ class Checkpoint:
     """A checkpoint in the canonical form.
 
     Attributes:
-        family: ``'VMamba'``, ``'Vim'`` or ``'Mamba-R'``.
+        family: ``'VMamba'``, ``'Vim'``, ``'Mamba-R'`` or ``'MLLA'``.
         format: Which published naming the file had: ``'v0-old'``,
-            ``'v0-new'`` or ``'v2'`` of VMamba, ``'vim'``, ``'vim-fpn'``, or
-            ``'mambar'``.
+            ``'v0-new'`` or ``'v2'`` of VMamba, ``'vim'``, ``'vim-fpn'``,
+            ``'mambar'`` or ``'mlla'``.
         contents: ``'classifier'``, ``'backbone'``, ``'segmentor'``,
             ``'detector'``, or ``'model'`` with heads of other names.
         arch: Model the shapes belong to, such as ``'vmamba_t_s1l8'``.

@@ -1,5 +1,6 @@
 """Load a checkpoint into a model and say what was loaded."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from mmvssm.checkpoints.canonical import (
 )
 from mmvssm.checkpoints.families import recognise
 from mmvssm.checkpoints.read import CheckpointError
+
+_OUTPUT_NORM = re.compile(r'(^|backbone\.|module\.)(out)?norm\d+\.')
 
 
 @dataclass
@@ -59,11 +62,10 @@ class LoadReport:
                 '  not in the file, left as initialised: ' + summarise(self.missing)
             )
             if self.contents == 'classifier' and any(
-                'outnorm' in key for key in self.missing
+                map(_OUTPUT_NORM.search, self.missing)
             ):
                 lines.append(
-                    '  (classification files have no output norms: '
-                    'outnorm* is expected)'
+                    '  (classification files have no output norms: that is expected)'
                 )
         if self.unexpected:
             lines.append('  in the file only, not used: ' + summarise(self.unexpected))

@@ -6,6 +6,17 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from mmvssm.backbones.vssm import ARCH_ZOO, VSSM
+from mmvssm.checkpoints.staged import component, count_blocks
+
+__all__ = [
+    'BACKBONE_KEY',
+    'component',
+    'describe',
+    'file_format',
+    'fit',
+    'rename',
+    'reshape',
+]
 
 # Old name -> name of the current published code.
 _RENAMES = (
@@ -39,20 +50,6 @@ def file_format(keys: Iterable[str]) -> str:
     return 'v2' if any('.mlp.' in key for key in keys) else 'v0-new'
 
 
-def component(key: str) -> str | None:
-    """Which part the name belongs to that is there as a whole or not at all.
-
-    None for output norms, which classification files do not have. A position
-    embedding, an option of the published code that no published model takes and
-    none here has, counts as part of the stem: without it a file's weights are
-    of no use.
-    """
-    if key == 'pos_embed':
-        return 'patch_embed.'
-    match = re.match(r'patch_embed\.|layers\.\d+\.(blocks|downsample)\.', key)
-    return match and match[0]
-
-
 def reshape(key: str, value: torch.Tensor) -> torch.Tensor:
     """1x1 convolutions -> linear weights."""
     pointwise = value.ndim == 4 and value.shape[2:] == (1, 1)
@@ -68,12 +65,6 @@ def fit(
 
 def describe(state: Mapping[str, torch.Tensor]) -> str:
     """Name of the arch that current keys and their shapes belong to."""
-    depths = {}
-    for key in state:
-        match = re.match(r'layers\.(\d+)\.blocks\.(\d+)\.', key)
-        if match:
-            stage, block = map(int, match.groups())
-            depths[stage] = max(depths.get(stage, 0), block + 1)
     first = 'layers.0.blocks.0.op.'
     try:
         inner, states = (
@@ -84,7 +75,7 @@ def describe(state: Mapping[str, torch.Tensor]) -> str:
     except (KeyError, IndexError, ValueError):
         return 'an incomplete VMamba'
     found = dict(
-        depths=tuple(depths[stage] for stage in sorted(depths)),
+        depths=count_blocks(state),
         dims=dims,
         ssm_d_state=states,
         ssm_ratio=inner / dims,

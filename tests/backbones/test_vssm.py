@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS as MMENGINE_MODELS
 
-from mmvssm.backbones import VSSM
+from mmvssm.backbones import VSSM, staged
 from mmvssm.backbones import vssm as module
 from mmvssm.backbones.vssm import ARCH_ZOO, SS2D, PatchMerging2d
 from mmvssm.ops import ss2d_scan
@@ -225,9 +225,9 @@ def test_wrong_frozen_stages():
 @pytest.mark.parametrize('frozen', [-1, 1])
 def test_with_cp_gives_the_same_gradients(arch, frozen, monkeypatch):
     calls = []
-    checkpoint = module.checkpoint
+    checkpoint = staged.checkpoint
     monkeypatch.setattr(
-        module,
+        staged,
         'checkpoint',
         lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs),
     )

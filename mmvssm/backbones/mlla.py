@@ -1,0 +1,290 @@
+"""MLLA, also MILA: Mamba-inspired linear attention (NeurIPS 2024, arXiv 2405.16605).
+
+A hierarchical backbone of four stages at strides 4, 8, 16 and 32. Its block is
+Mamba's, with linear attention in the place of the scan and position encodings
+in that of its forget gate. The names of parameters are those of the published
+code.
+
+Maps are (B, C, H, W) throughout, held in channels-last memory, in which norms,
+linear layers and the attention need no copy.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmvssm.backbones.staged import StagedBackbone, resolve_arch
+from mmvssm.layers import (
+    DepthwiseConv2d,
+    DropPath,
+    LayerNorm2d,
+    Linear2d,
+    LinearAttention2d,
+    Mlp2d,
+)
+from mmvssm.registry import MODELS
+
+_DEFAULTS = dict(mlp_ratio=4.0, drop_path_rate=0.2)
+ARCH_ZOO = {
+    't': dict(
+        _DEFAULTS,
+        depths=(2, 4, 8, 4),
+        dims=64,
+        num_heads=(2, 4, 8, 16),
+        drop_path_rate=0.2,
+    ),
+    's': dict(
+        _DEFAULTS,
+        depths=(3, 6, 21, 6),
+        dims=64,
+        num_heads=(2, 4, 8, 16),
+        drop_path_rate=0.3,
+    ),
+    'b': dict(
+        _DEFAULTS,
+        depths=(3, 6, 21, 6),
+        dims=96,
+        num_heads=(3, 6, 12, 24),
+        drop_path_rate=0.5,
+    ),
+}
+
+
+class ConvNormAct(nn.Module):
+    """A convolution, optionally with batch norm and ReLU behind it.
+
+    The output has the size of the input divided by the stride, rounded up.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, groups, bias: Of the
+            convolution; the kernel is odd.
+        norm: Whether a batch norm follows.
+        act: Whether a ReLU follows.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        *,
+        groups: int = 1,
+        bias: bool = False,
+        norm: bool = True,
+        act: bool = True,
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding=kernel_size // 2,
+            groups=groups,
+            bias=bias,
+        )
+        self.norm = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
+        self.act = nn.ReLU() if act else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class Stem(nn.Module):
+    """Convolutions from an image to a map of a quarter of its size.
+
+    Images are padded with zeros at the bottom and right to whole patches of
+    4x4.
+
+    Args:
+        in_channels: Channels of the image.
+        channels: Channels C of the map.
+    """
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        half = channels // 2
+        self.conv1 = ConvNormAct(in_channels, half, stride=2)
+        self.conv2 = nn.Sequential(
+            ConvNormAct(half, half), ConvNormAct(half, half, act=False)
+        )
+        self.conv3 = nn.Sequential(
+            ConvNormAct(half, 4 * channels, stride=2),
+            ConvNormAct(4 * channels, channels, 1, act=False),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(_pad_to_multiple(x, 4))
+        return self.conv3(x + self.conv2(x))
+
+
+class Downsample(nn.Module):
+    """Halve a map by an inverted bottleneck.
+
+    Maps of odd size get a row or a column of zeros at the bottom or right,
+    in front of the first layer, whose bias makes something of them.
+
+    Args:
+        channels, out_channels: Of the maps.
+    """
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        hidden = 4 * out_channels
+        self.conv = nn.Sequential(
+            ConvNormAct(channels, hidden, 1, bias=True, norm=False),
+            ConvNormAct(hidden, hidden, stride=2, groups=hidden, bias=True, norm=False),
+            ConvNormAct(hidden, out_channels, 1, bias=True, act=False),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(_pad_to_multiple(x, 2))
+
+
+def _pad_to_multiple(x: torch.Tensor, side: int) -> torch.Tensor:
+    height, width = x.shape[2:]
+    if height % side == 0 and width % side == 0:
+        return x
+    return F.pad(x, (0, -width % side, 0, -height % side))
+
+
+class MLLABlock(nn.Module):
+    """Gated linear attention and an MLP, each behind a position encoding.
+
+    ``x + cpe1(x)``; then the sum of that and
+    ``out_proj(attn(SiLU(dwc(in_proj(n)))) * SiLU(act_proj(n)))`` with
+    ``n = norm1(x)``; then ``x + cpe2(x)`` and ``x + mlp(norm2(x))``.
+
+    Args:
+        channels: C of the maps.
+        heads: Heads of the attention.
+        mlp_ratio: Hidden channels of the MLP relative to C.
+        drop_path: Probability of dropping a branch of a sample. Position
+            encodings are never dropped.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.cpe1 = DepthwiseConv2d(channels)
+        self.norm1 = LayerNorm2d(channels)
+        self.in_proj = Linear2d(channels, channels)
+        self.act_proj = Linear2d(channels, channels)
+        self.dwc = DepthwiseConv2d(channels)
+        self.attn = LinearAttention2d(channels, heads)
+        self.out_proj = Linear2d(channels, channels)
+        self.drop_path = DropPath(drop_path)
+        self.cpe2 = DepthwiseConv2d(channels)
+        self.norm2 = LayerNorm2d(channels)
+        self.mlp = Mlp2d(channels, int(mlp_ratio * channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.cpe1(x)
+        x = x + self.drop_path(self._mix(self.norm1(x)))
+        x = x + self.cpe2(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def _mix(self, x: torch.Tensor) -> torch.Tensor:
+        gate = F.silu(self.act_proj(x))
+        x = F.silu(self.dwc(self.in_proj(x)))
+        return self.out_proj(self.attn(x) * gate)
+
+
+@MODELS.register_module()
+class MLLA(StagedBackbone):
+    """MLLA (MILA) backbone.
+
+    Its batch norms are plain ``nn.BatchNorm2d``. For training on many devices
+    with few images each convert them with mmengine's ``sync_bn='torch'`` in
+    the config, or ``nn.SyncBatchNorm.convert_sync_batchnorm``.
+
+    Args:
+        arch: A name of ``ARCH_ZOO``: ``t``, ``s``, ``b``. Or a dict with
+
+            - ``depths`` (sequence of int): Blocks of each stage.
+            - ``dims`` (int): Channels of the first stage, doubled from stage
+              to stage; a multiple of 4.
+            - ``num_heads`` (sequence of int): Heads of each stage.
+
+            and, optionally, ``mlp_ratio`` (4.) and ``drop_path_rate`` (.2).
+        img_size: Accepted as all backbones here do, and without effect:
+            positions are encoded for the map at hand. Every image size is
+            accepted.
+        in_channels: Channels of the image.
+        out_indices: Stages whose maps are returned. Stages behind the last of
+            them are not built, so every parameter receives a gradient.
+        frozen_stages: -1 freezes nothing, 0 the stem, i >= 1 also the first i
+            stages with their downsampling. Frozen parts get no gradient and
+            stay in eval mode, batch norms included. Output norms are never
+            frozen: classification checkpoints do not have them.
+        with_cp: Recompute each block in the backward pass to save memory.
+        drop_path_rate: Rate of the last block, growing linearly from 0 at the
+            first; None for the published value of the arch.
+        out_norm: Whether maps pass through a norm of their own, ``norm{i}``.
+            A classifier that brings its own norm takes False.
+        init_cfg: mmengine's initialisation config. ``dict(type='Pretrained',
+            checkpoint=...)`` takes published files as they are, by
+            :func:`mmvssm.load_checkpoint`, and logs what matched.
+
+    Attributes:
+        out_channels: Channels of each returned map.
+
+    Raises:
+        ValueError: An argument is out of range, or the image has another
+            number of channels.
+    """
+
+    def __init__(
+        self,
+        arch: str | dict = 't',
+        img_size: int | tuple[int, int] = 224,
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        drop_path_rate: float | None = None,
+        out_norm: bool = True,
+        init_cfg: dict | list[dict] | None = None,
+    ):
+        arch = resolve_arch(arch, ARCH_ZOO, 'MLLA', _DEFAULTS)
+        dims, heads = arch['dims'], arch['num_heads']
+        if dims < 4 or dims % 4:
+            raise ValueError(
+                f'arch of MLLA: dims must be a multiple of 4, rows and columns turn '
+                f'whole pairs of channels; got {dims}'
+            )
+        if not isinstance(heads, Sequence) or len(heads) != len(arch['depths']):
+            raise ValueError(
+                f'arch of MLLA: num_heads is the number of heads of each of the '
+                f'{len(arch["depths"])} stages, got {heads!r}'
+            )
+        if drop_path_rate is None:
+            drop_path_rate = arch['drop_path_rate']
+
+        def block(stage: int, channels: int, drop_path: float) -> MLLABlock:
+            return MLLABlock(channels, heads[stage], arch['mlp_ratio'], drop_path)
+
+        super().__init__(
+            Stem(in_channels, dims),
+            block,
+            Downsample,
+            depths=arch['depths'],
+            dims=dims,
+            norm_name='norm',
+            min_size=1,
+            in_channels=in_channels,
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            drop_path_rate=drop_path_rate,
+            out_norm=out_norm,
+            init_cfg=init_cfg,
+        )

@@ -1,0 +1,242 @@
+"""What VMamba and MLLA share: stages of blocks, the map halved between them."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mmvssm.backbones.base import Backbone
+from mmvssm.layers import LayerNorm2d
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution and the downsampling behind them.
+
+    Returns the map before and the map after downsampling; they are the same
+    where ``downsample`` is the identity.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        downsample: nn.Module,
+        with_cp: bool = False,
+    ):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.with_cp = with_cp
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for block in self.blocks:
+            if self.with_cp and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x, self.downsample(x)
+
+
+class StagedBackbone(Backbone):
+    """A patch embedding and stages, each with twice the channels of the last.
+
+    Args:
+        patch_embed: Image -> first map (B, dims, H', W').
+        block: Makes a block, of its stage, channels and drop path rate.
+        downsample: Makes what halves the map, of its channels in and out.
+        depths: Blocks of each stage.
+        dims: Channels of the first stage.
+        norm_name: What output norms are called, in front of their stage.
+        min_size: Height and width of the smallest image, in pixels.
+        in_channels, out_indices, frozen_stages, with_cp, drop_path_rate,
+            out_norm, init_cfg: See :class:`VSSM`.
+    """
+
+    def __init__(
+        self,
+        patch_embed: nn.Module,
+        block: Callable[[int, int, float], nn.Module],
+        downsample: Callable[[int, int], nn.Module],
+        *,
+        depths: Sequence[int],
+        dims: int,
+        norm_name: str,
+        min_size: int,
+        in_channels: int,
+        out_indices: Sequence[int],
+        frozen_stages: int,
+        with_cp: bool,
+        drop_path_rate: float,
+        out_norm: bool,
+        init_cfg: dict | list[dict] | None,
+    ):
+        super().__init__(init_cfg)
+        self.out_indices = _checked_indices(out_indices, len(depths))
+        self.num_stages = self.out_indices[-1] + 1
+        if not -1 <= frozen_stages <= self.num_stages:
+            raise ValueError(
+                f'frozen_stages must be between -1 (nothing) and '
+                f'{self.num_stages} (all stages built), got {frozen_stages}'
+            )
+        self.in_channels = in_channels
+        self.frozen_stages = frozen_stages
+        self.min_size = min_size
+        self.norm_name = norm_name
+        self.out_channels = tuple(dims * 2**i for i in self.out_indices)
+
+        self.patch_embed = patch_embed
+        rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.layers = nn.ModuleList()
+        for i in range(self.num_stages):
+            channels = dims * 2**i
+            blocks = [block(i, channels, next(rates)) for _ in range(depths[i])]
+            last = i + 1 == self.num_stages
+            halve = nn.Identity() if last else downsample(channels, 2 * channels)
+            self.layers.append(Stage(blocks, halve, with_cp))
+        for i, channels in zip(self.out_indices, self.out_channels, strict=True):
+            norm = LayerNorm2d(channels) if out_norm else nn.Identity()
+            self.add_module(f'{norm_name}{i}', norm)
+        self.apply(_init_linear)
+        self._freeze()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Compute the maps of ``out_indices``.
+
+        Args:
+            x: Image (B, in_channels, H, W), any H and W.
+
+        Returns:
+            One (B, C, H', W') map a stage of ``out_indices``, contiguous.
+            Sizes are rounded up at each halving, but for the patch embedding
+            of VMamba's v0, which drops rows and columns that do not fill a
+            patch.
+        """
+        self._check_input(x)
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        outs = []
+        for i, stage in enumerate(self.layers):
+            out, x = stage(x)
+            if i in self.out_indices:
+                # Heads may hand the memory to compiled ops that take NCHW
+                # strides for granted.
+                out = getattr(self, f'{self.norm_name}{i}')(out)
+                outs.append(out.contiguous())
+        return tuple(outs)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that take no weight decay.
+
+        This is the rule of the published classification recipes: 1-d
+        parameters and biases are exempt, VMamba's ``A_logs``, ``dt_projs_bias``
+        and ``dt_projs_weight`` are not. The published segmentation and
+        detection recipes have another rule, ``paramwise_cfg=dict(custom_keys={
+        'norm': dict(decay_mult=0.)})``, which exempts names that contain
+        ``norm``.
+        """
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.ndim == 1 or name.endswith('.bias')
+        }
+
+    def train(self, mode: bool = True) -> 'StagedBackbone':
+        """Set the mode of all but the frozen stages."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        for module in (self.patch_embed, *self.layers[: self.frozen_stages]):
+            module.eval().requires_grad_(False)
+
+    def _check_input(self, x: torch.Tensor) -> None:
+        size = self.min_size
+        if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < size:
+            raise ValueError(
+                f'{type(self).__name__} takes images (B, {self.in_channels}, H, W) '
+                f'of at least {size}x{size} pixels, got a tensor of shape '
+                f'{tuple(x.shape)}'
+            )
+
+
+def resolve_arch(
+    arch: str | dict,
+    zoo: dict[str, dict],
+    family: str,
+    defaults: dict,
+    choices: dict[str, Sequence] | None = None,
+) -> dict:
+    """Name of an arch, or a dict with some of its keys, -> all keys.
+
+    Args:
+        arch: What the user gave.
+        zoo: Archs by name.
+        family: What to call the backbone in an error message.
+        defaults: Keys that may be left out.
+        choices: Allowed values of some keys.
+
+    Raises:
+        ValueError: The name or a key is unknown, a key is missing, or a value
+            is out of range.
+    """
+    if isinstance(arch, str):
+        if arch not in zoo:
+            raise ValueError(
+                f"unknown arch '{arch}' of {family}; take one of "
+                f'{sorted(zoo)} or a dict with depths and dims'
+            )
+        return zoo[arch]
+    known = next(iter(zoo.values()))
+    unknown = sorted(set(arch) - set(known))
+    missing = [key for key in known if key not in {**defaults, **arch}]
+    if unknown or missing:
+        raise ValueError(
+            f'arch of {family}: missing keys {missing}, unknown keys {unknown}; '
+            f'known are {sorted(known)}'
+        )
+    arch = {**defaults, **arch}
+    depths = arch['depths']
+    if not isinstance(depths, Sequence) or not all(
+        isinstance(depth, int) and depth > 0 for depth in depths
+    ):
+        raise ValueError(
+            f'arch of {family}: depths is the number of blocks of each stage, such '
+            f'as (2, 2, 8, 2), got {depths!r}'
+        )
+    if not isinstance(arch['dims'], int):
+        raise ValueError(
+            f'arch of {family}: dims is the number of channels of the first stage, '
+            f'doubled from stage to stage, got {arch["dims"]!r}'
+        )
+    for key, allowed in (choices or {}).items():
+        if arch[key] not in allowed:
+            raise ValueError(
+                f'arch of {family}: {key} must be one of {allowed}, got {arch[key]!r}'
+            )
+    return arch
+
+
+def _init_linear(module: nn.Module) -> None:
+    """Initialise a linear layer as published; for ``nn.Module.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _checked_indices(indices: Sequence[int], stages: int) -> tuple[int, ...]:
+    indices = tuple(indices)
+    if (
+        not indices
+        or sorted(set(indices)) != list(indices)
+        or indices[0] < 0
+        or indices[-1] >= stages
+    ):
+        raise ValueError(
+            f'out_indices must be increasing stage numbers out of '
+            f'{tuple(range(stages))}, got {indices}'
+        )
+    return indices
