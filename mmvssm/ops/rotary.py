@@ -14,6 +14,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         Of x's shape and dtype, computed in the dtype of the angles.
     """
-    a, b = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    pairs = x.to(cos.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        # Neither inductor nor ONNX have complex numbers.
+        a, b = pairs.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    else:
+        # As complex numbers, for speed. Cosine and sine are multiplied one by
+        # one because a product of two full complex numbers is rounded in one
+        # way or another, depending on where torch cuts the memory for threads.
+        numbers = torch.view_as_complex(pairs.contiguous())
+        zero = torch.zeros_like(cos)
+        turned = numbers * torch.complex(cos, zero) + numbers * torch.complex(zero, sin)
+        turned = torch.view_as_real(turned)
     return turned.flatten(-2).to(x.dtype)

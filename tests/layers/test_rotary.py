@@ -83,3 +83,15 @@ def test_tables_are_made_once_a_size():
         assert rotary_tables(3, 5, 8, like=LIKE) is first
     assert rotary_tables(5, 3, 8, like=LIKE) is not first
     assert rotary_tables(3, 5, 8, like=LIKE.bfloat16()).dtype == torch.float32
+
+
+def test_compiled_and_eager_turn_alike():
+    torch._dynamo.reset()
+    x = torch.randn(2, 6, 8, requires_grad=True)
+    cos, sin = rotary_tables(2, 3, 8, like=x)
+    compiled = torch.compile(rotate, fullgraph=True, backend='aot_eager')
+    got, want = compiled(x, cos, sin), rotate(x, cos, sin)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn(2, 6, 8)
+    got, want = (torch.autograd.grad((y * weights).sum(), x) for y in (got, want))
+    torch.testing.assert_close(got, want)

@@ -131,6 +131,15 @@ def test_float32_is_stable_at_any_length(height, width, scale, normalise):
         assert relative_error(got[name], want[name]) < 5e-6, name
 
 
+def test_features_far_below_one_keep_their_accuracy():
+    inputs = make_inputs(1, 16, 8, dtype=torch.float32)
+    with torch.no_grad():
+        inputs['q'] -= 12
+        inputs['k'] -= 12
+    got = linear_attention(**inputs, eps=0)
+    assert relative_error(got, definition(**as_double(inputs), eps=0)) < 1e-5
+
+
 def test_no_matrix_of_all_pairs():
     length = 3000
     sizes = []
@@ -213,6 +222,18 @@ def test_backend_of_the_context():
     with Products():
         linear_attention(**inputs)
     assert (5, 5) not in calls
+
+
+def test_same_bits_at_any_number_of_threads(set_threads):
+    inputs = make_inputs(2, 33 * 97, 24, 8, dtype=torch.float32)
+    rotary = tables(33, 97, 24, inputs['q'])
+    results = []
+    for threads in (1, 2, 3, 7, 1):
+        set_threads(threads)
+        out = linear_attention(**inputs, heads=2, rotary=rotary)
+        results.append([out, *gradients(out, inputs).values()])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
 
 
 @forms

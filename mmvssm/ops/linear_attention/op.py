@@ -63,17 +63,16 @@ def linear_attention(
     """
     _check(q, k, v, heads, rotary)
     name = choose_backend(v.device.type, v.dtype, backend)
-    reference = name == 'reference'
-    compute = linear_attention_reference if reference else linear_attention_linear
     dtype = torch.float32
     for x in (q, k, v):
         dtype = torch.promote_types(dtype, x.dtype)
     out_dtype = dtype if autocast.is_enabled(v) else v.dtype
     if rotary is not None:
-        rotary = tuple(table.to(dtype) for table in rotary)
+        rotary = tuple(table.detach().to(dtype) for table in rotary)
+    reference = name == 'reference'
+    compute = linear_attention_reference if reference else linear_attention_linear
     with autocast.disabled(v):
-        q, k, v = (x.to(dtype) for x in (q, k, v))
-        y = compute(q, k, v, heads, rotary, normalise, eps)
+        y = compute(q, k, v, heads, rotary, normalise, eps, dtype)
     return y.to(out_dtype)
 
 

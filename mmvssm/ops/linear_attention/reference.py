@@ -1,5 +1,6 @@
 """Linear attention as it is defined, with a weight for every two positions."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,12 +15,15 @@ def linear_attention_reference(
     rotary: tuple[Tensor, Tensor] | None,
     normalise: bool,
     eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The formula of :func:`mmvssm.ops.linear_attention`, whose arguments it has.
 
-    It makes the (B, heads, L, L) matrix of weights.
+    It makes the (B, heads, L, L) matrix of weights. ``dtype`` is that of the
+    result, and of everything on the way.
     """
     length = q.shape[1]
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     q, k = F.elu(q) + 1, F.elu(k) + 1
     turned = (q, k) if rotary is None else (rotate(x, *rotary) for x in (q, k))
     weights = _products(*turned, heads) / length
