@@ -1,12 +1,29 @@
-"""Linear attention by sums over the keys, which all queries share."""
+"""Linear attention by sums over the keys, which all queries share.
 
-from typing import Any
+On the CPU positions are taken a block at a time, so that what is made of them
+on the way stays in the caches, however long the sequence is.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmvssm.ops import autocast
 from mmvssm.ops.rotary import rotate
+
+# Values of one tensor in a block: half a megabyte in float32.
+_BLOCK = 2**17
+
+
+class _Options(NamedTuple):
+    cos: Tensor | None
+    sin: Tensor | None
+    heads: int
+    normalise: bool
+    eps: float
+    dtype: torch.dtype
 
 
 def linear_attention_linear(
@@ -23,118 +40,134 @@ def linear_attention_linear(
 
     Nothing but the inputs is kept for the backward pass.
     """
-    cos, sin = rotary or (None, None)
-    args = (q, k, v, cos, sin, heads, normalise, eps, dtype)
+    options = _Options(*(rotary or (None, None)), heads, normalise, eps, dtype)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return _LinearAttention.apply(*args)
-    return _forward(*args)
+        return _LinearAttention.apply(q, k, v, *options)
+    return _forward(q, k, v, options)
 
 
 class _LinearAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        ctx.save_for_backward(*args[:5])
-        ctx.options = args[5:]
-        return _forward(*args)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+        cos, sin, *others = options
+        ctx.save_for_backward(q, k, v, cos, sin)
+        ctx.others = others
+        return _forward(q, k, v, _Options(*options))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *tables = ctx.saved_tensors
+        options = _Options(*tables, *ctx.others)
         # A backward pass may be run under autocast as well.
         with autocast.disabled(grad):
-            grads = _backward(grad, *ctx.saved_tensors, *ctx.options)
-        return *grads, *[None] * 6
+            grads = _backward(grad, q, k, v, options)
+        return *grads, *[None] * len(options)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    heads: int,
-    normalise: bool,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    q, k = _features(q.to(dtype)), _features(k.to(dtype))
-    turned_q, turned_k = (_split(_turn(x, cos, sin), heads) for x in (q, k))
-    y = turned_q @ _mean_products(turned_k, _split(v.to(dtype), heads))
-    if normalise:
-        y = y / (_split(q, heads) @ _mean_key(k, heads) + eps)
-    return _join(y)
+def _forward(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> Tensor:
+    state, mean = _summarise(k, v, options)
+    out = v.new_empty(v.shape, dtype=options.dtype)
+    for block in _blocks(v):
+        features, turned = _features(q, block, options)
+        y = turned @ state
+        if options.normalise:
+            y = y / (features @ mean + options.eps)
+        _write(out, block, y)
+    return out
 
 
 def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    heads: int,
-    normalise: bool,
-    eps: float,
-    dtype: torch.dtype,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, of operations that can be derived again."""
-    inputs = q, k, v
-    q, k = _features(q.to(dtype)), _features(k.to(dtype))
-    turned_q, turned_k = (_split(_turn(x, cos, sin), heads) for x in (q, k))
-    v = _split(v.to(dtype), heads)
-    grad = _split(grad.to(dtype), heads)
-    state = _mean_products(turned_k, v)
-    grad_q = grad_k = 0
-    if normalise:
-        mean = _mean_key(k, heads)
-        split_q = _split(q, heads)
-        normaliser = split_q @ mean + eps
-        grad = grad / normaliser
-        grad_normaliser = -(grad * (turned_q @ state)).sum(-1, keepdim=True)
-        grad_normaliser = grad_normaliser / normaliser
-        grad_q = _join(grad_normaliser @ mean.mT)
-        grad_mean = _mean_products(split_q, grad_normaliser)
-        grad_k = _join(grad_mean.mT)
-    grad_state = _mean_products(turned_q, grad)
-    grad_q = grad_q + _turn_back(_join(grad @ state.mT), cos, sin)
-    grad_k = grad_k + _turn_back(_join(v @ grad_state.mT), cos, sin)
-    grads = (
-        # The derivative of the features is 1, or below 0 the features.
-        grad_q * q.clamp(max=1),
-        grad_k * k.clamp(max=1),
-        _join(turned_k @ grad_state),
-    )
-    return tuple(x.to(y.dtype) for x, y in zip(grads, inputs))
+    """Gradients of q, k and v, by operations that can be derived again."""
+    state, mean = _summarise(k, v, options)
+    grad_state, grad_mean = torch.zeros_like(state), torch.zeros_like(mean)
+    grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+    for block in _blocks(v):
+        features, turned = _features(q, block, options)
+        grad_y = _split(grad, block, options)
+        grad_features = 0
+        if options.normalise:
+            normaliser = features @ mean + options.eps
+            grad_y = grad_y / normaliser
+            along = (grad_y * (turned @ state)).sum(-1, keepdim=True)
+            grad_normaliser = -along / normaliser
+            grad_features = grad_normaliser * mean.mT
+            grad_mean = grad_mean + features.mT @ grad_normaliser
+        grad_state = grad_state + turned.mT @ grad_y
+        grad_turned = grad_y @ state.mT
+        grad_features = grad_features + _turn_back(grad_turned, block, options)
+        _write(grad_q, block, grad_features * _slope(features))
+
+    grad_state, grad_mean = grad_state / v.shape[1], grad_mean / v.shape[1]
+    for block in _blocks(v):
+        features, turned = _features(k, block, options)
+        grad_turned = _split(v, block, options) @ grad_state.mT
+        grad_features = _turn_back(grad_turned, block, options) + grad_mean.mT
+        _write(grad_k, block, grad_features * _slope(features))
+        _write(grad_v, block, turned @ grad_state)
+    return grad_q, grad_k, grad_v
 
 
-def _features(x: Tensor) -> Tensor:
-    """elu(x) + 1, accurate in relative terms below 0 too."""
+def _summarise(k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """What queries need to know about keys and values.
+
+    Returns:
+        Mean product of turned keys and values (B, heads, C / heads, C' / heads),
+        and mean key (B, heads, C / heads, 1).
+    """
+    state = mean = 0
+    for block in _blocks(v):
+        features, turned = _features(k, block, options)
+        state = state + turned.mT @ _split(v, block, options)
+        mean = mean + features.sum(2).unsqueeze(-1)
+    return state / v.shape[1], mean / v.shape[1]
+
+
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """Positions of a sequence (B, L, C), some at a time."""
+    batch, length, channels = x.shape
+    size = length
+    if x.device.type == 'cpu' and not torch.compiler.is_compiling():
+        size = max(64, _BLOCK // (batch * channels))
+    for start in range(0, length, size):
+        yield slice(start, start + size)
+
+
+def _features(x: Tensor, block: slice, options: _Options) -> tuple[Tensor, Tensor]:
+    """elu + 1 of some positions, and the same turned, split into heads."""
+    x = x[:, block].to(options.dtype)
+    # elu itself is not accurate in relative terms far below 0.
     positive = x.relu()
-    return positive + (x - positive).exp()
+    features = positive + (x - positive).exp()
+    turned = features
+    if options.cos is not None:
+        turned = rotate(features, options.cos[block], options.sin[block])
+    return tuple(_to_heads(y, options.heads) for y in (features, turned))
 
 
-def _turn(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    return x if cos is None else rotate(x, cos, sin)
+def _slope(features: Tensor) -> Tensor:
+    """Derivative of the features: 1 above 0, below it the features themselves."""
+    return features.clamp(max=1)
 
 
-def _turn_back(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    return x if cos is None else rotate(x, cos, -sin)
+def _turn_back(x: Tensor, block: slice, options: _Options) -> Tensor:
+    """Gradient of turned features -> gradient of the features, in heads."""
+    if options.cos is None:
+        return x
+    x = rotate(x.transpose(1, 2).flatten(2), options.cos[block], -options.sin[block])
+    return _to_heads(x, options.heads)
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
+def _split(x: Tensor, block: slice, options: _Options) -> Tensor:
+    return _to_heads(x[:, block].to(options.dtype), options.heads)
+
+
+def _to_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, C) -> (B, heads, L, C / heads)."""
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def _join(x: Tensor) -> Tensor:
-    """(B, heads, L, C / heads) -> (B, L, C)."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def _mean_products(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over the positions (B, heads, L, ...) of outer products."""
-    return a.mT @ b / a.shape[2]
-
-
-def _mean_key(k: Tensor, heads: int) -> Tensor:
-    """(B, L, C) -> (B, heads, C / heads, 1)."""
-    return k.mean(1).unflatten(1, (heads, -1, 1))
+def _write(out: Tensor, block: slice, x: Tensor) -> None:
+    """Put (B, heads, l, C / heads) into a block of (B, L, C)."""
+    _to_heads(out[:, block], x.shape[1]).copy_(x)

@@ -1,0 +1,8 @@
+_base_ = [
+    './_base_/models/upernet_mlla.py',
+    './_base_/datasets/ade20k.py',
+    './_base_/schedules/schedule_160k.py',
+    './_base_/default_runtime.py',
+]
+# The recipe is that of the published MLLA-B with a drop path of its own.
+model = dict(backbone=dict(arch='s', drop_path_rate=0.3))
