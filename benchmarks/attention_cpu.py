@@ -1,0 +1,256 @@
+"""Linear attention on the CPU beside softmax attention and the scan of Vim.
+
+    python benchmarks/attention_cpu.py
+
+measures, float32, on sequences of 196 to 16384 positions with 384 channels
+(those inside Vim-T), forward and forward with backward:
+
+- ``linear``: :func:`mmvssm.ops.linear_attention`, with rotation and normaliser
+  as in MLLA, 12 heads.
+- ``softmax``: torch's ``scaled_dot_product_attention``, 12 heads.
+- ``scan``: the selective scan of one direction of Vim, 16 states, on the
+  backend that a call gets by itself. Vim scans in both directions.
+
+None of them has the projections around it. All functions at all lengths take
+turns in one run, and figures are medians. What is to be met is the growth of
+the linear attention: per position, 16384 of them may cost at most 1.1 times as
+much as 4096.
+
+A complete run writes ``benchmarks/results/attention_cpu.json`` and a plot
+beside it; with ``--quick`` nothing is written unless ``--out`` says where to.
+"""
+
+import argparse
+import functools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from scan_cpu import passes
+from scan_cpu_inputs import op_inputs
+from timing import Effort, interleaved
+from torch import Tensor
+
+from mmvssm.collect_env import collect_env
+from mmvssm.engine import run_tool
+from mmvssm.engine.memory import keep_freed_memory
+from mmvssm.layers import rotary_tables
+from mmvssm.ops import choose_backend, linear_attention, selective_scan
+
+HERE = Path(__file__).resolve().parent
+PASSES = ('forward', 'both')
+MOST_GROWTH = 1.1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured; lengths are squares, the last two show the growth."""
+
+    lengths: tuple[int, ...] = (196, 576, 1024, 2304, 4096, 16384)
+    channels: int = 384
+    heads: int = 12
+    states: int = 16
+    effort: Effort = Effort()
+
+
+QUICK = Plan((16, 36, 64), 16, 2, 4, Effort(rounds=2, turn=1e-4, limit=0.1))
+
+
+def linear(plan: Plan, length: int) -> tuple[Callable, list[Tensor]]:
+    """The op and its inputs."""
+    side = math.isqrt(length)
+    inputs = _normal(3, 1, length, plan.channels)
+    rotary = rotary_tables(side, side, plan.channels, like=inputs[0]).unbind()
+    function = functools.partial(linear_attention, heads=plan.heads, rotary=rotary)
+    return function, inputs
+
+
+def softmax(plan: Plan, length: int) -> tuple[Callable, list[Tensor]]:
+    """torch's op and its inputs, heads beside one another in memory."""
+    inputs = _normal(3, 1, length, plan.heads, plan.channels // plan.heads)
+    inputs = [x.detach().transpose(1, 2).requires_grad_() for x in inputs]
+    return F.scaled_dot_product_attention, inputs
+
+
+def scan(plan: Plan, length: int) -> tuple[Callable, list[Tensor]]:
+    """The op and its inputs, with softplus and skip."""
+    inputs = op_inputs(1, 1, plan.channels, length, plan.states, channels_last=True)
+
+    def function(u, delta, A, B, C, D, bias):
+        return selective_scan(u, delta, A, B, C, D, None, bias, True)
+
+    return function, inputs
+
+
+MIXERS = {'linear': linear, 'softmax': softmax, 'scan': scan}
+
+
+def _normal(number: int, *shape: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(shape, generator=generator).requires_grad_() for _ in range(number)
+    ]
+
+
+def measure(plan: Plan) -> list[dict]:
+    """Times of all mixers at all lengths, in ``seconds[pass][mixer]``."""
+    functions = {
+        (which, who, length): function
+        for length in plan.lengths
+        for who, make in MIXERS.items()
+        for which, function in passes(*make(plan, length)).items()
+        if which in PASSES
+    }
+    times = interleaved(functions, plan.effort)
+    return [
+        dict(
+            length=length,
+            seconds={
+                which: {who: times[which, who, length] for who in MIXERS}
+                for which in PASSES
+            },
+        )
+        for length in plan.lengths
+    ]
+
+
+def growth(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Time per position at the last length, over that at the one before."""
+    shorter, longer = rows[-2:]
+    return {
+        which: {
+            who: longer['seconds'][which][who]['median']
+            / longer['length']
+            / (shorter['seconds'][which][who]['median'] / shorter['length'])
+            for who in MIXERS
+        }
+        for which in PASSES
+    }
+
+
+def table(rows: list[dict], grown: dict[str, dict[str, float]]) -> str:
+    """Milliseconds of the linear attention, and of the others relative to it."""
+    columns = '{:10}{:>10}{:>12}{:>18}{:>15}'.format
+    lines = [
+        columns('pass', 'length', 'linear, ms', 'softmax / linear', 'scan / linear')
+    ]
+    for which in PASSES:
+        for row in rows:
+            times = {who: t['median'] for who, t in row['seconds'][which].items()}
+            ratios = (f'{times[who] / times["linear"]:.2f}' for who in list(MIXERS)[1:])
+            lines.append(
+                columns(which, row['length'], f'{1e3 * times["linear"]:.2f}', *ratios)
+            )
+    lines += [
+        '',
+        f'time per position, {rows[-1]["length"]} to {rows[-2]["length"]} positions',
+    ]
+    for which, found in grown.items():
+        figures = ', '.join(f'{who} {value:.2f}' for who, value in found.items())
+        miss = '' if found['linear'] <= MOST_GROWTH else ' !'
+        lines.append(f'{which:10}{figures}; linear at most {MOST_GROWTH}{miss}')
+    return '\n'.join(lines)
+
+
+def plot(result: dict, path: Path) -> Path:
+    """Draw time per position, and times relative to the linear attention."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    rows = result['rows']
+    lengths = [row['length'] for row in rows]
+    figure, panels = plt.subplots(1, 2, figsize=(14, 5.5), layout='constrained')
+    colours = dict(zip(MIXERS, ('#2b6ea6', '#e0902f', '#5f9f4e')))
+    for which, style in zip(PASSES, ('o-', 's--')):
+        name = dict(forward='forward', both='forward + backward')[which]
+        for who, colour in colours.items():
+            seconds = [row['seconds'][which][who]['median'] for row in rows]
+            ours = [row['seconds'][which]['linear']['median'] for row in rows]
+            each = [1e6 * t / n for t, n in zip(seconds, lengths)]
+            options = dict(color=colour, label=f'{who}, {name}')
+            panels[0].plot(lengths, each, style, **options)
+            if who != 'linear':
+                ratios = [t / n for t, n in zip(seconds, ours)]
+                panels[1].plot(lengths, ratios, style, **options)
+    panels[1].axhline(1, color=colours['linear'], label='linear')
+    panels[0].set_title('Time per position', fontweight='bold')
+    panels[0].set_ylabel('microseconds')
+    panels[1].set_title('Time / time of the linear attention', fontweight='bold')
+    panels[1].set_ylabel('ratio')
+    for panel in panels:
+        panel.set_xscale('log', base=2)
+        panel.set_yscale('log')
+        panel.set_xticks(lengths, map(str, lengths))
+        panel.set_xlabel('positions')
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False)
+    settings = result['settings']
+    figure.suptitle(
+        f'{settings["channels"]} channels, batch 1, float32, '
+        f'{settings["threads"]} threads, {result["environment"]["Machine"]["CPU"]}; '
+        f'scan: {settings["states"]} states, backend {settings["scan_backend"]}'
+    )
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--threads', type=int, help="of torch (default: torch's own choice)"
+    )
+    parser.add_argument(
+        '--quick',
+        action='store_true',
+        help='tiny shapes, to see that it runs; the figures say nothing',
+    )
+    parser.add_argument('--out', help='path of the JSON file')
+    args = parser.parse_args()
+    if args.out is None and not args.quick:
+        args.out = str(HERE / 'results/attention_cpu.json')
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure, print, and write the result and its plot."""
+    if args.out:
+        # Now: without it the plot would fail when all is measured.
+        import matplotlib  # noqa: F401
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    plan = QUICK if args.quick else Plan()
+    settings = dict(
+        threads=torch.get_num_threads(),
+        quick=args.quick,
+        keeps_freed_memory=keep_freed_memory(),
+        channels=plan.channels,
+        heads=plan.heads,
+        states=plan.states,
+        scan_backend=choose_backend('cpu', torch.float32),
+    )
+    rows = measure(plan)
+    grown = growth(rows)
+    print(table(rows, grown))
+    if args.out:
+        out = Path(args.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        result = dict(
+            environment=collect_env(), settings=settings, rows=rows, growth=grown
+        )
+        out.write_text(json.dumps(result, indent=2) + '\n')
+        print(f'written to {out} and {plot(result, out.with_suffix(".png"))}')
+
+
+if __name__ == '__main__':
+    arguments = parse_args()
+    run_tool(lambda: main(arguments))
