@@ -236,3 +236,42 @@ def test_only_a_complete_run_of_blocks_replaces_the_result(load, monkeypatch):
     assert load('blocks_cpu').parse_args().out is None
     monkeypatch.setattr(sys, 'argv', ['blocks_cpu.py'])
     assert load('blocks_cpu').parse_args().out.endswith('results/blocks_cpu.json')
+
+
+def test_quick_run_of_attention(load, tmp_path):
+    pytest.importorskip('matplotlib')
+    out = tmp_path / 'new' / 'attention.json'
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / 'attention_cpu.py']
+        + ['--quick', '--threads', '1', '--out', out],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f'written to {out}' in done.stdout
+    result = json.loads(out.read_text())
+    assert result['settings']['threads'] == 1
+    assert [row['length'] for row in result['rows']] == [16, 36, 64]
+    for row in result['rows']:
+        for which in ('forward', 'both'):
+            times = row['seconds'][which]
+            assert set(times) == {'linear', 'softmax', 'scan'}
+            assert all(found['median'] > 0 for found in times.values())
+    assert Image.open(out.with_suffix('.png')).width > 1000
+
+
+def test_growth_of_attention_by_hand(load):
+    attention = load('attention_cpu')
+
+    def row(length, seconds):
+        times = {who: dict(median=seconds) for who in attention.MIXERS}
+        return dict(length=length, seconds=dict(forward=times, both=times))
+
+    rows = [row(16, 9.0), row(36, 2.0), row(72, 5.0)]
+    found = attention.growth(rows)
+    assert found['both']['linear'] == pytest.approx(1.25)
+    text = attention.table(rows, found)
+    assert text.splitlines()[-1].endswith('linear at most 1.1 !')
+    for who in attention.MIXERS:
+        function, inputs = attention.MIXERS[who](attention.QUICK, 16)
+        assert function(*inputs).numel() == 16 * 16

@@ -23,7 +23,11 @@ PUBLISHED = {
     'upernet_vmamba_s': ('s_s2l15', 0.3, 96),
     'upernet_vmamba_b': ('b_s2l15', 0.6, 128),
     'upernet_vmamba_v0_t': ('t_v0', 0.3, 96),
+    'upernet_mlla_t': ('t', 0.2, 64),
+    'upernet_mlla_s': ('s', 0.3, 64),
+    'upernet_mlla_b': ('b', 0.5, 96),
 }
+STAGED = [path for path in SEGMENTORS if 'vmamba' in path.stem or 'mlla' in path.stem]
 
 
 def names(path):
@@ -47,6 +51,9 @@ def shrink(cfg):
     if model.backbone.type == 'mmvssm.VSSM':
         arch = ARCH_ZOO[arch] if isinstance(arch, str) else arch
         model.backbone.arch = dict(arch, depths=(1, 1, 1, 1), dims=8)
+        channels = [8 * 2**i for i in model.backbone.out_indices]
+    elif model.backbone.type == 'mmvssm.MLLA':
+        model.backbone.arch = dict(depths=(1, 1, 1, 1), dims=8, num_heads=(1, 2, 2, 4))
         channels = [8 * 2**i for i in model.backbone.out_indices]
     else:
         model.backbone.arch = dict(embed_dims=16, depth=4)
@@ -143,7 +150,8 @@ def test_published_settings(name):
     channels = [dims, 2 * dims, 4 * dims, 8 * dims]
     model = cfg.model
     assert model.type == 'EncoderDecoder'
-    assert model.backbone.type == 'mmvssm.VSSM'
+    family = 'MLLA' if 'mlla' in name else 'VSSM'
+    assert model.backbone.type == f'mmvssm.{family}'
     assert model.backbone.arch == arch
     assert model.backbone.drop_path_rate == drop_path
     assert model.backbone.out_indices == (0, 1, 2, 3)
@@ -279,7 +287,7 @@ def count(cfg):
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 
-@pytest.mark.parametrize('path', [p for p in SEGMENTORS if p not in VMAMBAS], ids=names)
+@pytest.mark.parametrize('path', [p for p in SEGMENTORS if p not in STAGED], ids=names)
 def test_layer_decay_reaches_every_parameter(path):
     from mmengine.optim import build_optim_wrapper
 
@@ -337,6 +345,27 @@ def test_weight_decay_spares_what_was_published():
     ):
         assert decay[f'backbone.{name}'] == 0.01
     assert 'backbone.outnorm0.weight' in spared
+
+
+def test_weight_decay_of_mlla_spares_norms_of_layers_and_convolutions():
+    from mmengine.optim import build_optim_wrapper
+
+    cfg = shrink(Config.fromfile(REPO / 'configs/upernet_mlla_b.py'))
+    wrapper = build_optim_wrapper(build(cfg), cfg.optim_wrapper)
+    decay = {
+        name: group['weight_decay']
+        for group in wrapper.optimizer.param_groups
+        for name in group['param_names']
+    }
+    for name, value in {
+        'patch_embed.conv3.1.norm.weight': 0,
+        'layers.0.downsample.conv.2.norm.bias': 0,
+        'layers.2.blocks.0.norm2.weight': 0,
+        'norm3.weight': 0,
+        'layers.0.blocks.0.attn.qk.bias': 0.01,
+        'layers.0.blocks.0.cpe1.weight': 0.01,
+    }.items():
+        assert decay[f'backbone.{name}'] == value, name
 
 
 @pytest.mark.parametrize('path', SEGMENTORS, ids=names)

@@ -4,7 +4,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 import mmvssm
-from mmvssm.backbones import VSSM, MambaR, Vim
+from mmvssm.backbones import MLLA, VSSM, MambaR, Vim
 from mmvssm.checkpoints import CheckpointError
 from mmvssm.engine.layer_decay import find_depths, format_groups
 from parity import Case
@@ -228,6 +228,44 @@ def test_every_parameter_is_in_one_group(name):
     assert len(found) == len(set(found))
     scales = [group['lr'] for group in groups]
     assert scales == sorted(scales)
+
+
+def test_mlla():
+    """n = 3 blocks in two stages; convolutions and batch norms among them."""
+    arch = dict(depths=(1, 2), dims=8, num_heads=(2, 2), drop_path_rate=0.0)
+    groups = groups_of(segmentor(MLLA(arch, out_indices=(0, 1))))
+    stem = [
+        f'patch_embed.{conv}.'
+        for conv in ('conv1', 'conv2.0', 'conv2.1', 'conv3.0', 'conv3.1')
+    ]
+    weights = ('cpe1', 'in_proj', 'act_proj', 'dwc', 'attn.qk', 'attn.lepe')
+    weights += ('out_proj', 'cpe2', 'mlp.fc1', 'mlp.fc2')
+    norms = ('norm1', 'norm2')
+    keeps = [f'{n}.bias' for n in weights + norms] + [f'{n}.weight' for n in norms]
+    decays = [f'{n}.weight' for n in weights]
+    down = [f'layers.0.downsample.conv.{i}.' for i in range(3)]
+    blocks = [f'layers.{i}.blocks.{j}.' for i, j in ((0, 0), (1, 0), (1, 1))]
+    # No decay and decay of the stem, then of the blocks.
+    kept = [
+        [s + f'norm.{leaf}' for s in stem for leaf in ('weight', 'bias')],
+        *([block + n for n in keeps] for block in blocks),
+    ]
+    decayed = [
+        [s + 'conv.weight' for s in stem],
+        *([block + n for n in decays] for block in blocks),
+    ]
+    kept[2].extend(d + 'conv.bias' for d in down)
+    kept[2].extend(down[2] + f'norm.{leaf}' for leaf in ('weight', 'bias'))
+    decayed[2].extend(d + 'conv.weight' for d in down)
+    rows = []
+    for depth, (keep, decay) in enumerate(zip(kept, decayed)):
+        scale = 0.5 ** (4 - depth)
+        rows.append((scale, 0.0, full_names('backbone.', *keep)))
+        rows.append((scale, 0.1, full_names('backbone.', *decay)))
+    output = [f'backbone.norm{i}.{leaf}' for i in (0, 1) for leaf in ('weight', 'bias')]
+    rows.append((1.0, 0.0, full_names('', 'neck.bias', *output, *HEAD_KEEPS)))
+    rows.append((1.0, 0.1, HEAD_DECAYS))
+    assert table(groups) == rows
 
 
 def test_frozen_parameters_are_left_out():
