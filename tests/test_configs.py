@@ -351,12 +351,10 @@ def test_weight_decay_of_mlla_spares_norms_of_layers_and_convolutions():
     from mmengine.optim import build_optim_wrapper
 
     cfg = shrink(Config.fromfile(REPO / 'configs/upernet_mlla_b.py'))
-    wrapper = build_optim_wrapper(build(cfg), cfg.optim_wrapper)
-    decay = {
-        name: group['weight_decay']
-        for group in wrapper.optimizer.param_groups
-        for name in group['param_names']
-    }
+    model = build(cfg)
+    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
+    found = {id(p): group['weight_decay'] for group in groups for p in group['params']}
+    decay = {name: found[id(p)] for name, p in model.named_parameters()}
     for name, value in {
         'patch_embed.conv3.1.norm.weight': 0,
         'layers.0.downsample.conv.2.norm.bias': 0,
