@@ -1,8 +1,9 @@
 """Backbones, one file a family."""
 
+from mmvssm.backbones.linear_attention_study import LinearAttentionStudy
 from mmvssm.backbones.mambar import MambaR
 from mmvssm.backbones.mlla import MLLA
 from mmvssm.backbones.vim import Vim
 from mmvssm.backbones.vssm import VSSM
 
-__all__ = ['MLLA', 'VSSM', 'MambaR', 'Vim']
+__all__ = ['MLLA', 'VSSM', 'LinearAttentionStudy', 'MambaR', 'Vim']

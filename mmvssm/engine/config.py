@@ -32,13 +32,7 @@ def load_config(
     """
     cfg = _read(path)
     if options:
-        try:
-            cfg.merge_from_dict(_parse_options(options))
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise UsageError(
-                f'--cfg-options {" ".join(options)} does not fit {path}: '
-                f'{error}. Write KEY.SUBKEY=VALUE.'
-            ) from error
+        merge_options(cfg, options, path)
     missing = [key for key in required if cfg.get(key) is None]
     if missing:
         raise UsageError(
@@ -49,6 +43,26 @@ def load_config(
     name = Path(path.split('::')[-1]).stem
     cfg.work_dir = work_dir or cfg.get('work_dir') or f'./work_dirs/{name}'
     return cfg
+
+
+def merge_options(cfg: Config, options: Sequence[str], path: str) -> None:
+    """Override entries of a config.
+
+    Args:
+        cfg: Changed in place.
+        options: ``'key.subkey=value'`` strings of ``--cfg-options``.
+        path: What the message of an error calls the config.
+
+    Raises:
+        UsageError: An option does not fit.
+    """
+    try:
+        cfg.merge_from_dict(_parse_options(options))
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f'--cfg-options {" ".join(options)} does not fit {path}: '
+            f'{error}. Write KEY.SUBKEY=VALUE.'
+        ) from error
 
 
 def _read(path: str) -> Config:

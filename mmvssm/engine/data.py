@@ -42,7 +42,7 @@ def check_datasets(cfg: Config, splits: Iterable[str] = ('train', 'val')) -> Non
     missing, types = [], set()
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
-        for dataset in _leaves(loader.dataset) if loader else ():
+        for dataset in leaves(loader.dataset) if loader else ():
             absent = [path for path in _needed(dataset) if not _has_data(path)]
             if absent:
                 missing += absent
@@ -56,13 +56,14 @@ def check_datasets(cfg: Config, splits: Iterable[str] = ('train', 'val')) -> Non
         )
 
 
-def _leaves(dataset: dict) -> Iterator[dict]:
+def leaves(dataset: dict) -> Iterator[dict]:
+    """Configs of the data sets inside wrappers, or the one config itself."""
     inner = dataset.get('datasets') or [dataset.get('dataset')]
     if inner == [None]:
         yield dataset
     else:
         for child in inner:
-            yield from _leaves(child)
+            yield from leaves(child)
 
 
 def _needed(dataset: dict) -> Iterator[Path]:

@@ -1,0 +1,69 @@
+import csv
+
+import pytest
+from PIL import Image
+
+pytest.importorskip('mmseg')
+
+from mmvssm.analysis import ablation as tables
+from mmvssm.engine.ablation import Row
+
+ROWS = [
+    Row('base', 'Baseline', None, dict(params='28', flops='4.5', top1='77.6')),
+    Row('gate', '+ Gate', None, dict(params='29', flops='4.5', top1='77.8')),
+    Row('own', 'Our own', None, None),
+]
+
+
+def result(row, seed, value, seconds=0.5):
+    return dict(row=row, seed=seed, value=value, seconds_per_iteration=seconds)
+
+
+RESULTS = [
+    result('base', 0, 30.0),
+    result('base', 1, 32.0),
+    result('gate', 0, 28.5, None),
+    result('own', 3, 40.0),
+]
+
+
+def test_summary():
+    base, gate, own = tables.summarise(ROWS, RESULTS)
+    assert (base['mean'], base['difference'], base['seeds']) == (31.0, 0.0, [0, 1])
+    assert (gate['mean'], gate['difference']) == (28.5, -2.5)
+    assert gate['paper_difference'] == pytest.approx(0.2)
+    assert gate['seconds_per_iteration'] is None and own['seeds'] == [3]
+    assert own['paper'] is own['paper_difference'] is None
+
+
+def test_summary_without_a_baseline_or_a_row():
+    (own,) = tables.summarise(ROWS, RESULTS[3:])
+    assert (own['row'], own['mean'], own['difference']) == ('own', 40.0, None)
+
+
+def test_files(tmp_path):
+    summary = tables.summarise(ROWS, RESULTS)
+    paths = tables.write_results(summary, 'mIoU', tmp_path / 'new' / 'ablation')
+    assert [path.name for path in paths] == [
+        'ablation.csv',
+        'ablation.md',
+        'ablation.png',
+    ]
+    with paths[0].open(newline='') as file:
+        lines = list(csv.DictReader(file))
+    assert [line['row'] for line in lines] == ['base', 'gate', 'own']
+    assert lines[0]['values'] == '30.0 32.0' and lines[2]['paper'] == ''
+    table = paths[1].read_text().splitlines()
+    assert len(table) == 2 + len(ROWS)
+    assert table[2] == (
+        '| Baseline | 31.00 (30.00 to 32.00) | +0.00 | 2 | 0.500 | 77.6 | +0.0 |'
+    )
+    assert table[4] == '| Our own | 40.00 | +9.00 | 1 | 0.500 | - | - |'
+    with Image.open(paths[2]) as image:
+        assert image.width > 500 and len(set(image.convert('RGB').getdata())) > 10
+
+
+def test_chart_of_one_row(tmp_path):
+    summary = tables.summarise(ROWS, RESULTS[3:])
+    with Image.open(tables.draw_results(summary, 'mIoU', tmp_path / 'x.png')) as image:
+        image.load()

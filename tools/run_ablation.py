@@ -1,0 +1,86 @@
+"""Train the rows of configs/ablation on a data set and put them in one table.
+
+A row that is finished is not trained again, one that was interrupted goes on:
+start the same command as often as needed. Rows and seeds may come in several
+starts. --count trains nothing: it prints parameters and FLOPs.
+"""
+
+import argparse
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        '--rows', nargs='+', metavar='ROW', help='which, by config name (default: all)'
+    )
+    parser.add_argument(
+        '--data',
+        metavar='CONFIG',
+        help='data set, schedule and whatever else all rows are to have, such as '
+        "configs/_base_/ablation_quickstart.py (default: the rows' own, ADE20K)",
+    )
+    parser.add_argument(
+        '--seeds', nargs='+', type=int, default=[0], metavar='N', help='default: 0'
+    )
+    parser.add_argument(
+        '--metric', default='mIoU', help='the metric to compare (default: mIoU)'
+    )
+    parser.add_argument(
+        '--work-dir',
+        default='work_dirs/ablation',
+        help='a folder for each row and seed, and ablation.csv, .md and .png for '
+        'all that are finished (default: work_dirs/ablation)',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='override config entries in all rows, e.g. train_cfg.max_iters=100',
+    )
+    parser.add_argument(
+        '--count', action='store_true', help='print parameters and FLOPs and stop'
+    )
+    parser.add_argument(
+        '--configs', default=str(REPOSITORY / 'configs/ablation'), help='their folder'
+    )
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Count, or train what is not finished and write the table."""
+    from mmvssm.analysis import ablation as tables
+    from mmvssm.engine import ablation
+
+    everything = ablation.load_rows(args.configs)
+    rows = ablation.select_rows(everything, args.rows)
+    configs = {
+        row.name: ablation.row_config(row, args.data, args.cfg_options) for row in rows
+    }
+    if args.count:
+        counted = ((row, tables.count_row(configs[row.name])) for row in rows)
+        print(tables.complexity_table(counted))
+        return
+    ablation.claim_work_dir(args.work_dir, configs[rows[0].name])
+    for row in rows:
+        for seed in args.seeds:
+            cfg = configs[row.name].copy()
+            result = ablation.train_row(row, cfg, seed, args.work_dir, args.metric)
+            print(f'{row.name}, seed {seed}: {args.metric} {result["value"]:.2f}')
+            summary = tables.summarise(
+                everything, ablation.finished(everything, args.work_dir)
+            )
+            stem = Path(args.work_dir) / 'ablation'
+            paths = tables.write_results(summary, args.metric, stem)
+    print(tables.result_table(summary, args.metric))
+    print('\n'.join(map(str, paths)))
+
+
+if __name__ == '__main__':
+    arguments = parse_args()
+    from mmvssm.engine import run_tool
+
+    run_tool(lambda: main(arguments))
