@@ -6,10 +6,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 
 from mmvssm.analysis.flops import Complexity, count_flops
 from mmvssm.heads import ClassificationHead, ImageClassifier
@@ -27,25 +28,25 @@ def count_row(cfg: Config) -> tuple[Complexity, Complexity]:
         cfg: Its config.
 
     Returns:
-        Those of the backbone as a classifier of 1000 classes, at 224x224, as
-        the paper counts, and of the segmentor at 512x2048.
+        Those of :func:`count_classifier`, and of the segmentor at 512x2048.
     """
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
-    backbone = MODELS.build(
-        dict(
-            cfg.model.backbone,
-            img_size=CLASSIFIER_SIZE,
-            out_indices=(3,),
-            out_norm=False,
-        )
-    )
-    head = ClassificationHead(backbone.out_channels[-1])
-    classifier = ImageClassifier(backbone, head)
-    segmentor = revert_sync_batchnorm(MODELS.build(cfg.model))
-    return (
-        count_flops(classifier, (1, 3, CLASSIFIER_SIZE, CLASSIFIER_SIZE)),
-        count_flops(segmentor, (1, 3, *SEGMENTOR_SIZE)),
-    )
+    # Nothing is computed, so the weights need no memory and no values.
+    with torch.device('meta'):
+        segmentor = revert_sync_batchnorm(MODELS.build(cfg.model))
+    return count_classifier(cfg), count_flops(segmentor, (1, 3, *SEGMENTOR_SIZE))
+
+
+def count_classifier(cfg: Config) -> Complexity:
+    """Parameters and FLOPs of a row's backbone as the paper counts them.
+
+    That is as a classifier of 1000 classes, at 224x224.
+    """
+    arguments = dict(img_size=CLASSIFIER_SIZE, out_indices=(3,), out_norm=False)
+    with torch.device('meta'):
+        backbone = MODELS.build({**cfg.model.backbone, **arguments})
+        head = ClassificationHead(backbone.out_channels[-1])
+        classifier = ImageClassifier(backbone, head)
+    return count_flops(classifier, (1, 3, CLASSIFIER_SIZE, CLASSIFIER_SIZE))
 
 
 def complexity_table(

@@ -1,0 +1,45 @@
+"""The tool that trains the ablation, run as its users run it."""
+
+import runpy
+import sys
+
+import pytest
+
+from ablation_data import write_data_config
+from test_tools import TOOLS, fail, run
+
+pytest.importorskip('mmseg')
+
+
+def test_rows_in_one_table(tmp_path):
+    write_data_config(tmp_path)
+    options = ('--rows', 'shortcut', 'baseline', '--data', 'data.py')
+    output = run('run_ablation.py', *options, '--work-dir', 'out', cwd=tmp_path)
+    assert 'baseline, seed 0: mIoU ' in output
+    table = (tmp_path / 'out' / 'ablation.md').read_text()
+    assert table in output
+    assert [line.split('|')[1].strip() for line in table.splitlines()[2:]] == [
+        'Baseline',
+        '+ Shortcut',
+    ]
+    for kind in ('csv', 'png'):
+        assert (tmp_path / 'out' / f'ablation.{kind}').stat().st_size > 0
+
+
+def test_count(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['run_ablation.py', '--count', '--rows', 'rope'])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(TOOLS / 'run_ablation.py'), run_name='__main__')
+    assert not stop.value.code
+    line = '| RoPE for the forget gate | [rope](rope.py) | 28.27 M | 28 M |'
+    assert line in capsys.readouterr().out
+
+
+def test_mistakes(monkeypatch, capsys, tmp_path):
+    for args, message in (
+        (('--rows', 'bert'), 'no row bert; there are baseline, '),
+        (('--rows', 'rope', '--data', 'no.py'), 'no config file at '),
+        (('--rows', 'rope', '--work-dir', tmp_path / 'x'), 'no data.'),
+        (('--configs', tmp_path), 'is a row'),
+    ):
+        assert message in fail(monkeypatch, capsys, 'run_ablation.py', *args)
