@@ -7,7 +7,6 @@ a shortcut, a normalisation and the number of heads. Each is a switch here.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvssm.layers.bimamba import init_step_size
@@ -113,8 +112,7 @@ def unified_attention(
         y = y if D is None else y + D * v
     else:
         if feature_map:
-            # In linear attention the op sees to the precision of this.
-            q, k = (F.elu(_full(x)) + 1 for x in (q, k))
+            q, k = (_features(_full(x)) for x in (q, k))
         turned = (q, k) if rotary is None else (rotate(x, *rotary) for x in (q, k))
         whole = input_gate and not normalise
         u = v if input_gate else _full(v) / delta.clamp(min=_SMALLEST_STEP)
@@ -139,6 +137,12 @@ def _scan(
     """The scan over tokens (B, L, C); keys and queries are in groups."""
     B, C = (x.unflatten(2, (heads, -1)).permute(0, 2, 3, 1) for x in (k, q))
     return selective_scan(u.mT, delta.mT, A, B, C, D, backend=backend).mT
+
+
+def _features(x: Tensor) -> Tensor:
+    """elu + 1, accurate in relative terms far below 0 as well."""
+    positive = x.relu()
+    return positive + (x - positive).exp()
 
 
 def _full(x: Tensor) -> Tensor:
