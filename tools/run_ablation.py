@@ -67,8 +67,9 @@ def main(args: argparse.Namespace) -> None:
     ablation.claim_work_dir(args.work_dir, configs[rows[0].name])
     for row in rows:
         for seed in args.seeds:
-            cfg = configs[row.name].copy()
-            result = ablation.train_row(row, cfg, seed, args.work_dir, args.metric)
+            result = ablation.train_row(
+                row, configs[row.name], seed, args.work_dir, args.metric
+            )
             print(f'{row.name}, seed {seed}: {args.metric} {result["value"]:.2f}')
             summary = tables.summarise(
                 everything, ablation.finished(everything, args.work_dir)

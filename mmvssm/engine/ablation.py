@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,7 @@ def train_row(
 
     Args:
         row: The row.
-        cfg: Its config, of :func:`row_config`; changed.
+        cfg: Its config, of :func:`row_config`.
         seed: Of weights and order of the data.
         work_dir: The results are in ``work_dir/<row>/seed_<seed>``.
         metric: Which of the metrics counts.
@@ -227,6 +228,7 @@ def train_row(
     check_datasets(cfg, splits=('train', 'test'))
     folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(backbone))
+    cfg = deepcopy(cfg)
     cfg.work_dir = str(folder)
     cfg.randomness = dict(seed=seed)
     cfg.resume = True
