@@ -189,6 +189,8 @@ def result_table(summary: Sequence[Mapping], metric: str) -> str:
 def draw_results(summary: Sequence[Mapping], metric: str, path: str | Path) -> Path:
     """Draw bars: what was measured, and what the paper has.
 
+    The band is the range of the baseline's seeds.
+
     Args:
         summary: Of :func:`summarise`.
         metric: What was measured.
@@ -227,10 +229,15 @@ def draw_results(summary: Sequence[Mapping], metric: str, path: str | Path) -> P
             room = 0.6 * (max(known) - min(known)) or 1.0
             axes.set_xlim(max(0.0, min(known) - room), max(known) + 0.15 * room)
         axes.set_title(title, fontsize=11, fontweight='bold')
+        axes.set_xlabel('difference from the baseline in brackets; axis cut')
     first = summary[0]
     if first['difference'] is not None:
         ours.axvspan(
-            min(first['values']), max(first['values']), color='black', alpha=0.12
+            min(first['values']),
+            max(first['values']),
+            color='black',
+            alpha=0.12,
+            zorder=0,
         )
         ours.axvline(first['mean'], color='black', lw=0.8)
     for i, line in enumerate(summary):
