@@ -1,6 +1,7 @@
 # Everything from a bare clone: `make quickstart`, `make test`.
 #
-# Variables: PYTHON (3.10 to 3.12) makes the virtual environment VENV. pip's own
+# Variables: PYTHON (3.10 to 3.12) makes the virtual environment VENV. CONFIG is
+# another quickstart, such as configs/upernet_vim_quickstart.py. pip's own
 # settings are honoured: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,6 +11,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
+CONFIG :=
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.mmvssm-installed
@@ -47,7 +49,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard requirements/*.txt)
 
 .PHONY: quickstart
 quickstart: install ## Train, evaluate and draw a small VMamba-UperNet on the CPU.
-	@$(RUN) tools/quickstart.py
+	@$(RUN) tools/quickstart.py $(if $(CONFIG),--config $(CONFIG))
 
 .PHONY: test
 test: lint ## Lint, then run every test.

@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
+import process_memory
 import scan_cpu_memory
 import scan_cpu_peers as peers
 import scan_cpu_report as report
@@ -329,7 +330,7 @@ def parse_args() -> argparse.Namespace:
 
 def measure(plan: Plan, parts: list[str], threads: list[int]) -> dict[str, list[dict]]:
     """Run the parts; each one's rows, of all numbers of threads."""
-    if 'memory' in parts and not scan_cpu_memory.possible():
+    if 'memory' in parts and not process_memory.possible():
         print('memory: only measured on Linux, left out')
         parts = [part for part in parts if part != 'memory']
     found = {part: [] for part in parts}

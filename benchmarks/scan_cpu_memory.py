@@ -14,8 +14,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
+import process_memory
 import torch
 from scan_cpu_inputs import op_inputs, ss2d_inputs
 from torch import Tensor
@@ -23,15 +23,8 @@ from torch import Tensor
 from mmvssm.ops import selective_scan, ss2d_scan
 from mmvssm.ops.ss2d_scan.composed import ss2d_scan_composed
 
-STATUS = Path('/proc/self/status')
-RESET = Path('/proc/self/clear_refs')
 # glibc's malloc: what is this large is mapped, so that freeing it unmaps it.
 MALLOC = dict(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')
-
-
-def possible() -> bool:
-    """Whether this system has the counters."""
-    return STATUS.exists() and RESET.exists()
 
 
 def measure(what: str, threads: int, **shape: int) -> dict:
@@ -68,13 +61,6 @@ def _scan(u, delta, A, B, C, D, bias):
     return selective_scan(u, delta, A, B, C, D, None, bias, True, backend='cpu')
 
 
-def _kilobytes(field: str) -> int:
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(f'{field}:'):
-            return int(line.split()[1])
-    raise KeyError(field)
-
-
 def _size(tensors) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
@@ -89,16 +75,16 @@ def _child(what: str, threads: int, **shape: int) -> dict:
     inputs, function = _problem(what, shape)
     with torch.no_grad():
         grad_out = torch.empty_like(inputs[0]).fill_(1)
-    before = _kilobytes('VmRSS')
-    RESET.write_text('5')
+    before = process_memory.held()
+    process_memory.reset_peak()
     out = function(*inputs)
     gradients = torch.autograd.grad(out, inputs, grad_out)
-    peak = _kilobytes('VmHWM') - before
+    peak = process_memory.peak() - before
     return dict(
         inputs=_size(inputs),
         outputs=_size([out]),
         gradients=_size(gradients),
-        peak=1024 * peak,
+        peak=peak,
     )
 
 

@@ -1,7 +1,7 @@
 _base_ = [
     './_base_/models/upernet_mambar.py',
     './_base_/datasets/ade20k.py',
-    './_base_/schedules/schedule_160k.py',
+    './_base_/schedules/schedule_160k_layer_decay.py',
     './_base_/default_runtime.py',
 ]
 # Never published. Drop path 0.3, between the 0.1 and 0.4 of the stages of Mamba®'s
@@ -12,7 +12,4 @@ model = dict(
     decode_head=dict(in_channels=[768, 768, 768, 768]),
     auxiliary_head=dict(in_channels=768),
 )
-optim_wrapper = dict(
-    constructor='mmvssm.LayerDecayOptimWrapperConstructor',
-    paramwise_cfg=dict(_delete_=True, layer_decay_rate=0.92),
-)
+optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.92))

@@ -1,7 +1,7 @@
 _base_ = [
     './_base_/models/upernet_mambar.py',
     './_base_/datasets/ade20k.py',
-    './_base_/schedules/schedule_160k.py',
+    './_base_/schedules/schedule_160k_layer_decay.py',
     './_base_/default_runtime.py',
 ]
 # Never published. Drop path 0.4 of the last stage of Mamba®'s own training; layer
@@ -14,7 +14,4 @@ model = dict(
     decode_head=dict(in_channels=[1024, 1024, 1024, 1024]),
     auxiliary_head=dict(in_channels=1024),
 )
-optim_wrapper = dict(
-    constructor='mmvssm.LayerDecayOptimWrapperConstructor',
-    paramwise_cfg=dict(_delete_=True, layer_decay_rate=0.96),
-)
+optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.96))

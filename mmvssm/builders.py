@@ -31,28 +31,34 @@ _REGISTER_REDUCTION = dict(t=1, s=2, b=4, l=8)
 class _Family:
     backbone: type[nn.Module]
     archs: dict
-    # Backbone, arch and number of classes -> head.
-    head: Callable[[nn.Module, str, int], nn.Module]
+    # Backbone, arch, number of classes, options -> head.
+    head: Callable[..., nn.Module]
     # Arguments of the backbone when a head of its own follows.
     classifier_kwargs: dict
 
 
-def _map_head(backbone: VSSM | MLLA, arch: str, num_classes: int) -> nn.Module:
-    return ClassificationHead(backbone.out_channels[-1], num_classes)
+def _map_head(
+    backbone: VSSM | MLLA, arch: str, num_classes: int, **options: Any
+) -> nn.Module:
+    return ClassificationHead(backbone.out_channels[-1], num_classes, **options)
 
 
-def _class_token_head(backbone: Vim, arch: str, num_classes: int) -> nn.Module:
-    return ClassTokenHead(backbone.out_channels[-1], num_classes)
+def _class_token_head(
+    backbone: Vim, arch: str, num_classes: int, **options: Any
+) -> nn.Module:
+    return ClassTokenHead(backbone.out_channels[-1], num_classes, **options)
 
 
-def _register_head(backbone: MambaR, arch: str, num_classes: int) -> nn.Module:
+def _register_head(
+    backbone: MambaR, arch: str, num_classes: int, **options: Any
+) -> nn.Module:
     registers = backbone.num_registers
-    return RegisterHead(
-        backbone.out_channels[-1],
-        num_classes,
-        registers,
-        _REGISTER_REDUCTION[arch],
+    defaults = dict(
+        reduce=_REGISTER_REDUCTION[arch],
         pooling='concat' if registers else 'patches',
+    )
+    return RegisterHead(
+        backbone.out_channels[-1], num_classes, registers, **{**defaults, **options}
     )
 
 
@@ -86,13 +92,15 @@ def list_models(pattern: str | None = None) -> list[str]:
 
 
 def build_classifier(
-    name: str, num_classes: int = 1000, **kwargs: Any
+    name: str, num_classes: int = 1000, head: dict | None = None, **kwargs: Any
 ) -> ImageClassifier:
     """Build an image classifier: image (B, 3, H, W) -> logits (B, K).
 
     Args:
         name: One of :func:`list_models`.
         num_classes: K.
+        head: Further arguments of the head. That of Mamba® takes ``pooling``
+            and ``reduce``, see :class:`mmvssm.heads.RegisterHead`.
         **kwargs: Further arguments of the backbone.
 
     Raises:
@@ -100,7 +108,8 @@ def build_classifier(
     """
     family, arch = _find(name)
     backbone = family.backbone(arch, **{**family.classifier_kwargs, **kwargs})
-    return ImageClassifier(backbone, family.head(backbone, arch, num_classes))
+    classifier = family.head(backbone, arch, num_classes, **(head or {}))
+    return ImageClassifier(backbone, classifier)
 
 
 def build_backbone(

@@ -275,3 +275,26 @@ def test_growth_of_attention_by_hand(load):
     for who in attention.MIXERS:
         function, inputs = attention.MIXERS[who](attention.QUICK, 16)
         assert function(*inputs).numel() == 16 * 16
+
+
+def test_memory_of_a_training_step(tmp_path):
+    """A small model, whose activations are far larger than its weights."""
+    pytest.importorskip('mmseg')
+    if sys.platform != 'linux':
+        pytest.skip('reads the counters of Linux')
+    out = tmp_path / 'memory.json'
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / 'training_memory.py']
+        + [REPO / 'configs/upernet_vim_quickstart.py', '--out', out]
+        + ['--cfg-options', 'model.backbone.arch.depth=24']
+        + ['model.backbone.out_indices=5,11,17,23'],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    saving, plain = json.loads(out.read_text())['runs']
+    assert saving['with_cp'] and not plain['with_cp']
+    assert saving['parameters'] == plain['parameters'] > 1e6
+    assert saving['loss'] == pytest.approx(plain['loss'], rel=1e-4)
+    assert saving['peak'] < 0.6 * plain['peak']
+    assert '4 x 128x128' in done.stdout

@@ -84,6 +84,17 @@ def test_other_registers(registers):
     assert output_shapes(net, (2, 3, 64, 96)) == [(2, 7)]
 
 
+@pytest.mark.parametrize('pooling', ['patches', 'one', 'mean'])
+def test_ablations_of_the_register_head(pooling):
+    with torch.device('meta'):
+        net = mmvssm.build_classifier(
+            'mambar_s', num_classes=7, head=dict(pooling=pooling)
+        )
+    assert net.classifier.pooling == pooling
+    assert net.classifier.head.weight.shape == (7, 384)
+    assert output_shapes(net, (2, 3, 64, 96)) == [(2, 7)]
+
+
 def output_shapes(net, image_shape):
     """Run a net of the meta device on shapes alone, forward and backward.
 

@@ -16,7 +16,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 SEGMENTORS = sorted((REPO / 'configs').glob('upernet_*.py'))
-VMAMBAS = [path for path in SEGMENTORS if 'vmamba' in path.stem]
+QUICKSTARTS = [path for path in SEGMENTORS if 'quickstart' in path.stem]
 PUBLISHED = {
     # arch, drop path, channels
     'upernet_vmamba_t': ('t_s1l8', 0.2, 96),
@@ -45,11 +45,16 @@ def build(cfg):
 
 
 def shrink(cfg):
-    """One block a map and an eighth or less of the channels."""
+    """One block a map and an eighth or less of the channels.
+
+    The quickstarts are small as they are.
+    """
     model = cfg.model
-    arch = model.backbone.arch
+    model.data_preprocessor.size = (64, 96)
+    if not isinstance(model.backbone.arch, str):
+        return cfg
     if model.backbone.type == 'mmvssm.VSSM':
-        arch = ARCH_ZOO[arch] if isinstance(arch, str) else arch
+        arch = ARCH_ZOO[model.backbone.arch]
         model.backbone.arch = dict(arch, depths=(1, 1, 1, 1), dims=8)
         channels = [8 * 2**i for i in model.backbone.out_indices]
     elif model.backbone.type == 'mmvssm.MLLA':
@@ -65,7 +70,6 @@ def shrink(cfg):
         model.auxiliary_head.update(
             in_channels=channels[model.auxiliary_head.in_index], channels=8
         )
-    model.data_preprocessor.size = (64, 96)
     return cfg
 
 
@@ -287,7 +291,9 @@ def count(cfg):
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 
-@pytest.mark.parametrize('path', [p for p in SEGMENTORS if p not in STAGED], ids=names)
+@pytest.mark.parametrize(
+    'path', [p for p in SEGMENTORS if p not in (*STAGED, *QUICKSTARTS)], ids=names
+)
 def test_layer_decay_reaches_every_parameter(path):
     from mmengine.optim import build_optim_wrapper
 
@@ -309,25 +315,45 @@ def test_layer_decay_reaches_every_parameter(path):
         assert scales[name] == pytest.approx(rate ** (5 - depth)), name
 
 
-def test_quickstart_is_the_common_path_made_small():
-    """Heads, losses (without class weights) and test mode are the published ones."""
-    small, full = (
-        Config.fromfile(REPO / 'configs' / name).model
-        for name in ('upernet_vmamba_quickstart.py', 'upernet_vmamba_t.py')
-    )
-    assert small.type == full.type and small.test_cfg == full.test_cfg
+@pytest.mark.parametrize('path', QUICKSTARTS, ids=names)
+def test_quickstart_is_the_common_path_made_small(path):
+    """Heads, losses (without class weights) and pyramid are the published ones."""
+    arch = dict(vmamba='t', vim='t', mambar='s')[path.stem.split('_')[1]]
+    full = path.with_stem(path.stem.replace('quickstart', arch))
+    small, full = (Config.fromfile(p).model for p in (path, full))
+    assert small.type == full.type
     for part in ('backbone', 'decode_head', 'auxiliary_head', 'data_preprocessor'):
         assert small[part].type == full[part].type
+    assert small.get('neck', {}).get('type') == full.get('neck', {}).get('type')
     for head in ('decode_head', 'auxiliary_head'):
         assert small[head].loss_decode == full[head].loss_decode
         assert 'class_weight' not in small[head].loss_decode
+    for key in ('feature', 'last_layer_process', 'cls_token'):
+        assert small.backbone.get(key) == full.backbone.get(key)
+
+
+def test_quickstarts_differ_in_the_backbone_alone():
+    """Data, heads, optimizer and tests are the same; the plain ones train shorter."""
+    base, *others = (Config.fromfile(p) for p in reversed(QUICKSTARTS))
+    assert base.model.backbone.type == 'mmvssm.VSSM'
+    for other in others:
+        assert other.model.backbone.arch.patch_size == 8
+        assert other.train_cfg.max_iters == other.param_scheduler[1].end
+        assert other.train_cfg.max_iters <= base.train_cfg.max_iters
+        for key in ('train_dataloader', 'val_dataloader', 'generator', 'test_cfg'):
+            assert other[key] == base[key]
+        assert other.model.test_cfg == base.model.test_cfg
+        for head in ('decode_head', 'auxiliary_head'):
+            mine, its = dict(other.model[head]), dict(base.model[head])
+            del mine['in_channels'], its['in_channels']
+            assert mine == its
 
 
 def test_weight_decay_spares_what_was_published():
     """Names with 'norm' only: not A_logs, biases or the stem's norms."""
     from mmengine.optim import build_optim_wrapper
 
-    cfg = shrink(Config.fromfile(VMAMBAS[0]))
+    cfg = shrink(Config.fromfile(STAGED[0]))
     model = build(cfg)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     decay = {}

@@ -26,14 +26,13 @@ SMALL = [
 ]
 
 
-def quickstart(folder, *options):
+def quickstart(folder, *options, arguments=('--work-dir', 'work')):
     environment = dict(os.environ, MMVSSM_QUICKSTART_ROOT=str(folder / 'data'))
     return subprocess.run(
         [
             sys.executable,
             REPO / 'tools/quickstart.py',
-            '--work-dir',
-            'work',
+            *arguments,
             '--cfg-options',
             *SMALL,
             *options,
@@ -92,6 +91,27 @@ def test_a_folder_of_other_settings_is_kept(finished):
     done = quickstart(folder, 'generator.seed=1')
     assert done.returncode == 2
     assert 'error: ' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_another_config_has_a_work_dir_of_its_own(finished):
+    folder, _ = finished
+    config = REPO / 'configs/upernet_mambar_quickstart.py'
+    done = quickstart(folder, arguments=('--config', config))
+    assert done.returncode == 0, done.stderr
+    for name in ('metrics.json', 'contact_sheet.png', 'iter_2.pth'):
+        assert (folder / 'work_dirs/upernet_mambar_quickstart' / name).exists()
+
+
+def test_config_with_other_data_is_refused(tmp_path):
+    config = REPO / 'configs/upernet_vim_t.py'
+    done = subprocess.run(
+        [sys.executable, REPO / 'tools/quickstart.py', '--config', config],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert 'configs/*_quickstart.py' in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_config_knows_the_classes():

@@ -1,5 +1,6 @@
-"""Make a small data set, train a small VMamba-UperNet on it, show what it does.
+"""Make a small data set, train a small UperNet on it, show what it does.
 
+The backbone is VMamba, or that of another ``configs/*_quickstart.py``.
 Everything runs on the CPU, in minutes. Run again, it goes on from the latest
 checkpoint in the work dir, and at once to the results if training is finished;
 delete the work dir to start anew.
@@ -11,15 +12,17 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG = REPOSITORY / 'configs/upernet_vmamba_quickstart.py'
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--config', default=str(CONFIG))
     parser.add_argument(
-        '--config', default=str(REPOSITORY / 'configs/upernet_vmamba_quickstart.py')
+        '--work-dir',
+        help='default: work_dirs/quickstart, or with --config work_dirs/NAME',
     )
-    parser.add_argument('--work-dir', default='work_dirs/quickstart')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -37,7 +40,15 @@ def main(args: argparse.Namespace) -> None:
     from mmvssm import engine
     from mmvssm.analysis.contact_sheet import write_model_contact_sheet
 
-    cfg = engine.load_config(args.config, args.cfg_options, args.work_dir)
+    work_dir = args.work_dir
+    if work_dir is None and args.config == str(CONFIG):
+        work_dir = 'work_dirs/quickstart'
+    cfg = engine.load_config(args.config, args.cfg_options, work_dir)
+    if 'generator' not in cfg:
+        raise engine.UsageError(
+            f'{args.config} does not train on the data set that is made here, as '
+            'configs/*_quickstart.py do: use tools/train.py.'
+        )
     data_root = cfg.train_dataloader.dataset.data_root
     make_data(data_root, cfg.generator)
     # To be interrupted and started again at will.

@@ -9,19 +9,27 @@ from torch import nn
 
 from mmvssm.registry import MODELS
 
+_SCALES = (4, 2, 1, 0.5, 0.25)
+
 
 @MODELS.register_module()
 class PlainPyramid(BaseModule):
-    """Four maps at 4, 2, 1 and 1/2 times the size of those that come in.
+    """Maps at several times the size of those that come in.
 
     Args:
         channels: C of all maps, in and out.
         learned: Enlarge by transposed convolutions, as the published
             segmentation models of Vim do inside the backbone; the names of
             parameters are then those of mmseg's ``Feature2Pyramid``. Otherwise
-            by bilinear interpolation, without parameters. The last map is
-            always pooled by maximum.
+            by bilinear interpolation, without parameters. Maps are always made
+            smaller by maximum pooling.
+        scales: Of the maps that go out, each once: 4, 2, 1, 0.5 or 0.25. The
+            default makes strides of 4 to 32 pixels of patches of 16; for
+            patches of 8 that takes ``(2, 1, 0.5, 0.25)``.
         init_cfg: mmengine's initialisation config.
+
+    Raises:
+        ValueError: A scale is another one, or there twice.
 
     Note:
         The norm is a BatchNorm2d. ``sync_bn='torch'`` in a config of mmengine's
@@ -32,44 +40,53 @@ class PlainPyramid(BaseModule):
         self,
         channels: int,
         learned: bool = True,
+        scales: Sequence[float] = (4, 2, 1, 0.5),
         init_cfg: dict | list[dict] | None = None,
     ):
         super().__init__(init_cfg)
+        if not set(scales) <= set(_SCALES) or len(set(scales)) < len(scales):
+            raise ValueError(f'scales must be some of {_SCALES}, got {scales}')
         self.learned = learned
-        if learned:
+        self.scales = tuple(scales)
+        if learned and 4 in scales:
             self.upsample_4x = nn.Sequential(
                 _twice(channels), nn.BatchNorm2d(channels), nn.GELU(), _twice(channels)
             )
+        if learned and 2 in scales:
             self.upsample_2x = nn.Sequential(_twice(channels))
 
     def forward(self, maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Resize maps (B, C, H, W).
 
         Args:
-            maps: Four maps, one a scale, or a single one for all four scales.
+            maps: One a scale, or a single one for all scales.
 
         Returns:
-            Maps of sizes (4 H, 4 W), (2 H, 2 W), (H, W) and that halved,
-            rounded up.
+            Maps of the scales times (H, W), rounded up.
 
         Raises:
-            ValueError: There are neither four maps nor one.
+            ValueError: There are neither as many maps as scales nor one.
         """
-        if len(maps) not in (1, 4):
-            raise ValueError(f'PlainPyramid takes four maps, or one, got {len(maps)}')
+        if len(maps) not in (1, len(self.scales)):
+            raise ValueError(
+                f'PlainPyramid takes {len(self.scales)} maps, or one, got {len(maps)}'
+            )
         if len(maps) == 1:
-            maps = (maps[0],) * 4
+            maps = (maps[0],) * len(self.scales)
+        return tuple(map(self._resize, maps, self.scales))
+
+    def _resize(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        if scale == 1:
+            return x
+        if scale < 1:
+            # A map one patch high is kept, not pooled away.
+            return F.max_pool2d(x, round(1 / scale), ceil_mode=True)
         if self.learned:
-            first, second = self.upsample_4x(maps[0]), self.upsample_2x(maps[1])
-        else:
-            first, second = _enlarge(maps[0], 4), _enlarge(maps[1], 2)
-        # A map one patch high is kept, not pooled away.
-        return first, second, maps[2], F.max_pool2d(maps[3], 2, ceil_mode=True)
+            return getattr(self, f'upsample_{scale}x')(x)
+        return F.interpolate(
+            x, scale_factor=scale, mode='bilinear', align_corners=False
+        )
 
 
 def _twice(channels: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(channels, channels, 2, stride=2)
-
-
-def _enlarge(x: torch.Tensor, factor: int) -> torch.Tensor:
-    return F.interpolate(x, scale_factor=factor, mode='bilinear', align_corners=False)

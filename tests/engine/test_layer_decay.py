@@ -275,14 +275,54 @@ def test_frozen_parameters_are_left_out():
     assert 'backbone.pos_embed' not in names
 
 
-def test_printed_table():
-    text = format_groups(groups_of(Vim(PLAIN, 16)))
-    rows = [line.split() for line in text.splitlines()]
-    assert rows[0] == ['group', 'lr', 'scale', 'decay', 'tensors', 'weights']
-    # The bias and 16 vectors of 8 channels; the 4x4 convolution.
-    assert rows[1] == ['depth', '0,', 'no', 'decay', '0.12500', '0', '2', '136']
-    assert rows[2] == ['depth', '0,', 'decay', '0.12500', '0.1', '1', '384']
-    assert len(rows) == 1 + 6
+# Weights by hand for Vim: 16 position vectors of 8 channels, a class token with one
+# more and 8 biases; a 4x4 convolution of 3 channels to 8; then two blocks.
+PRINTED = {
+    'vmamba': """\
+group                 lr scale   decay  tensors    weights
+depth 0, no decay      0.06250       0        6         36
+depth 0, decay         0.06250     0.1        2        396
+depth 1, no decay      0.12500       0       11        184
+depth 1, decay         0.12500     0.1        7        840
+depth 2, no decay      0.25000       0       14        416
+depth 2, decay         0.25000     0.1        8       4112
+depth 3, no decay      0.50000       0       11        368
+depth 3, decay         0.50000     0.1        7       2960
+depth 4, no decay      1.00000       0        8         68
+depth 4, decay         1.00000     0.1        2         96""",
+    'vim': """\
+group                 lr scale   decay  tensors    weights
+depth 0, no decay      0.12500       0        3        152
+depth 0, decay         0.12500     0.1        1        384
+depth 1, no decay      0.25000       0        9        168
+depth 1, decay         0.25000     0.1        8        704
+depth 2, no decay      0.50000       0        9        168
+depth 2, decay         0.50000     0.1        8        704
+depth 3, no decay      1.00000       0        5         28
+depth 3, decay         1.00000     0.1        2         96""",
+    'mambar': """\
+group                 lr scale   decay  tensors    weights
+depth 0, no decay      0.12500       0        4        328
+depth 0, decay         0.12500     0.1        1        384
+depth 1, no decay      0.25000       0        9        168
+depth 1, decay         0.25000     0.1        8        704
+depth 2, no decay      0.50000       0        9        168
+depth 2, decay         0.50000     0.1        8        704
+depth 3, no decay      1.00000       0        5         28
+depth 3, decay         1.00000     0.1        2         96""",
+}
+NORMED = dict(last_layer_process='norm')
+PRINTED_MODELS = {
+    'vmamba': lambda: VSSM(SCAN, out_indices=(0, 1)),
+    'vim': lambda: Vim(PLAIN, 16, cls_token='middle', **NORMED),
+    'mambar': lambda: MambaR(PLAIN, 16, **NORMED),
+}
+
+
+@pytest.mark.parametrize('family', PRINTED)
+def test_printed_table(family):
+    groups = groups_of(segmentor(PRINTED_MODELS[family]()))
+    assert format_groups(groups) == PRINTED[family]
 
 
 def test_without_weight_decay_of_the_optimizer():

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from mmengine.registry import MODELS as MMENGINE_MODELS
@@ -28,18 +30,39 @@ def test_one_map_serves_every_scale():
     x = torch.randn(1, 8, 4, 4)
     for a, b in zip(neck([x]), neck([x] * 4), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match='four maps, or one, got 3'):
+    with pytest.raises(ValueError, match='4 maps, or one, got 3'):
         neck([x] * 3)
 
 
-def test_same_names_and_numbers_as_mmseg():
+@pytest.mark.parametrize('learned', [True, False])
+@pytest.mark.parametrize('scales', [(2, 1, 0.5, 0.25), (0.25, 2), (4,), (1,)])
+def test_other_scales(learned, scales):
+    neck = PlainPyramid(8, learned, scales)
+    outs = neck([torch.randn(1, 8, 5, 4, requires_grad=True)])
+    assert [tuple(x.shape[2:]) for x in outs] == [
+        (math.ceil(5 * scale), math.ceil(4 * scale)) for scale in scales
+    ]
+    # Nothing is there that no loss reaches.
+    sum(x.square().mean() for x in outs).backward()
+    assert all(p.grad is not None for p in neck.parameters())
+
+
+@pytest.mark.parametrize('scales', [(8, 4, 2, 1), (1, 1), (3,)])
+def test_wrong_scales(scales):
+    with pytest.raises(ValueError, match=r'scales must be some of .*, got \('):
+        PlainPyramid(8, scales=scales)
+
+
+@pytest.mark.parametrize('scales', [(4, 2, 1, 0.5), (2, 1, 0.5, 0.25)])
+def test_same_names_and_numbers_as_mmseg(scales):
     pytest.importorskip('mmseg')
     from mmseg.models.necks import Feature2Pyramid
 
-    theirs = Feature2Pyramid(8, norm_cfg=dict(type='BN')).eval()
-    ours = PlainPyramid(8).eval()
+    torch.manual_seed(0)
+    theirs = Feature2Pyramid(8, scales, norm_cfg=dict(type='BN')).eval()
+    ours = PlainPyramid(8, scales=scales).eval()
     ours.load_state_dict(theirs.state_dict())
-    maps = [torch.randn(1, 8, 4, 6) for _ in range(4)]
+    maps = [torch.randn(1, 8, 4, 8) for _ in range(4)]
     for a, b in zip(ours(maps), theirs(maps), strict=True):
         torch.testing.assert_close(a, b)
 

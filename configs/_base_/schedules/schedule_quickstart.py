@@ -1,0 +1,22 @@
+_base_ = './schedule_160k.py'
+max_iters = 2800
+optim_wrapper = dict(
+    optimizer=dict(lr=3e-3, fused=True),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
+    dict(
+        type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, begin=30, end=max_iters
+    ),
+]
+train_cfg = dict(max_iters=max_iters, val_interval=700)
+default_hooks = dict(
+    checkpoint=dict(
+        _delete_=True,
+        type='CheckpointHook',
+        by_epoch=False,
+        interval=300,
+        max_keep_ckpts=1,
+    )
+)
+auto_scale_lr = dict(base_batch_size=4)
