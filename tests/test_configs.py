@@ -353,7 +353,7 @@ def test_weight_decay_spares_what_was_published():
     """Names with 'norm' only: not A_logs, biases or the stem's norms."""
     from mmengine.optim import build_optim_wrapper
 
-    cfg = shrink(Config.fromfile(STAGED[0]))
+    cfg = shrink(Config.fromfile(REPO / 'configs/upernet_vmamba_t.py'))
     model = build(cfg)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     decay = {}

@@ -224,6 +224,25 @@ def test_drop_path_rates(cls):
 
 
 @both
+@torch.no_grad()
+def test_classifiers_drop_the_last_output_before_the_norm(cls):
+    class Dropped(torch.nn.Module):
+        def forward(self, x):
+            return torch.zeros_like(x)
+
+    net = cls(TINY, 32, classification=True).eval()
+    net.drop_path = Dropped()
+    streams = []
+    net.layers[-1].register_forward_hook(lambda _, args, out: streams.append(out[1]))
+    ((out, tokens),) = net(torch.randn(2, 3, 32, 32))
+    positions = net.token_positions(64)
+    patches = [i for i in range(64 + len(positions)) if i not in positions]
+    want = torch.nn.functional.rms_norm(streams[0], (16,), eps=1e-5)
+    torch.testing.assert_close(out.flatten(2).mT, want[:, patches])
+    torch.testing.assert_close(tokens, want[:, list(positions)])
+
+
+@both
 def test_drop_path_only_in_training(cls):
     net = cls(TINY, 32, drop_path_rate=0.8, last_layer_process='norm')
     x = torch.randn(4, 3, 32, 32)

@@ -1,7 +1,7 @@
 # Blocks on a grid that never shrinks take longer, so there are fewer iterations,
 # and they want smaller steps.
 _base_ = './schedule_quickstart.py'
-max_iters = 1600
+max_iters = 1200
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
