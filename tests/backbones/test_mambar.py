@@ -25,22 +25,30 @@ def test_registers(number, placement):
     out.sum().backward()
 
 
+@pytest.mark.parametrize(
+    'placement,places',
+    [
+        ('even', ([16, 33, 50], [7, 15, 23], [0, 1, 2])),
+        ('head', ([0, 1, 2], [0, 1, 2], [0, 1, 2])),
+        ('middle', ([32, 33, 34], [15, 16, 17], [1, 2, 3])),
+    ],
+)
 @torch.no_grad()
-def test_places_follow_the_grid():
+def test_places_follow_the_grid(placement, places):
     """Registers are told from patches by their size as they enter the blocks."""
-    net = MambaR(TINY, 32, registers=3).eval()
+    net = MambaR(TINY, 32, registers=3, placement=placement, return_tokens=True)
     for parameter in (net.cls_token, net.pos_embed_cls):
         parameter.fill_(100)
-    found = []
-    net.layers[0].register_forward_pre_hook(lambda _, args: found.append(args[0]))
-    for size, places in (
-        ((32, 32), [16, 33, 50]),
-        ((20, 24), [7, 15, 23]),
-        ((4, 8), [0, 1, 2]),
-    ):
-        net(torch.randn(1, 3, *size))
-        large = found.pop().mean(-1)[0] > 50
-        assert large.nonzero().flatten().tolist() == places
+    entered, left = [], []
+    block = net.eval().layers[0]
+    block.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    block.register_forward_hook(lambda _, args, out: left.append(out[0]))
+    for size, expected in zip(((32, 32), (20, 24), (4, 8)), places, strict=True):
+        _, registers = net(torch.randn(1, 3, *size))[0]
+        large = entered.pop().mean(-1)[0] > 50
+        assert large.nonzero().flatten().tolist() == expected
+        # Those that come back are what the block made of them.
+        assert torch.equal(registers, left.pop()[:, expected])
 
 
 def test_registers_of_the_archs():
