@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from mmvssm.layers.linear import Linear
 from mmvssm.layers.rotary import rotary_tables
 from mmvssm.ops import linear_attention
 
@@ -60,7 +61,7 @@ class LinearAttention2d(nn.Module):
         self.heads = heads
         self.rope = rope
         self.normalise = normalise
-        self.qk = nn.Linear(channels, 2 * channels)
+        self.qk = Linear(channels, 2 * channels)
         self.lepe = DepthwiseConv2d(channels) if lepe else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

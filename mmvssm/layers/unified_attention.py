@@ -14,7 +14,7 @@ from mmvssm.layers.linear_attention import DepthwiseConv2d
 from mmvssm.layers.maps import Linear2d
 from mmvssm.layers.rotary import rotary_tables
 from mmvssm.ops import autocast, linear_attention, selective_scan
-from mmvssm.ops.numerics import softplus
+from mmvssm.ops.numerics import elu_plus_one, softplus
 from mmvssm.ops.rotary import rotate
 
 # The smallest step that Mamba starts from.
@@ -112,7 +112,7 @@ def unified_attention(
         y = y if D is None else y + D * v
     else:
         if feature_map:
-            q, k = (_features(_full(x)) for x in (q, k))
+            q, k = (elu_plus_one(_full(x)) for x in (q, k))
         turned = (q, k) if rotary is None else (rotate(x, *rotary) for x in (q, k))
         whole = input_gate and not normalise
         u = v if input_gate else _full(v) / delta.clamp(min=_SMALLEST_STEP)
@@ -137,12 +137,6 @@ def _scan(
     """The scan over tokens (B, L, C); keys and queries are in groups."""
     B, C = (x.unflatten(2, (heads, -1)).permute(0, 2, 3, 1) for x in (k, q))
     return selective_scan(u.mT, delta.mT, A, B, C, D, backend=backend).mT
-
-
-def _features(x: Tensor) -> Tensor:
-    """elu + 1, accurate in relative terms far below 0 as well."""
-    positive = x.relu()
-    return positive + (x - positive).exp()
 
 
 def _full(x: Tensor) -> Tensor:

@@ -23,6 +23,12 @@ def sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-x))
 
 
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1, accurate in relative terms far below 0 as well."""
+    positive = x.relu()
+    return positive + (x - positive).exp()
+
+
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x)."""
     return x * sigmoid(x)

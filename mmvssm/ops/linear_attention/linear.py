@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmvssm.ops import autocast
+from mmvssm.ops import autocast, numerics
 from mmvssm.ops.rotary import rotate
 
 # Values of one tensor in a block: half a megabyte in float32.
@@ -136,10 +136,7 @@ def _blocks(x: Tensor) -> Iterator[slice]:
 
 def _features(x: Tensor, block: slice, options: _Options) -> tuple[Tensor, Tensor]:
     """elu + 1 of some positions, and the same turned, split into heads."""
-    x = x[:, block].to(options.dtype)
-    # elu itself is not accurate in relative terms far below 0.
-    positive = x.relu()
-    features = positive + (x - positive).exp()
+    features = numerics.elu_plus_one(x[:, block].to(options.dtype))
     turned = features
     if options.cos is not None:
         turned = rotate(features, options.cos[block], options.sin[block])
