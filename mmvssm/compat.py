@@ -7,6 +7,7 @@ look at a version number or patch somebody else's module.
 import pickle
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,24 @@ def _named(module: str, function: Callable, name: str = '') -> Callable:
     alias.__module__ = module
     alias.__name__ = alias.__qualname__ = name or function.__name__
     return alias
+
+
+def why_no_detection() -> str | None:
+    """Why detectors cannot be built here, or None where they can.
+
+    mmdet needs mmcv's compiled ops, which mmcv-lite does not have and which a
+    wheel built for another torch fails to load. Its older releases assert the
+    version of mmcv.
+    """
+    for module, what in (
+        ('mmcv._ext', 'no mmcv with compiled ops'),
+        ('mmdet.models', 'no mmdet that can be imported'),
+    ):
+        try:
+            import_module(module)
+        except (ImportError, AssertionError) as error:
+            return f'{what} ({str(error).splitlines()[0]})'
+    return None
 
 
 def apply() -> None:

@@ -6,6 +6,7 @@ package: mmengine imports ``mmvssm.registry`` for the prefix and then the
 needed.
 """
 
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
@@ -13,11 +14,14 @@ from mmengine.registry import (
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
+HOOKS = Registry(
+    'hook', parent=MMENGINE_HOOKS, scope='mmvssm', locations=['mmvssm.engine']
+)
 MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='mmvssm',
-    locations=['mmvssm.backbones', 'mmvssm.heads', 'mmvssm.necks'],
+    locations=['mmvssm.backbones', 'mmvssm.heads', 'mmvssm.layers', 'mmvssm.necks'],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',

@@ -1,9 +1,10 @@
-"""Segment images: ``python tools/infer.py IMAGE... --config C --checkpoint W``.
+"""Predict images: ``python tools/infer.py IMAGE... --config C --checkpoint W``.
 
-For every image the output folder gets NAME_overlay.png, the classes painted
-over the image, and NAME_labels.png, whose pixel values are class numbers
-counted from 0. Files that cannot be read are skipped, named at the end, and
-make the exit code 1.
+For every image the output folder gets NAME_overlay.png, what was found painted
+over the image. A segmentor also writes NAME_labels.png, whose pixel values are
+class numbers counted from 0; a detector NAME_objects.json with categories,
+scores, boxes and masks. Files that cannot be read are skipped, named at the end,
+and make the exit code 1.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Segment every image; 1 if some could not be read."""
+    """Predict every image; 1 if some could not be read."""
     from mmengine.utils import track_iter_progress
 
     from mmvssm import engine
@@ -43,21 +44,22 @@ def main(args: argparse.Namespace) -> int:
         args.config, args.cfg_options, required=('model', 'test_dataloader')
     )
     images = infer.find_images(args.images)
-    model = infer.load_segmentor(cfg, args.checkpoint, args.device)
+    task = infer.choose_task(cfg)
+    model = infer.load_model(cfg, args.checkpoint, args.device)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     taken, skipped = set(), []
     for path in track_iter_progress(images):
         try:
-            image, prediction = infer.segment_file(model, path)
+            image = infer.read_image(path)
+            prediction = task.predict(model, image)
         except OSError as error:
             skipped.append(f'{path}: {error}')
             continue
         name = infer.free_name(path, taken)
-        infer.save_overlay(model, image, prediction, out_dir / f'{name}_overlay.png')
-        infer.save_label_map(model, prediction, out_dir / f'{name}_labels.png')
+        task.save(model, image, prediction, out_dir / name)
     print(
-        f'\n{len(images) - len(skipped)} of {len(images)} images segmented, '
+        f'\n{len(images) - len(skipped)} of {len(images)} images {task.VERB}, '
         f'results in {out_dir}'
     )
     for line in skipped:

@@ -14,7 +14,9 @@ def parse_args() -> argparse.Namespace:
         help='where the log and the metrics go (default: work_dirs/NAME of the config)',
     )
     parser.add_argument(
-        '--out', metavar='DIR', help='write the predicted label maps here'
+        '--out',
+        metavar='DIR',
+        help='write the predictions here: label maps, or boxes and masks as JSON',
     )
     parser.add_argument('--show-dir', metavar='DIR', help='write painted images here')
     parser.add_argument('--show', action='store_true', help='open a window per image')
@@ -60,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     if args.show or args.show_dir:
         engine.enable_painting(cfg, args.show_dir, args.show, args.wait_time)
     if args.out:
-        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+        engine.keep_predictions(cfg, args.out)
     if args.tta:
         engine.enable_tta(cfg)
     # The runner must put nothing over the weights loaded below.

@@ -1,4 +1,4 @@
-"""Train a segmentor: ``python tools/train.py configs/upernet_vmamba_t.py``."""
+"""Train a segmentor or detector: ``python tools/train.py configs/NAME.py``."""
 
 import argparse
 import os

@@ -1,5 +1,6 @@
 """Bring the keys of a published or own checkpoint into one form."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,13 @@ from mmvssm.checkpoints.read import CheckpointError, read_state_dict
 FAMILIES = {'VMamba': vmamba, 'Vim': vim, 'Mamba-R': mambar, 'MLLA': mlla}
 
 _SEGMENTOR_HEADS = ('decode_head.', 'auxiliary_head.')
-_DETECTOR_HEADS = ('rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.')
+_DETECTOR_HEADS = (
+    *('rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.'),
+    # The names of detectron2, whose heads are not converted.
+    *('proposal_generator.', 'roi_heads.'),
+)
+# A pyramid of detectron2 is around the backbone, not behind it.
+_DETECTRON2_PYRAMID = re.compile(r'backbone\.simfp_([2-5])\.')
 
 
 @dataclass
@@ -27,7 +34,7 @@ class Checkpoint:
         family: ``'VMamba'``, ``'Vim'``, ``'Mamba-R'`` or ``'MLLA'``.
         format: Which published naming the file had: ``'v0-old'``,
             ``'v0-new'`` or ``'v2'`` of VMamba, ``'vim'``, ``'vim-fpn'``,
-            ``'mambar'`` or ``'mlla'``.
+            ``'vim-detectron2'``, ``'mambar'`` or ``'mlla'``.
         contents: ``'classifier'``, ``'backbone'``, ``'segmentor'``,
             ``'detector'``, or ``'model'`` with heads of other names.
         arch: Model the shapes belong to, such as ``'vmamba_t_s1l8'``.
@@ -114,20 +121,26 @@ def to_canonical(state: Mapping[str, torch.Tensor], what: str) -> Checkpoint:
         )
     own, foreign = split_keys(state, found.prefix)
     changed = sum(family.rename(key) != key for key in own)
-    backbone, others = {}, {key: state[full] for key, full in foreign.items()}
+    pyramid = [key for key in foreign if _DETECTRON2_PYRAMID.match(key)]
+    backbone = {}
+    others = {_neck_name(key): state[full] for key, full in foreign.items()}
     for key, full in own.items():
         name = family.rename(key)
         target = backbone if family.BACKBONE_KEY.match(name) else others
         target[name] = family.reshape(name, state[full])
     return Checkpoint(
         found.family,
-        family.file_format(own),
+        family.file_format(own) + ('-detectron2' if pyramid else ''),
         _contents(others, whole=bool(foreign)),
         family.describe(backbone),
         backbone,
         others,
-        changed,
+        changed + len(pyramid),
     )
+
+
+def _neck_name(key: str) -> str:
+    return _DETECTRON2_PYRAMID.sub(lambda m: f'neck.levels.{int(m[1]) - 2}.', key)
 
 
 def split_keys(
@@ -137,9 +150,9 @@ def split_keys(
 
     ``'module.backbone.layers...'`` with the prefix ``'module.backbone.'``
     gives ``'layers...'``; then ``'module.decode_head...'`` beside it gives
-    ``'decode_head...'``.
+    ``'decode_head...'``. In files of detectron2 the prefix is ``'backbone.net.'``.
     """
-    outer = prefix.removesuffix('backbone.')
+    outer = prefix.removesuffix('net.').removesuffix('backbone.')
     own, foreign = {}, {}
     for key in keys:
         if key.startswith(prefix):

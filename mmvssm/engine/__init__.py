@@ -1,15 +1,23 @@
 """What the tools are made of, for scripts of one's own too."""
 
-from .config import enable_amp, enable_painting, enable_tta, load_config
+from .config import (
+    enable_amp,
+    enable_painting,
+    enable_tta,
+    is_detector,
+    keep_predictions,
+    load_config,
+)
 from .data import check_datasets
 from .errors import UsageError, require_file, run_tool
 from .launch import prepare_launch
 from .layer_decay import LayerDecayOptimWrapperConstructor
-from .optim import Bf16OptimWrapper
+from .optim import Bf16OptimWrapper, Float32PyramidHook
 from .weights import check_load_from, load_weights
 
 __all__ = [
     'Bf16OptimWrapper',
+    'Float32PyramidHook',
     'LayerDecayOptimWrapperConstructor',
     'UsageError',
     'check_datasets',
@@ -17,6 +25,8 @@ __all__ = [
     'enable_amp',
     'enable_painting',
     'enable_tta',
+    'is_detector',
+    'keep_predictions',
     'load_config',
     'load_weights',
     'prepare_launch',

@@ -7,6 +7,8 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 
+from mmvssm.compat import why_no_detection
+
 from .errors import UsageError
 
 
@@ -28,7 +30,8 @@ def load_config(
 
     Raises:
         UsageError: No such file, a file that is not a config, a key that is
-            missing or an option that does not fit.
+            missing, an option that does not fit, or a detector where what
+            detectors need is not installed.
     """
     cfg = _read(path)
     if options:
@@ -39,6 +42,11 @@ def load_config(
             f'{path} has no {", ".join(missing)}: it is not a whole '
             'experiment. Give a file such as configs/upernet_vmamba_t.py, '
             'not a part of one.'
+        )
+    if is_detector(cfg) and (reason := why_no_detection()):
+        raise UsageError(
+            f'{path} is a detector, and there is {reason}: run `make install-det`, or '
+            'install onedl-mmdetection and onedl-mmcv (not mmcv-lite).'
         )
     name = Path(path.split('::')[-1]).stem
     cfg.work_dir = work_dir or cfg.get('work_dir') or f'./work_dirs/{name}'
@@ -63,6 +71,12 @@ def merge_options(cfg: Config, options: Sequence[str], path: str) -> None:
             f'--cfg-options {" ".join(options)} does not fit {path}: '
             f'{error}. Write KEY.SUBKEY=VALUE.'
         ) from error
+
+
+def is_detector(cfg: Config) -> bool:
+    """Whether the config's model is mmdet's; else it is mmseg's."""
+    kind = str(cfg.get('model', {}).get('type', ''))
+    return cfg.get('default_scope') == 'mmdet' or kind.startswith('mmdet.')
 
 
 def _read(path: str) -> Config:
@@ -91,6 +105,8 @@ def _parse_options(options: Sequence[str]) -> dict:
 def enable_amp(cfg: Config, dtype: str = 'bfloat16') -> None:
     """Train in mixed precision.
 
+    A detector gets a :class:`~mmvssm.engine.Float32PyramidHook` besides.
+
     Args:
         cfg: Changed in place.
         dtype: ``'bfloat16'`` needs no loss scaling and runs on any device,
@@ -111,6 +127,9 @@ def enable_amp(cfg: Config, dtype: str = 'bfloat16') -> None:
         )
     for key in ('dtype', 'loss_scale'):
         wrapper.pop(key, None)
+    hook = dict(type='mmvssm.Float32PyramidHook')
+    if is_detector(cfg) and hook not in (cfg.get('custom_hooks') or []):
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
     if dtype == 'bfloat16':
         wrapper.type = 'mmvssm.Bf16OptimWrapper'
     elif get_device() == 'cpu':
@@ -131,15 +150,31 @@ def enable_tta(cfg: Config) -> None:
     Raises:
         UsageError: One of the two is missing.
     """
-    missing = [k for k in ('tta_model', 'tta_pipeline') if k not in cfg]
+    missing = [k for k in ('tta_model', 'tta_pipeline') if cfg.get(k) is None]
     if missing:
         raise UsageError(
             f'--tta needs {" and ".join(missing)} in the config; '
             'configs/_base_/default_runtime.py and '
-            'configs/_base_/datasets/ade20k.py show them.'
+            'configs/_base_/datasets/ade20k.py show them. (mmdet cannot merge '
+            'masks, so instance segmentation has none.)'
         )
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def keep_predictions(cfg: Config, folder: str) -> None:
+    """Write what is predicted for every tested image.
+
+    Args:
+        cfg: Changed in place. A segmentor writes label maps; a detector
+            ``results.bbox.json`` and ``results.segm.json`` in COCO's format.
+        folder: Where to.
+    """
+    if is_detector(cfg):
+        cfg.test_evaluator.outfile_prefix = str(Path(folder) / 'results')
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    else:
+        cfg.test_evaluator.update(output_dir=folder, keep_results=True)
 
 
 def enable_painting(

@@ -1,9 +1,10 @@
-"""Segment image files."""
+"""What a model of either task needs to predict image files."""
 
 import copy
 import glob
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 import mmcv
 import numpy as np
@@ -11,13 +12,11 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
-from mmseg.apis import inference_model, init_model
-from mmseg.registry import DATASETS
-from mmseg.structures import SegDataSample
-from mmseg.visualization import SegLocalVisualizer
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from PIL import Image
 from torch import nn
 
+from .config import is_detector
 from .errors import UsageError
 from .weights import load_weights
 
@@ -63,19 +62,32 @@ def free_name(path: Path, taken: set[str]) -> str:
     return name
 
 
-def load_segmentor(
-    cfg: Config, checkpoint: str, device: str | None = None
-) -> nn.Module:
-    """Build the segmentor of a config and fill it from its checkpoint.
+def choose_task(cfg: Config) -> ModuleType:
+    """What to do with an image by a config's model.
+
+    Returns:
+        :mod:`mmvssm.engine.detect` or :mod:`mmvssm.engine.segment`: each has
+        ``predict(model, image)``, ``save(model, image, prediction, path)`` and
+        ``VERB``. Only the toolbox of the task is imported.
+    """
+    if is_detector(cfg):
+        from . import detect as task
+    else:
+        from . import segment as task
+    return task
+
+
+def load_model(cfg: Config, checkpoint: str, device: str | None = None) -> nn.Module:
+    """Build the model of a config and fill it from its checkpoint.
 
     Args:
-        cfg: A config of mmseg's.
+        cfg: A config of mmseg's or mmdet's.
         checkpoint: Loaded by :func:`mmvssm.engine.load_weights`.
         device: By default the accelerator, if the machine has one.
 
     Returns:
         The model in eval mode, with ``cfg`` and ``dataset_meta`` attached as
-        ``mmseg.apis.inference_model`` expects.
+        the toolboxes' functions for inference expect.
 
     Raises:
         UsageError: There is no such device, or the checkpoint does not belong to
@@ -90,19 +102,18 @@ def load_segmentor(
         ) from error
     cfg = copy.deepcopy(cfg)
     cfg.setdefault('test_pipeline', cfg.test_dataloader.dataset.pipeline)
-    model = revert_sync_batchnorm(init_model(cfg, device=device))
+    init_default_scope(cfg.get('default_scope') or 'mmseg')
+    cfg.model.backbone.pop('init_cfg', None)
+    model = revert_sync_batchnorm(MODELS.build(cfg.model)).to(device)
     load_weights(model, checkpoint)
     # Knows classes and palette without a look at its files.
     dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
-    model.dataset_meta = dataset.metainfo
+    model.cfg, model.dataset_meta = cfg, dataset.metainfo
     return model.eval()
 
 
-def segment_file(model: nn.Module, path: Path) -> tuple[np.ndarray, SegDataSample]:
-    """Read and segment one image.
-
-    Returns:
-        The image (H, W, 3), BGR, and the prediction at its size.
+def read_image(path: Path) -> np.ndarray:
+    """Read an image (H, W, 3), BGR, whatever its mode is.
 
     Raises:
         OSError: The file is missing, cut short or not an image.
@@ -113,31 +124,4 @@ def segment_file(model: nn.Module, path: Path) -> tuple[np.ndarray, SegDataSampl
     image = mmcv.imread(str(path))
     if image is None:
         raise OSError(f'{path} is not an image that OpenCV reads')
-    return image, inference_model(model, image)
-
-
-def save_overlay(
-    model: nn.Module, image: np.ndarray, prediction: SegDataSample, path: Path
-) -> None:
-    """Write the image with the predicted classes painted over it."""
-    painter = SegLocalVisualizer(alpha=0.6)
-    painter.dataset_meta = model.dataset_meta
-    painter.add_datasample(
-        path.stem, image[..., ::-1], prediction, draw_gt=False, out_file=str(path)
-    )
-
-
-def save_label_map(model: nn.Module, prediction: SegDataSample, path: Path) -> None:
-    """Write class numbers, counted from 0, as a PNG in the palette's colours.
-
-    The pixel values are the class numbers; 16 bits and grey beyond 256
-    classes.
-    """
-    labels = prediction.pred_sem_seg.data[0].cpu().numpy()
-    palette = np.asarray(model.dataset_meta['palette'], np.uint8)
-    if len(palette) > 256:
-        Image.fromarray(labels.astype(np.uint16)).save(path)
-        return
-    picture = Image.fromarray(labels.astype(np.uint8))
-    picture.putpalette(palette.tobytes())
-    picture.save(path)
+    return image

@@ -11,10 +11,16 @@ import torch
 from torch import nn
 
 from mmvssm.layers.linear import Linear
+from mmvssm.registry import MODELS
 
 
+@MODELS.register_module()
 class LayerNorm2d(nn.LayerNorm):
-    """Layer normalisation over the channels of a (B, C, H, W) map."""
+    """Layer normalisation over the channels of a (B, C, H, W) map.
+
+    As ``norm_cfg=dict(type='mmvssm.LayerNorm2d')`` it goes into the convolutions of
+    OpenMMLab's heads.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -1,5 +1,6 @@
 """Necks for plain backbones."""
 
 from mmvssm.necks.pyramid import PlainPyramid
+from mmvssm.necks.simple_feature_pyramid import SimpleFeaturePyramid
 
-__all__ = ['PlainPyramid']
+__all__ = ['PlainPyramid', 'SimpleFeaturePyramid']

@@ -5,7 +5,7 @@ from torch import nn
 
 from mmvssm.backbones import MambaR, Vim
 from mmvssm.heads import ClassTokenHead, ImageClassifier, RegisterHead
-from mmvssm.necks import PlainPyramid
+from mmvssm.necks import PlainPyramid, SimpleFeaturePyramid
 
 from .files import randomised
 
@@ -56,4 +56,33 @@ def published_segmentor(model):
         state[key] = value
     # Built by the published code and never used.
     state['backbone.norm_f.weight'] = torch.ones(16)
+    return state
+
+
+class Detector(nn.Module):
+    """The shape of mmdet's two-stage detectors."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.neck = SimpleFeaturePyramid(16, 8)
+        self.rpn_head = nn.Conv2d(8, 4, 1)
+
+
+def published_detector(model):
+    """Own names of a detector -> those of detectron2, with buffers and heads."""
+    state = {}
+    for key, value in randomised(model).items():
+        part, rest = key.split('.', 1)
+        if part == 'backbone':
+            key = f'backbone.net.{rest}'
+        elif part == 'neck':
+            level, rest = rest.removeprefix('levels.').split('.', 1)
+            key = f'backbone.simfp_{int(level) + 2}.{rest}'
+        else:
+            key = f'proposal_generator.{key}'
+        state[key] = value
+    state['backbone.net.rope.freqs_cos'] = torch.ones(196, 16)
+    state['roi_heads.mask_head.predictor.weight'] = torch.ones(3, 8, 1, 1)
+    state['pixel_mean'] = torch.ones(3, 1, 1)
     return state

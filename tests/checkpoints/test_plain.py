@@ -19,9 +19,11 @@ from parity import Case
 from .files import randomised, same
 from .plain_files import (
     ARCH,
+    Detector,
     Segmentor,
     mambar_classifier,
     published,
+    published_detector,
     published_segmentor,
     vim_classifier,
 )
@@ -169,6 +171,48 @@ def test_mmseg_neck_takes_the_pyramid():
     report = load_checkpoint(net, state)
     assert not report.missing
     assert torch.equal(net.neck.upsample_4x[3].weight, state['backbone.fpn1.3.weight'])
+
+
+# ---------------------------------------------------------------- the detection
+def test_published_detector():
+    net = Detector(Vim(ARCH, 56, out_indices=(3,), rope=True))
+    state = published_detector(net)
+    report = load_checkpoint(net, dict(model=state))
+    assert (report.format, report.contents) == ('vim-detectron2', 'detector')
+    assert report.missing == ['rpn_head.weight', 'rpn_head.bias']
+    assert set(report.unexpected) == {
+        'rope.freqs_cos',
+        'proposal_generator.rpn_head.weight',
+        'proposal_generator.rpn_head.bias',
+        'roi_heads.mask_head.predictor.weight',
+        'pixel_mean',
+    }
+    assert len(report.matched) == len(net.state_dict()) - 2
+    for key, value in net.backbone.state_dict().items():
+        assert torch.equal(value, state[f'backbone.net.{key}']), key
+    pyramid = net.neck.state_dict()
+    for theirs, own in (
+        ('simfp_2.0.weight', 'levels.0.0.weight'),
+        ('simfp_2.1.bias', 'levels.0.1.bias'),
+        ('simfp_2.4.norm.weight', 'levels.0.4.norm.weight'),
+        ('simfp_4.0.weight', 'levels.2.0.weight'),
+        ('simfp_5.2.norm.bias', 'levels.3.2.norm.bias'),
+    ):
+        assert torch.equal(pyramid[own], state[f'backbone.{theirs}']), own
+
+
+def test_conversion_of_a_detector_is_idempotent():
+    first = convert(published_detector(Detector(Vim(ARCH, 56, out_indices=(3,)))))
+    again = convert(first.state_dict())
+    assert first.renamed and again.renamed == 0
+    assert list(again.state_dict()) == list(first.state_dict())
+
+
+def test_detector_file_into_a_backbone():
+    net = Vim(ARCH, 56, out_indices=(3,))
+    state = published_detector(Detector(Vim(ARCH, 56, out_indices=(3,))))
+    assert not load_checkpoint(net, state).missing
+    assert torch.equal(net.pos_embed, state['backbone.net.pos_embed'])
 
 
 def test_rotary_tables_of_a_file_are_left_out():

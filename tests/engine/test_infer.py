@@ -5,7 +5,7 @@ from PIL import Image
 pytest.importorskip('mmseg')
 
 from mmvssm.engine import UsageError
-from mmvssm.engine.infer import find_images, free_name, load_segmentor
+from mmvssm.engine.infer import find_images, free_name, load_model
 
 
 def test_files_folders_and_patterns(tmp_path, monkeypatch):
@@ -40,4 +40,4 @@ def test_names_do_not_collide(tmp_path):
 @pytest.mark.parametrize('device', ['gpu', 'cuda:99'])
 def test_no_such_device(device):
     with pytest.raises(UsageError, match=f"cannot use the device '{device}'"):
-        load_segmentor(Config(), 'absent.pth', device)
+        load_model(Config(), 'absent.pth', device)

@@ -1,0 +1,42 @@
+# The schedule of ViTDet and the published Vim detectors: 184375 iterations of 64
+# images are 100 epochs. Published is float16 with a dynamic loss scale, which
+# `tools/train.py --amp float16` gives; bfloat16 needs no scale. Published decays
+# the weights of RMSNorm, A and the biases, too.
+max_iters = 184375
+optim_wrapper = dict(
+    type='mmvssm.Bf16OptimWrapper',
+    constructor='mmvssm.LayerDecayOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1),
+    paramwise_cfg=dict(layer_decay_rate=0.837),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=250),
+    dict(
+        type='MultiStepLR',
+        by_epoch=False,
+        begin=0,
+        end=max_iters,
+        # 8/9 and 26/27 of the way.
+        milestones=[163889, 177546],
+        gamma=0.1,
+    ),
+]
+custom_hooks = [dict(type='mmvssm.Float32PyramidHook')]
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=10000)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+default_hooks = dict(
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
+    param_scheduler=dict(type='ParamSchedulerHook'),
+    checkpoint=dict(
+        type='CheckpointHook',
+        by_epoch=False,
+        interval=10000,
+        max_keep_ckpts=2,
+        save_best='coco/bbox_mAP',
+    ),
+    sampler_seed=dict(type='DistSamplerSeedHook'),
+    visualization=dict(type='DetVisualizationHook'),
+)
+auto_scale_lr = dict(enable=False, base_batch_size=64)

@@ -1,0 +1,3 @@
+_base_ = './cascade_mask_rcnn_vim_t_lsj_100ep.py'
+model = dict(backbone=dict(arch='b'), neck=dict(in_channels=768))
+optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.7))

@@ -1,0 +1,2 @@
+_base_ = './cascade_mask_rcnn_vim_t_lsj_100ep.py'
+model = dict(backbone=dict(arch='s'), neck=dict(in_channels=384))

@@ -1,0 +1,7 @@
+_base_ = [
+    './_base_/models/cascade_mask_rcnn_vim.py',
+    './_base_/datasets/coco_instance_lsj.py',
+    './_base_/schedules/schedule_100ep_lsj.py',
+    './_base_/default_runtime_det.py',
+]
+log_processor = dict(by_epoch=False)

@@ -1,0 +1,16 @@
+_base_ = [
+    './_base_/models/mask_rcnn_plain.py',
+    './_base_/datasets/coco_instance.py',
+    './_base_/schedules/schedule_1x.py',
+    './_base_/default_runtime_det.py',
+]
+# Never published. Drop path as in upernet_mambar_b.py; layer decay of the cascade
+# with a Vim of this size.
+model = dict(
+    backbone=dict(type='mmvssm.MambaR', arch='b', drop_path_rate=0.3),
+    neck=dict(in_channels=768),
+)
+optim_wrapper = dict(
+    constructor='mmvssm.LayerDecayOptimWrapperConstructor',
+    paramwise_cfg=dict(_delete_=True, layer_decay_rate=0.7),
+)

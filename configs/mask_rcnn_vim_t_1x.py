@@ -1,0 +1,13 @@
+_base_ = [
+    './_base_/models/mask_rcnn_plain.py',
+    './_base_/datasets/coco_instance.py',
+    './_base_/schedules/schedule_1x.py',
+    './_base_/default_runtime_det.py',
+]
+# Never published. Drop path and layer decay of the published cascade; positions and
+# directions as in Vim's own training.
+model = dict(backbone=dict(arch='t'), neck=dict(in_channels=192))
+optim_wrapper = dict(
+    constructor='mmvssm.LayerDecayOptimWrapperConstructor',
+    paramwise_cfg=dict(_delete_=True, layer_decay_rate=0.837),
+)

@@ -1,0 +1,7 @@
+_base_ = [
+    './_base_/models/mask_rcnn_vmamba.py',
+    './_base_/datasets/coco_instance.py',
+    './_base_/schedules/schedule_1x.py',
+    './_base_/default_runtime_det.py',
+]
+model = dict(backbone=dict(arch='t_s1l8', drop_path_rate=0.2))
