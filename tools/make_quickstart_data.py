@@ -5,14 +5,23 @@ from functools import partial
 
 from tqdm import tqdm
 
-from mmvssm.datasets import QUICKSTART_CLASSES, make_quickstart_dataset
+from mmvssm.datasets import make_quickstart_dataset
+from mmvssm.datasets.layouts import LAYOUTS
+
+ROOTS = {'ade20k': 'data/quickstart', 'coco': 'data/quickstart_coco'}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument('--root', default='data/quickstart', help='folder to make')
+    parser.add_argument(
+        '--layout', default='ade20k', choices=LAYOUTS, help='whose files to write'
+    )
+    parser.add_argument(
+        '--root',
+        help='folder to make (default: data/quickstart, data/quickstart_coco)',
+    )
     parser.add_argument(
         '--num-train', type=int, default=480, help='number of training images'
     )
@@ -33,21 +42,23 @@ def main() -> None:
     args = parse_args()
     try:
         root = make_quickstart_dataset(
-            args.root,
+            args.root or ROOTS[args.layout],
             args.num_train,
             args.num_val,
             args.size,
             args.seed,
             args.overwrite,
             progress=partial(tqdm, desc='making images', unit='image'),
+            layout=args.layout,
         )
     except (ValueError, FileExistsError, ImportError) as error:
         raise SystemExit(f'error: {error}') from error
+    layout = LAYOUTS[args.layout]
     print(
         f'{args.num_train} training and {args.num_val} validation images '
-        f'of {len(QUICKSTART_CLASSES)} classes are in {root}\n'
-        f'  images       {root}/images/{{training,validation}}\n'
-        f'  labels       {root}/annotations/{{training,validation}}\n'
+        f'of {len(layout.classes)} classes are in {root}\n'
+        f'  images       {root}/{layout.images}\n'
+        f'  labels       {root}/{layout.labels}\n'
         f'  description  {root}/meta.json'
     )
 

@@ -1,6 +1,6 @@
-"""Make a small data set, train a small UperNet on it, show what it does.
+"""Make a small data set, train a small model on it, show what it does.
 
-The backbone is VMamba, or that of another ``configs/*_quickstart.py``.
+The model is a VMamba-UperNet, or that of another ``configs/*_quickstart.py``.
 Everything runs on the CPU, in minutes. Run again, it goes on from the latest
 checkpoint in the work dir, and at once to the results if training is finished;
 delete the work dir to start anew.
@@ -38,7 +38,6 @@ def main(args: argparse.Namespace) -> None:
     from mmengine.runner import Runner
 
     from mmvssm import engine
-    from mmvssm.analysis.contact_sheet import write_model_contact_sheet
 
     work_dir = args.work_dir
     if work_dir is None and args.config == str(CONFIG):
@@ -59,26 +58,41 @@ def main(args: argparse.Namespace) -> None:
 
     work_dir = Path(cfg.work_dir)
     dump(metrics, work_dir / 'metrics.json', indent=2)
-    sheet = write_model_contact_sheet(
-        work_dir / 'contact_sheet.png', runner.model, runner.test_dataloader.dataset
-    )
+    detects = engine.is_detector(cfg)
+    if detects:
+        from mmvssm.analysis.detection_sheet import write_detector_sheet as write_sheet
+    else:
+        from mmvssm.analysis.contact_sheet import (
+            write_model_contact_sheet as write_sheet,
+        )
+    dataset = runner.test_dataloader.dataset
+    sheet = write_sheet(work_dir / 'contact_sheet.png', runner.model, dataset)
     checkpoint = os.path.relpath((work_dir / 'last_checkpoint').read_text().strip())
     config, python = os.path.relpath(args.config), os.path.relpath(sys.executable)
-    example = min(Path(data_root, 'images/validation').iterdir())
+    images = 'val2017' if detects else 'images/validation'
+    full = 'mask_rcnn_vmamba_t_1x' if detects else 'upernet_vmamba_t'
     print(f"""
-mIoU {metrics['mIoU']:.2f} on {len(runner.test_dataloader.dataset)} held-out images
+{summarise(metrics)} on {len(dataset)} held-out images
 
   pictures    {sheet}
   metrics     {work_dir / 'metrics.json'}
   checkpoint  {checkpoint}
 
 Next:
-  segment pictures of your own
-    {python} tools/infer.py {example} \\
+  {'find objects in' if detects else 'segment'} pictures of your own
+    {python} tools/infer.py {min(Path(data_root, images).iterdir())} \\
         --config {config} --checkpoint {checkpoint} --out-dir {work_dir / 'infer'}
-  train on ADE20K (the README says how to lay it out)
-    {python} tools/train.py configs/upernet_vmamba_t.py
+  train on {'COCO' if detects else 'ADE20K'} (the README says how to lay it out)
+    {python} tools/train.py configs/{full}.py
 """)
+
+
+def summarise(metrics: dict) -> str:
+    """The figures that say most."""
+    if 'mIoU' in metrics:
+        return f'mIoU {metrics["mIoU"]:.2f}'
+    boxes, masks = (metrics[f'coco/{kind}_mAP_50'] for kind in ('bbox', 'segm'))
+    return f'box AP50 {boxes:.3f}, mask AP50 {masks:.3f}'
 
 
 def make_data(root: str, settings: dict) -> None:

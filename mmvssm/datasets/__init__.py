@@ -1,4 +1,4 @@
-"""The small data set that the quickstart makes for itself."""
+"""The small data sets that the quickstarts make for themselves."""
 
 from mmvssm.datasets.quickstart import (
     QUICKSTART_CLASSES,

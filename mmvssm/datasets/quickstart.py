@@ -1,12 +1,4 @@
-"""A small segmentation data set in ADE20K's folder layout.
-
-::
-
-    root/
-      images/{training,validation}/*.jpg
-      annotations/{training,validation}/*.png   0 unlabelled, 1..K classes
-      meta.json                                 classes, palette, settings
-"""
+"""A small data set that makes itself, for segmentation or for detection."""
 
 import json
 import os
@@ -17,25 +9,12 @@ from numbers import Integral
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from mmvssm.datasets.photos import SPLITS, PhotoRegion, load_regions
-from mmvssm.datasets.scenes import OBJECT_CLASSES, random_scene
+from mmvssm.datasets.layouts import LAYOUTS, Ade20kLayout
+from mmvssm.datasets.photos import SPLITS, load_regions
 
-QUICKSTART_CLASSES = ('background', *(kind.name for kind in OBJECT_CLASSES))
-QUICKSTART_PALETTE = (
-    [70, 75, 85],
-    [86, 180, 233],
-    [0, 90, 181],
-    [240, 228, 66],
-    [213, 94, 0],
-    [0, 158, 115],
-    [204, 121, 167],
-    [150, 60, 190],
-)
-# To be raised whenever the same settings give other files.
-GENERATOR = 'mmvssm quickstart data'
-GENERATOR_VERSION = 1
+QUICKSTART_CLASSES = Ade20kLayout.classes
+QUICKSTART_PALETTE = Ade20kLayout.palette
 SMALLEST_SIZE = 64
 
 
@@ -47,6 +26,7 @@ def make_quickstart_dataset(
     seed: int = 0,
     overwrite: bool = False,
     progress: Callable[[list], Iterable] = iter,
+    layout: str = 'ade20k',
 ) -> Path:
     """Make the data set, or find it made already.
 
@@ -69,6 +49,11 @@ def make_quickstart_dataset(
             replaced. Defaults to False.
         progress (Callable): Wraps the list of images to be made, as
             ``tqdm.tqdm`` does. Defaults to iter.
+        layout (str): ``'ade20k'``, images and label maps as
+            :class:`~mmvssm.datasets.layouts.Ade20kLayout` has them, or
+            ``'coco'``, images and objects as in
+            :class:`~mmvssm.datasets.layouts.CocoLayout`. Either also has
+            ``meta.json``: classes, palette, settings. Defaults to 'ade20k'.
 
     Returns:
         pathlib.Path: The folder.
@@ -77,8 +62,12 @@ def make_quickstart_dataset(
         ValueError: If an argument is out of range.
         FileExistsError: If ``root`` holds a data set of other settings and
             ``overwrite`` is False, or holds anything else at all.
-        ImportError: If scikit-image is not installed.
+        ImportError: If scikit-image is not installed, or pycocotools for COCO's
+            layout.
     """
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout must be one of {tuple(LAYOUTS)}, got {layout!r}.')
+    layout = LAYOUTS[layout]()
     counts = dict(zip(SPLITS, (num_train, num_val)))
     _check_settings(
         num_train=(num_train, 1),
@@ -88,10 +77,10 @@ def make_quickstart_dataset(
     )
     root = Path(root)
     meta = {
-        'generator': GENERATOR,
-        'version': GENERATOR_VERSION,
-        'classes': list(QUICKSTART_CLASSES),
-        'palette': list(QUICKSTART_PALETTE),
+        'generator': layout.generator,
+        'version': layout.version,
+        'classes': list(layout.classes),
+        'palette': list(layout.palette),
         'settings': {
             'num_train': int(num_train),
             'num_val': int(num_val),
@@ -99,7 +88,7 @@ def make_quickstart_dataset(
             'seed': int(seed),
         },
     }
-    if not overwrite and _is_made(root, meta, counts):
+    if not overwrite and _read_meta(root) == meta and layout.is_whole(root, counts):
         return root
     _check_replaceable(root, meta, overwrite)
 
@@ -110,11 +99,12 @@ def make_quickstart_dataset(
         dir=root.parent, prefix=f'.{root.name}-'
     ) as scratch:
         made = Path(scratch, 'made')
-        for split in SPLITS:
-            made.joinpath('images', split).mkdir(parents=True)
-            made.joinpath('annotations', split).mkdir(parents=True)
+        made.mkdir()
+        layout.start(made)
         for split, index in progress(jobs):
-            _write_sample(made, split, index, regions[split], size, seed)
+            rng = np.random.default_rng([seed, SPLITS.index(split), index])
+            layout.write_sample(made, split, index, regions[split], size, rng)
+        layout.finish(made)
         made.joinpath('meta.json').write_text(
             json.dumps(meta, indent=2) + '\n', encoding='utf-8'
         )
@@ -144,21 +134,12 @@ def _read_meta(root: Path) -> dict:
     return meta if isinstance(meta, dict) else {}
 
 
-def _is_made(root: Path, meta: dict, counts: dict[str, int]) -> bool:
-    """Whether the very data set is there, no file of it missing."""
-    return _read_meta(root) == meta and all(
-        len(list(root.glob(f'{kind}/{split}/*'))) == count
-        for split, count in counts.items()
-        for kind in ('images', 'annotations')
-    )
-
-
 def _check_replaceable(root: Path, meta: dict, overwrite: bool) -> None:
     """Refuse to delete what somebody may still want."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return
     found = _read_meta(root)
-    if found.get('generator') != GENERATOR:
+    if found.get('generator') != meta['generator']:
         raise FileExistsError(
             f'{root} exists and was not made by this generator, so it is '
             'left alone. Choose another root, or remove it yourself.'
@@ -170,34 +151,3 @@ def _check_replaceable(root: Path, meta: dict, overwrite: bool) -> None:
             f'{meta["version"]} with {meta["settings"]}. Pass overwrite=True '
             '(--overwrite) to replace it, or choose another root.'
         )
-
-
-def _canvas(index: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Height and width: every fourth image is not square."""
-    if index % 4 != 3:
-        return size, size
-    longer = 5 * size // 4
-    return (size, longer) if rng.random() < 0.5 else (longer, size)
-
-
-def _write_sample(
-    root: Path,
-    split: str,
-    index: int,
-    regions: tuple[PhotoRegion, ...],
-    size: int,
-    seed: int,
-) -> None:
-    """Write one image as JPEG, with sensor noise, and its labels as PNG."""
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    scene = random_scene(regions, *_canvas(index, size, rng), rng)
-    pixels = scene.image()
-    pixels = pixels + rng.normal(0, rng.uniform(0.005, 0.03), pixels.shape)
-    pixels = np.clip(pixels * 255 + 0.5, 0, 255).astype(np.uint8)
-    name = f'{split}_{index:05d}'
-    Image.fromarray(pixels).save(
-        root / 'images' / split / f'{name}.jpg', quality=int(rng.integers(75, 96))
-    )
-    Image.fromarray(scene.label_map()).save(
-        root / 'annotations' / split / f'{name}.png'
-    )

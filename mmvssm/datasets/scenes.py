@@ -388,3 +388,72 @@ def random_scene(
         patch = random_patch(regions, height, width, rng)
         objects.append(random_object(category, centre, side, patch, rng))
     return Scene(background, tuple(objects))
+
+
+def random_crowded_scene(
+    regions: tuple[PhotoRegion, ...], height: int, width: int, rng: np.random.Generator
+) -> tuple[Scene, tuple[tuple[int, ...], ...]]:
+    """Compose a scene with tiny objects, and crowds of them, beside the usual ones.
+
+    Args:
+        regions (tuple[PhotoRegion, ...]): Where background, colours and
+            grain may come from.
+        height (int): Height in pixels.
+        width (int): Width in pixels.
+        rng (numpy.random.Generator): The only source of randomness.
+
+    Returns:
+        tuple[Scene, tuple[tuple[int, ...], ...]]: The scene, and the numbers of
+        the objects that each instance consists of: one, or several of one class
+        that are a crowd.
+    """
+    background = random_patch(regions, height, width, rng)
+    places = _place(height, width, int(rng.integers(2, 5)), rng)
+    groups = [[place] for place in places]
+    shorter = min(height, width)
+    if rng.random() < 0.4:
+        side = shorter * rng.uniform(0.09, 0.14)
+        groups += [[(c, side)] for c in _free_spots(places, height, width, side, rng)]
+    elif rng.random() < 0.3:
+        side = shorter * rng.uniform(0.07, 0.09)
+        for middle in _free_spots(places, height, width, 3.2 * side, rng)[:1]:
+            groups.append([(c, side) for c in _huddle(middle, side, rng)])
+    objects, instances = [], []
+    for group in groups:
+        category = int(rng.integers(len(OBJECT_CLASSES))) + BACKGROUND + 1
+        instances.append(tuple(range(len(objects), len(objects) + len(group))))
+        for centre, side in group:
+            patch = random_patch(regions, height, width, rng)
+            objects.append(random_object(category, centre, side, patch, rng))
+    return Scene(background, tuple(objects)), tuple(instances)
+
+
+def _free_spots(
+    places: list[tuple[np.ndarray, float]],
+    height: int,
+    width: int,
+    side: float,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """At most two centres at which something of that side touches no place."""
+    spots, taken = [], list(places)
+    for _ in range(40):
+        centre = rng.uniform(0.1, 0.9, size=2) * (width, height)
+        if len(spots) < 2 and all(
+            np.hypot(*(centre - other)) > 0.75 * (side + size) for other, size in taken
+        ):
+            spots.append(centre)
+            taken.append((centre, side))
+    return spots
+
+
+def _huddle(
+    middle: np.ndarray, side: float, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Six to nine centres close together around the middle."""
+    cells = [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)]
+    chosen = rng.permutation(len(cells))[: rng.integers(6, 10)]
+    return [
+        middle + 1.15 * side * (np.array(cells[i]) + rng.uniform(-0.15, 0.15, 2))
+        for i in chosen
+    ]

@@ -1,0 +1,214 @@
+"""How the quickstart's scenes are laid out as files: as ADE20K or as COCO."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mmvssm.datasets.photos import SPLITS, PhotoRegion
+from mmvssm.datasets.scenes import (
+    BACKGROUND,
+    OBJECT_CLASSES,
+    Scene,
+    random_crowded_scene,
+    random_scene,
+)
+
+OBJECT_NAMES = tuple(kind.name for kind in OBJECT_CLASSES)
+OBJECT_PALETTE = (
+    [86, 180, 233],
+    [0, 90, 181],
+    [240, 228, 66],
+    [213, 94, 0],
+    [0, 158, 115],
+    [204, 121, 167],
+    [150, 60, 190],
+)
+# A pixel belongs to the object that covers this share of it.
+MASK_SHARE = 0.5
+
+
+class Ade20kLayout:
+    """Images and label maps.
+
+    ::
+
+        root/
+          images/{training,validation}/*.jpg
+          annotations/{training,validation}/*.png   0 unlabelled, 1..K classes
+    """
+
+    generator = 'mmvssm quickstart data'
+    # To be raised whenever the same settings give other files.
+    version = 1
+    classes = ('background', *OBJECT_NAMES)
+    palette = ([70, 75, 85], *OBJECT_PALETTE)
+    images = 'images/{training,validation}'
+    labels = 'annotations/{training,validation}'
+
+    def start(self, root: Path) -> None:
+        """Make the folders."""
+        for split in SPLITS:
+            root.joinpath('images', split).mkdir(parents=True)
+            root.joinpath('annotations', split).mkdir(parents=True)
+
+    def write_sample(
+        self,
+        root: Path,
+        split: str,
+        index: int,
+        regions: tuple[PhotoRegion, ...],
+        size: int,
+        rng: np.random.Generator,
+    ) -> None:
+        """Write one image as JPEG, with sensor noise, and its labels as PNG."""
+        scene = random_scene(regions, *random_canvas(index, size, rng), rng)
+        name = f'{split}_{index:05d}'
+        save_photo(scene, root / 'images' / split / f'{name}.jpg', rng)
+        Image.fromarray(scene.label_map()).save(
+            root / 'annotations' / split / f'{name}.png'
+        )
+
+    def finish(self, root: Path) -> None:
+        """Everything is written."""
+
+    def is_whole(self, root: Path, counts: Mapping[str, int]) -> bool:
+        """Whether no file is missing."""
+        return all(
+            len(list(root.glob(f'{kind}/{split}/*'))) == count
+            for split, count in counts.items()
+            for kind in ('images', 'annotations')
+        )
+
+
+class CocoLayout:
+    """Images and a JSON file of the objects in them.
+
+    ::
+
+        root/
+          train2017/*.jpg  annotations/instances_train2017.json
+          val2017/*.jpg    annotations/instances_val2017.json
+
+    Beside objects of usual size there are tiny ones, crowds of them (one
+    ``iscrowd`` region each) and images without any object. Masks are run lengths
+    of the pixels that an object visibly covers by half.
+    """
+
+    generator = 'mmvssm quickstart data, COCO'
+    version = 1
+    classes = OBJECT_NAMES
+    palette = OBJECT_PALETTE
+    images = '{train2017,val2017}'
+    labels = 'annotations/instances_{train2017,val2017}.json'
+    folders = dict(zip(SPLITS, ('train2017', 'val2017')))
+    # Of so many images one has no object.
+    empty_every = 16
+
+    def start(self, root: Path) -> None:
+        """Make the folders.
+
+        Raises:
+            ImportError: pycocotools is not installed.
+        """
+        try:
+            from pycocotools import mask
+        except ImportError as error:
+            raise ImportError(
+                "COCO's layout is written through pycocotools, which is not "
+                'installed: `pip install pycocotools`.'
+            ) from error
+        self._masks = mask
+        self._images = {split: [] for split in SPLITS}
+        self._annotations = {split: [] for split in SPLITS}
+        for folder in ('annotations', *self.folders.values()):
+            root.joinpath(folder).mkdir()
+
+    def write_sample(
+        self,
+        root: Path,
+        split: str,
+        index: int,
+        regions: tuple[PhotoRegion, ...],
+        size: int,
+        rng: np.random.Generator,
+    ) -> None:
+        """Write one image as JPEG, with sensor noise; keep its objects for later."""
+        height, width = random_canvas(index, size, rng)
+        scene, instances = random_crowded_scene(regions, height, width, rng)
+        if index % self.empty_every == self.empty_every - 1:
+            scene, instances = Scene(scene.background, ()), ()
+        name = f'{index + 1:012d}.jpg'
+        save_photo(scene, root / self.folders[split] / name, rng)
+        self._images[split].append(
+            dict(id=index + 1, file_name=name, width=width, height=height)
+        )
+        visible = scene.visible_coverage()[1:]
+        for members in instances:
+            mask = visible[list(members)].sum(0) >= MASK_SHARE
+            if mask.any():
+                category = scene.objects[members[0]].category - BACKGROUND
+                self._annotate(split, index + 1, category, mask, len(members) > 1)
+
+    def _annotate(
+        self, split: str, image: int, category: int, mask: np.ndarray, crowd: bool
+    ) -> None:
+        lengths = self._masks.encode(np.asfortranarray(mask, dtype=np.uint8))
+        annotations = self._annotations[split]
+        annotations.append(
+            dict(
+                id=len(annotations) + 1,
+                image_id=image,
+                category_id=category,
+                iscrowd=int(crowd),
+                bbox=self._masks.toBbox(lengths).tolist(),
+                area=int(self._masks.area(lengths)),
+                segmentation=dict(lengths, counts=lengths['counts'].decode()),
+            )
+        )
+
+    def finish(self, root: Path) -> None:
+        """Write the objects of all images."""
+        categories = [
+            dict(id=number, name=kind.name, supercategory=kind.shape)
+            for number, kind in enumerate(OBJECT_CLASSES, start=1)
+        ]
+        for split, folder in self.folders.items():
+            content = dict(
+                info=dict(description=self.generator, version=str(self.version)),
+                licenses=[],
+                images=self._images[split],
+                annotations=self._annotations[split],
+                categories=categories,
+            )
+            path = root / 'annotations' / f'instances_{folder}.json'
+            path.write_text(json.dumps(content) + '\n', encoding='utf-8')
+
+    def is_whole(self, root: Path, counts: Mapping[str, int]) -> bool:
+        """Whether no file is missing."""
+        return all(
+            len(list(root.glob(f'{folder}/*.jpg'))) == counts[split]
+            and root.joinpath(f'annotations/instances_{folder}.json').is_file()
+            for split, folder in self.folders.items()
+        )
+
+
+LAYOUTS = {'ade20k': Ade20kLayout, 'coco': CocoLayout}
+
+
+def random_canvas(index: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Height and width: every fourth image is not square."""
+    if index % 4 != 3:
+        return size, size
+    longer = 5 * size // 4
+    return (size, longer) if rng.random() < 0.5 else (longer, size)
+
+
+def save_photo(scene: Scene, path: Path, rng: np.random.Generator) -> None:
+    """Write a scene as JPEG, with sensor noise."""
+    pixels = scene.image()
+    pixels = pixels + rng.normal(0, rng.uniform(0.005, 0.03), pixels.shape)
+    pixels = np.clip(pixels * 255 + 0.5, 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path, quality=int(rng.integers(75, 96)))
