@@ -1,7 +1,8 @@
 # Everything from a bare clone: `make quickstart`, `make test`.
 #
 # Variables: PYTHON (3.10 to 3.12) makes the virtual environment VENV. CONFIG is
-# another quickstart, such as configs/upernet_vim_quickstart.py. pip's own
+# another quickstart, such as configs/upernet_vim_quickstart.py. DETECTION=0 makes
+# `make test` do without mmdetection, whose tests are skipped. pip's own
 # settings are honoured: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -15,11 +16,13 @@ CONFIG :=
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.mmvssm-installed
+DET_STAMP := $(VENV)/.mmvssm-detection-installed
+DETECTION ?= 1
 KERNELS := mmvssm/ops/cpu
 
 .PHONY: help
 help: ## Show this list.
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 .PHONY: install
 install: $(STAMP) ## Make .venv with the tested stack and this package (editable).
@@ -39,6 +42,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard requirements/*.txt)
 	@echo '==> [2/3] torch, mmengine, this package, requirements of mmsegmentation'
 	@$(INSTALL) --no-build-isolation -e '.[quickstart,test]' -r requirements/seg.txt
 	@echo '==> [3/3] mmsegmentation and mmcv-lite'
+	@# The one with compiled ops has the same files; `make install-det` brings it back.
+	@rm -f $(DET_STAMP)
+	@$(RUN) -m pip uninstall -q -y onedl-mmcv
 	@$(INSTALL) --no-deps --no-build-isolation -r requirements/openmmlab.txt
 	@touch $@
 	@test -e $(KERNELS)/_kernels.so || \
@@ -47,13 +53,52 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard requirements/*.txt)
 	         'MMVSSM_REQUIRE_KERNELS=1 make -B install shows what fails' >&2
 	@echo '==> installed'
 
+.PHONY: install-det
+install-det: $(DET_STAMP) ## Add mmdetection; compiles mmcv's ops, once (pip's cache keeps them).
+
+# Only what is built takes the place of mmcv-lite.
+$(DET_STAMP): $(STAMP) requirements/det.txt requirements/mmdet.txt
+	@echo '==> [1/3] requirements of mmdetection'
+	@$(INSTALL) -r requirements/det.txt
+	@echo "==> [2/3] mmcv with its ops: 10 to 20 minutes on two cores, from pip's cache seconds"
+	@MMCV_WITH_OPS=1 $(RUN) -m pip wheel -c constraints.txt --no-deps \
+	    --no-build-isolation -w build/wheels onedl-mmcv
+	@echo '==> [3/3] mmdetection'
+	@$(RUN) -m pip uninstall -q -y mmcv-lite onedl-mmcv
+	@$(INSTALL) --no-deps --no-build-isolation --find-links build/wheels \
+	    -r requirements/mmdet.txt
+	@$(RUN) -c 'import mmcv.ops, mmdet.models'
+	@touch $@
+	@echo '==> installed'
+
 .PHONY: quickstart
 quickstart: install ## Train, evaluate and draw a small VMamba-UperNet on the CPU.
 	@$(RUN) tools/quickstart.py $(if $(CONFIG),--config $(CONFIG))
 
+.PHONY: quickstart-det
+quickstart-det: install-det ## Train, evaluate and draw a small VMamba Mask R-CNN on the CPU.
+	@$(RUN) tools/quickstart.py --config configs/mask_rcnn_vmamba_quickstart.py \
+	    --work-dir work_dirs/quickstart_det
+
 .PHONY: test
-test: lint ## Lint, then run every test.
+test: lint $(if $(filter 0,$(DETECTION)),install,install-det) ## Lint, then run every test.
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+
+# The forks have the import names of the originals: they share no environment.
+ORIGINALS := .venv-originals
+RUN_ORIGINALS := $(ORIGINALS)/bin/python
+INSTALL_ORIGINALS := $(RUN_ORIGINALS) -m pip install --disable-pip-version-check \
+    -c constraints.txt
+
+.PHONY: test-originals
+test-originals: ## Run every test on OpenMMLab's original packages (compiles their mmcv, once).
+	@test -x $(ORIGINALS)/bin/pip || $(PYTHON) -m venv $(ORIGINALS)
+	@$(INSTALL_ORIGINALS) -q 'setuptools>=77' wheel
+	@$(INSTALL_ORIGINALS) -r requirements/seg.txt -r requirements/det.txt \
+	    -r requirements/originals-deps.txt
+	@MMCV_WITH_OPS=1 $(INSTALL_ORIGINALS) --no-deps --no-build-isolation \
+	    -r requirements/originals.txt -e .
+	@OMP_NUM_THREADS=1 $(RUN_ORIGINALS) -m pytest -n 2 --dist loadfile
 
 # ASan must come before all else in the program, so Python gets it preloaded,
 # with the C++ library whose functions it replaces. No virtual functions, so no
@@ -93,6 +138,6 @@ format: install ## Sort imports, format, apply ruff's safe fixes.
 
 .PHONY: clean
 clean: ## Remove the virtual environment, builds and caches (work_dirs/ and data/ stay).
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ORIGINALS) build dist *.egg-info .pytest_cache .ruff_cache
 	rm -f $(KERNELS)/_kernels*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,7 +5,7 @@ import torch
 from mmengine.config import Config
 
 import mmvssm  # noqa: F401  makes 'mmvssm::' known
-from mmvssm.engine.optim import _to_float32
+from mmvssm.engine.optim import keep_regions_in_float32
 from tiny import REPO
 from tiny_det import DETECTORS, batch, build, needs_detection, shrink, total_loss
 
@@ -124,7 +124,7 @@ def test_every_data_set_and_hook_is_known(path):
 def test_bfloat16(name):
     """Heads run in bfloat16 on maps that the neck hands over in float32."""
     model = build(shrink(config(name)))
-    model.neck.register_forward_hook(_to_float32)
+    keep_regions_in_float32(model)
     dtypes = []
     heads = model.roi_head.mask_head
     head = heads[0] if isinstance(heads, torch.nn.ModuleList) else heads

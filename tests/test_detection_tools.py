@@ -64,7 +64,7 @@ def trained(work):
     losses = re.findall(r'loss: (\S+)', output)
     assert len(losses) == 2 and all(np.isfinite(float(loss)) for loss in losses)
     dumped = (work / 'out/tiny.py').read_text()
-    assert 'Bf16OptimWrapper' in dumped and 'Float32PyramidHook' in dumped
+    assert 'Bf16OptimWrapper' in dumped and 'Float32RegionsHook' in dumped
     return work / 'out/epoch_1.pth'
 
 

@@ -12,12 +12,12 @@ from .data import check_datasets
 from .errors import UsageError, require_file, run_tool
 from .launch import prepare_launch
 from .layer_decay import LayerDecayOptimWrapperConstructor
-from .optim import Bf16OptimWrapper, Float32PyramidHook
+from .optim import Bf16OptimWrapper, Float32RegionsHook
 from .weights import check_load_from, load_weights
 
 __all__ = [
     'Bf16OptimWrapper',
-    'Float32PyramidHook',
+    'Float32RegionsHook',
     'LayerDecayOptimWrapperConstructor',
     'UsageError',
     'check_datasets',

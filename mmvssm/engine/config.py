@@ -105,7 +105,7 @@ def _parse_options(options: Sequence[str]) -> dict:
 def enable_amp(cfg: Config, dtype: str = 'bfloat16') -> None:
     """Train in mixed precision.
 
-    A detector gets a :class:`~mmvssm.engine.Float32PyramidHook` besides.
+    A detector gets a :class:`~mmvssm.engine.Float32RegionsHook` besides.
 
     Args:
         cfg: Changed in place.
@@ -127,7 +127,7 @@ def enable_amp(cfg: Config, dtype: str = 'bfloat16') -> None:
         )
     for key in ('dtype', 'loss_scale'):
         wrapper.pop(key, None)
-    hook = dict(type='mmvssm.Float32PyramidHook')
+    hook = dict(type='mmvssm.Float32RegionsHook')
     if is_detector(cfg) and hook not in (cfg.get('custom_hooks') or []):
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
     if dtype == 'bfloat16':

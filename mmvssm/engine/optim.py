@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mmengine.hooks import Hook
@@ -32,25 +33,31 @@ class Bf16OptimWrapper(OptimWrapper):
 
 
 @HOOKS.register_module()
-class Float32PyramidHook(Hook):
-    """Give a detector's heads the maps of its neck in float32.
+class Float32RegionsHook(Hook):
+    """Keep what a two-stage detector makes its regions of in float32.
 
-    Under autocast these are in half precision, and mmdet brings the coordinates
-    of regions into their dtype: a step is a pixel or more beyond 1024 in float16
-    and beyond 128 in bfloat16, which mmcv's RoIAlign does not take at all. The
-    layers of the heads still run in half precision.
+    Under autocast these would be in half precision: mmdet brings the coordinates
+    of regions into the dtype of the maps, whose steps are a pixel or more beyond
+    1024 in float16 and beyond 128 in bfloat16, and mmcv's RoIAlign and suppression
+    do not take bfloat16 at all. So the outputs of the neck and of the RPN are
+    converted. All layers still run in half precision.
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Convert whatever the neck returns from here on."""
+        """Convert what these parts return from here on."""
         model = runner.model
-        if is_model_wrapper(model):
-            model = model.module
-        if getattr(model, 'neck', None) is not None:
-            model.neck.register_forward_hook(_to_float32)
+        keep_regions_in_float32(model.module if is_model_wrapper(model) else model)
 
 
-def _to_float32(
-    neck: nn.Module, args: tuple, maps: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
-    return tuple(x.float() for x in maps)
+def keep_regions_in_float32(detector: nn.Module) -> None:
+    """Do to a detector what :class:`Float32RegionsHook` does."""
+    for part in ('neck', 'rpn_head'):
+        module = getattr(detector, part, None)
+        if module is not None:
+            module.register_forward_hook(lambda module, args, out: _to_float32(out))
+
+
+def _to_float32(out: Any) -> Any:
+    if isinstance(out, torch.Tensor):
+        return out.float()
+    return type(out)(_to_float32(x) for x in out)

@@ -156,6 +156,7 @@ def test_mmdet_reads_and_scores_it(root):
     import torch
     from mmdet.registry import DATASETS, METRICS
     from mmdet.utils import register_all_modules
+    from mmengine.structures import InstanceData
 
     register_all_modules(init_default_scope=True)
     cfg = Config.fromfile(REPO / 'configs/_base_/datasets/quickstart_coco.py')
@@ -170,7 +171,7 @@ def test_mmdet_reads_and_scores_it(root):
     for i in range(len(dataset)):
         sample = dataset[i]['data_samples']
         found = sample.gt_instances
-        sample.pred_instances = dict(
+        sample.pred_instances = InstanceData(
             bboxes=found.bboxes.tensor,
             labels=found.labels,
             scores=torch.ones(len(found)),

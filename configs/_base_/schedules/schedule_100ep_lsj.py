@@ -21,7 +21,7 @@ param_scheduler = [
         gamma=0.1,
     ),
 ]
-custom_hooks = [dict(type='mmvssm.Float32PyramidHook')]
+custom_hooks = [dict(type='mmvssm.Float32RegionsHook')]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=10000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
