@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.infer import BaseInferencer
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import is_installed
 
@@ -62,13 +63,32 @@ def _find_own_configs() -> None:
     Config._get_cfg_path = staticmethod(find_config)
 
 
-def _allow_mmengine_checkpoints() -> None:
+def _find_own_models() -> None:
+    """Let ``DetInferencer('mask_rcnn_vmamba_t_1x')`` mean this package's config.
+
+    mmengine looks a name up in the package whose scope the model is built in,
+    which for a config of this package is that of mmseg or mmdet.
+    """
+    find = BaseInferencer._load_model_from_metafile
+    if getattr(find, 'knows_mmvssm', False):
+        return
+
+    def find_model(self: BaseInferencer, model: str) -> tuple[Config, str | None]:
+        path = _CONFIGS / f'{model}.py'
+        return (Config.fromfile(path), None) if path.is_file() else find(self, model)
+
+    find_model.knows_mmvssm = True
+    BaseInferencer._load_model_from_metafile = find_model
+
+
+def allow_mmengine_checkpoints() -> None:
     """Let ``torch.load(weights_only=True)`` read mmengine's own checkpoints.
 
     They hold the message hub's ``HistoryBuffer`` (numpy arrays, and references
     to its own methods) and numpy scalars such as the best score, under the
     names of the numpy they were written with. mmengine up to 0.10.7 declares
-    none of them as safe, and the fork does so only inside its own loader.
+    none of them as safe; the fork does so inside its own loader, and takes it
+    back there, for those who had declared it, too.
     """
     multiarray = getattr(np, '_core', None) or np.core
     multiarray = multiarray.multiarray
@@ -129,4 +149,5 @@ def apply() -> None:
     """Apply every shim. Calling it again changes nothing."""
     _register_config_scopes()
     _find_own_configs()
-    _allow_mmengine_checkpoints()
+    _find_own_models()
+    allow_mmengine_checkpoints()

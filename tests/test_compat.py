@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.infer import BaseInferencer
 from mmengine.logging import HistoryBuffer, MessageHub
 
 from mmvssm import compat
@@ -48,12 +49,22 @@ def test_wrong_base_still_fails(tmp_path, base, error):
         inherit(tmp_path, base)
 
 
+def test_name_of_a_config_of_this_package_is_enough_for_an_inferencer():
+    find = BaseInferencer._load_model_from_metafile
+    config, weights = find(None, 'upernet_vmamba_t')
+    assert config.model.backbone.arch == 't_s1l8' and weights is None
+
+
 def test_applying_again_changes_nothing():
+    # mmengine's own loader takes back what was allowed.
+    compat.apply()
     find = Config._get_cfg_path
+    load = BaseInferencer._load_model_from_metafile
     scopes = dict(MODULE2PACKAGE)
     allowed = set(torch.serialization.get_safe_globals())
     compat.apply()
     assert Config._get_cfg_path is find
+    assert BaseInferencer._load_model_from_metafile is load
     assert scopes == MODULE2PACKAGE
     assert set(torch.serialization.get_safe_globals()) == allowed
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmvssm import compat
+from mmvssm.checkpoints.read import read_state_dict
 from tiny import REPO
-from tiny_det import NO_DETECTION, needs_detection, write_coco, write_config
+from tiny_det import needs_detection, write_coco, write_config
 
 TOOLS = REPO / 'tools'
 # A picture of each kind that a folder of photographs may hold.
@@ -38,9 +40,10 @@ def run(tool, *args, cwd, code=0):
     return output
 
 
-@pytest.mark.skipif(NO_DETECTION is None, reason='detectors can be built here')
-def test_without_mmdet_one_line_says_what_to_install(monkeypatch, capsys):
+@pytest.mark.parametrize('absent', ['mmcv._ext', 'mmdet.models'])
+def test_without_mmdet_one_line_says_what_to_install(absent, monkeypatch, capsys):
     config = REPO / 'configs/mask_rcnn_vmamba_t_1x.py'
+    monkeypatch.setitem(sys.modules, absent, None)
     monkeypatch.setattr(sys, 'argv', ['train.py', str(config)])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(TOOLS / 'train.py'), run_name='__main__')
@@ -127,12 +130,16 @@ def test_infer_finds_what_the_evaluation_found(work, trained, tested):
 
 
 @needs_detection
-def test_inferencer_of_mmdet_finds_the_same(work, trained, tested):
+@pytest.mark.parametrize('by', ['path', 'name'])
+def test_inferencer_of_mmdet_finds_the_same(work, trained, tested, by, monkeypatch):
     from mmdet.apis import DetInferencer
 
-    inferencer = DetInferencer(
-        str(work / 'tiny.py'), str(trained), device='cpu', show_progress=False
-    )
+    model = str(work / 'tiny.py')
+    if by == 'name':
+        # As if the package had shipped it.
+        monkeypatch.setattr(compat, '_CONFIGS', work)
+        model = 'tiny'
+    inferencer = DetInferencer(model, str(trained), device='cpu', show_progress=False)
     image = work / 'coco/val2017/000000000001.jpg'
     (found,) = inferencer(str(image), no_save_vis=True)['predictions']
     found = [
@@ -227,7 +234,7 @@ def test_objects_outside_the_crop(tmp_path):
 def test_foreign_checkpoint_is_refused(work, trained):
     import torch
 
-    state = torch.load(trained, weights_only=True)['state_dict']
+    state = read_state_dict(trained)
     del state['roi_head.mask_head.conv_logits.weight']
     torch.save(dict(state_dict=state), work / 'headless.pth')
     output = run('test.py', 'tiny.py', 'headless.pth', cwd=work, code=2)

@@ -6,10 +6,12 @@ import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mmvssm import compat
 from mmvssm.backbones import VSSM
 from mmvssm.checkpoints.read import read_state_dict
 from tiny import REPO, write_ade, write_config
@@ -161,6 +163,24 @@ def test_infer_skips_and_names_a_broken_image(trained, work):
     overlay = Image.open(work / 'seen' / 'b_overlay.png')
     assert labels.size == overlay.size == (33, 97)
     assert labels.mode == 'P' and labels.getextrema()[1] < 150
+
+
+@pytest.mark.parametrize('by', ['path', 'name'])
+def test_inferencer_of_mmseg_gives_the_same(trained, work, by, monkeypatch):
+    from mmseg.apis import MMSegInferencer
+
+    image = work / 'ade/images/validation/0.jpg'
+    arguments = ('--config', 'tiny.py', '--checkpoint', trained / 'iter_2.pth')
+    run('infer.py', image, *arguments, '--out-dir', f'by {by}', cwd=work)
+    labels = np.asarray(Image.open(work / f'by {by}/0_labels.png'))
+
+    model = str(work / 'tiny.py')
+    if by == 'name':
+        # As if the package had shipped it.
+        monkeypatch.setattr(compat, '_CONFIGS', work)
+        model = 'tiny'
+    inferencer = MMSegInferencer(model, str(trained / 'iter_2.pth'), device='cpu')
+    np.testing.assert_array_equal(inferencer(str(image))['predictions'], labels)
 
 
 def test_get_flops(work):

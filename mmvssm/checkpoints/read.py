@@ -11,6 +11,8 @@ from urllib.parse import urlparse
 import torch
 from mmengine.dist import barrier, is_main_process
 
+from mmvssm.compat import allow_mmengine_checkpoints
+
 # Where training codes put the weights, in order of preference.
 _WRAPPERS = (
     'state_dict',
@@ -105,6 +107,7 @@ def _read_pickle(path: Path) -> Any:
     Published files carry an ``argparse.Namespace``, a yacs ``CfgNode`` or
     numpy scalars beside the weights. An inert stand-in is read for each.
     """
+    allow_mmengine_checkpoints()
     stand_ins = {}
     while True:
         try:

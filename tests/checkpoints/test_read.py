@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from mmengine.logging import HistoryBuffer
 from safetensors.torch import save_file
 
 from mmvssm.checkpoints import CheckpointError
@@ -70,6 +71,16 @@ def test_code_in_a_file_does_not_run(tmp_path, function, capsys):
     with pytest.raises(CheckpointError, match='read safely'):
         read_state_dict(path)
     assert not trace.exists() and capsys.readouterr().out == ''
+
+
+def test_after_a_loader_that_takes_back_what_is_allowed(tmp_path):
+    """mmengine's does: a file read before and after gives the same."""
+    path = tmp_path / 'epoch_1.pth'
+    history = HistoryBuffer(np.arange(3.0), np.ones(3, dtype='int64'))
+    torch.save(dict(state_dict=STATE, message_hub=dict(history=history)), path)
+    check(read_state_dict(path))
+    torch.serialization.clear_safe_globals()
+    check(read_state_dict(path))
 
 
 def test_safetensors(tmp_path):
