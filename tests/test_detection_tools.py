@@ -1,10 +1,13 @@
 """The tools with a detector, run as their users run them."""
 
 import json
+import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,6 +231,33 @@ def test_objects_outside_the_crop(tmp_path):
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@needs_detection
+def test_two_processes(work):
+    """With DDP's default flags, which a parameter without gradient would stop."""
+    done = subprocess.run(
+        [TOOLS / 'dist_train.sh', 'tiny.py', '2', '--work-dir', 'two'],
+        cwd=work,
+        env=dict(
+            os.environ,
+            PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+            OMP_NUM_THREADS='1',
+            CUDA_VISIBLE_DEVICES='',
+            PORT=str(free_port()),
+        ),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'find_unused_parameters=True' not in (work / 'two/tiny.py').read_text()
+    assert (work / 'two/epoch_1.pth').is_file()
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
 
 
 @needs_detection

@@ -11,10 +11,11 @@ from PIL import Image
 
 from mmvssm.datasets import QUICKSTART_CLASSES, QUICKSTART_PALETTE
 from tiny import REPO
+from tiny_det import needs_detection
 
-pytest.importorskip('mmseg')
 pytest.importorskip('skimage')
 CONFIG = REPO / 'configs/upernet_vmamba_quickstart.py'
+DETECTOR = REPO / 'configs/mask_rcnn_vmamba_quickstart.py'
 SMALL = [
     'generator.num_train=4',
     'generator.num_val=2',
@@ -27,7 +28,11 @@ SMALL = [
 
 
 def quickstart(folder, *options, arguments=('--work-dir', 'work')):
-    environment = dict(os.environ, MMVSSM_QUICKSTART_ROOT=str(folder / 'data'))
+    environment = dict(
+        os.environ,
+        MMVSSM_QUICKSTART_ROOT=str(folder / 'data'),
+        MMVSSM_QUICKSTART_COCO_ROOT=str(folder / 'data'),
+    )
     return subprocess.run(
         [
             sys.executable,
@@ -46,8 +51,19 @@ def quickstart(folder, *options, arguments=('--work-dir', 'work')):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
+    pytest.importorskip('mmseg')
     folder = tmp_path_factory.mktemp('quickstart')
     done = quickstart(folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture(scope='module')
+def detected(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('quickstart_det')
+    done = quickstart(
+        folder, arguments=('--config', DETECTOR, '--work-dir', 'work')
+    )
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -62,6 +78,22 @@ def test_writes_what_it_says(finished):
         assert f'work/{name}' in said
         assert (work / name).stat().st_size > 0
     assert 'on 2 held-out images' in said
+
+
+@needs_detection
+def test_detector_writes_what_it_says(detected):
+    folder, said = detected
+    work = folder / 'work'
+    metrics = json.loads((work / 'metrics.json').read_text())
+    assert {'coco/bbox_mAP_50', 'coco/segm_mAP_50'} <= set(metrics)
+    assert min(Image.open(work / 'contact_sheet.png').size) > 100
+    assert 'box AP50' in said and 'mask AP50' in said
+    assert 'on 2 held-out images' in said and 'work/iter_2.pth' in said
+
+
+@needs_detection
+def test_next_step_of_the_detector_works(detected):
+    test_its_next_step_works(detected)
 
 
 def test_its_next_step_works(finished):
