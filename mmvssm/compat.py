@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.infer import BaseInferencer
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import is_installed
 
@@ -63,17 +62,21 @@ def _find_own_configs() -> None:
     Config._get_cfg_path = staticmethod(find_config)
 
 
-def _find_own_models() -> None:
+def find_own_models() -> None:
     """Let ``DetInferencer('mask_rcnn_vmamba_t_1x')`` mean this package's config.
 
     mmengine looks a name up in the package whose scope the model is built in,
-    which for a config of this package is that of mmseg or mmdet.
+    which for a config of this package is that of mmseg or mmdet. Importing
+    ``mmvssm.engine`` calls this; ``mmvssm`` alone does without the packages that
+    mmengine's inferencers import, OpenCV among them.
     """
+    from mmengine.infer import BaseInferencer
+
     find = BaseInferencer._load_model_from_metafile
     if getattr(find, 'knows_mmvssm', False):
         return
 
-    def find_model(self: BaseInferencer, model: str) -> tuple[Config, str | None]:
+    def find_model(self: 'BaseInferencer', model: str) -> tuple[Config, str | None]:
         path = _CONFIGS / f'{model}.py'
         return (Config.fromfile(path), None) if path.is_file() else find(self, model)
 
@@ -149,5 +152,4 @@ def apply() -> None:
     """Apply every shim. Calling it again changes nothing."""
     _register_config_scopes()
     _find_own_configs()
-    _find_own_models()
     allow_mmengine_checkpoints()

@@ -1,5 +1,7 @@
 """What the tools are made of, for scripts of one's own too."""
 
+from mmvssm.compat import find_own_models
+
 from .config import (
     enable_amp,
     enable_painting,
@@ -33,3 +35,5 @@ __all__ = [
     'require_file',
     'run_tool',
 ]
+
+find_own_models()
