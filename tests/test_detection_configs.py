@@ -17,8 +17,17 @@ VMAMBA = {
     't_3x': ('t_s1l8', 0.2, 96, 36, [27, 33]),
     's_3x': ('s_s2l15', 0.3, 96, 36, [27, 33]),
 }
+MLLA = {
+    # drop path, channels, epochs, milestones
+    't_1x': (0.1, 64, 12, [8, 11]),
+    's_1x': (0.1, 64, 12, [8, 11]),
+    'b_1x': (0.1, 96, 12, [8, 11]),
+    't_3x': (0.3, 64, 36, [27, 33]),
+    's_3x': (0.3, 64, 36, [27, 33]),
+}
 FAMILIES = (
     'mask_rcnn_vmamba_t_1x',
+    'mask_rcnn_mlla_t_1x',
     'mask_rcnn_vim_t_1x',
     'mask_rcnn_mambar_s_1x',
     'cascade_mask_rcnn_vim_t_lsj_100ep',
@@ -170,6 +179,28 @@ def test_published_settings_of_vmamba(name):
     assert whole.scales == [(side, 1333) for side in range(480, 801, 32)]
     assert first.scales == [(400, 1333), (500, 1333), (600, 1333)]
     assert (crop.crop_type, crop.crop_size) == ('absolute_range', (384, 600))
+
+
+@pytest.mark.parametrize('name', MLLA)
+def test_published_settings_of_mlla(name):
+    """As VMamba's but for the warm-up, the drop path, and sizes and crops always."""
+    cfg = config(f'mask_rcnn_mlla_{name}')
+    drop_path, dims, epochs, milestones = MLLA[name]
+    assert cfg.model.backbone == dict(
+        type='mmvssm.MLLA',
+        arch=name[0],
+        out_indices=(0, 1, 2, 3),
+        drop_path_rate=drop_path,
+    )
+    assert cfg.model.neck.in_channels == [dims, 2 * dims, 4 * dims, 8 * dims]
+    vmamba = config(f'mask_rcnn_vmamba_t_{name[2:]}')
+    assert cfg.optim_wrapper == vmamba.optim_wrapper
+    warm_up, steps = cfg.param_scheduler
+    assert (warm_up.start_factor, warm_up.end) == (0.001, 500)
+    assert (steps.milestones, steps.end) == (milestones, epochs)
+    assert cfg.train_cfg.max_epochs == epochs
+    multi_scale = config('mask_rcnn_vmamba_t_3x').train_dataloader
+    assert cfg.train_dataloader == multi_scale
 
 
 @pytest.mark.parametrize(

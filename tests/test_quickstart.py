@@ -61,9 +61,7 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope='module')
 def detected(tmp_path_factory):
     folder = tmp_path_factory.mktemp('quickstart_det')
-    done = quickstart(
-        folder, arguments=('--config', DETECTOR, '--work-dir', 'work')
-    )
+    done = quickstart(folder, arguments=('--config', DETECTOR, '--work-dir', 'work'))
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 

@@ -82,10 +82,11 @@ def write_detection_sheet(
             panel.spines[:].set_visible(False)
         _draw(row[1], truth, colours)
         _draw(row[2], found, colours)
+    shown = {int(label) for found in (*truths, *predictions) for label in found.labels}
     figure.legend(
         handles=[
-            Patch(facecolor=colour, edgecolor='0.6', label=name)
-            for name, colour in zip(classes, colours)
+            Patch(facecolor=colours[label], edgecolor='0.6', label=classes[label])
+            for label in sorted(shown)
         ],
         loc='outside lower center',
         ncols=3,

@@ -1,0 +1,10 @@
+_base_ = [
+    './_base_/models/mask_rcnn_mlla.py',
+    './_base_/datasets/coco_instance_ms_crop.py',
+    './_base_/schedules/schedule_1x_mlla.py',
+    './_base_/default_runtime_det.py',
+]
+model = dict(
+    backbone=dict(arch='b', drop_path_rate=0.1),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
