@@ -131,6 +131,8 @@ def write_detector_sheet(
             (sample,) = model.test_step(pseudo_collate([dataset[int(index)]]))
             images.append(np.asarray(Image.open(sample.img_path).convert('RGB')))
             found = sample.pred_instances
+            # The best are drawn last, over others that cover the same thing.
+            found = found[found.scores.argsort()]
             truths.append(_objects(sample.gt_instances))
             predictions.append(_objects(found[found.scores >= score]))
     model.train(was_training)
