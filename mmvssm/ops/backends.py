@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from mmvssm.ops.cpu import library
+from mmvssm.ops.triton import runtime
 
 ENV_VARIABLE = 'MMVSSM_SCAN_BACKEND'
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -62,6 +63,15 @@ _BACKENDS = {
             unavailable=library.unavailable,
             devices=('cpu',),
             dtypes=(torch.float32, torch.bfloat16),
+        ),
+        Backend(
+            'triton',
+            'compiled for the GPU by Triton'
+            + (', here run by its interpreter' if runtime.INTERPRETED else ''),
+            unavailable=runtime.unavailable,
+            devices=('cuda', 'cpu') if runtime.INTERPRETED else ('cuda',),
+            dtypes=(torch.float32, torch.bfloat16, torch.float16),
+            automatic=not runtime.INTERPRETED,
         ),
         Backend('torch', 'plain tensor code, any device, nothing compiled'),
         Backend(

@@ -1,5 +1,6 @@
 """The scan backends that tests run on, and how exact each one is.
 
+They are those for tensors on the CPU (the Triton kernels: ``test_triton.py``).
 What cannot run here is skipped with the reason. MMVSSM_REQUIRE_KERNELS=1, which
 also makes a failed build an error, turns the absence of the compiled kernels
 into failures.
@@ -13,7 +14,12 @@ import torch
 from mmvssm.ops import backend_status, backends, list_backends
 from mmvssm.ops.cpu import library
 
-BACKENDS = list_backends()
+BACKENDS = [
+    name
+    for name in list_backends()
+    if backends._BACKENDS[name].devices is None
+    or backends._BACKENDS[name].devices == ('cpu',)
+]
 FAST_BACKENDS = [name for name in BACKENDS if name != 'reference']
 ISAS = ('baseline', 'avx2', 'avx512')
 _KERNELS_REQUIRED = os.environ.get('MMVSSM_REQUIRE_KERNELS', '0') not in ('', '0')

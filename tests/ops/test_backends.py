@@ -5,22 +5,28 @@ import torch
 
 from mmvssm import ops
 from mmvssm.ops import backends
+from mmvssm.ops.triton import runtime
 
 
-def without_kernels(monkeypatch, reason='not compiled'):
-    broken = dataclasses.replace(backends._BACKENDS['cpu'], unavailable=lambda: reason)
-    monkeypatch.setitem(backends._BACKENDS, 'cpu', broken)
+def without_kernels(monkeypatch, reason='not compiled', name='cpu'):
+    broken = dataclasses.replace(backends._BACKENDS[name], unavailable=lambda: reason)
+    monkeypatch.setitem(backends._BACKENDS, name, broken)
 
 
 @pytest.mark.parametrize('compiled', [True, False])
 def test_choice_follows_the_tensors(monkeypatch, compiled):
-    without_kernels(monkeypatch, None if compiled else 'not compiled')
+    reason = None if compiled else 'not compiled'
+    without_kernels(monkeypatch, reason)
+    without_kernels(monkeypatch, reason, name='triton')
     best = 'cpu' if compiled else 'torch'
     assert ops.choose_backend('cpu', torch.float32) == best
     assert ops.choose_backend('cpu', torch.bfloat16) == best
     for dtype in (torch.float16, torch.float64):
         assert ops.choose_backend('cpu', dtype) == 'torch'
-    assert ops.choose_backend('cuda', torch.bfloat16) == 'torch'
+    best = 'triton' if compiled else 'torch'
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert ops.choose_backend('cuda', dtype) == best
+    assert ops.choose_backend('cuda', torch.float64) == 'torch'
 
 
 def test_reference_is_never_chosen_silently(monkeypatch):
@@ -58,8 +64,10 @@ def test_unknown_names(monkeypatch):
 
 def test_status_and_reasons(monkeypatch):
     without_kernels(monkeypatch)
+    without_kernels(monkeypatch, 'not installed', name='triton')
     assert ops.backend_status() == {
         'cpu': 'not compiled',
+        'triton': 'not installed',
         'torch': None,
         'reference': None,
     }
@@ -79,3 +87,16 @@ def test_status_and_reasons(monkeypatch):
         ops.choose_backend('cpu', torch.float64, 'cpu')
     with pytest.raises(ops.BackendUnavailableError, match='cpu tensors, not cuda'):
         ops.choose_backend('cuda', torch.float32, 'cpu')
+    with pytest.raises(ops.BackendUnavailableError, match='cuda tensors, not cpu'):
+        ops.choose_backend('cpu', torch.float32, 'triton')
+
+
+@pytest.mark.parametrize(
+    'installed,cuda,reason',
+    [(False, True, 'pip install triton'), (True, False, 'no CUDA'), (True, True, None)],
+)
+def test_what_triton_needs(monkeypatch, installed, cuda, reason):
+    monkeypatch.setattr(runtime, '_INSTALLED', installed)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+    found = ops.backend_status()['triton']
+    assert found is None if reason is None else reason in found

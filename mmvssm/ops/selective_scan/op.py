@@ -5,12 +5,16 @@ from torch import Tensor
 
 from mmvssm.ops import autocast, checks, direct
 from mmvssm.ops.backends import choose_backend
-from mmvssm.ops.selective_scan import cpu_backend, torch_backend
+from mmvssm.ops.selective_scan import cpu_backend, torch_backend, triton_backend
 from mmvssm.ops.selective_scan.reference import selective_scan_reference
 
 # Every backend but the reference, whose gradients are autograd's, supplies
 # forward, backward and saved_states_shape.
-_IMPLEMENTATIONS = {'cpu': cpu_backend, 'torch': torch_backend}
+_IMPLEMENTATIONS = {
+    'cpu': cpu_backend,
+    'triton': triton_backend,
+    'torch': torch_backend,
+}
 
 
 def selective_scan(

@@ -1,0 +1,136 @@
+"""The Triton backend without a GPU: interpreted, and compiled but not run."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmvssm.ops.selective_scan import triton_backend
+from mmvssm.ops.triton import runtime
+
+pytestmark = pytest.mark.skipif(
+    find_spec('triton') is None, reason='Triton is not installed'
+)
+compiles = pytest.mark.skipif(
+    runtime.INTERPRETED, reason='TRITON_INTERPRET=1 leaves nothing to compile'
+)
+HERE = Path(__file__).parent
+TARGET = ('cuda', 90, 32)
+TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
+
+
+def test_in_the_interpreter():
+    """Numbers and gradients; see triton_interpreted.py."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider']
+        + [str(HERE / 'triton_interpreted.py')],
+        cwd=HERE.parents[1],
+        env={**os.environ, 'TRITON_INTERPRET': '1'},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Recorder:
+    """Stands for a kernel; keeps the arguments of launches in a list."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.launches.append((self.kernel, args, constants))
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch, tmp_path):
+    """Launches of kernels, which are not run."""
+    from mmvssm.ops.selective_scan import triton_kernels
+
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    launches = []
+    for name, kernel in vars(triton_kernels).items():
+        if name.endswith('_kernel'):
+            recorder = Recorder(kernel, launches)
+            monkeypatch.setattr(triton_kernels, name, recorder)
+    return launches
+
+
+def describe(value, path, constants, attributes):
+    """Type of an argument as Triton would find it at the launch."""
+    if isinstance(value, tuple):
+        return tuple(
+            describe(item, (*path, i), constants, attributes)
+            for i, item in enumerate(value)
+        )
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return 'constexpr'
+    if isinstance(value, torch.Tensor) or value % 16 == 0:
+        attributes[path] = [['tt.divisibility', 16]]
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return 'i32' if value < 2**31 else 'i64'
+
+
+def resources(kernel, args, constants):
+    """Registers and bytes of stack of a thread, by the compiled code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {'num_warps': constants.pop('num_warps')}
+    names = kernel.arg_names
+    constexprs, attributes = {}, {}
+    signature = {
+        name: describe(value, (i,), constexprs, attributes)
+        for i, (name, value) in enumerate(zip(names, args))
+    }
+    for name, value in constants.items():
+        signature[name] = 'constexpr'
+        constexprs[names.index(name),] = value
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    compiled = triton.compile(source, target=GPUTarget(*TARGET), options=options)
+    tool = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(compiled.asm['cubin'])
+        file.flush()
+        report = subprocess.run(
+            [tool, '-res-usage', file.name], capture_output=True, text=True, check=True
+        ).stdout
+    numbers = dict(word.split(':') for word in report.split() if word.count(':') == 1)
+    return int(numbers['REG']), int(numbers['STACK'])
+
+
+@compiles
+@pytest.mark.parametrize(
+    'states,gated,length', [(1, False, 3136), (8, True, 49), (16, True, 6085)]
+)
+def test_compiles_without_spilling(launches, states, gated, length):
+    """Every kernel for sm_90, with what models give it; the long ones in stretches."""
+
+    def activation(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16).mT
+
+    u, delta, z, grad = (activation(1, length, 768) for _ in range(4))
+    B, C = (torch.empty(1, length, 1, states).permute(0, 2, 3, 1) for _ in 'BC')
+    vector, A = torch.empty(768), torch.empty(768, states)
+    inputs = (u, delta, A, B, C, vector, z if gated else None, vector)
+    _, last, saved, _ = triton_backend.forward(*inputs, True, torch.bfloat16, True)
+    triton_backend.backward(grad, last, *inputs, saved, True)
+    assert len(launches) == (2 if length < 1000 else 6)
+    spills = {}
+    for kernel, args, constants in launches:
+        registers, stack = resources(kernel, args, constants)
+        name = f'{kernel.__name__}, {states} states'
+        print(f'{name}: {registers} registers, {stack} bytes of stack')
+        spills[name] = stack
+    assert set(spills.values()) == {0}, spills
