@@ -40,7 +40,7 @@ def _array(x: Tensor | None) -> tuple | None:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How the work of one call is divided.
 
     Attributes:
@@ -50,6 +50,8 @@ class _Plan:
         states: States of a channel.
         tile: Channels of a program.
         softplus: Whether steps go through softplus.
+        height: Rows of the map that the sequence is, 1 if it is none.
+        route: The order of its positions, see ``triton_kernels.py``.
     """
 
     sizes: tuple[int, int, int, int, int]
@@ -58,9 +60,19 @@ class _Plan:
     states: int
     tile: int
     softplus: bool
+    height: int = 1
+    route: int = 0
 
     @classmethod
-    def of(cls, u: Tensor, A: Tensor, B: Tensor, softplus: bool) -> '_Plan':
+    def of(
+        cls,
+        u: Tensor,
+        B: Tensor,
+        softplus: bool,
+        height: int = 1,
+        route: int = 0,
+    ) -> 'Plan':
+        """The plan for u (B, D, L) and B (B, G, N, L)."""
         batch, channels, length = u.shape
         groups, states = B.shape[1:3]
         group_size = channels // groups
@@ -71,7 +83,7 @@ class _Plan:
         stretch_length = -(-length // (stretches * _CHUNK)) * _CHUNK
         stretches = -(-length // stretch_length)
         sizes = (batch, groups, group_size, tiles, stretches)
-        return cls(sizes, length, stretch_length, states, tile, softplus)
+        return cls(sizes, length, stretch_length, states, tile, softplus, height, route)
 
     @property
     def stretches(self) -> int:
@@ -97,10 +109,15 @@ class _Plan:
 
     def constants(self) -> dict[str, int]:
         """Constants of the kernels that walk along the sequence."""
-        return dict(**self.state_block(), CHUNK=_CHUNK, SOFTPLUS=self.softplus)
+        return dict(
+            **self.state_block(),
+            CHUNK=_CHUNK,
+            SOFTPLUS=self.softplus,
+            ROUTE=self.route,
+        )
 
     def positions(self) -> tuple:
-        return self.sizes, self.length, self.stretch_length
+        return self.sizes, self.length, self.stretch_length, self.height
 
     def new_states(self, like: Tensor) -> Tensor:
         """Memory for a state of every stretch, (stretches, B, D, N)."""
@@ -124,7 +141,7 @@ def _tile(states: int, group_size: int) -> int:
     return min(full, _power_of_two(group_size))
 
 
-def _join(plan: _Plan, A: Tensor, ends: Tensor, steps: Tensor, first, reverse: bool):
+def _join(plan: Plan, A: Tensor, ends: Tensor, steps: Tensor, first, reverse: bool):
     """Replace what the stretches end with by what they start from."""
     from mmvssm.ops.selective_scan import triton_kernels
 
@@ -154,32 +171,55 @@ def forward(
         ``keep_states`` the states before the chunks (chunks - 1, B, D, N), and
         whether there is NaN.
     """
-    from mmvssm.ops.selective_scan import triton_kernels
-
     batch, channels, length = u.shape
-    plan = _Plan.of(u, A, B, delta_softplus)
+    plan = Plan.of(u, B, delta_softplus)
     out = torch.empty_like(u, dtype=out_dtype)
     last_state = u.new_empty(batch, channels, plan.states, dtype=torch.float32)
-    saved = starts = None
+    saved = None
     if keep_states:
         shape = saved_states_shape(batch, length, plan.states, channels)
         saved = u.new_empty(shape, dtype=torch.float32)
-    arrays = [_array(x) for x in (u, delta, A, B, C, D, z, delta_bias)]
-    with runtime.on_device_of(u):
+    scan_forward(plan, (u, delta, A, B, C, D, z, delta_bias), out, last_state, saved)
+    return out, last_state, saved, checks.has_nan(out, last_state)
+
+
+def scan_forward(
+    plan: Plan,
+    inputs: tuple[Tensor | None, ...],
+    out: Tensor,
+    last_state: Tensor | None,
+    saved: Tensor | None,
+    add: bool = False,
+) -> None:
+    """Run the kernels of the forward pass.
+
+    Args:
+        plan: Of these inputs.
+        inputs: u, delta, A, B, C, D, z, delta_bias.
+        out: (B, D, L), to be written.
+        last_state: (B, D, N), to be written unless None.
+        saved: See :func:`saved_states_shape`, to be written unless None.
+        add: Add to what is in ``out``.
+    """
+    from mmvssm.ops.selective_scan import triton_kernels
+
+    arrays = [_array(x) for x in inputs]
+    starts = None
+    with runtime.on_device_of(out):
         if plan.stretches > 1:
-            starts, steps = plan.new_states(u), plan.new_totals(u)
+            starts, steps = plan.new_states(out), plan.new_totals(out)
             triton_kernels.forward_ends_kernel[plan.grid()](
                 *(*arrays[:4], arrays[7], starts, steps),
                 *plan.positions(),
                 **plan.constants(),
             )
-            _join(plan, A, starts, steps, None, reverse=False)
+            _join(plan, inputs[2], starts, steps, None, reverse=False)
         triton_kernels.forward_kernel[plan.grid()](
             *(*arrays, _array(out), last_state, saved, starts),
             *plan.positions(),
             **plan.constants(),
+            ADD=add,
         )
-    return out, last_state, saved, checks.has_nan(out, last_state)
 
 
 def backward(
@@ -203,47 +243,69 @@ def backward(
         grad_last_state: Gradient of the last state (B, D, N), None for zero.
         saved: The third result of :func:`forward`.
     """
-    from mmvssm.ops.selective_scan import triton_kernels
-
-    plan = _Plan.of(u, A, B, delta_softplus)
-    batch, groups, _, tiles, _ = plan.sizes
+    plan = Plan.of(u, B, delta_softplus)
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     if grad_out is None:
         grad_out = u.new_zeros(()).expand_as(u)
-    grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
-    grad_z = None if z is None else torch.empty_like(z)
-    shape = (tiles, batch, groups, plan.length, plan.states)
-    grad_B, grad_C = (u.new_empty(shape, dtype=torch.float32) for _ in 'BC')
-    grad_A = plan.new_states(u)
-    grad_D, grad_bias = plan.new_totals(u), plan.new_totals(u)
-    arrays = [_array(x) for x in inputs]
-    with runtime.on_device_of(u):
-        carries = _carries(plan, inputs, grad_out, grad_last_state)
-        triton_kernels.backward_kernel[plan.grid()](
-            *(*arrays, saved, _array(grad_out), carries),
-            *(_array(x) for x in (grad_u, grad_delta, grad_z)),
-            *(grad_B, grad_C, grad_A, grad_D, grad_bias),
-            *plan.positions(),
-            **plan.constants(),
-            PART=_PART,
-        )
-    found = (
-        grad_u,
-        grad_delta,
-        grad_A.sum((0, 1)),
-        grad_B.sum(0).mT,
-        grad_C.sum(0).mT,
-        None if D is None else grad_D.sum((0, 1)),
-        grad_z,
-        None if delta_bias is None else grad_bias.sum((0, 1)),
-    )
+    rows = tuple(None if x is None else torch.empty_like(x) for x in (u, delta, z))
+    sums = scan_backward(plan, inputs, saved, grad_out, grad_last_state, rows)
+    grad_A, grad_B, grad_C, grad_D, grad_bias = sums
+    found = (*rows[:2], grad_A, grad_B.mT, grad_C.mT, grad_D, rows[2], grad_bias)
     return tuple(
         None if x is None else _like(grad, x) for grad, x in zip(found, inputs)
     )
 
 
+def scan_backward(
+    plan: Plan,
+    inputs: tuple[Tensor | None, ...],
+    saved: Tensor,
+    grad_out: Tensor,
+    grad_last_state: Tensor | None,
+    rows: tuple[Tensor | None, ...],
+    add: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Run the kernels of the backward pass.
+
+    Args:
+        plan: Of these inputs.
+        inputs: u, delta, A, B, C, D, z, delta_bias.
+        saved: What the forward pass kept.
+        grad_out: (B, D, L).
+        grad_last_state: (B, D, N), None for zero.
+        rows: Gradients of u, delta and z (B, D, L), to be written.
+        add: Add to what is in the gradient of u.
+
+    Returns:
+        Gradients of A (D, N), B and C (B, G, L, N), D and delta_bias (D,).
+    """
+    from mmvssm.ops.selective_scan import triton_kernels
+
+    batch, groups, _, tiles, _ = plan.sizes
+    shape = (tiles, batch, groups, plan.length, plan.states)
+    grad_B, grad_C = (grad_out.new_empty(shape, dtype=torch.float32) for _ in 'BC')
+    grad_A = plan.new_states(grad_out)
+    grad_D, grad_bias = (
+        None if x is None else plan.new_totals(grad_out) for x in (inputs[5], inputs[7])
+    )
+    with runtime.on_device_of(grad_out):
+        carries = _carries(plan, inputs, grad_out, grad_last_state)
+        triton_kernels.backward_kernel[plan.grid()](
+            *(_array(x) for x in inputs),
+            *(saved, _array(grad_out), carries),
+            *(_array(x) for x in rows),
+            *(grad_B, grad_C, grad_A, grad_D, grad_bias),
+            *plan.positions(),
+            **plan.constants(),
+            PART=_PART,
+            ADD=add,
+        )
+    stretched = (None if x is None else x.sum((0, 1)) for x in (grad_D, grad_bias))
+    return grad_A.sum((0, 1)), grad_B.sum(0), grad_C.sum(0), *stretched
+
+
 def _carries(
-    plan: _Plan,
+    plan: Plan,
     inputs: tuple[Tensor | None, ...],
     grad_out: Tensor,
     grad_last_state: Tensor | None,

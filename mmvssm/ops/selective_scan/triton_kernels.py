@@ -8,6 +8,11 @@ of the channel or group, ...), in the order of the array's axes.
 
 A stretch is a whole number of chunks of CHUNK positions. Positions behind the
 end of the sequence are masked: a step of zero leaves the state as it is.
+
+The positions may be those of a map of ``height`` rows, in the order of the image
+in memory. ROUTE is the order to scan them in: 0 row by row (so is a plain
+sequence), 1 column by column, 2 and 3 the same from the end. With ADD, outputs
+and gradients of u are added to what is there.
 """
 
 import triton
@@ -80,6 +85,16 @@ def _places(x, batch, channels, t):
 
 
 @triton.jit
+def _position(t, length, height, ROUTE: tl.constexpr):
+    """Where the sequence's position t is in memory, see the head of the file."""
+    if ROUTE >= 2:
+        t = length - 1 - t
+    if ROUTE % 2 == 1:
+        t = t % height * (length // height) + t // height
+    return t
+
+
+@triton.jit
 def _store(x, batch, channels, t, values, mask):
     """Store the channels at position t in the dtype of the array."""
     values = values.to(x[0].dtype.element_ty)
@@ -139,13 +154,16 @@ def forward_kernel(
     sizes,
     length,
     stretch_length,
+    height,
+    ROUTE: tl.constexpr,
+    ADD: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Outputs, the last state and, unless None, the states before the chunks.
+    """Outputs and, unless None, the last state and the states before the chunks.
 
     ``starts`` are the states before the stretches, None for zero.
     """
@@ -167,9 +185,9 @@ def forward_kernel(
             places = _state_places(saved, index, batch, sizes, channels, states, STATES)
             tl.store(places, h, mask & (index >= 0))
         for i in tl.static_range(CHUNK):
-            t = first + i
-            inside = t < length
+            inside = first + i < length
             here = valid & inside
+            t = _position(first + i, length, height, ROUTE)
             x = load(_places(u, batch, channels, t), here)
             raw, dt = _load_steps(delta, batch, channels, t, shift, here, SOFTPLUS)
             B_t = _load_weights(B, batch, group, states, t, real & inside)
@@ -179,10 +197,12 @@ def forward_kernel(
             if z is not None:
                 gate = load(_places(z, batch, channels, t), here)
                 y *= gate * sigmoid(gate)
+            if ADD:
+                y += load(_places(out, batch, channels, t), here)
             _store(out, batch, channels, t, y, here)
-    if end == length:
+    if last_state is not None:
         places = _state_places(last_state, 0, batch, sizes, channels, states, STATES)
-        tl.store(places, h, mask)
+        tl.store(places, h, mask & (end == length))
 
 
 @triton.jit
@@ -197,6 +217,8 @@ def forward_ends_kernel(
     sizes,
     length,
     stretch_length,
+    height,
+    ROUTE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -216,9 +238,9 @@ def forward_ends_kernel(
     for number in range((end - begin + CHUNK - 1) // CHUNK):
         first = begin + number * CHUNK
         for i in tl.static_range(CHUNK):
-            t = first + i
-            inside = t < length
+            inside = first + i < length
             here = valid & inside
+            t = _position(first + i, length, height, ROUTE)
             x = load(_places(u, batch, channels, t), here)
             raw, dt = _load_steps(delta, batch, channels, t, shift, here, SOFTPLUS)
             B_t = _load_weights(B, batch, group, states, t, real & inside)
@@ -290,6 +312,8 @@ def backward_ends_kernel(
     sizes,
     length,
     stretch_length,
+    height,
+    ROUTE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -310,9 +334,9 @@ def backward_ends_kernel(
     for back in range(chunks):
         first = begin + (chunks - 1 - back) * CHUNK
         for i in tl.static_range(CHUNK):
-            t = first + CHUNK - 1 - i
-            inside = t < length
+            inside = first + CHUNK - 1 - i < length
             here = valid & inside
+            t = _position(first + CHUNK - 1 - i, length, height, ROUTE)
             raw, dt = _load_steps(delta, batch, channels, t, shift, here, SOFTPLUS)
             grad_y = load(_places(grad_out, batch, channels, t), here)
             if z is not None:
@@ -351,6 +375,9 @@ def backward_kernel(
     sizes,
     length,
     stretch_length,
+    height,
+    ROUTE: tl.constexpr,
+    ADD: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -389,25 +416,25 @@ def backward_kernel(
         chunk = first // CHUNK
         h = _load_state(saved, chunk - 1, batch, sizes, channels, states, mask, STATES)
         for i in range(first - chunk * CHUNK):
-            t = chunk * CHUNK + i
+            t = _position(chunk * CHUNK + i, length, height, ROUTE)
             x = load(_places(u, batch, channels, t), valid)
             raw, dt = _load_steps(delta, batch, channels, t, shift, valid, SOFTPLUS)
             B_t = _load_weights(B, batch, group, states, t, real)
             h = _advance(h, dt, x, B_t, rates)
         before = ()
         for i in tl.static_range(PART):
-            t = first + i
-            inside = t < length
+            inside = first + i < length
             here = valid & inside
+            t = _position(first + i, length, height, ROUTE)
             x = load(_places(u, batch, channels, t), here)
             raw, dt = _load_steps(delta, batch, channels, t, shift, here, SOFTPLUS)
             before = before + (h,)
             B_t = _load_weights(B, batch, group, states, t, real & inside)
             h = _advance(h, dt, x, B_t, rates)
         for i in tl.static_range(PART):
-            t = first + PART - 1 - i
-            inside = t < length
+            inside = first + PART - 1 - i < length
             here = valid & inside
+            t = _position(first + PART - 1 - i, length, height, ROUTE)
             x = load(_places(u, batch, channels, t), here)
             raw, dt = _load_steps(delta, batch, channels, t, shift, here, SOFTPLUS)
             B_t = _load_weights(B, batch, group, states, t, real & inside)
@@ -441,6 +468,8 @@ def backward_kernel(
             grad_x = grad_fed * dt + skip * grad_y
             sum_D += grad_y * x
             sum_bias += tl.where(here, grad_dt, 0.0)
+            if ADD:
+                grad_x += load(_places(grad_u, batch, channels, t), here)
             _store(grad_u, batch, channels, t, grad_x, here)
             _store(grad_delta, batch, channels, t, grad_dt, here)
     places = _state_places(grad_A, stretch, batch, sizes, channels, states, STATES)
