@@ -234,7 +234,7 @@ def test_published_numbers(name):
     case = Case(name)
     inputs = {name: x.requires_grad_() for name, x in case.inputs().items()}
     weights = inputs['B'].shape
-    if weights.numel() // weights[-2] > 300 and not LONG_TESTS:
+    if weights.numel() // weights[-2] > 200 and not LONG_TESTS:
         pytest.skip('takes long; MMVSSM_LONG_TESTS=1 runs it')
     g = inputs.pop('g')
     out, state = scan(inputs, softplus=case.arguments['delta_softplus'])
