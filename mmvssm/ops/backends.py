@@ -71,7 +71,8 @@ _BACKENDS = {
             unavailable=runtime.unavailable,
             devices=('cuda', 'cpu') if runtime.INTERPRETED else ('cuda',),
             dtypes=(torch.float32, torch.bfloat16, torch.float16),
-            automatic=not runtime.INTERPRETED,
+            # Checked in the interpreter, but not yet run on a GPU.
+            automatic=False,
         ),
         Backend('torch', 'plain tensor code, any device, nothing compiled'),
         Backend(
