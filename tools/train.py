@@ -73,6 +73,8 @@ def main(args: argparse.Namespace) -> None:
         )
     if args.resume:
         cfg.resume = True
+        # Without a checkpoint yet, the hook starts from the config's load_from.
+        cfg.load_from_at_start = cfg.get('load_from')
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if cfg.get('load_from'):
         engine.require_file(cfg.load_from, 'checkpoint')

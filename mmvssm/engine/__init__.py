@@ -2,6 +2,7 @@
 
 from mmvssm.compat import find_own_models
 
+from .checkpoint_hook import SafeCheckpointHook
 from .config import (
     enable_amp,
     enable_painting,
@@ -14,13 +15,19 @@ from .data import check_datasets
 from .errors import UsageError, require_file, run_tool
 from .launch import prepare_launch
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .non_finite import NonFiniteLossError, NonFiniteLossHook
 from .optim import Bf16OptimWrapper, Float32RegionsHook
+from .preemption import PreemptionHook
 from .weights import check_load_from, load_weights
 
 __all__ = [
     'Bf16OptimWrapper',
     'Float32RegionsHook',
     'LayerDecayOptimWrapperConstructor',
+    'NonFiniteLossError',
+    'NonFiniteLossHook',
+    'PreemptionHook',
+    'SafeCheckpointHook',
     'UsageError',
     'check_datasets',
     'check_load_from',

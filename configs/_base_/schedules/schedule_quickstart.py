@@ -13,7 +13,7 @@ train_cfg = dict(max_iters=max_iters, val_interval=700)
 default_hooks = dict(
     checkpoint=dict(
         _delete_=True,
-        type='CheckpointHook',
+        type='mmvssm.SafeCheckpointHook',
         by_epoch=False,
         interval=300,
         max_keep_ckpts=1,

@@ -1,0 +1,239 @@
+"""A training of seconds that draws random numbers wherever one can."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, HOOKS, MODELS
+from torch import nn
+
+REPO = Path(__file__).parents[1]
+
+_CONFIG = """
+custom_imports = dict(imports=['toy'])
+default_scope = 'mmengine'
+model = dict(type='ToyModel')
+train_dataloader = dict(
+    batch_size=2, num_workers=0, dataset=dict(type='ToyDataset'),
+    sampler=dict(type='InfiniteSampler', shuffle=True))
+val_dataloader = dict(
+    batch_size=2, num_workers=0, dataset=dict(type='ToyDataset'),
+    sampler=dict(type='DefaultSampler', shuffle=False))
+val_evaluator = dict(type='ToyMetric')
+optim_wrapper = dict(optimizer=dict(type='AdamW', lr=0.01, weight_decay=0.01))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=10),
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=10, end={iters})]
+train_cfg = dict(type='IterBasedTrainLoop', max_iters={iters}, val_interval=15)
+val_cfg = dict(type='ValLoop')
+default_hooks = dict(
+    logger=dict(type='LoggerHook', interval=1),
+    checkpoint=dict(
+        type='mmvssm.SafeCheckpointHook', by_epoch=False, interval=5,
+        max_keep_ckpts=2, save_best='mean', rule='greater'))
+custom_hooks = [dict(type='ToyEvent'), dict(type='mmvssm.PreemptionHook'),
+                dict(type='mmvssm.NonFiniteLossHook')]
+env_cfg = dict(cudnn_benchmark=False, dist_cfg=dict(backend='gloo'))
+log_processor = dict(by_epoch=False, window_size=1)
+randomness = dict(seed=3)
+{more}
+"""
+
+
+@DATASETS.register_module()
+class ToyDataset(torch.utils.data.Dataset):
+    """Images that Python's, NumPy's and torch's generators change."""
+
+    def __len__(self):
+        return 11
+
+    def __getitem__(self, index):
+        image = torch.full((3, 4, 4), index / 11) + random.random()
+        image = image + float(np.random.rand()) + torch.rand(3, 4, 4)
+        return dict(inputs=image, img_path=f'image_{index}.png')
+
+
+@MODELS.register_module()
+class ToyModel(BaseModel):
+    """A convolution, running statistics and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, inputs, img_path, mode='tensor'):
+        x = self.drop(self.norm(self.conv(torch.stack(list(inputs)))))
+        if mode == 'loss':
+            return dict(loss=(x - 1).square().mean())
+        return [dict(value=float(v.mean())) for v in x]
+
+
+def _register_metric():
+    from mmengine.evaluator import BaseMetric
+    from mmengine.registry import METRICS
+
+    @METRICS.register_module()
+    class ToyMetric(BaseMetric):
+        """Draws random numbers, as a validation may."""
+
+        def process(self, data_batch, data_samples):
+            random.random(), np.random.rand(), torch.rand(1)
+            self.results += [sample['value'] for sample in data_samples]
+
+        def compute_metrics(self, results):
+            return dict(mean=-abs(sum(results)))
+
+
+_register_metric()
+
+
+@HOOKS.register_module()
+class ToyEvent(Hook):
+    """What befalls a training, said by the environment variable TOY_EVENT.
+
+    ``SIGNAL@N``: the process sends itself a signal in iteration N. ``fsync@N``
+    and ``replace@N``: it is killed in the N-th such call, which are those of
+    saving; ``after-replace@N``: right after it. ``full@N``: from iteration N
+    on no file may grow beyond a kilobyte. ``nan@N``: an image of iteration N
+    is not finite; ``weight@N``: a weight. With TOY_RANK only in that rank.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self):
+        what, _, number = os.environ.get('TOY_EVENT', 'none@0').partition('@')
+        rank = os.environ.get('TOY_RANK', os.environ.get('RANK', '0'))
+        if rank != os.environ.get('RANK', '0'):
+            what = 'none'
+        self.what, self.number = what, int(number)
+        name = what.removeprefix('after-')
+        if name in ('fsync', 'replace'):
+            self.calls, self.inner = 0, getattr(os, name)
+            setattr(os, name, self._call)
+
+    def _call(self, *args):
+        self.calls += 1
+        if self.calls == self.number and not self.what.startswith('after-'):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.inner(*args)
+        if self.calls == self.number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if batch_idx + 1 != self.number:
+            return
+        if self.what.startswith('SIG'):
+            os.kill(os.getpid(), getattr(signal, self.what))
+        elif self.what == 'full':
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+        elif self.what == 'nan':
+            data_batch['inputs'][1][0, 0, 0] = float('nan')
+        elif self.what == 'weight':
+            model = getattr(runner.model, 'module', runner.model)
+            model.norm.weight.data[0] = float('inf')
+
+    def after_train(self, runner):
+        if runner.rank == 0:
+            model = getattr(runner.model, 'module', runner.model)
+            torch.save(model.state_dict(), f'{runner.work_dir}/final.pt')
+
+
+def write_toy(folder, more='', iters=30):
+    """Write the training's config, ``toy_config.py``."""
+    path = folder / 'toy_config.py'
+    path.write_text(_CONFIG.format(more=more, iters=iters))
+    return path
+
+
+def environment(event='', **more):
+    """Environment of one run."""
+    return {
+        'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+        'PYTHONPATH': f'{REPO}:{REPO / "tests"}',
+        'OMP_NUM_THREADS': '1',
+        'CUDA_VISIBLE_DEVICES': '',
+        'TOY_EVENT': event or 'none@0',
+        **more,
+    }
+
+
+# Imports what takes long once, and runs every training in a fork of itself.
+_RUNS = """
+import json, os, runpy, sys
+import torch, mmengine.runner, mmvssm.engine
+for number, (arguments, variables) in enumerate(json.load(sys.stdin)):
+    child = os.fork()
+    if not child:
+        os.environ.update(variables)
+        log = os.open(f'run_{number}.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name='__main__')
+    status = os.waitpid(child, 0)[1]
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+def train_each(folder, *runs):
+    """Run ``tools/train.py`` several times, one after the other.
+
+    Each run is (event, options of train.py ...). Returns exit code (minus the
+    signal's number where one killed it) and output of each.
+    """
+    script = str(REPO / 'tools/train.py')
+    orders = [
+        ([script, 'toy_config.py', *map(str, options)], environment(event))
+        for event, *options in runs
+    ]
+    done = subprocess.run(
+        [sys.executable, '-c', _RUNS],
+        input=json.dumps(orders),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        # Not a measurement: a training that hangs must not hang the tests.
+        timeout=600,
+        env={**os.environ, **environment()},
+    )
+    codes = [int(line) for line in done.stdout.split()]
+    assert len(codes) == len(runs), done.stderr
+    logs = [(folder / f'run_{i}.txt').read_text() for i in range(len(runs))]
+    return list(zip(codes, logs, strict=True))
+
+
+def train_ranks(folder, *options, event='', **variables):
+    """Run two ranks through ``tools/dist_train.sh``; exit code and output."""
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        port = str(listener.getsockname()[1])
+    done = subprocess.run(
+        [REPO / 'tools/dist_train.sh', 'toy_config.py', '2', *map(str, options)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment(event, PORT=port, **variables)},
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def final_weights(folder, work_dir='out'):
+    return torch.load(folder / work_dir / 'final.pt')
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
