@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -31,8 +32,8 @@ val_dataloader = dict(
 val_evaluator = dict(type='ToyMetric')
 optim_wrapper = dict(optimizer=dict(type='AdamW', lr=0.01, weight_decay=0.01))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=10),
-    dict(type='CosineAnnealingLR', by_epoch=False, begin=10, end={iters})]
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=4),
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=4, end={iters})]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters={iters}, val_interval=15)
 val_cfg = dict(type='ValLoop')
 default_hooks = dict(
@@ -71,6 +72,8 @@ class ToyModel(BaseModel):
         self.conv = nn.Conv2d(3, 4, 3)
         self.norm = nn.BatchNorm2d(4)
         self.drop = nn.Dropout(0.5)
+        # Makes checkpoints larger than logs.
+        self.register_buffer('ballast', torch.zeros(50_000))
 
     def forward(self, inputs, img_path, mode='tensor'):
         x = self.drop(self.norm(self.conv(torch.stack(list(inputs)))))
@@ -105,7 +108,7 @@ class ToyEvent(Hook):
     ``SIGNAL@N``: the process sends itself a signal in iteration N. ``fsync@N``
     and ``replace@N``: it is killed in the N-th such call, which are those of
     saving; ``after-replace@N``: right after it. ``full@N``: from iteration N
-    on no file may grow beyond a kilobyte. ``nan@N``: an image of iteration N
+    on no checkpoint fits on the disk; ``full2@N``: for two iterations. ``nan@N``: an image of iteration N
     is not finite; ``weight@N``: a weight. With TOY_RANK only in that rank.
     """
 
@@ -131,14 +134,14 @@ class ToyEvent(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if self.what == 'full2' and batch_idx + 1 == self.number + 2:
+            limit_files(None)
         if batch_idx + 1 != self.number:
             return
         if self.what.startswith('SIG'):
             os.kill(os.getpid(), getattr(signal, self.what))
-        elif self.what == 'full':
-            import resource
-
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+        elif self.what.startswith('full'):
+            limit_files(150_000)
         elif self.what == 'nan':
             data_batch['inputs'][1][0, 0, 0] = float('nan')
         elif self.what == 'weight':
@@ -146,9 +149,15 @@ class ToyEvent(Hook):
             model.norm.weight.data[0] = float('inf')
 
     def after_train(self, runner):
-        if runner.rank == 0:
+        if runner.rank == 0 and self.what != 'full':
             model = getattr(runner.model, 'module', runner.model)
             torch.save(model.state_dict(), f'{runner.work_dir}/final.pt')
+
+
+def limit_files(size):
+    """Let no file grow beyond ``size`` bytes; None: no limit."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size or hard, hard))
 
 
 def write_toy(folder, more='', iters=30):
@@ -174,6 +183,7 @@ def environment(event='', **more):
 _RUNS = """
 import json, os, runpy, sys
 import torch, mmengine.runner, mmvssm.engine
+mmengine.runner.runner.collect_env = dict  # It asks compilers for their versions.
 for number, (arguments, variables) in enumerate(json.load(sys.stdin)):
     child = os.fork()
     if not child:
@@ -206,7 +216,7 @@ def train_each(folder, *runs):
         capture_output=True,
         text=True,
         # Not a measurement: a training that hangs must not hang the tests.
-        timeout=600,
+        timeout=300,
         env={**os.environ, **environment()},
     )
     codes = [int(line) for line in done.stdout.split()]

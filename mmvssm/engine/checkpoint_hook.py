@@ -129,7 +129,7 @@ class SafeCheckpointHook(CheckpointHook):
             and isinstance(loop, IterBasedTrainLoop)
             and step >= loop.val_begin
             and (step % loop.val_interval == 0 or step == loop.max_iters)
-            and runner.message_hub.runtime_info.get('validated_iter') != step
+            and runner.message_hub.runtime_info.get('iter_validated') != step
         )
 
     def before_val(self, runner: Runner) -> None:
@@ -236,7 +236,7 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         """As in ``CheckpointHook``, but the old best goes after the new one came."""
-        runner.message_hub.update_info('validated_iter', runner.iter)
+        runner.message_hub.update_info('iter_validated', runner.iter)
         if not self.save_best:
             return
         several = len(self.key_indicators) > 1

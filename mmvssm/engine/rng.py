@@ -1,7 +1,9 @@
 """Random numbers that go on where a training was stopped."""
 
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -59,14 +61,24 @@ def isolate_loader(loader: DataLoader, seed: int) -> None:
 
 
 class _DeafWorker:
+    """Start a worker that stops for nobody but its parent."""
+
     def __init__(self, inner: Callable | None):
         self.inner = inner
 
     def __call__(self, worker: int) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        if hasattr(signal, 'sigwaitinfo'):  # macOS has none.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=_end_for_parent, daemon=True).start()
         if self.inner is not None:
             self.inner(worker)
+
+
+def _end_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class BatchSeeds:

@@ -1,0 +1,152 @@
+"""Trainings that are killed, told to stop, or run out of disk."""
+
+import os
+import random
+
+import pytest
+import torch
+
+from mmvssm.engine.checkpoint_files import newest_training_state
+from toy import final_weights, same_bits, train_each, train_ranks, write_toy
+
+RESUME = ('--work-dir', 'out', '--resume', 'auto')
+WHOLE = ('', '--work-dir', 'whole')
+WORKERS = 'train_dataloader.update(num_workers=2, persistent_workers=True)\n'
+ACCUMULATE = 'optim_wrapper.update(accumulative_counts=5)\n'
+ITERS = 30
+# MMVSSM_TEST_KILLS=20 is the proof; two are for every day.
+KILLS = int(os.environ.get('MMVSSM_TEST_KILLS', 2))
+
+
+def random_event(seed):
+    """A kill at any iteration, or in the middle of a save."""
+    rng = random.Random(seed)
+    if rng.random() < 0.5:
+        return f'SIGKILL@{rng.randint(1, ITERS)}'
+    call = rng.choice(['fsync', 'replace', 'after-replace'])
+    return f'{call}@{rng.randint(1, 12)}'
+
+
+def test_killed_at_random_and_resumed_ends_with_the_same_bits(tmp_path):
+    write_toy(tmp_path, iters=ITERS)
+    runs = [WHOLE]
+    for seed in range(KILLS):
+        options = ('--work-dir', f'out{seed}', '--resume', 'auto')
+        runs += [(random_event(seed), *options), ('', *options)]
+    results = train_each(tmp_path, *runs)
+    assert results[0][0] == 0, results[0][1]
+    whole = final_weights(tmp_path, 'whole')
+    for seed in range(KILLS):
+        killed, ended = results[1 + 2 * seed][0], results[2 + 2 * seed]
+        assert killed == -9
+        assert ended[0] == 0, ended[1]
+        assert same_bits(final_weights(tmp_path, f'out{seed}'), whole)
+        assert not list((tmp_path / f'out{seed}').glob('*.partial'))
+
+
+@pytest.mark.parametrize(
+    ('more', 'stops'),
+    [(WORKERS, (17, 23)), (ACCUMULATE, (20, 25))],
+    ids=['workers', 'sums of gradients'],
+)
+def test_told_to_stop_twice_ends_with_the_same_bits(tmp_path, more, stops):
+    write_toy(tmp_path, more, ITERS)
+    events = ('SIGTERM@17', 'SIGUSR1@23', '')
+    _, *parts = train_each(tmp_path, WHOLE, *[(event, *RESUME) for event in events])
+    assert [code for code, _ in parts] == [75, 75, 0], parts[-1][1]
+    for step, (_, log) in zip(stops, parts):
+        assert f'stopped after iteration {step}' in log
+    assert same_bits(final_weights(tmp_path), final_weights(tmp_path, 'whole'))
+    # The weights moved up to the end.
+    before = torch.load(tmp_path / 'out/iter_25.pth')['state_dict']
+    assert not same_bits(final_weights(tmp_path), before)
+
+
+def test_validation_that_was_cut_off_is_done_on_resuming(tmp_path):
+    write_toy(tmp_path, iters=20)
+    # The third file moved into place is that of iteration 15, right before it.
+    results = train_each(tmp_path, ('SIGUSR1@15', *RESUME), ('', *RESUME))
+    assert [code for code, _ in results] == [75, 0]
+    first, second = (log for _, log in results)
+    assert 'mean:' not in first
+    assert second.index('mean:') < second.index('Iter(train) [16/20]')
+
+
+def test_damaged_checkpoints_are_passed_over_and_named(tmp_path):
+    write_toy(tmp_path, iters=ITERS)
+    whole, killed = train_each(tmp_path, WHOLE, ('SIGKILL@29', *RESUME))
+    assert (whole[0], killed[0]) == (0, -9)
+    newest, older = (tmp_path / f'out/iter_{step}.pth' for step in (25, 20))
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    ((code, log),) = train_each(tmp_path, ('', *RESUME))
+    assert code == 0, log
+    assert f'skipped: {newest} is damaged: check sum' in log
+    assert 'resumed epoch: 0, iter: 20' in log
+    assert same_bits(final_weights(tmp_path), final_weights(tmp_path, 'whole'))
+    for path in (tmp_path / 'out').glob('iter_*.pth'):
+        path.write_bytes(path.read_bytes()[:1000])
+    option = ('--work-dir', 'named', '--resume', older.with_name('iter_30.pth'))
+    results = train_each(tmp_path, ('', *RESUME), ('', *option))
+    assert [code for code, _ in results] == [2, 2]
+    assert 'can be read: iter_30.pth, iter_25.pth' in results[0][1]
+    assert 'iter_30.pth cannot be read, it may be truncated' in results[1][1]
+
+
+def test_training_goes_on_while_the_disk_is_full(tmp_path):
+    write_toy(tmp_path, iters=ITERS)
+    whole, short, over = train_each(
+        tmp_path, WHOLE, ('full2@14', *RESUME), ('full@24', '--work-dir', 'over')
+    )
+    assert (whole[0], short[0]) == (0, 0), short[1]
+    assert 'training goes on WITHOUT a new checkpoint: cannot write' in short[1]
+    assert f'Kept: {tmp_path}/out/iter_10.pth' in short[1]
+    assert same_bits(final_weights(tmp_path), final_weights(tmp_path, 'whole'))
+    # Where it never got better, that is an error, and the older ones stay.
+    assert over[0] == 2, over[1]
+    assert 'its last checkpoint is lost' in over[1]
+    assert sorted(p.name for p in (tmp_path / 'over').glob('iter_*')) == [
+        'iter_15.pth',
+        'iter_20.pth',
+    ]
+    assert newest_training_state(tmp_path / 'over', print).endswith('iter_20.pth')
+
+
+def test_two_ranks_survive_a_kill_of_one_and_a_signal_to_one(tmp_path):
+    write_toy(tmp_path, iters=ITERS)
+    code, log = train_ranks(tmp_path, '--work-dir', 'whole')
+    assert code == 0, log
+    # The other rank ends, too: the launcher comes back.
+    code, _ = train_ranks(tmp_path, *RESUME, event='SIGKILL@13', TOY_RANK='1')
+    assert code != 0
+    code, log = train_ranks(tmp_path, *RESUME, event='SIGUSR1@22', TOY_RANK='1')
+    assert code != 0
+    assert 'resumed epoch: 0, iter: 10' in log
+    assert 'stopped after iteration 22: another rank was told to' in log
+    code, log = train_ranks(tmp_path, *RESUME)
+    assert code == 0, log
+    assert 'resumed epoch: 0, iter: 22' in log
+    assert same_bits(final_weights(tmp_path), final_weights(tmp_path, 'whole'))
+
+
+def test_stops_before_the_time_of_the_job_is_up(tmp_path):
+    write_toy(tmp_path, 'custom_hooks[1].update(minutes_before_end=5)', iters=8)
+    os.environ['SLURM_JOB_END_TIME'] = '1000'
+    try:
+        ((code, log),) = train_each(tmp_path, ('', *RESUME))
+    finally:
+        del os.environ['SLURM_JOB_END_TIME']
+    assert code == 75
+    assert "stopped after iteration 1: the job's time is nearly up" in log
+
+
+def test_resume_auto_first_starts_from_load_from(tmp_path):
+    write_toy(tmp_path, iters=5)
+    (first,) = train_each(tmp_path, WHOLE)
+    assert first[0] == 0, first[1]
+    write_toy(tmp_path, "load_from = 'whole/iter_5.pth'", iters=5)
+    ((code, log),) = train_each(tmp_path, ('', *RESUME))
+    assert code == 0, log
+    assert 'Load checkpoint from whole/iter_5.pth' in log
+    assert 'Iter(train) [1/5]' in log
