@@ -228,6 +228,10 @@ class SafeCheckpointHook(CheckpointHook):
             # The checkpoint itself is there, and found without the pointer.
             runner.logger.error(f'cannot write {pointer}: {error}')
 
+    def _is_written(self, path: str) -> bool:
+        """Whether this is the rank that writes, and it wrote the file."""
+        return is_main_process() and self.file_backend.isfile(path)
+
     def _remove(self, path: str) -> None:
         if self.file_backend.isfile(path):
             self.file_backend.remove(path)
@@ -251,9 +255,8 @@ class SafeCheckpointHook(CheckpointHook):
         for key, path in old.items():
             if new[key] is None:
                 new[key] = path
-            elif path and path != new[key] and is_main_process():
-                if self.file_backend.isfile(new[key]):
-                    self._remove(path)
+            elif path and path != new[key] and self._is_written(new[key]):
+                self._remove(path)
         if not several:
             self.best_ckpt_path = new['']
 
