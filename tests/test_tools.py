@@ -302,3 +302,22 @@ def test_slurm_scripts_hand_everything_on(script, tmp_path):
         else ['c.py', '--launcher', 'slurm', '--work-dir', 'my work']
     )
     assert words[words.index('c.py') :] == [*given, '--x', 'y', '--tta']
+
+
+@pytest.mark.parametrize(('code', 'requeued'), [(75, True), (0, False), (1, False)])
+def test_sbatch_script_requeues_what_was_preempted(code, requeued, tmp_path):
+    for name, ends in (('srun', code), ('scontrol', 0)):
+        script = tmp_path / name
+        script.write_text(f'#!/bin/sh\necho {name} $MASTER_PORT "$@"\nexit {ends}\n')
+        script.chmod(0o755)
+    done = subprocess.run(
+        [TOOLS / 'sbatch_train.sh', 'c.py', '--work-dir', 'my work'],
+        env=dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_JOB_ID='40123'),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    step, *rest = done.stdout.splitlines()
+    assert step.startswith('srun 20123 ')
+    assert 'train.py c.py --launcher slurm --resume auto --work-dir my work' in step
+    assert rest == (['scontrol 20123 requeue 40123'] if requeued else [])

@@ -109,7 +109,8 @@ class ToyEvent(Hook):
     and ``replace@N``: it is killed in the N-th such call, which are those of
     saving; ``after-replace@N``: right after it. ``full@N``: from iteration N
     on no checkpoint fits on the disk; ``full2@N``: for two iterations.
-    ``nan@N``: an image of iteration N is not finite; ``weight@N``: a weight. With TOY_RANK only in that rank.
+    ``nan@N``: an image of iteration N is not finite; ``weight@N``: a weight. With
+    TOY_RANK only in that rank.
     """
 
     priority = 'VERY_HIGH'
