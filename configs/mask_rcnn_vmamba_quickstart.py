@@ -62,8 +62,12 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=300, max_keep_ckpts=1
+        type='mmvssm.SafeCheckpointHook', by_epoch=False, interval=300, max_keep_ckpts=1
     ),
+    # On SIGTERM or SIGUSR1: save a checkpoint and exit with code 75.
+    preemption=dict(type='mmvssm.PreemptionHook'),
+    # Stop before a loss that is not finite reaches the weights.
+    non_finite=dict(type='mmvssm.NonFiniteLossHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='DetVisualizationHook'),
 )

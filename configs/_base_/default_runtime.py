@@ -13,12 +13,6 @@ visualizer = dict(
 )
 log_processor = dict(by_epoch=False)
 log_level = 'INFO'
-custom_hooks = [
-    # On SIGTERM or SIGUSR1: save a checkpoint and exit with code 75.
-    dict(type='mmvssm.PreemptionHook'),
-    # Stop before a loss that is not finite reaches the weights.
-    dict(type='mmvssm.NonFiniteLossHook'),
-]
 load_from = None
 resume = False
 

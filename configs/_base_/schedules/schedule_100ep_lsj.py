@@ -30,12 +30,16 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='CheckpointHook',
+        type='mmvssm.SafeCheckpointHook',
         by_epoch=False,
         interval=10000,
         max_keep_ckpts=2,
         save_best='coco/bbox_mAP',
     ),
+    # On SIGTERM or SIGUSR1: save a checkpoint and exit with code 75.
+    preemption=dict(type='mmvssm.PreemptionHook'),
+    # Stop before a loss that is not finite reaches the weights.
+    non_finite=dict(type='mmvssm.NonFiniteLossHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='DetVisualizationHook'),
 )

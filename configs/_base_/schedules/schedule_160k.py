@@ -24,6 +24,10 @@ default_hooks = dict(
         max_keep_ckpts=2,
         save_best='mIoU',
     ),
+    # On SIGTERM or SIGUSR1: save a checkpoint and exit with code 75.
+    preemption=dict(type='mmvssm.PreemptionHook'),
+    # Stop before a loss that is not finite reaches the weights.
+    non_finite=dict(type='mmvssm.NonFiniteLossHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
