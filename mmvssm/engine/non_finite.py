@@ -8,6 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from mmvssm.registry import HOOKS
 
@@ -32,6 +33,8 @@ class NonFiniteLossHook(Hook):
 
     With a ``GradScaler`` gradients that overflow are its own business; the
     loss is not.
+
+    A skipped batch leaves the running statistics of norms as they were, too.
 
     Args:
         max_skipped: Skip so many such batches of a training, with a warning
@@ -62,12 +65,19 @@ class NonFiniteLossHook(Hook):
     ) -> None:
         """Keep the batch and the random numbers of its forward pass."""
         self.batch, self.rng_state = data_batch, get_rng_state()
+        # The forward pass of a skipped batch has spoilt these already.
+        self.statistics = [
+            (buffer, buffer.clone())
+            for module in runner.model.modules()
+            if self.max_skipped and isinstance(module, _NormBase)
+            for buffer in module.buffers()
+        ]
 
     def _refuse(self, runner: Runner, loss: torch.Tensor) -> None:
         mine = ''
         if not bool(torch.isfinite(loss).all()):
             images = ', '.join(image_paths(self.batch)) or 'unknown images'
-            mine = f'loss {float(loss)} for {images}; {self._culprit(runner)}'
+            mine = f'loss {float(loss.detach())} for {images}; {self._culprit(runner)}'
         reports = '; '.join(
             f'rank {rank}: {text}' if self.ranks.group else text
             for rank, text in enumerate(self.ranks.gather(mine))
@@ -78,6 +88,8 @@ class NonFiniteLossHook(Hook):
         skipped = info.get('skipped_batches', 0) + 1
         if skipped <= self.max_skipped:
             runner.message_hub.update_info('skipped_batches', skipped)
+            for buffer, before in self.statistics:
+                buffer.copy_(before)
             runner.logger.warning(
                 f'{message}. Skipped ({skipped} of at most {self.max_skipped}).'
             )
