@@ -11,6 +11,7 @@ import torch
 from mmengine.fileio import LocalBackend, register_backend
 
 from mmvssm.checkpoints import CheckpointError
+from mmvssm.compat import allow_mmengine_checkpoints
 
 # The name under which mmengine finds WholeFileBackend.
 WHOLE_FILE_BACKEND = 'mmvssm_whole_file'
@@ -100,6 +101,7 @@ def check_training_state(path: str | Path) -> None:
         CheckpointError: It is missing, truncated or damaged, or holds no state
             of a training.
     """
+    allow_mmengine_checkpoints()
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

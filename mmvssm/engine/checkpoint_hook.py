@@ -55,8 +55,8 @@ class SafeCheckpointHook(CheckpointHook):
     def before_run(self, runner: Runner) -> None:
         """Decide what to resume from; all ranks take what rank 0 found."""
         folder = self._folder(runner)
-        # A private pair of mmengine's: it reads them right after this hook.
-        if not runner._resume or '://' in folder:
+        # Private to mmengine: it reads them right after this hook, and once only.
+        if runner._has_loaded or not runner._resume or '://' in folder:
             return
         if runner._load_from is None:
             found = _on_main(

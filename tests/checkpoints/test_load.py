@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from mmengine.registry import init_default_scope
 
 import mmvssm
 from mmvssm.backbones import VSSM
@@ -324,6 +325,8 @@ def test_init_cfg_that_does_not_fit(tmp_path):
 def test_init_cfg_inside_a_segmentor(tmp_path):
     mmseg_models = pytest.importorskip('mmseg.registry').MODELS
     pytest.importorskip('mmseg.models')
+    # Another test may have left mmdet's.
+    init_default_scope('mmseg')
     path = tmp_path / 'published.pth'
     state = published(classifier(V2))
     torch.save(state, path)
