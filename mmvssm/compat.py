@@ -5,10 +5,12 @@ look at a version number or patch somebody else's module.
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +18,9 @@ from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import is_installed
+
+if TYPE_CHECKING:
+    from mmengine.runner import IterBasedTrainLoop
 
 _NUMPY_DTYPES = ('bool', 'float32', 'float64', 'int32', 'int64', 'uint8', 'uint32')
 _OWN_SCOPE = 'mmvssm::'
@@ -146,6 +151,43 @@ def why_no_detection() -> str | None:
         except (ImportError, AssertionError) as error:
             return f'{what} ({str(error).splitlines()[0]})'
     return None
+
+
+def start_behind_seen(loop: 'IterBasedTrainLoop') -> bool:
+    """Let a training loop go on behind the images it has seen, not loading them.
+
+    The loops of mmengine up to 0.10.7 make their iterator, and with it the
+    workers, before a hook can change the loader, and load what they skip.
+
+    Args:
+        loop: Of which no iteration was run in this process.
+
+    Returns:
+        Whether it will. If not, it loads the batches again and drops them.
+    """
+    from mmengine.dataset import InfiniteSampler
+
+    loader, sampler = loop.dataloader, loop.dataloader.sampler
+    iterator = type(loop.dataloader_iterator)
+    if hasattr(iterator, 'skip_iter'):
+        return hasattr(sampler, 'skip')
+    moves = isinstance(sampler, InfiniteSampler) and loader.batch_size is not None
+    seen = loop.iter if moves else 0
+    if moves:
+        # Workers have taken indices already: the stream is made anew.
+        again = InfiniteSampler(sampler.dataset, sampler.shuffle, sampler.seed)
+        sampler.indices = islice(again.indices, seen * loader.batch_size, None)
+
+    # Private to torch: persistent workers, which would be kept as they are.
+    loader._iterator = None
+
+    def batches() -> Iterator:
+        for _ in range(seen):
+            yield None
+        yield from iterator(loader)
+
+    loop.dataloader_iterator = batches()
+    return moves
 
 
 def apply() -> None:

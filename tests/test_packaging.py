@@ -53,7 +53,8 @@ def run(*arguments, cwd=ROOT, succeeds=True, **environment):
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
-        env=os.environ | environment,
+        # Warnings of other packages at their import are no output.
+        env=os.environ | dict(PYTHONWARNINGS='ignore') | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

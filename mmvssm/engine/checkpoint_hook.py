@@ -8,6 +8,7 @@ from mmengine.fileio import join_path
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import IterBasedTrainLoop, Runner
 
+from mmvssm import compat
 from mmvssm.checkpoints import CheckpointError
 from mmvssm.registry import HOOKS
 
@@ -100,7 +101,7 @@ class SafeCheckpointHook(CheckpointHook):
         if runner.val_loop is not None:
             isolate_loader(runner.val_dataloader, runner.seed)
         if isinstance(runner.train_loop, IterBasedTrainLoop):
-            skips = hasattr(loader.sampler, 'skip')
+            skips = compat.start_behind_seen(runner.train_loop)
             BatchSeeds(loader, runner.seed, runner.rank, runner.iter if skips else 0)
         counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
         if not self.by_epoch and self.interval % counts:

@@ -198,6 +198,6 @@ def enable_painting(
             '--show and --show-dir need a visualizer and the hook '
             "default_hooks.visualization=dict(type='SegVisualizationHook')."
         )
-    hook.update(draw=True, show=show, wait_time=wait_time)
+    hook.update(draw=True, interval=1, show=show, wait_time=wait_time)
     if show_dir:
         cfg.visualizer.save_dir = show_dir
