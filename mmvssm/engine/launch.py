@@ -1,7 +1,6 @@
-"""Several processes on a machine without an accelerator."""
+"""Several processes, on machines with accelerators and without."""
 
 import os
-import subprocess
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,11 +11,13 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from .errors import UsageError
+from .slurm import set_rendezvous
 
-# Where a launcher leaves (rank, number of processes, rank on this machine).
+# Where a launcher leaves (rank, number of processes, rank on this machine, what
+# else shows that it was at work: a batch script has the first three as well).
 _VARIABLES = {
     'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
-    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_STEP_ID'),
     'mpi': (
         'OMPI_COMM_WORLD_RANK',
         'OMPI_COMM_WORLD_SIZE',
@@ -32,7 +33,8 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
     DDP. Where there is no accelerator this joins the processes through gloo
     instead (mmengine leaves a process group alone that is already there) and
     sets ``model_wrapper_cfg`` for the CPU. SyncBN, which exists only for
-    CUDA, becomes BN with a warning.
+    CUDA, becomes BN with a warning. Under Slurm, with accelerators or
+    without, :func:`mmvssm.engine.slurm.set_rendezvous` says where to meet.
 
     Args:
         cfg: Changed in place.
@@ -40,7 +42,8 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
             ``'mpi'``.
 
     Raises:
-        UsageError: The launcher's environment variables are not there.
+        UsageError: The launcher's environment variables are not there, or the
+            processes do not find each other.
     """
     cfg.launcher = launcher
     if launcher == 'none':
@@ -56,6 +59,8 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
             f'--launcher {launcher} but {", ".join(absent)} is not set: '
             f'start the processes with {starter}.'
         )
+    if launcher == 'slurm':
+        set_rendezvous()
     if get_device() != 'cpu':
         return
     _init_gloo(cfg, launcher)
@@ -73,31 +78,19 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
 
 
 def _init_gloo(cfg: Config, launcher: str) -> None:
-    rank, size, local_rank = (os.environ[k] for k in _VARIABLES[launcher])
+    rank, size, local_rank, *_ = (os.environ[k] for k in _VARIABLES[launcher])
     os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local_rank)
     os.environ.setdefault('MASTER_PORT', '29500')
     if 'MASTER_ADDR' not in os.environ:
-        os.environ['MASTER_ADDR'] = _first_host(launcher)
+        raise UsageError(
+            'MASTER_ADDR is not set: export the address of the '
+            'machine that rank 0 runs on.'
+        )
     dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
     timeout = dist_cfg.get('timeout')
     dist.init_process_group(
         'gloo', timeout=timedelta(seconds=timeout) if timeout else None
     )
-
-
-def _first_host(launcher: str) -> str:
-    if launcher != 'slurm':
-        raise UsageError(
-            'MASTER_ADDR is not set: export the address of the '
-            'machine that rank 0 runs on.'
-        )
-    hosts = subprocess.run(
-        ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return hosts.stdout.split()[0]
 
 
 def _replace_sync_bn(model: dict) -> bool:

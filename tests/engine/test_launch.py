@@ -28,6 +28,14 @@ def test_not_started_by_the_launcher(launcher, starter, cfg, monkeypatch):
         prepare_launch(cfg, launcher)
 
 
+def test_batch_script_without_srun(cfg, monkeypatch):
+    for name in ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'):
+        monkeypatch.setenv(name, '0')
+    monkeypatch.delenv('SLURM_STEP_ID', raising=False)
+    with pytest.raises(UsageError, match='SLURM_STEP_ID is not set.*srun'):
+        prepare_launch(cfg, 'slurm')
+
+
 @pytest.mark.parametrize(
     'names',
     [
@@ -44,6 +52,7 @@ def test_without_accelerator_gloo(names, cfg, monkeypatch):
         (rank, '0'),
         (size, '1'),
         (local, '0'),
+        ('SLURM_STEP_ID', '0'),
         ('MASTER_ADDR', '127.0.0.1'),
         ('MASTER_PORT', '0'),
     ):
