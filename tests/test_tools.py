@@ -268,47 +268,88 @@ def test_float16_without_a_gpu(work, monkeypatch, capsys):
     assert 'needs a GPU' in said and 'bfloat16' in said
 
 
-@pytest.mark.parametrize('script', ['slurm_train.sh', 'slurm_test.sh'])
-def test_slurm_scripts_hand_everything_on(script, tmp_path):
+def options_of_srun(tmp_path, script, *arguments, **environment):
+    """What a script would give to srun."""
     srun = tmp_path / 'srun'
     srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     srun.chmod(0o755)
-    fourth = 'w.pth' if 'test' in script else 'my work'
     done = subprocess.run(
-        [TOOLS / script, 'part', 'job', 'c.py', fourth, '--tta'],
-        env=dict(
-            PATH=f'{tmp_path}:{os.environ["PATH"]}',
-            GPUS='16',
-            SRUN_ARGS='--time=1 --quiet',
-            PY_ARGS='--x y',
-        ),
+        [TOOLS / script, *arguments],
+        env=dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', **environment),
         check=True,
         capture_output=True,
         text=True,
     )
-    words = done.stdout.splitlines()
-    assert words[:2] == ['-p', 'part']
-    for word in (
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ('script', 'fourth', 'given'),
+    [
+        ('train', ['my work'], ['--work-dir', 'my work']),
+        ('train', [], []),
+        ('test', ['w.pth'], ['w.pth']),
+    ],
+)
+def test_slurm_scripts_hand_everything_on(script, fourth, given, tmp_path):
+    words = options_of_srun(
+        tmp_path,
+        f'slurm_{script}.sh',
+        *('part', 'job', 'c.py', *fourth, '--tta'),
+        GPUS='16',
+        CPUS_PER_TASK='3',
+        SRUN_ARGS='--time=1 --quiet',
+        PY_ARGS='--x y',
+    )
+    assert words[:3] == ['-p', 'part', '--job-name=job']
+    assert set(words[3 : words.index('python')]) == {
         '--gres=gpu:8',
         '--ntasks=16',
         '--ntasks-per-node=8',
+        '--cpus-per-task=3',
+        '--kill-on-bad-exit=1',
         '--time=1',
         '--quiet',
-    ):
-        assert word in words
-    given = (
-        ['c.py', 'w.pth', '--launcher', 'slurm']
-        if 'test' in script
-        else ['c.py', '--launcher', 'slurm', '--work-dir', 'my work']
+    }
+    command = words[words.index('python') :]
+    assert command[1:3] == ['-u', str(TOOLS / f'{script}.py')]
+    assert command[3:] == [
+        *('c.py', *given, '--tta'),
+        *('--launcher', 'slurm', '--x', 'y'),
+    ]
+
+
+@pytest.mark.parametrize(
+    ('environment', 'layout'),
+    [
+        ({}, '--ntasks=8 --gres=gpu:8 --ntasks-per-node=8'),
+        (dict(GPUS='4'), '--ntasks=4 --gres=gpu:4 --ntasks-per-node=4'),
+        (
+            dict(GPUS='8', GPUS_PER_NODE='4'),
+            '--ntasks=8 --gres=gpu:4 --ntasks-per-node=4',
+        ),
+        (dict(GPUS='6', GPUS_PER_NODE='0'), '--ntasks=6'),
+        (
+            dict(GPUS='6', GPUS_PER_NODE='0', TASKS_PER_NODE='2'),
+            '--ntasks=6 --ntasks-per-node=2',
+        ),
+    ],
+)
+def test_slurm_scripts_lay_out_processes(environment, layout, tmp_path):
+    words = options_of_srun(
+        tmp_path, 'slurm_train.sh', 'part', 'job', 'c.py', **environment
     )
-    assert words[words.index('c.py') :] == [*given, '--x', 'y', '--tta']
+    assert {w for w in words if 'task' in w or 'gres' in w} == {
+        '--cpus-per-task=5',
+        *layout.split(),
+    }
 
 
 @pytest.mark.parametrize(('code', 'requeued'), [(75, True), (0, False), (1, False)])
 def test_sbatch_script_requeues_what_was_preempted(code, requeued, tmp_path):
     for name, ends in (('srun', code), ('scontrol', 0)):
         script = tmp_path / name
-        script.write_text(f'#!/bin/sh\necho {name} $MASTER_PORT "$@"\nexit {ends}\n')
+        script.write_text(f'#!/bin/sh\necho {name} "$@"\nexit {ends}\n')
         script.chmod(0o755)
     done = subprocess.run(
         [TOOLS / 'sbatch_train.sh', 'c.py', '--work-dir', 'my work'],
@@ -318,6 +359,6 @@ def test_sbatch_script_requeues_what_was_preempted(code, requeued, tmp_path):
     )
     assert done.returncode == code, done.stderr
     step, *rest = done.stdout.splitlines()
-    assert step.startswith('srun 20123 ')
+    assert step.startswith('srun --kill-on-bad-exit=0 --wait=60 python')
     assert 'train.py c.py --launcher slurm --resume auto --work-dir my work' in step
-    assert rest == (['scontrol 20123 requeue 40123'] if requeued else [])
+    assert rest == (['scontrol requeue 40123'] if requeued else [])

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # A training that goes on by itself after preemption, requeue and time limit:
 #     sbatch [options of sbatch] tools/sbatch_train.sh CONFIG [options of train.py]
-# Options given to sbatch override those below. For CPUs: --gres=none.
-# Run it from the repository: Slurm copies this script elsewhere.
+# Options given to sbatch override those below: --nodes=4 for several nodes,
+# --gres=none --ntasks-per-node=2 for CPUs. Submit it from the repository: Slurm
+# copies this script elsewhere, and paths are relative to where you are.
 #SBATCH --job-name=mmvssm
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -17,12 +18,12 @@ if [ $# -lt 1 ]; then
     echo "usage: sbatch [options] $0 CONFIG [options of train.py]" >&2
     exit 2
 fi
-# One port a job, so that two can share a node.
-export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 40000))}
-srun --kill-on-bad-exit=0 \
+# Preempted tasks end one after the other, each with its exit code: none may be
+# killed because another was first. Where one crashed the others get 60 seconds.
+srun --kill-on-bad-exit=0 --wait=60 \
     python -u tools/train.py "$1" --launcher slurm --resume auto "${@:2}"
 code=$?
-# What PreemptionHook exits with once it has saved.
+# What train.py exits with when it was told to stop: PreemptionHook has saved.
 if [ "$code" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,6 +53,17 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def exit_when_told_to_stop() -> None:
+    """End on the signals of PreemptionHook, with its code, until it listens.
+
+    While a training starts, which may take minutes, there is nothing to save,
+    and it is to be started again.
+    """
+    for name in {'SIGTERM', 'SIGUSR1'} & set(dir(signal)):
+        # No cleaning up: it could wait for processes that have ended.
+        signal.signal(getattr(signal, name), lambda *_: os._exit(75))
+
+
 def main(args: argparse.Namespace) -> None:
     """Train."""
     from mmengine.runner import Runner
@@ -88,6 +100,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == '__main__':
     arguments = parse_args()
+    exit_when_told_to_stop()
     from mmvssm.engine import run_tool
 
     run_tool(lambda: main(arguments))

@@ -14,7 +14,8 @@ from .checkpoint_hook import SafeCheckpointHook
 from .errors import UsageError
 from .ranks import Ranks
 
-# EX_TEMPFAIL of sysexits.h: try again later. tools/sbatch_train.sh requeues on it.
+# EX_TEMPFAIL of sysexits.h: try again later. tools/sbatch_train.sh requeues on it,
+# and tools/train.py ends with it while it starts.
 PREEMPTED = 75
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -130,6 +130,13 @@ def test_two_ranks_survive_a_kill_of_one_and_a_signal_to_one(tmp_path):
     assert same_bits(final_weights(tmp_path), final_weights(tmp_path, 'whole'))
 
 
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
+def test_told_to_stop_while_starting(name, tmp_path):
+    write_toy(tmp_path, f'import os, signal\nos.kill(os.getpid(), signal.{name})')
+    ((code, log),) = train_each(tmp_path, ('', *RESUME))
+    assert (code, log) == (75, '')
+
+
 def test_stops_before_the_time_of_the_job_is_up(tmp_path):
     write_toy(tmp_path, 'custom_hooks[1].update(minutes_before_end=5)', iters=8)
     os.environ['SLURM_JOB_END_TIME'] = '1000'
