@@ -7,6 +7,7 @@ needed.
 """
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
@@ -16,6 +17,9 @@ from mmengine.registry import Registry
 
 HOOKS = Registry(
     'hook', parent=MMENGINE_HOOKS, scope='mmvssm', locations=['mmvssm.engine']
+)
+LOOPS = Registry(
+    'loop', parent=MMENGINE_LOOPS, scope='mmvssm', locations=['mmvssm.engine']
 )
 MODELS = Registry(
     'model',

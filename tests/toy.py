@@ -8,14 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, HOOKS, MODELS
+from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS, MODELS
 from torch import nn
+from torch.utils.data import BatchSampler
+
+from mmvssm.engine import PreemptionHook
 
 REPO = Path(__file__).parents[1]
 
@@ -49,6 +53,18 @@ randomness = dict(seed=3)
 {more}
 """
 
+# Five epochs of six batches each, in place of iterations.
+EPOCHS = """
+train_dataloader.update(
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    batch_sampler=dict(type='ToyBatches', drop_last=False))
+param_scheduler[1] = dict(
+    type='MultiStepLR', begin=0, end=5, milestones=[2, 4], gamma=0.3)
+train_cfg = dict(type='mmvssm.ResumableEpochLoop', max_epochs=5, val_interval=2)
+default_hooks['checkpoint'].update(by_epoch=True, interval=1)
+log_processor = dict(by_epoch=True, window_size=1)
+"""
+
 
 @DATASETS.register_module()
 class ToyDataset(torch.utils.data.Dataset):
@@ -61,6 +77,21 @@ class ToyDataset(torch.utils.data.Dataset):
         image = torch.full((3, 4, 4), index / 11) + random.random()
         image = image + float(np.random.rand()) + torch.rand(3, 4, 4)
         return dict(inputs=image, img_path=f'image_{index}.png')
+
+
+@DATA_SAMPLERS.register_module()
+class ToyBatches(BatchSampler):
+    """Batches of small or of large numbers, as others are of tall or wide images."""
+
+    def __iter__(self):
+        left = [[], []]
+        for index in self.sampler:
+            group = left[index > 5]
+            group.append(index)
+            if len(group) == self.batch_size:
+                yield [*group]
+                group.clear()
+        yield left[0] + left[1]
 
 
 @MODELS.register_module()
@@ -109,8 +140,11 @@ class ToyEvent(Hook):
     and ``replace@N``: it is killed in the N-th such call, which are those of
     saving; ``after-replace@N``: right after it. ``full@N``: from iteration N
     on no checkpoint fits on the disk; ``full2@N``: for two iterations.
-    ``nan@N``: an image of iteration N is not finite; ``weight@N``: a weight. With
-    TOY_RANK only in that rank.
+    ``nan@N``: an image of iteration N is not finite; ``weight@N``: a weight.
+    ``validation@N``: it is killed as the one after iteration N begins.
+    ``hold@N``: iteration N lasts until the training is told to stop. ``lose@N``: in
+    iteration N rank 1 is killed, and no other goes on. With TOY_RANK only in that
+    rank.
     """
 
     priority = 'VERY_HIGH'
@@ -135,24 +169,52 @@ class ToyEvent(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if self.what == 'full2' and batch_idx + 1 == self.number + 2:
+        if self.what == 'full2' and runner.iter + 1 == self.number + 2:
             limit_files(None)
-        if batch_idx + 1 != self.number:
+        if runner.iter + 1 != self.number:
             return
         if self.what.startswith('SIG'):
             os.kill(os.getpid(), getattr(signal, self.what))
         elif self.what.startswith('full'):
             limit_files(150_000)
+        elif self.what == 'hold':
+            Path(runner.work_dir, f'holds_{runner.rank}').touch()
+            (stopper,) = (h for h in runner.hooks if isinstance(h, PreemptionHook))
+            wait(lambda: stopper.reason)
+        elif self.what == 'lose':
+            if runner.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            wait(lambda: False)
         elif self.what == 'nan':
             data_batch['inputs'][1][0, 0, 0] = float('nan')
         elif self.what == 'weight':
             model = getattr(runner.model, 'module', runner.model)
             model.norm.weight.data[0] = float('inf')
 
+    def before_val(self, runner):
+        if self.what == 'validation' and runner.iter == self.number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def before_train(self, runner):
+        if 'MASTER_PORT' in os.environ:
+            path = Path(runner.work_dir, f'port_{runner.rank}')
+            path.write_text(os.environ['MASTER_PORT'])
+
     def after_train(self, runner):
         if runner.rank == 0 and self.what != 'full':
             model = getattr(runner.model, 'module', runner.model)
             torch.save(model.state_dict(), f'{runner.work_dir}/final.pt')
+
+
+def wait(ready, seconds=600):
+    """Wait until ``ready()`` is true.
+
+    The limit is no measurement: what hangs must not hang the tests.
+    """
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, f'waited {seconds} seconds in vain'
+        time.sleep(0.1)
 
 
 def limit_files(size):

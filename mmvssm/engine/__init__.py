@@ -12,6 +12,7 @@ from .config import (
     load_config,
 )
 from .data import check_datasets
+from .epoch_loop import ResumableEpochLoop
 from .errors import UsageError, require_file, run_tool
 from .launch import prepare_launch
 from .layer_decay import LayerDecayOptimWrapperConstructor
@@ -27,6 +28,7 @@ __all__ = [
     'NonFiniteLossError',
     'NonFiniteLossHook',
     'PreemptionHook',
+    'ResumableEpochLoop',
     'SafeCheckpointHook',
     'UsageError',
     'check_datasets',

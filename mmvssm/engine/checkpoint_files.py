@@ -17,6 +17,8 @@ from mmvssm.compat import allow_mmengine_checkpoints
 WHOLE_FILE_BACKEND = 'mmvssm_whole_file'
 POINTER = 'last_checkpoint'
 _PARTIAL = '.partial'
+# The last one is of a training stopped within an epoch.
+_NAME = r'(?:iter_(\d+)|epoch_(\d+)(?:_iter_(\d+))?)\.pth'
 # What a training needs to go on.
 _NEEDED = ('meta', 'state_dict', 'message_hub', 'optimizer')
 
@@ -137,8 +139,8 @@ def newest_training_state(
     pointer). If it cannot be read the one written before it, and so on.
 
     Args:
-        folder: Where the checkpoints ``iter_N.pth`` or ``epoch_N.pth`` and
-            ``last_checkpoint`` are.
+        folder: Where the checkpoints ``iter_N.pth``, ``epoch_N.pth`` or
+            ``epoch_N_iter_M.pth`` and ``last_checkpoint`` are.
         skipped: Called with the reason for every file passed over.
 
     Returns:
@@ -167,9 +169,9 @@ def newest_training_state(
 def _candidates(folder: Path) -> list[Path]:
     """Checkpoints, the one to take first."""
     steps = {
-        path: int(match[1])
+        path: tuple(int(number or 0) for number in match.groups())
         for path in folder.glob('*.pth')
-        if (match := re.fullmatch(r'(?:iter|epoch)_(\d+)\.pth', path.name))
+        if (match := re.fullmatch(_NAME, path.name))
     }
     times = {path: path.stat().st_mtime_ns for path in steps}
     latest_first = sorted(steps, key=lambda path: (times[path], steps[path]))[::-1]

@@ -21,6 +21,7 @@ from .checkpoint_files import (
     remove_partial,
     write_whole,
 )
+from .epoch_loop import ResumableEpochLoop
 from .rng import BatchSeeds, get_rng_state, isolate_loader, set_rng_state
 
 
@@ -38,10 +39,11 @@ class SafeCheckpointHook(CheckpointHook):
       checkpoint of all, training ends in :class:`CheckpointError`.
     - Resuming reads the file and its check sums first; resuming from the
       latest falls back to the newest that can be read.
-    - With ``IterBasedTrainLoop`` and ``InfiniteSampler`` a resumed training
-      goes on with the same bits as one that never stopped: the states of the
-      generators of random numbers of every rank are in the checkpoint (under
-      ``rng``), and the sampler goes on behind the images seen.
+    - With ``IterBasedTrainLoop`` and ``InfiniteSampler``, or with
+      :class:`ResumableEpochLoop`, a resumed training goes on with the same
+      bits as one that never stopped: the states of the generators of random
+      numbers of every rank are in the checkpoint (under ``rng``), and the
+      sampler goes on behind the images seen.
     """
 
     def __init__(self, *args, **kwargs):
@@ -52,6 +54,7 @@ class SafeCheckpointHook(CheckpointHook):
         self._rng_states: list[dict] = []
         self._rng_to_restore: dict | None = None
         self._rng_before_val: dict | None = None
+        self._batch_seeds: BatchSeeds | None = None
 
     def before_run(self, runner: Runner) -> None:
         """Decide what to resume from; all ranks take what rank 0 found."""
@@ -102,7 +105,12 @@ class SafeCheckpointHook(CheckpointHook):
             isolate_loader(runner.val_dataloader, runner.seed)
         if isinstance(runner.train_loop, IterBasedTrainLoop):
             skips = compat.start_behind_seen(runner.train_loop)
-            BatchSeeds(loader, runner.seed, runner.rank, runner.iter if skips else 0)
+            seeds = BatchSeeds(loader, runner.seed, runner.rank)
+            seeds.begin(runner.iter if skips else 0)
+        elif isinstance(runner.train_loop, ResumableEpochLoop):
+            self._batch_seeds = BatchSeeds(
+                loader, runner.seed, runner.rank, len(loader)
+            )
         counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
         if not self.by_epoch and self.interval % counts:
             runner.logger.warning(
@@ -117,20 +125,29 @@ class SafeCheckpointHook(CheckpointHook):
         A validation that was due after its iteration and is not known to have
         ended is done first.
         """
-        if self._rng_to_restore is not None:
-            set_rng_state(self._rng_to_restore)
-            self._rng_to_restore = None
-            if self._validation_is_due(runner):
-                runner.val_loop.run()
+        self._go_on(runner)
+        if self._batch_seeds is not None:
+            self._batch_seeds.begin(runner.train_loop.position, runner.epoch)
+
+    def _go_on(self, runner: Runner) -> None:
+        if self._rng_to_restore is None:
+            return
+        set_rng_state(self._rng_to_restore)
+        self._rng_to_restore = None
+        if self._validation_is_due(runner):
+            runner.val_loop.run()
 
     def _validation_is_due(self, runner: Runner) -> bool:
-        loop, step = runner.train_loop, runner.iter
+        loop = runner.train_loop
+        step, last = runner.iter, loop.max_iters
+        if not isinstance(loop, IterBasedTrainLoop):
+            step, last = runner.epoch, loop.max_epochs
         return (
             runner.val_loop is not None
-            and isinstance(loop, IterBasedTrainLoop)
+            and getattr(loop, 'position', 0) == 0
             and step >= loop.val_begin
-            and (step % loop.val_interval == 0 or step == loop.max_iters)
-            and runner.message_hub.runtime_info.get('iter_validated') != step
+            and (step % loop.val_interval == 0 or step == last)
+            and runner.message_hub.runtime_info.get('iter_validated') != runner.iter
         )
 
     def before_val(self, runner: Runner) -> None:
@@ -148,6 +165,8 @@ class SafeCheckpointHook(CheckpointHook):
         Raises:
             CheckpointError: It could not be written.
         """
+        # No epoch was left to train, but perhaps the validation of the last.
+        self._go_on(runner)
         super().after_train(runner)
         if self._unwritten:
             raise CheckpointError(
@@ -161,9 +180,13 @@ class SafeCheckpointHook(CheckpointHook):
 
         All ranks must call it, in ``after_train_iter``.
         """
-        if not self.has_saved(runner.iter + 1):
-            meta = dict(epoch=runner.epoch, iter=runner.iter + 1)
-            self._save_checkpoint_with_step(runner, runner.iter + 1, meta)
+        if self.has_saved(runner.iter + 1):
+            return
+        step = runner.iter + 1
+        meta = dict(epoch=runner.epoch, iter=step)
+        if self.by_epoch:
+            step = f'{runner.epoch}_iter_{step}'
+        self._save_checkpoint_with_step(runner, step, meta)
 
     def has_saved(self, iteration: int) -> bool:
         """Whether a checkpoint was made after so many iterations."""
@@ -174,7 +197,7 @@ class SafeCheckpointHook(CheckpointHook):
         if 'optimizer' in checkpoint:
             checkpoint['rng'] = self._rng_states
 
-    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict):
+    def _save_checkpoint_with_step(self, runner: Runner, step: int | str, meta: dict):
         self._rng_states = all_gather_object(self._rng_before_val or get_rng_state())
         self._saved_iter = meta['iter']
         previous = self.last_ckpt
@@ -214,7 +237,7 @@ class SafeCheckpointHook(CheckpointHook):
             for old in expired:
                 self._remove(join_path(self.out_dir, self.filename_tmpl.format(old)))
 
-    def _ids_with(self, step: int) -> tuple[list[int], list[int]]:
+    def _ids_with(self, step: int | str) -> tuple[list, list]:
         """Steps of the checkpoints to keep and to remove once ``step`` is saved."""
         if self.max_keep_ckpts <= 0:
             return [], []

@@ -11,6 +11,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from mmvssm.registry import HOOKS
 
 from .checkpoint_hook import SafeCheckpointHook
+from .epoch_loop import ResumableEpochLoop
 from .errors import UsageError
 from .ranks import Ranks
 
@@ -35,7 +36,7 @@ class PreemptionHook(Hook):
     During validation a signal takes effect at once if the iteration before it
     has been saved, else after the next iteration. With ``EpochBasedTrainLoop``
     nothing is saved within an epoch: the process ends after the iteration, and
-    resuming repeats the epoch.
+    resuming repeats the epoch. :class:`ResumableEpochLoop` has no such loss.
 
     Args:
         minutes_before_end: Also stop so many minutes before the time in the
@@ -87,7 +88,7 @@ class PreemptionHook(Hook):
         # Within a sum of gradients its first part would be lost.
         if not runner.optim_wrapper.should_update():
             return
-        if isinstance(runner.train_loop, IterBasedTrainLoop):
+        if isinstance(runner.train_loop, (IterBasedTrainLoop, ResumableEpochLoop)):
             self.saver.save_now(runner)
         self._stop(runner, runner.iter + 1)
 

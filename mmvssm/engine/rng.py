@@ -88,41 +88,55 @@ class BatchSeeds:
     number of the batch alone, and not on what the worker has made before: a
     resumed training makes the same batches without making the earlier ones.
 
-    For loaders of one endless iterator (``IterBasedTrainLoop``). Without
-    workers the loader draws from the process's generators, whose states are
-    in the checkpoint, and nothing needs to be done.
+    Without workers the loader draws from the process's generators, whose
+    states are in the checkpoint, and nothing needs to be done.
     """
 
-    def __init__(self, loader: DataLoader, seed: int, rank: int, first: int):
+    def __init__(
+        self, loader: DataLoader, seed: int, rank: int, length: int | None = None
+    ):
         """Change ``loader`` in place.
 
         Args:
             loader: Its iterator must not have been made.
             seed: The training's.
             rank: Of this process.
-            first: The number of batches already trained on.
+            length: Batches an epoch; None: the loader's iterator is endless.
         """
-        self.seed, self.rank, self.next = seed, rank, first
-        self.stride = loader.num_workers
+        self.seed, self.rank, self.length = seed, rank, length
+        self.epoch, self.next = 0, 0
+        self.worker, self.stride = 0, loader.num_workers
         self.init, self.collate = loader.worker_init_fn, loader.collate_fn
         if self.stride:
             loader.worker_init_fn, loader.collate_fn = self._start, self._finish
+
+    def begin(self, first: int, epoch: int = 0) -> None:
+        """Say what the next iterator begins with.
+
+        Args:
+            first: The number of batches already trained on, in this epoch.
+            epoch: Of an endless iterator always 0.
+        """
+        self.epoch, self.next = epoch, first
 
     def _start(self, worker: int) -> None:
         if self.init is not None:
             self.init(worker)
         # torch hands the batches to the workers in turn.
-        self.next += worker
-        self._reseed()
+        self.worker = worker
+        self._advance(worker)
 
     def _finish(self, samples: list) -> Any:
         batch = self.collate(samples)
-        self.next += self.stride
-        self._reseed()
+        self._advance(self.stride)
         return batch
 
-    def _reseed(self) -> None:
-        mixed = np.random.SeedSequence((self.seed, self.rank, self.next))
+    def _advance(self, batches: int) -> None:
+        self.next += batches
+        if self.length is not None and self.next >= self.length:
+            # For workers that live on, with the first one's turn again.
+            self.epoch, self.next = self.epoch + 1, self.worker
+        mixed = np.random.SeedSequence((self.seed, self.rank, self.next, self.epoch))
         words = [int(word) for word in mixed.generate_state(3)]
         random.seed(words[0])
         np.random.seed(words[1])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmvssm.engine.checkpoint_files import newest_training_state
-from toy import final_weights, same_bits, train_each, train_ranks, write_toy
+from toy import EPOCHS, final_weights, same_bits, train_each, train_ranks, write_toy
 
 RESUME = ('--work-dir', 'out', '--resume', 'auto')
 WHOLE = ('', '--work-dir', 'whole')
@@ -60,6 +60,45 @@ def test_told_to_stop_twice_ends_with_the_same_bits(tmp_path, more, stops):
     # The weights moved up to the end.
     before = torch.load(tmp_path / 'out/iter_25.pth')['state_dict']
     assert not same_bits(final_weights(tmp_path), before)
+
+
+@pytest.mark.parametrize('workers', ['', WORKERS], ids=['alone', 'workers'])
+def test_stopped_within_epochs_ends_with_the_same_bits(workers, tmp_path):
+    write_toy(tmp_path, EPOCHS + workers)
+    # The last of these ends an epoch that a validation follows.
+    events = ('SIGTERM@4', 'SIGUSR1@15', 'SIGKILL@17', 'SIGTERM@24', '')
+    _, *parts = train_each(tmp_path, WHOLE, *[(event, *RESUME) for event in events])
+    assert [code for code, _ in parts] == [75, 75, -9, 75, 0], parts[-1][1]
+    for log, epoch, step in zip(
+        [log for _, log in parts[1:]], (0, 2, 2, 3), (4, 15, 15, 24)
+    ):
+        assert f'resumed epoch: {epoch}, iter: {step}' in log
+    assert 'epoch_3_iter_24.pth; go on with --resume' in parts[3][1]
+    assert parts[4][1].index('mean:') < parts[4][1].index('Epoch(train) [5][1/6]')
+    assert same_bits(final_weights(tmp_path), final_weights(tmp_path, 'whole'))
+    # The weights moved up to the end.
+    before = torch.load(tmp_path / 'out/epoch_4.pth')['state_dict']
+    assert not same_bits(final_weights(tmp_path), before)
+
+
+def test_epoch_of_another_length_is_repeated(tmp_path):
+    write_toy(tmp_path, EPOCHS)
+    (stopped,) = train_each(tmp_path, ('SIGTERM@9', *RESUME))
+    assert stopped[0] == 75
+    options = ('--cfg-options', 'train_dataloader.batch_size=3')
+    ((code, log),) = train_each(tmp_path, ('', *RESUME, *options))
+    assert code == 0, log
+    assert 'was stopped after 3 of 6 batches and has 4 now: it is repeated' in log
+    assert 'Epoch(train) [2][1/4]' in log
+
+
+@pytest.mark.parametrize('more', ['', EPOCHS], ids=['iterations', 'epochs'])
+def test_last_validation_that_was_cut_off_is_done_on_resuming(more, tmp_path):
+    write_toy(tmp_path, more)
+    results = train_each(tmp_path, ('validation@30', *RESUME), ('', *RESUME))
+    assert [code for code, _ in results] == [-9, 0]
+    assert 'mean:' in results[1][1]
+    assert '(train)' not in results[1][1]
 
 
 def test_validation_that_was_cut_off_is_done_on_resuming(tmp_path):

@@ -18,7 +18,12 @@ param_scheduler = [
         gamma=0.1,
     ),
 ]
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
+train_cfg = dict(
+    # Goes on within an epoch when resumed.
+    type='mmvssm.ResumableEpochLoop',
+    max_epochs=max_epochs,
+    val_interval=1,
+)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
