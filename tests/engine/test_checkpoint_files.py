@@ -51,6 +51,16 @@ def test_pointer_comes_first_unless_a_later_save_never_moved_it(tmp_path):
     assert newest(tmp_path)[0] == 'iter_10.pth'
 
 
+def test_checkpoints_within_epochs_are_of_a_later_time(tmp_path):
+    save(tmp_path / 'epoch_9.pth', age=3)
+    (tmp_path / 'last_checkpoint').write_text('epoch_9.pth')
+    save(tmp_path / 'epoch_9_iter_1000.pth', age=2)
+    assert newest(tmp_path)[0] == 'epoch_9_iter_1000.pth'
+    (tmp_path / 'last_checkpoint').write_text('epoch_9_iter_1000.pth')
+    save(tmp_path / 'epoch_10.pth', age=1)
+    assert newest(tmp_path)[0] == 'epoch_10.pth'
+
+
 def test_what_cannot_be_read_is_named_and_passed_over(tmp_path):
     for step in (10, 20, 30, 40):
         save(tmp_path / f'iter_{step}.pth', age=100 - step)
