@@ -353,12 +353,16 @@ def test_sbatch_script_requeues_what_was_preempted(code, requeued, tmp_path):
         script.chmod(0o755)
     done = subprocess.run(
         [TOOLS / 'sbatch_train.sh', 'c.py', '--work-dir', 'my work'],
-        env=dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_JOB_ID='40123'),
+        env=dict(
+            PATH=f'{tmp_path}:{os.environ["PATH"]}',
+            SLURM_JOB_ID='40123',
+            SLURM_CPUS_PER_TASK='7',
+        ),
         capture_output=True,
         text=True,
     )
     assert done.returncode == code, done.stderr
     step, *rest = done.stdout.splitlines()
-    assert step.startswith('srun --kill-on-bad-exit=0 --wait=60 python')
+    assert step.startswith('srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task=7 ')
     assert 'train.py c.py --launcher slurm --resume auto --work-dir my work' in step
     assert rest == (['scontrol requeue 40123'] if requeued else [])

@@ -20,7 +20,8 @@ if [ $# -lt 1 ]; then
 fi
 # Preempted tasks end one after the other, each with its exit code: none may be
 # killed because another was first. Where one crashed the others get 60 seconds.
-srun --kill-on-bad-exit=0 --wait=60 \
+# srun does not take the CPUs over from the job by itself, from Slurm 22.05 on.
+srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     python -u tools/train.py "$1" --launcher slurm --resume auto "${@:2}"
 code=$?
 # What train.py exits with when it was told to stop: PreemptionHook has saved.

@@ -33,8 +33,8 @@ def cluster():
 def jobs(cluster, tmp_path_factory):
     """Jobs of two tasks that train the toy, all on the same two nodes at once.
 
-    Returns those of TOLD and 'whole', which is never told to stop and trains
-    while the others hold, and 'lost', which loses a task. All are over.
+    Returns those of TOLD, which have been told to stop or will be, and 'whole',
+    which never is and trained while others held, and 'lost', which loses a task.
     """
     work = tmp_path_factory.mktemp('jobs')
     write_toy(work, iters=20)
@@ -49,8 +49,6 @@ def jobs(cluster, tmp_path_factory):
     for name, (command, *options) in TOLD.items():
         if command != 'sbatch':
             cluster.run(command, *options, jobs[name].id)
-    for job in jobs.values():
-        job.wait_for_end()
     return jobs
 
 
@@ -71,10 +69,16 @@ class Job:
         self.id = words.strip()
 
     def wait_until_held(self):
-        wait(lambda: all((self.folder / f'holds_{r}').exists() for r in range(2)))
+        files = [self.folder / f'holds_{rank}' for rank in range(2)]
+        wait(lambda: all(file.exists() for file in files) or self.ended())
+        assert not self.ended(), self.log()
 
     def wait_for_end(self):
-        wait(lambda: self.field('JobState') in ('COMPLETED', 'FAILED', 'TIMEOUT'))
+        wait(self.ended)
+
+    def ended(self):
+        going_on = ('PENDING', 'CONFIGURING', 'RUNNING', 'COMPLETING')
+        return self.field('JobState') not in going_on
 
     def field(self, name):
         said = self.cluster.run('scontrol', '--oneliner', 'show', 'job', self.id)
@@ -90,31 +94,9 @@ class Job:
         return first
 
 
-@pytest.mark.parametrize('name', TOLD)
-def test_job_told_to_stop_is_requeued_and_goes_on_by_itself(name, jobs):
-    job, log = jobs[name], jobs[name].log()
-    assert job.field('JobState') == 'COMPLETED', log
-    assert int(job.field('Restarts')) >= 1
-    assert f'stopped after iteration {HELD}: ' in log
-    assert f'resumed epoch: 0, iter: {HELD}' in log
-    assert same_bits(final_weights(job.work, name), final_weights(job.work, 'whole'))
-
-
-def test_job_that_loses_a_task_ends_and_stays_so(jobs):
-    job = jobs['lost']
-    assert job.field('JobState') == 'FAILED', job.log()
-    assert job.field('Restarts') == '0'
-    assert not (job.folder / 'final.pt').exists()
-
-
-def test_jobs_that_share_nodes_meet_on_ports_of_their_own(jobs):
-    assert jobs['whole'].field('JobState') == 'COMPLETED', jobs['whole'].log()
-    assert len({job.port() for job in jobs.values()}) == len(jobs)
-
-
 @pytest.fixture(scope='module')
-def two_nodes(cluster, tmp_path_factory):
-    """Train and test through the scripts; the folder with the results."""
+def two_nodes(cluster, jobs, tmp_path_factory):
+    """Train and test through the scripts, while jobs wait; the folder of it all."""
     pytest.importorskip('mmseg')
     work = tmp_path_factory.mktemp('two_nodes')
     doubled_batch.write(work)
@@ -162,3 +144,28 @@ def test_step_that_loses_a_task_ends(cluster, tmp_path):
     )
     with pytest.raises(AssertionError, match='task 1: Killed'):
         run_script(cluster, tmp_path, tmp_path / 'slurm_train.sh', 'config.py')
+
+
+@pytest.mark.parametrize('name', TOLD)
+def test_job_told_to_stop_is_requeued_and_goes_on_by_itself(name, jobs):
+    job = jobs[name]
+    job.wait_for_end()
+    log = job.log()
+    assert job.field('JobState') == 'COMPLETED', log
+    assert int(job.field('Restarts')) >= 1
+    assert f'stopped after iteration {HELD}: ' in log
+    assert f'resumed epoch: 0, iter: {HELD}' in log
+    assert same_bits(final_weights(job.work, name), final_weights(job.work, 'whole'))
+
+
+def test_job_that_loses_a_task_ends_and_stays_so(jobs):
+    job = jobs['lost']
+    job.wait_for_end()
+    assert job.field('JobState') == 'FAILED', job.log()
+    assert job.field('Restarts') == '0'
+    assert not (job.folder / 'final.pt').exists()
+
+
+def test_jobs_that_share_nodes_meet_on_ports_of_their_own(jobs):
+    assert jobs['whole'].field('JobState') == 'COMPLETED', jobs['whole'].log()
+    assert len({job.port() for job in jobs.values()}) == len(jobs)
