@@ -6,6 +6,7 @@ from .backends import (
     backend_status,
     backend_summary,
     choose_backend,
+    explain_backend,
     list_backends,
     use_backend,
 )
@@ -26,6 +27,7 @@ __all__ = [
     'choose_backend',
     'cross_merge',
     'cross_scan',
+    'explain_backend',
     'linear',
     'linear_attention',
     'list_backends',

@@ -1,17 +1,19 @@
 """Which scan backends there are, which can run here, and which one a call gets.
 
-The choice follows the tensors of the call, never what the machine has. It can
-be overridden, in this order, by the ``backend=`` argument of an op, by
-:func:`use_backend` and by the environment variable ``MMVSSM_SCAN_BACKEND``.
+The choice follows the tensors of the call and torch's deterministic mode, never
+what the machine has. It can be overridden, in this order, by the ``backend=``
+argument of an op, by :func:`use_backend` and by the environment variable
+``MMVSSM_SCAN_BACKEND``. :func:`explain_backend` says how it comes about.
 """
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from mmvssm.ops import mamba_ssm
 from mmvssm.ops.cpu import library
 from mmvssm.ops.triton import runtime
 
@@ -33,6 +35,8 @@ class Backend:
         unavailable: Returns why this machine cannot run it, or None.
         devices: Device types it takes, None for all.
         dtypes: Activation dtypes it takes.
+        states: Numbers of states it takes, None for any.
+        deterministic: Whether the same inputs give the same bits.
         automatic: Whether it may be chosen without being asked for.
     """
 
@@ -41,15 +45,32 @@ class Backend:
     unavailable: Callable[[], str | None] = lambda: None
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] = _FLOATS
+    states: Container[int] | None = None
+    deterministic: bool = True
     automatic: bool = True
 
-    def refuses(self, device_type: str, dtype: torch.dtype) -> str | None:
-        """Why tensors of this device and dtype cannot be served, or None."""
+    def refuses(
+        self, device_type: str, dtype: torch.dtype, states: int | None = None
+    ) -> str | None:
+        """Why such a call cannot be served now, or None.
+
+        Args:
+            device_type: Of the tensors.
+            dtype: Of the activations.
+            states: Of a channel, None for an op that has none.
+        """
         if self.devices is not None and device_type not in self.devices:
             return f'it takes {"/".join(self.devices)} tensors, not {device_type}'
         if dtype not in self.dtypes:
             known = ', '.join(str(d).removeprefix('torch.') for d in self.dtypes)
             return f'it takes {known}, not {str(dtype).removeprefix("torch.")}'
+        if None not in (self.states, states) and states not in self.states:
+            return f'it takes {_numbers(self.states)} states, not {states}'
+        if not self.deterministic and _only_deterministic():
+            return (
+                'its gradients differ from run to run, which '
+                'torch.use_deterministic_algorithms(True) rules out'
+            )
         return self.unavailable()
 
 
@@ -71,7 +92,19 @@ _BACKENDS = {
             unavailable=runtime.unavailable,
             devices=('cuda', 'cpu') if runtime.INTERPRETED else ('cuda',),
             dtypes=(torch.float32, torch.bfloat16, torch.float16),
+            states=range(1, 257),
             # Checked in the interpreter, but not yet run on a GPU.
+            automatic=False,
+        ),
+        Backend(
+            'mamba_ssm',
+            "the package's own kernels; not the same bits run after run",
+            unavailable=mamba_ssm.unavailable,
+            devices=('cuda',),
+            dtypes=(torch.float32, torch.bfloat16, torch.float16),
+            states=range(1, 257),
+            deterministic=False,
+            # The choice must not follow what happens to be installed.
             automatic=False,
         ),
         Backend('torch', 'plain tensor code, any device, nothing compiled'),
@@ -117,14 +150,19 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose_backend(
-    device_type: str, dtype: torch.dtype, requested: str | None = None
+    device_type: str,
+    dtype: torch.dtype,
+    requested: str | None = None,
+    *,
+    states: int | None = None,
 ) -> str:
-    """Name of the backend that serves tensors of this device and dtype.
+    """Name of the backend that serves a call.
 
     Args:
         device_type: ``'cpu'``, ``'cuda'`` ...
         dtype: Dtype of the activations.
         requested: The caller's ``backend=`` argument.
+        states: Of a channel, None for an op that has none.
 
     Returns:
         The requested backend, else the one of the innermost
@@ -135,23 +173,66 @@ def choose_backend(
         ValueError: The name is unknown.
         BackendUnavailableError: The named backend cannot serve the tensors.
     """
+    call = device_type, dtype, states
     name = requested or (_forced[-1] if _forced else _from_environment())
     if name:
-        reason = _get(name).refuses(device_type, dtype)
+        reason = _get(name).refuses(*call)
         if reason:
             raise BackendUnavailableError(
                 f"the scan backend '{name}' cannot run: {reason}. "
-                f'Leave the choice to mmvssm, or take one of '
-                f'{_servers(device_type, dtype)}'
+                f'Leave the choice to mmvssm, or take one of {_servers(*call)}'
             )
         return name
     for backend in _BACKENDS.values():
-        if backend.automatic and not backend.refuses(device_type, dtype):
+        if backend.automatic and not backend.refuses(*call):
             return backend.name
     raise BackendUnavailableError(
         f'no scan backend takes {dtype} tensors on {device_type}; '
         f'python -m mmvssm.collect_env says what each one takes'
     )
+
+
+def explain_backend(
+    device_type: str,
+    dtype: torch.dtype,
+    requested: str | None = None,
+    *,
+    states: int | None = None,
+) -> dict[str, str]:
+    """Why a call would get the backend that it gets.
+
+    Args:
+        device_type, dtype, requested, states: See :func:`choose_backend`.
+
+    Returns:
+        For every backend, in order of preference, one line that begins with
+        ``chosen``, ``not needed``, ``only when asked for`` or ``cannot run``.
+
+    Raises:
+        ValueError: The name is unknown.
+        BackendUnavailableError: No backend, or not the one asked for, takes it.
+    """
+    chosen = choose_backend(device_type, dtype, requested, states=states)
+    asked = requested or (_forced[-1] if _forced else _from_environment())
+    found = {}
+    for name, backend in _BACKENDS.items():
+        reason = backend.refuses(device_type, dtype, states)
+        if name == chosen:
+            how = _who_asks(requested) if asked else 'the first that takes it unasked'
+            found[name] = f'chosen: {how}'
+        elif reason:
+            found[name] = f'cannot run: {reason}'
+        elif not backend.automatic:
+            found[name] = 'only when asked for'
+        else:
+            found[name] = f'not needed: {chosen} is taken'
+    return found
+
+
+def _who_asks(requested: str | None) -> str:
+    if requested:
+        return 'asked for by backend='
+    return 'asked for by use_backend' if _forced else f'asked for by {ENV_VARIABLE}'
 
 
 def _from_environment() -> str:
@@ -164,9 +245,25 @@ def _get(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-def _servers(device_type: str, dtype: torch.dtype) -> list[str]:
+def _servers(
+    device_type: str, dtype: torch.dtype, states: int | None = None
+) -> list[str]:
     return [
         name
         for name, backend in _BACKENDS.items()
-        if not backend.refuses(device_type, dtype)
+        if not backend.refuses(device_type, dtype, states)
     ]
+
+
+def _only_deterministic() -> bool:
+    """Whether torch is to raise rather than give bits that may differ."""
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
+
+
+def _numbers(numbers: Container[int]) -> str:
+    if isinstance(numbers, range):
+        return f'{numbers.start} to {numbers[-1]}'
+    return '/'.join(map(str, numbers))

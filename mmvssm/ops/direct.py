@@ -13,10 +13,18 @@ from torch.nn import Parameter
 
 def possible(*inputs: Tensor | None) -> bool:
     """Whether nothing but the result is wanted of an op on these inputs."""
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in inputs
+    ):
+        return False
+    return unobserved(*inputs)
+
+
+def unobserved(*inputs: Tensor | None) -> bool:
+    """Whether nothing but the result, and perhaps its gradient, is wanted."""
     tensors = [x for x in inputs if x is not None]
     return not (
         torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         # Fake tensors and other subclasses, and modes that watch the dispatcher.
         or any(type(x) not in (Tensor, Parameter) or x.is_meta for x in tensors)
         or torch._C._len_torch_dispatch_stack()

@@ -7,6 +7,10 @@ from mmvssm import ops
 from mmvssm.ops import backends
 from mmvssm.ops.triton import runtime
 
+from .bidirectional_inputs import call as call_bidirectional
+from .bidirectional_inputs import make_inputs
+from .scan_inputs import scan_inputs, ss2d_inputs
+
 
 def without_kernels(monkeypatch, reason='not compiled', name='cpu'):
     broken = dataclasses.replace(backends._BACKENDS[name], unavailable=lambda: reason)
@@ -62,9 +66,11 @@ def test_unknown_names(monkeypatch):
 def test_status_and_reasons(monkeypatch):
     without_kernels(monkeypatch)
     without_kernels(monkeypatch, 'not installed', name='triton')
+    without_kernels(monkeypatch, 'not installed', name='mamba_ssm')
     assert ops.backend_status() == {
         'cpu': 'not compiled',
         'triton': 'not installed',
+        'mamba_ssm': 'not installed',
         'torch': None,
         'reference': None,
     }
@@ -86,6 +92,76 @@ def test_status_and_reasons(monkeypatch):
         ops.choose_backend('cuda', torch.float32, 'cpu')
     with pytest.raises(ops.BackendUnavailableError, match='cuda tensors, not cpu'):
         ops.choose_backend('cpu', torch.float32, 'triton')
+
+
+def test_states_of_a_call(monkeypatch):
+    few = dataclasses.replace(backends._BACKENDS['cpu'], states=(1, 8, 16))
+    monkeypatch.setitem(backends._BACKENDS, 'cpu', few)
+    monkeypatch.setitem(
+        backends._BACKENDS,
+        'triton',
+        dataclasses.replace(
+            backends._BACKENDS['triton'], devices=None, unavailable=lambda: None
+        ),
+    )
+    without_kernels(monkeypatch, None)
+    assert ops.choose_backend('cpu', torch.float32) == 'cpu'
+    assert ops.choose_backend('cpu', torch.float32, states=16) == 'cpu'
+    assert ops.choose_backend('cpu', torch.float32, states=4) == 'torch'
+    with pytest.raises(ops.BackendUnavailableError, match='takes 1/8/16 states, not 4'):
+        ops.choose_backend('cpu', torch.float32, 'cpu', states=4)
+    assert ops.choose_backend('cpu', torch.float32, 'triton', states=256) == 'triton'
+    with pytest.raises(ops.BackendUnavailableError, match='1 to 256 states, not 257'):
+        ops.choose_backend('cpu', torch.float32, 'triton', states=257)
+
+
+@pytest.mark.parametrize('op', ['selective_scan', 'ss2d_scan', 'bidirectional_scan'])
+def test_ops_tell_their_states(monkeypatch, op):
+    none = dataclasses.replace(backends._BACKENDS['torch'], states=())
+    monkeypatch.setitem(backends._BACKENDS, 'torch', none)
+    calls = {
+        'selective_scan': lambda: ops.selective_scan(**scan_inputs(1, 2, 3, 5)),
+        'ss2d_scan': lambda: ops.ss2d_scan(**ss2d_inputs(1, 2, 3, 2, 1, 5)),
+        'bidirectional_scan': lambda: call_bidirectional(make_inputs(1, 2, 3, 1, 5, 4)),
+    }
+    with (
+        ops.use_backend('torch'),
+        pytest.raises(ops.BackendUnavailableError, match='states, not 5'),
+    ):
+        calls[op]()
+
+
+def test_explanation(monkeypatch):
+    without_kernels(monkeypatch, None)
+    without_kernels(monkeypatch, 'not installed', name='triton')
+    without_kernels(monkeypatch, 'not installed', name='mamba_ssm')
+    assert ops.explain_backend('cpu', torch.float32, states=16) == {
+        'cpu': 'chosen: the first that takes it unasked',
+        'triton': 'cannot run: it takes cuda tensors, not cpu',
+        'mamba_ssm': 'cannot run: it takes cuda tensors, not cpu',
+        'torch': 'not needed: cpu is taken',
+        'reference': 'only when asked for',
+    }
+    assert list(ops.explain_backend('cpu', torch.float32)) == ops.list_backends()
+    found = ops.explain_backend('cuda', torch.float32, states=257)
+    assert found['torch'].startswith('chosen')
+    assert found['triton'] == 'cannot run: it takes 1 to 256 states, not 257'
+    torch.use_deterministic_algorithms(True)
+    found = ops.explain_backend('cuda', torch.float32, states=16)
+    assert 'torch.use_deterministic_algorithms' in found['mamba_ssm']
+    torch.use_deterministic_algorithms(False)
+    assert ops.explain_backend('cuda', torch.float32)['mamba_ssm'].endswith('installed')
+    monkeypatch.setenv('MMVSSM_SCAN_BACKEND', 'torch')
+    found = ops.explain_backend('cpu', torch.float32)
+    assert found['torch'] == 'chosen: asked for by MMVSSM_SCAN_BACKEND'
+    assert found['cpu'] == 'not needed: torch is taken'
+    with ops.use_backend('reference'):
+        found = ops.explain_backend('cpu', torch.float32)
+        assert found['reference'] == 'chosen: asked for by use_backend'
+        found = ops.explain_backend('cpu', torch.float32, 'cpu')
+        assert found['cpu'] == 'chosen: asked for by backend='
+    with pytest.raises(ops.BackendUnavailableError, match='not cpu'):
+        ops.explain_backend('cpu', torch.float32, 'triton')
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def bidirectional_scan(
             backend=backend,
         )
     _check(x, z, forward, backward)
-    name = choose_backend(x.device.type, x.dtype, backend)
+    name = choose_backend(x.device.type, x.dtype, backend, states=forward.A.shape[1])
     if is_fused(name, projected_dtype(x)):
         return bidirectional_scan_fused(x, z, forward, backward, average, name)
     if name != 'reference':

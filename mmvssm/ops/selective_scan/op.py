@@ -5,7 +5,12 @@ from torch import Tensor
 
 from mmvssm.ops import autocast, checks, direct
 from mmvssm.ops.backends import choose_backend
-from mmvssm.ops.selective_scan import cpu_backend, torch_backend, triton_backend
+from mmvssm.ops.selective_scan import (
+    cpu_backend,
+    mamba_ssm_backend,
+    torch_backend,
+    triton_backend,
+)
 from mmvssm.ops.selective_scan.reference import selective_scan_reference
 
 # Every backend but the reference, whose gradients are autograd's, supplies
@@ -13,6 +18,7 @@ from mmvssm.ops.selective_scan.reference import selective_scan_reference
 _IMPLEMENTATIONS = {
     'cpu': cpu_backend,
     'triton': triton_backend,
+    'mamba_ssm': mamba_ssm_backend,
     'torch': torch_backend,
 }
 
@@ -69,6 +75,8 @@ def selective_scan(
         ValueError: Shapes or devices do not fit, a dimension is empty, the
             backend is unknown, or (on the CPU) an input has NaN.
         BackendUnavailableError: The backend asked for cannot run.
+        RuntimeError: (``mamba_ssm``, at the backward pass) The loss depends on
+            the last state.
 
     .. _arXiv 2312.00752: https://arxiv.org/abs/2312.00752
     """
@@ -97,7 +105,7 @@ def scan(
     out_dtype = u.dtype
     if float32_out or autocast.is_enabled(u):
         out_dtype = torch.promote_types(u.dtype, torch.float32)
-    name = choose_backend(u.device.type, u.dtype, backend)
+    name = choose_backend(u.device.type, u.dtype, backend, states=A.shape[1])
     if B.ndim == 3:
         B, C = B.unsqueeze(1), C.unsqueeze(1)
     if name == 'reference':
@@ -110,6 +118,12 @@ def scan(
             checks.refuse_nan('selective_scan', dict(zip(_NAMES, inputs)))
         return out, last_state
     inputs = (u, delta, A, B, C, D, z, delta_bias)
+    if name == 'mamba_ssm' and direct.unobserved(*inputs):
+        # Its own autograd function keeps what its backward pass needs.
+        with autocast.disabled(u):
+            return mamba_ssm_backend.scan_with_gradients(
+                inputs, delta_softplus, out_dtype
+            )
     if direct.possible(*inputs):
         out, last_state, _ = _forward(
             inputs, delta_softplus, out_dtype, name, keep_states=False

@@ -51,7 +51,7 @@ def ss2d_scan(
         # The FLOPs counter sees one op here, however it is computed.
         return handle_torch_function(ss2d_scan, inputs, *inputs, backend=backend)
     _check(*inputs)
-    name = choose_backend(x.device.type, x.dtype, backend)
+    name = choose_backend(x.device.type, x.dtype, backend, states=A.shape[1])
     if is_fused(name):
         return ss2d_scan_fused(*inputs, name)
     return ss2d_scan_composed(*inputs, name)
