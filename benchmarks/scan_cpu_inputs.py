@@ -14,6 +14,7 @@ def op_inputs(
     states: int,
     channels_last: bool,
     seed: int = 0,
+    device: str = 'cpu',
 ) -> list[Tensor]:
     """u, delta, A, B, C, D and delta_bias of :func:`mmvssm.ops.selective_scan`.
 
@@ -24,21 +25,22 @@ def op_inputs(
         channels_last: Whether u, delta, B and C have their positions before
             their channels or states in memory, or behind.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     rows = groups * channels
 
     def normal(*shape: int) -> Tensor:
-        x = torch.randn(shape, generator=generator)
+        x = torch.randn(shape, generator=generator, device=device)
         return x if channels_last else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
-    step = 1e-3 * 100 ** torch.rand(rows, generator=generator)
+    step = 1e-3 * 100 ** torch.rand(rows, generator=generator, device=device)
+    A = -torch.arange(1.0, states + 1, device=device).expand(rows, states)
     inputs = [
         normal(batch, length, rows).mT,
         (0.5 * normal(batch, length, rows)).mT,
-        -torch.arange(1.0, states + 1).expand(rows, states).contiguous(),
+        A.contiguous(),
         normal(batch, length, groups, states).permute(0, 2, 3, 1),
         normal(batch, length, groups, states).permute(0, 2, 3, 1),
-        torch.ones(rows),
+        torch.ones(rows, device=device),
         # The inverse of softplus.
         step + torch.log(-torch.expm1(-step)),
     ]

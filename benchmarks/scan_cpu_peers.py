@@ -4,6 +4,8 @@ Both forms of the scan take the tensors of :func:`mmvssm.ops.selective_scan`
 without a gate, with grouped B and C (B, G, N, L), and apply the softplus.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -125,11 +127,12 @@ def loop_ss2d(
     dt_projs_bias: Tensor,
     A: Tensor,
     Ds: Tensor,
+    scan: Callable = loop_scan,
 ) -> Tensor:
     """:func:`mmvssm.ops.ss2d_scan` as published for machines without a GPU.
 
-    Four copies of the map, channels-first, their projections, the loop, and
-    the sum of its results put back in place.
+    Four copies of the map, channels-first, their projections, the loop (or
+    another scan), and the sum of its results put back in place.
     """
     batch, channels, height, width = x.shape
     rank, states = dt_projs_weight.shape[2], A.shape[1]
@@ -140,7 +143,7 @@ def loop_ss2d(
     projected = torch.einsum('bkcl,kmc->bkml', xs, x_proj_weight)
     dt, B, C = projected.split((rank, states, states), dim=2)
     delta = torch.einsum('bkrl,kcr->bkcl', dt, dt_projs_weight)
-    ys = loop_scan(
+    ys = scan(
         *(xs.flatten(1, 2), delta.flatten(1, 2), A, B, C),
         *(Ds, dt_projs_bias.flatten()),
     ).unflatten(1, (4, channels))

@@ -41,27 +41,34 @@ def interleaved(
     Returns:
         For each function ``median``, ``fastest`` and the number of ``calls``.
     """
-    samples = {name: [] for name in functions}
+    return {
+        name: dict(
+            median=statistics.median(taken), fastest=min(taken), calls=len(taken)
+        )
+        for name, taken in samples(functions, effort).items()
+    }
+
+
+def samples(
+    functions: dict[Hashable, Callable[[], object]], effort: Effort
+) -> dict[Hashable, list[float]]:
+    """Every sample of functions that take turns, see :func:`interleaved`."""
+    taken = {name: [] for name in functions}
     spent = dict.fromkeys(functions, 0.0)
     last = {name: _timed(function)[0] for name, function in functions.items()}
     for _ in range(effort.rounds):
         for name, function in functions.items():
-            if spent[name] > effort.limit and len(samples[name]) >= _FEWEST_CALLS:
+            if spent[name] > effort.limit and len(taken[name]) >= _FEWEST_CALLS:
                 continue
             if last[name] < effort.turn:
                 function()
             calls, turn = 0, 0.0
             while not calls or turn < effort.turn:
                 last[name], sample = _timed(function)
-                samples[name].append(sample)
+                taken[name].append(sample)
                 calls, turn = calls + 1, turn + last[name]
             spent[name] += turn
-    return {
-        name: dict(
-            median=statistics.median(taken), fastest=min(taken), calls=len(taken)
-        )
-        for name, taken in samples.items()
-    }
+    return taken
 
 
 def _timed(function: Callable[[], object]) -> tuple[float, float]:
