@@ -93,7 +93,7 @@ def gradients(outputs, inputs, seed=1):
     loss = 0
     for out in outputs:
         weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-        loss = loss + (out.double() * weight).sum()
+        loss = loss + (out.double() * weight.to(out.device)).sum()
     return dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values()))))
 
 
