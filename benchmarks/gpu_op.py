@@ -9,6 +9,7 @@ import gpu_floor
 import gpu_peers
 import torch
 from gpu_device import Device, turns
+from gpu_report import COMPILED
 from scan_cpu_inputs import op_inputs
 from timing import Effort
 from torch import Tensor
@@ -41,8 +42,6 @@ FULL = {
     'Vim-S, 1024, b2': OpShape(2, 1, 768, 4097, 16),
 }
 QUICK = {'tiny, 1 state': OpShape(2, 2, 8, 13, 1), 'tiny': OpShape(1, 1, 8, 9, 4)}
-# How the names of rows end that have the compiled scan in plain torch alone.
-COMPILED = ', compiled torch'
 DTYPES = {'bf16': torch.bfloat16, 'fp32': torch.float32}
 
 

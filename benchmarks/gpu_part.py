@@ -17,8 +17,6 @@ import torch
 from gpu_device import Device, reason
 from timing import Effort
 
-from mmvssm.collect_env import collect_env
-
 PARTS = {'op': 'gpu_op', 'blocks': 'gpu_blocks', 'models': 'gpu_models'}
 EFFORT = Effort(rounds=12, turn=0.0, limit=1.0)
 QUICK_EFFORT = Effort(rounds=2, turn=0.0, limit=0.0)
@@ -100,6 +98,8 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Run the part; 0, or ``LOST``."""
+    from mmvssm.collect_env import collect_env
+
     device = Device(args.device)
     facts = dict(
         quick=args.quick,

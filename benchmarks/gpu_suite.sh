@@ -31,11 +31,9 @@ if [[ -n $wheels ]]; then
     # Behind all else: what is installed is not replaced.
     export PYTHONPATH=$PYTHONPATH:$site
 fi
-"$python" -c 'import torch' 2>/dev/null ||
-    { echo "error: $python has no torch; name another in PYTHON" >&2; exit 2; }
 missing=$("$python" -c 'import mmvssm' 2>&1) || {
-    echo "error: mmvssm cannot be imported; bring wheels of what is missing" \
-         "(--wheels DIR): $(tail -n 1 <<<"$missing")" >&2
+    echo "error: mmvssm cannot be imported by $python (PYTHON names another); bring" \
+         "wheels of what is missing (--wheels DIR): $(tail -n 1 <<<"$missing")" >&2
     exit 2
 }
 "$python" "$root/benchmarks/gpu_suite.py" ${arguments[@]+"${arguments[@]}"}
