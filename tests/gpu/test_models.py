@@ -13,15 +13,16 @@ from mmvssm.backbones import MLLA, VSSM, MambaR, Vim
 from mmvssm.backbones.vssm import ARCH_ZOO
 from mmvssm.ops import use_backend
 
-from .on_device import CUDA, DETERMINISTIC, DEVICE, cuda, on
+from .on_device import CUDA, DETERMINISTIC, DEVICE, FAST, cuda, on
 
+IMAGE = 96, 64
 STAGES = dict(depths=(1, 1, 2, 1), dims=24)
 PLAIN = dict(embed_dims=48, depth=3)
 MODELS = {
     'VSSM': lambda: VSSM(STAGES, out_indices=(3,)),
     'VSSM v0': lambda: VSSM(dict(ARCH_ZOO['t_v0'], **STAGES), out_indices=(3,)),
-    'Vim': lambda: Vim(PLAIN, img_size=64, out_indices=(2,)),
-    'MambaR': lambda: MambaR(PLAIN, img_size=64, out_indices=(2,)),
+    'Vim': lambda: Vim(PLAIN, img_size=IMAGE, out_indices=(2,)),
+    'MambaR': lambda: MambaR(PLAIN, img_size=IMAGE, out_indices=(2,)),
     'MLLA': lambda: MLLA(dict(STAGES, num_heads=(1, 2, 4, 8)), out_indices=(3,)),
 }
 every_model = pytest.mark.parametrize('name', MODELS)
@@ -32,7 +33,7 @@ def make(name):
     return MODELS[name]().to(DEVICE)
 
 
-def images(batch=2, height=96, width=64):
+def images(batch=2, height=IMAGE[0], width=IMAGE[1]):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, 3, height, width, generator=generator).to(DEVICE)
 
@@ -86,29 +87,17 @@ def test_mixed_precision(name, backend):
 
 @every_model
 @on(DETERMINISTIC)
-def test_same_bits_run_after_run(name, backend):
+def test_same_bits_run_after_run(monkeypatch, name, backend):
+    # Without the mode torch's own convolutions may differ, not our scans.
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
     model, x = make(name).eval(), images()
     with use_backend(backend):
         want = step(model, x)
         for deterministic in (True, False):
-            # Without the mode torch's own convolutions may differ, not our scans.
-            torch.use_deterministic_algorithms(deterministic, warn_only=False)
-            torch.backends.cudnn.deterministic = True
+            torch.use_deterministic_algorithms(deterministic)
             got = step(model, x)
             for parameter, x_ in want.items():
                 assert torch.equal(got[parameter], x_), parameter
-
-
-@pytest.mark.parametrize('name', ['VSSM', 'Vim', 'MLLA'])
-@on(DETERMINISTIC)
-def test_compiled_in_one_graph(name, backend):
-    model, x = make(name).eval(), images()
-    with use_backend(backend):
-        want = step(model, x)
-        compiled = torch.compile(
-            model, fullgraph=True, backend='inductor' if CUDA else 'aot_eager'
-        )
-        assert_close(step(compiled, x), want, 1e-3)
 
 
 @pytest.fixture
@@ -166,7 +155,7 @@ def test_losses_of_a_short_training(name, backend):
         torch.manual_seed(0)
         model = make(name)
         head = torch.nn.LazyLinear(4).to(DEVICE)
-        x, labels = images(8, 64, 64), torch.arange(8, device=DEVICE) % 4
+        x, labels = images(8), torch.arange(8, device=DEVICE) % 4
         with use_backend(backend):
             head(model(x)[-1].mean((2, 3)))
             parameters = [*model.parameters(), *head.parameters()]
@@ -183,3 +172,15 @@ def test_losses_of_a_short_training(name, backend):
     got, want = losses(backend), losses('torch')
     assert got[-1] < got[0]
     assert got == pytest.approx(want, rel=2e-2)
+
+
+@pytest.mark.parametrize('name', ['VSSM', 'Vim', 'MLLA'])
+@on(FAST)
+def test_compiled_in_one_graph(name, backend):
+    model, x = make(name).eval(), images()
+    with use_backend(backend):
+        want = step(model, x)
+        compiled = torch.compile(
+            model, fullgraph=True, backend='inductor' if CUDA else 'aot_eager'
+        )
+        assert_close(step(compiled, x), want, 1e-3)
