@@ -213,7 +213,8 @@ def wait(ready, seconds=600):
     """
     end = time.monotonic() + seconds
     while not ready():
-        assert time.monotonic() < end, f'waited {seconds} seconds in vain'
+        if time.monotonic() > end:
+            raise TimeoutError(f'waited {seconds} seconds in vain')
         time.sleep(0.1)
 
 

@@ -7,6 +7,7 @@ reason to skip into a failure.
 """
 
 import ctypes
+import fcntl
 import getpass
 import os
 import shutil
@@ -15,12 +16,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from toy import wait
 
 _DAEMONS = ('munged', 'slurmctld', 'slurmd')
 _REQUIRED = os.environ.get('MMVSSM_REQUIRE_SLURM', '0') not in ('', '0')
@@ -82,15 +84,16 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         (self.folder / 'state').mkdir()
+        host = socket.gethostname().split('.')[0]
         controller, *ports = _free_ports(1 + len(_NODES))
         nodes = '\n'.join(
-            f'NodeName={name} NodeHostname={socket.gethostname()} '
+            f'NodeName={name} NodeHostname={host} '
             f'NodeAddr=127.0.0.1 Port={port} CPUs=64 State=UNKNOWN'
             for name, port in zip(_NODES, ports)
         )
         (self.folder / 'slurm.conf').write_text(
             _CONFIG.format(
-                host=socket.gethostname(),
+                host=host,
                 controller=controller,
                 user=getpass.getuser(),
                 folder=self.folder,
@@ -128,20 +131,20 @@ class Cluster:
                 )
             )
 
-    def _wait(self, ready: Callable[[], bool], seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
-        while True:
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        def ready_or_broken() -> bool:
             for daemon in self._daemons:
                 if daemon.poll() is not None:
                     raise RuntimeError(f'{daemon.args} ended:\n{self.logs()}')
             try:
-                if ready():
-                    return
+                return ready()
             except subprocess.CalledProcessError:
-                pass  # The controller does not answer yet.
-            if time.monotonic() > end:
-                raise RuntimeError(f'Slurm does not start:\n{self.logs()}')
-            time.sleep(0.1)
+                return False  # The controller does not answer yet.
+
+        try:
+            wait(ready_or_broken, 60)
+        except TimeoutError as error:
+            raise RuntimeError(f'Slurm does not start:\n{self.logs()}') from error
 
     def run(self, *command: object, **variables: str) -> str:
         """What a command of Slurm's prints, with more variables than it has here."""
@@ -178,16 +181,23 @@ class Cluster:
         self._kill_others()
 
     def _kill_others(self) -> None:
-        """Kill what knows this cluster and is not a daemon started above."""
+        for pid in self.processes():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def processes(self) -> Iterator[int]:
+        """What knows this cluster and is not a daemon started above."""
         mark = f'SLURM_CONF={self.environment["SLURM_CONF"]}'.encode()
         daemons = {daemon.pid for daemon in self._daemons}
         for entry in Path('/proc').glob('[0-9]*'):
             try:
                 variables = (entry / 'environ').read_bytes().split(b'\0')
-                if mark in variables and int(entry.name) not in daemons:
-                    os.kill(int(entry.name), signal.SIGKILL)
             except OSError:
-                pass  # It has ended, or is none of ours.
+                continue  # It has ended, or is of another user.
+            if mark in variables and int(entry.name) not in daemons:
+                yield int(entry.name)
 
 
 def _end_with_parent() -> None:
@@ -214,13 +224,21 @@ def install_or_skip() -> None:
 
 
 def _why_not() -> str:
-    if all(shutil.which(name, path=_PATH) for name in _DAEMONS):
+    if _installed():
         return ''
     if not hasattr(os, 'geteuid') or os.geteuid() or not shutil.which('apt-get'):
         return (
-            'Slurm is not installed (apt-get install slurm-wlm munge), nor is this root'
+            'Slurm is not installed (apt-get install slurm-wlm munge), and this is '
+            'not root on Debian'
         )
-    return _install()
+    # Several workers of pytest may come here at once.
+    with open(Path(tempfile.gettempdir(), 'mmvssm_install_slurm.lock'), 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return '' if _installed() else _install()
+
+
+def _installed() -> bool:
+    return all(shutil.which(name, path=_PATH) for name in _DAEMONS)
 
 
 def _install() -> str:

@@ -140,10 +140,12 @@ def test_step_that_loses_a_task_ends(cluster, tmp_path):
         'import os, signal, time\n'
         "if os.environ['SLURM_PROCID'] == '1':\n"
         f'    os.kill(os.getpid(), {signal.SIGKILL.value})\n'
-        'time.sleep(10_000)\n'
+        'time.sleep(100)\n'
+        "open('survived', 'w')\n"
     )
     with pytest.raises(AssertionError, match='task 1: Killed'):
         run_script(cluster, tmp_path, tmp_path / 'slurm_train.sh', 'config.py')
+    assert not (tmp_path / 'survived').exists()
 
 
 @pytest.mark.parametrize('name', TOLD)
