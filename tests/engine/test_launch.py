@@ -28,6 +28,18 @@ def test_not_started_by_the_launcher(launcher, starter, cfg, monkeypatch):
         prepare_launch(cfg, launcher)
 
 
+def test_with_accelerators_slurm_says_where_and_mmengine_joins(cfg, monkeypatch):
+    monkeypatch.setattr('mmvssm.engine.launch.get_device', lambda: 'cuda')
+    monkeypatch.setattr('mmvssm.engine.launch.set_rendezvous', lambda: found.append(1))
+    for name in ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_STEP_ID'):
+        monkeypatch.setenv(name, '0')
+    found = []
+    prepare_launch(cfg, 'slurm')
+    assert found and not dist.is_initialized()
+    assert cfg.launcher == 'slurm' and 'model_wrapper_cfg' not in cfg
+    assert cfg.model.decode_head.norm_cfg.type == 'SyncBN'
+
+
 def test_batch_script_without_srun(cfg, monkeypatch):
     for name in ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'):
         monkeypatch.setenv(name, '0')

@@ -7,6 +7,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
+from mmengine.dist import init_dist
 
 from mmvssm.engine import UsageError
 from mmvssm.engine.slurm import set_rendezvous
@@ -31,11 +32,16 @@ def in_step(monkeypatch, job=JOB, task=0, tasks=2, step=0):
 
 
 def meet(job, task, step, results):
-    """One task: the port, and the sum of all tasks' numbers."""
+    """One task: the port, and the sum of all tasks' numbers.
+
+    They join as on nodes with GPUs, by mmengine's launcher, but without a GPU.
+    """
     with pytest.MonkeyPatch.context() as patch:
         in_step(patch, job, task, step=step)
+        patch.setenv('SLURM_LOCALID', '0')
+        patch.setattr(torch.cuda, 'set_device', lambda number: None)
         set_rendezvous(60)
-        dist.init_process_group('gloo', rank=task, world_size=2)
+        init_dist('slurm', 'gloo')
         number = torch.tensor(job * (1 + task))
         dist.all_reduce(number)
         dist.destroy_process_group()
