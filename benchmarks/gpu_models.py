@@ -217,12 +217,13 @@ def _timm(name: str, size: tuple[int, int], fused: bool) -> nn.Module:
         from timm.layers import set_fused_attn, use_fused_attn
     except ImportError as error:
         raise ImportError(f'timm is not installed ({error})') from error
-    before = use_fused_attn()
-    set_fused_attn(fused)
+    before = use_fused_attn(), use_fused_attn(experimental=True)
+    # Experimental is what timm calls it in Swin's windows.
+    set_fused_attn(fused, experimental=fused)
     try:
         return timm.create_model(TIMM[name], img_size=size, num_classes=CLASSES)
     finally:
-        set_fused_attn(bool(before))
+        set_fused_attn(*map(bool, before))
 
 
 class _Pooled(nn.Module):

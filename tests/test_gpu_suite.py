@@ -336,22 +336,27 @@ def test_errors_are_found(load, device):
 
 def test_attention_is_fused_or_not(load, device, monkeypatch):
     """By timm's own switch, which is left as it was."""
-    models, made, state = load('gpu_models'), [], [1]
+    models, made, state = load('gpu_models'), [], [True, False]
     timm, layers = ModuleType('timm'), ModuleType('timm.layers')
 
     def create_model(name, img_size, num_classes):
-        made.append((name, img_size, num_classes, state[0]))
+        made.append((name, img_size, num_classes, *state))
         return torch.nn.Identity()
 
     timm.create_model, timm.layers = create_model, layers
-    layers.use_fused_attn = lambda: state[0]
-    layers.set_fused_attn = lambda on: state.__setitem__(0, on)
+
+    def set_fused_attn(enable=True, experimental=False):
+        state[:] = enable, experimental
+
+    layers.use_fused_attn = lambda experimental=False: int(state[experimental])
+    layers.set_fused_attn = set_fused_attn
     monkeypatch.setitem(sys.modules, 'timm', timm)
     monkeypatch.setitem(sys.modules, 'timm.layers', layers)
     for build in models.rivals('deit_s', (32, 64)).values():
         build()
     size = 'deit_small_patch16_224', (32, 64), 1000
-    assert made == [(*size, True), (*size, False)] and state == [True]
+    assert made == [(*size, True, True), (*size, False, False)]
+    assert state == [True, False]
 
 
 def test_swin_of_mmseg_stands_in(load, monkeypatch):
