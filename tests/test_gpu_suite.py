@@ -168,6 +168,86 @@ def test_sets_fill_the_cache_several_times(load, monkeypatch):
     assert [card.sets(n) for n in (1, 20, 90, 179, 1000)] == [16, 9, 2, 2, 1]
 
 
+class PretendedGpu:
+    """torch.cuda as far as it is used; its clock runs 3 ms in a call."""
+
+    def __init__(self):
+        self.now, self.log = 0.0, []
+
+    def install(self, monkeypatch):
+        gpu = self
+        properties = SimpleNamespace(
+            name='A chip',
+            major=9,
+            minor=0,
+            multi_processor_count=2,
+            total_memory=3,
+            L2_cache_size=4,
+        )
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                gpu.log.append('record')
+                self.at = gpu.now
+
+            def synchronize(self):
+                gpu.log.append('wait')
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        replaced = dict(
+            Event=Event,
+            _sleep=lambda cycles: gpu.log.append(('pause', cycles)),
+            synchronize=lambda name: None,
+            reset_peak_memory_stats=lambda name: None,
+            memory_allocated=lambda name: 100,
+            max_memory_allocated=lambda name: 175,
+            mem_get_info=lambda name: (5, 9),
+            empty_cache=lambda: None,
+            get_device_properties=lambda name: properties,
+        )
+        for name, value in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def call(self):
+        self.now += 3.0
+        self.log.append('call')
+
+
+@pytest.mark.parametrize('hide_host', [True, False])
+def test_measuring_a_gpu(load, monkeypatch, hide_host):
+    gpu = PretendedGpu()
+    gpu.install(monkeypatch)
+    card = load('gpu_device').Device('cuda')
+    effort = load('timing').Effort(rounds=1, turn=0.0)
+    found = card.measure({'call': gpu.call}, effort, hide_host)['call']
+    assert found['peak'] == 75
+    assert found['samples'] == pytest.approx([0.003]) and found['median'] == 0.003
+    calls = found['calls'] * ['call']
+    log = gpu.log[-len(calls) - 4 :]
+    if hide_host:
+        (what, cycles), *rest = log
+        # Twice as long as it takes to submit all calls.
+        assert what == 'pause' and cycles > 0
+        assert rest == ['record', *calls, 'record', 'wait']
+    else:
+        assert log[1:] == ['record', *calls, 'record', 'wait']
+        assert not any('pause' in entry for entry in gpu.log)
+
+
+def test_facts_of_a_gpu(load, monkeypatch):
+    PretendedGpu().install(monkeypatch)
+    card = load('gpu_device').Device('cuda')
+    facts = card.facts()
+    assert facts['device'] == 'A chip' and facts['capability'] == '9.0'
+    assert json.loads(json.dumps(facts))['cache'] == 4
+    assert card.free_memory() == 5
+
+
 # The floor
 
 
