@@ -601,6 +601,28 @@ def test_no_pytest_is_said(load, monkeypatch, tmp_path):
     assert line == 'tests: pytest is not installed; bring its wheel (--wheels)'
 
 
+def test_tests_compile_on_several_cores(load, monkeypatch, tmp_path):
+    suite, commands = load('gpu_suite'), []
+
+    def execute(command, seconds, environment, file):
+        commands.append(command)
+        assert environment['MMVSSM_GPU_TESTS_SECONDS'] == '60'
+        file.write('FAILED tests/gpu/a.py::b[1] - no\n')
+        file.write('1 failed, 12 passed, 3 skipped in 3.21s\n')
+        return 1
+
+    monkeypatch.setattr(suite, 'execute', execute)
+    monkeypatch.setattr(suite.os, 'cpu_count', lambda: 16)
+    for device in ('cuda', 'cpu'):
+        args = SimpleNamespace(out=tmp_path, device=device, quick=False)
+        assert suite.run_tests(args, 60) == 1
+    on_cuda, on_cpu = (' '.join(command) for command in commands)
+    assert '-n 6' in on_cuda and '-n' not in on_cpu.replace('no:', '')
+    found = suite.collect(tmp_path)['tests']
+    assert (found['passed'], found['failed'], found['skipped']) == (12, 1, 3)
+    assert found['failures'] == ['tests/gpu/a.py::b[1]'] and found['why'] is None
+
+
 def run_suite(*arguments, **environment):
     return subprocess.run(
         ['bash', BENCHMARKS / 'gpu_suite.sh', *map(str, arguments)],
