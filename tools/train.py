@@ -66,8 +66,6 @@ def exit_when_told_to_stop() -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Train."""
-    from mmengine.runner import Runner
-
     from mmvssm import engine
 
     cfg = engine.load_config(
@@ -92,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
         engine.require_file(cfg.load_from, 'checkpoint')
     engine.check_datasets(cfg)
     engine.prepare_launch(cfg, args.launcher)
-    runner = Runner.from_cfg(cfg)
+    runner = engine.build_runner(cfg)
     if cfg.get('load_from') and not cfg.get('resume'):
         engine.check_load_from(runner.model, cfg.load_from)
     runner.train()

@@ -19,10 +19,12 @@ from .layer_decay import LayerDecayOptimWrapperConstructor
 from .non_finite import NonFiniteLossError, NonFiniteLossHook
 from .optim import Bf16OptimWrapper, Float32RegionsHook
 from .preemption import PreemptionHook
+from .sharding import FSDPStrategy, build_runner
 from .weights import check_load_from, load_weights
 
 __all__ = [
     'Bf16OptimWrapper',
+    'FSDPStrategy',
     'Float32RegionsHook',
     'LayerDecayOptimWrapperConstructor',
     'NonFiniteLossError',
@@ -31,6 +33,7 @@ __all__ = [
     'ResumableEpochLoop',
     'SafeCheckpointHook',
     'UsageError',
+    'build_runner',
     'check_datasets',
     'check_load_from',
     'enable_amp',

@@ -15,6 +15,7 @@ from mmvssm.registry import HOOKS
 from .errors import UsageError
 from .ranks import Ranks
 from .rng import get_rng_state, set_rng_state
+from .sharding import plain_name, whole_weights
 
 
 class NonFiniteLossError(UsageError):
@@ -75,9 +76,11 @@ class NonFiniteLossHook(Hook):
 
     def _refuse(self, runner: Runner, loss: torch.Tensor) -> None:
         mine = ''
-        if not bool(torch.isfinite(loss).all()):
-            images = ', '.join(image_paths(self.batch)) or 'unknown images'
-            mine = f'loss {float(loss.detach())} for {images}; {self._culprit(runner)}'
+        with whole_weights(runner.model):
+            if not bool(torch.isfinite(loss).all()):
+                images = ', '.join(image_paths(self.batch)) or 'unknown images'
+                culprit = self._culprit(runner)
+                mine = f'loss {float(loss.detach())} for {images}; {culprit}'
         reports = '; '.join(
             f'rank {rank}: {text}' if self.ranks.group else text
             for rank, text in enumerate(self.ranks.gather(mine))
@@ -107,7 +110,7 @@ class NonFiniteLossHook(Hook):
             model = model.module
         for name, value in model.named_parameters():
             if not bool(torch.isfinite(value).all()):
-                return f'before that the weight {name} is not finite'
+                return f'before that the weight {plain_name(name)} is not finite'
         after = get_rng_state()
         set_rng_state(self.rng_state)
         try:
@@ -135,7 +138,8 @@ def first_non_finite(model: nn.Module, batch: Any) -> str | None:
 
     def look(name: str, module: nn.Module, output: Any) -> None:
         if not found and not all(_finite(output)):
-            found.append(f'{name} ({type(module).__name__})' if name else 'the model')
+            where = f'{plain_name(name)} ({type(module).__name__})'
+            found.append(where if name else 'the model')
 
     handles = [
         module.register_forward_hook(
