@@ -59,6 +59,31 @@ def random_batch(cfg) -> dict:
     return dict(inputs=images, data_samples=samples)
 
 
+def build_model(config: str, options: list[str] | None, **backbone) -> tuple:
+    """The config and its segmentor, ready to train without an accelerator.
+
+    Args:
+        config: A file.
+        options: ``'key=value'`` strings that override entries.
+        backbone: Overrides of the backbone.
+    """
+    import torch
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.registry import MODELS, init_default_scope
+
+    from mmvssm import engine
+
+    # Optimizer constructors list every parameter.
+    logging.disable(logging.INFO)
+    torch.manual_seed(0)
+    cfg = engine.load_config(
+        config, options, required=('model', 'train_dataloader', 'optim_wrapper')
+    )
+    cfg.model.backbone.update(backbone)
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    return cfg, revert_sync_batchnorm(MODELS.build(cfg.model)).train()
+
+
 def take_step(config: str, options: list[str] | None, with_cp: bool) -> dict:
     """Take one step in this process, which must be a fresh one.
 
@@ -66,24 +91,12 @@ def take_step(config: str, options: list[str] | None, with_cp: bool) -> dict:
         Settings, number of parameters, and ``peak``, bytes.
     """
     import process_memory
-    import torch
-    from mmengine.model import revert_sync_batchnorm
     from mmengine.optim import build_optim_wrapper
-    from mmengine.registry import MODELS, init_default_scope
 
-    from mmvssm import engine
     from mmvssm.engine.memory import keep_freed_memory
 
     keep_freed_memory()
-    # Optimizer constructors list every parameter.
-    logging.disable(logging.INFO)
-    torch.manual_seed(0)
-    cfg = engine.load_config(
-        config, options, required=('model', 'train_dataloader', 'optim_wrapper')
-    )
-    cfg.model.backbone.with_cp = with_cp
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
-    model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
+    cfg, model = build_model(config, options, with_cp=with_cp)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     losses = model.train_step(random_batch(cfg), wrapper)
     return dict(

@@ -297,3 +297,54 @@ def test_memory_of_a_training_step(tmp_path):
     assert saving['loss'] == pytest.approx(plain['loss'], rel=1e-4)
     assert saving['peak'] < plain['peak'] - 1e8
     assert '4 x 128x128' in done.stdout
+
+
+def test_efficiency_by_hand(load):
+    scaling = load('scaling_cpu')
+    first = {'alone': [1.0, 1.0], 'side by side': [1.0, 1.5], 'together': [2.0, 2.0]}
+    second = {'alone': [], 'side by side': [1.25, 1.0], 'together': [2.0, 2.5]}
+    numbers = dict(parameters=10, batch_size=3)
+    found = scaling.summarise([dict(first, **numbers), dict(second, **numbers)])
+    assert found['seconds'] == {'alone': 1.0, 'side by side': 1.375, 'together': 2.25}
+    assert found['efficiency']['of_medians'] == pytest.approx(1 / 2.25)
+    assert found['efficiency_of_machine']['of_medians'] == pytest.approx(1 / 1.375)
+    assert found['efficiency_of_exchange']['of_medians'] == pytest.approx(1.375 / 2.25)
+    assert (found['ranks'], found['turns'], found['gradient_bytes']) == (2, 2, 40)
+
+
+def run_benchmark(name, out, *options):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / name, *options, '--out', out],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f'written to {out}' in done.stdout
+    return json.loads(out.read_text())
+
+
+def test_quick_run_of_scaling(tmp_path):
+    pytest.importorskip('mmseg')
+    options = ('--rounds', '2', '--steps', '1')
+    found = run_benchmark('scaling_cpu.py', tmp_path / 'scaling.json', *options)
+    assert found['ranks'] == found['turns'] == 2
+    assert found['batch_size'] == 4 and found['parameters'] > 2e6
+    assert min(found['seconds'].values()) > 0
+
+
+def test_memory_of_shards(tmp_path):
+    pytest.importorskip('mmseg')
+    if sys.platform != 'linux':
+        pytest.skip('reads the counters of Linux')
+    config = REPO / 'configs/upernet_mambar_quickstart.py'
+    # Many parameters, so that they are what memory goes to.
+    wide = ('--cfg-options', 'model.backbone.arch.depth=48')
+    found = run_benchmark('sharding_memory.py', tmp_path / 'm.json', config, *wide)
+    whole, sharded = (run['ranks'] for run in found['runs'])
+    parameters = whole[0]['parameters']
+    assert parameters > 4e6
+    for one, other in zip(whole, sharded, strict=True):
+        assert one['loss'] == pytest.approx(other['loss'], rel=1e-4)
+        # A half of the 12 bytes of weights and moments, and not much of the rest.
+        assert other['held'] < one['held'] - 5 * parameters
