@@ -307,6 +307,7 @@ def test_efficiency_by_hand(load):
     found = scaling.summarise([dict(first, **numbers), dict(second, **numbers)])
     assert found['seconds'] == {'alone': 1.0, 'side by side': 1.375, 'together': 2.25}
     assert found['efficiency']['of_medians'] == pytest.approx(1 / 2.25)
+    assert found['efficiency']['of_fastest'] == pytest.approx(1 / 2)
     assert found['efficiency_of_machine']['of_medians'] == pytest.approx(1 / 1.375)
     assert found['efficiency_of_exchange']['of_medians'] == pytest.approx(1.375 / 2.25)
     assert (found['ranks'], found['turns'], found['gradient_bytes']) == (2, 2, 40)
@@ -326,7 +327,7 @@ def run_benchmark(name, out, *options):
 
 def test_quick_run_of_scaling(tmp_path):
     pytest.importorskip('mmseg')
-    options = ('--rounds', '2', '--steps', '1')
+    options = ('--rounds', '2')
     found = run_benchmark('scaling_cpu.py', tmp_path / 'scaling.json', *options)
     assert found['ranks'] == found['turns'] == 2
     assert found['batch_size'] == 4 and found['parameters'] > 2e6

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.fileio import join_path
-from mmengine.hooks import EMAHook, Hook
+from mmengine.hooks import Hook
 from mmengine.optim import BaseOptimWrapper, build_optim_wrapper
 from mmengine.runner import FlexibleRunner, Runner, save_checkpoint
 from torch import nn
@@ -56,13 +56,13 @@ def build_runner(cfg: Config) -> 'Runner | ShardedRunner':
             'tools/dist_train.sh CONFIG NUM_PROCESSES or tools/slurm_train.sh. For one '
             'process alone: --cfg-options strategy=None.'
         )
-    runner = ShardedRunner.from_cfg(cfg)
-    if any(isinstance(hook, EMAHook) for hook in runner.hooks):
+    hooks = [*(cfg.get('custom_hooks') or []), *cfg.get('default_hooks', {}).values()]
+    if any(str(hook and hook.get('type')).endswith('EMAHook') for hook in hooks):
         raise UsageError(
             'EMAHook copies the whole model and does not know of shards: leave it or '
             "the config's strategy out."
         )
-    return runner
+    return ShardedRunner.from_cfg(cfg)
 
 
 class ShardedRunner(FlexibleRunner):

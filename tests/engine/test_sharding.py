@@ -297,6 +297,20 @@ def test_needs_several_processes(cfg):
         engine.build_runner(cfg)
 
 
+@pytest.mark.parametrize(
+    ('changes', 'says'),
+    [
+        (dict(custom_hooks=[dict(type='EMAHook')]), 'EMAHook copies'),
+        (dict(strategy=dict(type='DeepSpeedStrategy')), 'DeepSpeedStrategy is not'),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(cfg, changes, says):
+    cfg.launcher = 'pytorch'
+    cfg.update(changes)
+    with pytest.raises(engine.UsageError, match=says):
+        engine.build_runner(cfg)
+
+
 def test_foreign_backbones_are_refused():
     with pytest.raises(engine.UsageError, match='auto_wrap_policy'):
         find_blocks(torch.nn.Linear(1, 1))
