@@ -303,11 +303,16 @@ def test_efficiency_by_hand(load):
     scaling = load('scaling_cpu')
     first = {'alone': [1.0, 1.0], 'side by side': [1.0, 1.5], 'together': [2.0, 2.0]}
     second = {'alone': [], 'side by side': [1.25, 1.0], 'together': [2.0, 2.5]}
-    numbers = dict(parameters=10, batch_size=3)
-    found = scaling.summarise([dict(first, **numbers), dict(second, **numbers)])
+    found = scaling.summarise(
+        [
+            dict(seconds=times, cpu_seconds=times, parameters=10, batch_size=3)
+            for times in (first, second)
+        ]
+    )
     assert found['seconds'] == {'alone': 1.0, 'side by side': 1.375, 'together': 2.25}
     assert found['efficiency']['of_medians'] == pytest.approx(1 / 2.25)
     assert found['efficiency']['of_fastest'] == pytest.approx(1 / 2)
+    assert found['efficiency']['of_cpu_seconds'] == pytest.approx(1 / 2.25)
     assert found['efficiency_of_machine']['of_medians'] == pytest.approx(1 / 1.375)
     assert found['efficiency_of_exchange']['of_medians'] == pytest.approx(1.375 / 2.25)
     assert (found['ranks'], found['turns'], found['gradient_bytes']) == (2, 2, 40)
