@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from torch.utils.data import BatchSampler
 
 from mmvssm.engine import PreemptionHook
 
-REPO = Path(__file__).parents[1]
+from tiny import REPO, write_ade, write_config
 
 _CONFIG = """
 custom_imports = dict(imports=['toy'])
@@ -136,8 +138,9 @@ _register_metric()
 class ToyEvent(Hook):
     """What befalls a training, said by the environment variable TOY_EVENT.
 
-    ``SIGNAL@N``: the process sends itself a signal in iteration N. ``fsync@N``
-    and ``replace@N``: it is killed in the N-th such call, which are those of
+    ``SIGNAL@N``: the process sends itself a signal in iteration N. ``later@N``:
+    it is killed up to 0.2 s after the start of iteration N. ``fsync@N`` and
+    ``replace@N``: it is killed in the N-th such call, which are those of
     saving; ``after-replace@N``: right after it. ``full@N``: from iteration N
     on no checkpoint fits on the disk; ``full2@N``: for two iterations.
     ``nan@N``: an image of iteration N is not finite; ``weight@N``: a weight.
@@ -173,7 +176,10 @@ class ToyEvent(Hook):
             limit_files(None)
         if runner.iter + 1 != self.number:
             return
-        if self.what.startswith('SIG'):
+        if self.what == 'later':
+            kill = partial(os.kill, os.getpid(), signal.SIGKILL)
+            threading.Timer(random.Random(self.number).random() / 5, kill).start()
+        elif self.what.startswith('SIG'):
             os.kill(os.getpid(), getattr(signal, self.what))
         elif self.what.startswith('full'):
             limit_files(150_000)
@@ -231,6 +237,38 @@ def write_toy(folder, more='', iters=30):
     return path
 
 
+# What the toy does without: dropped paths, augmentation, losses of a second head.
+_VMAMBA = """
+custom_imports = dict(imports=['toy'])
+custom_hooks = [dict(type='ToyEvent')]
+model['backbone'].update(drop_path_rate=0.3)
+model['decode_head'].update(dropout_ratio=0.1)
+model['auxiliary_head'].update(dropout_ratio=0.1)
+train_pipeline[2:3] = [
+    dict(type='RandomResize', scale=(96, 64), ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(64, 64), cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5), dict(type='PhotoMetricDistortion')]
+default_hooks = dict(
+    logger=dict(interval=1),
+    checkpoint=dict(interval={interval}, max_keep_ckpts=2, save_best='mIoU'))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=4),
+    dict(type='PolyLR', power=1.0, by_epoch=False, begin=4, end={iters})]
+train_cfg = dict(max_iters={iters}, val_interval={iters} // 3)
+optim_wrapper = dict(optimizer=dict(lr=0.003))
+randomness = dict(seed=3)
+{more}
+"""
+
+
+def write_vmamba(folder, more='', iters=60, interval=7):
+    """Write ``toy_config.py`` for a small VMamba UperNet, and its data."""
+    recipe = _VMAMBA.format(more=more, iters=iters, interval=interval)
+    data = write_ade(folder / 'ade', train=7)
+    norm = "type='BN', requires_grad=True"
+    return write_config(folder / 'toy_config.py', data, recipe, norm=norm)
+
+
 def environment(event='', **more):
     """Environment of one run."""
     return {
@@ -280,7 +318,7 @@ def train_each(folder, *runs):
         capture_output=True,
         text=True,
         # Not a measurement: a training that hangs must not hang the tests.
-        timeout=300,
+        timeout=300 + 60 * len(runs),
         env={**os.environ, **environment()},
     )
     codes = [int(line) for line in done.stdout.split()]

@@ -5,7 +5,7 @@ Example: python tools/convert_checkpoint.py vssmtiny.pth vmamba_t_v0.safetensors
 
 import argparse
 
-from mmvssm.checkpoints import CheckpointError, convert, save_checkpoint
+from mmvssm.checkpoints import CheckpointError, convert, save_checkpoint, trust
 
 
 def parse_args() -> argparse.Namespace:
@@ -16,11 +16,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('src', help='.pth or .safetensors file, or its address')
     parser.add_argument('dst', help='file to write, .pth or .safetensors')
     parser.add_argument('--prefix', help='take only the keys behind this prefix')
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='run what the checkpoint holds besides tensors: for files of your own',
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    if args.trust_checkpoint:
+        trust(args.src)
     try:
         checkpoint = convert(args.src, prefix=args.prefix)
         save_checkpoint(checkpoint, args.dst)

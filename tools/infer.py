@@ -28,6 +28,11 @@ def parse_args() -> argparse.Namespace:
         '--device', help='such as cpu or cuda:1 (default: a GPU if there is)'
     )
     parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='run what the checkpoint holds besides tensors: for files of your own',
+    )
+    parser.add_argument(
         '--cfg-options', nargs='+', metavar='KEY=VALUE', help='override config entries'
     )
     return parser.parse_args()
@@ -38,6 +43,7 @@ def main(args: argparse.Namespace) -> int:
     from mmengine.utils import track_iter_progress
 
     from mmvssm import engine
+    from mmvssm.checkpoints import trust
     from mmvssm.engine import infer
 
     cfg = engine.load_config(
@@ -45,6 +51,8 @@ def main(args: argparse.Namespace) -> int:
     )
     images = infer.find_images(args.images)
     task = infer.choose_task(cfg)
+    if args.trust_checkpoint:
+        trust(args.checkpoint)
     model = infer.load_model(cfg, args.checkpoint, args.device)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)

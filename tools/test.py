@@ -31,6 +31,11 @@ def parse_args() -> argparse.Namespace:
         '--tta', action='store_true', help='multi-scale and flip, as the config sets it'
     )
     parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='run what the checkpoint holds besides tensors: for files of your own',
+    )
+    parser.add_argument(
         '--cfg-options', nargs='+', metavar='KEY=VALUE', help='override config entries'
     )
     parser.add_argument(
@@ -50,6 +55,7 @@ def main(args: argparse.Namespace) -> None:
     from mmengine.runner import Runner
 
     from mmvssm import engine
+    from mmvssm.checkpoints import trust
 
     cfg = engine.load_config(
         args.config,
@@ -57,6 +63,8 @@ def main(args: argparse.Namespace) -> None:
         args.work_dir,
         required=('model', 'test_dataloader', 'test_evaluator'),
     )
+    if args.trust_checkpoint:
+        trust(args.checkpoint)
     engine.require_file(args.checkpoint, 'checkpoint')
     engine.check_datasets(cfg, splits=('test',))
     if args.show or args.show_dir:

@@ -36,6 +36,11 @@ def parse_args() -> argparse.Namespace:
         'or float16 (GPU, dynamic loss scale)',
     )
     parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='run what the checkpoint holds besides tensors: for files of your own',
+    )
+    parser.add_argument(
         '--cfg-options',
         nargs='+',
         metavar='KEY=VALUE',
@@ -86,6 +91,8 @@ def main(args: argparse.Namespace) -> None:
         # Without a checkpoint yet, the hook starts from the config's load_from.
         cfg.load_from_at_start = cfg.get('load_from')
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.trust_checkpoint:
+        engine.trust_checkpoints(cfg)
     if cfg.get('load_from'):
         engine.require_file(cfg.load_from, 'checkpoint')
     engine.check_datasets(cfg)

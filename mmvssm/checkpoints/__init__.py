@@ -1,7 +1,9 @@
 """Recognise, convert and load checkpoints, and report what was loaded."""
 
-from mmvssm.checkpoints.canonical import Checkpoint, CheckpointError, convert
+from mmvssm.checkpoints.canonical import Checkpoint, convert
+from mmvssm.checkpoints.errors import CheckpointError
 from mmvssm.checkpoints.load import LoadReport, load_checkpoint
+from mmvssm.checkpoints.unpickle import trust
 from mmvssm.checkpoints.write import save_checkpoint
 
 __all__ = [
@@ -11,4 +13,5 @@ __all__ = [
     'convert',
     'load_checkpoint',
     'save_checkpoint',
+    'trust',
 ]

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from mmvssm.checkpoints import mambar, mlla, vim, vmamba
+from mmvssm.checkpoints.errors import CheckpointError
 from mmvssm.checkpoints.families import recognise
-from mmvssm.checkpoints.read import CheckpointError, read_state_dict
+from mmvssm.checkpoints.read import read_state_dict
 
 # Families whose weights can be converted: a module with BACKBONE_KEY,
 # rename, file_format, component, reshape, fit and describe.

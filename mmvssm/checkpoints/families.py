@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mmvssm.checkpoints.read import CheckpointError
+from mmvssm.checkpoints.errors import CheckpointError
 
 # A key that every model of the family has and no other family; what precedes
 # it is the prefix of the backbone. Mamba-R comes before Vim, whose mixer it

@@ -16,8 +16,8 @@ from mmvssm.checkpoints.canonical import (
     summarise,
     to_canonical,
 )
+from mmvssm.checkpoints.errors import CheckpointError
 from mmvssm.checkpoints.families import recognise
-from mmvssm.checkpoints.read import CheckpointError
 
 _OUTPUT_NORM = re.compile(r'(^|backbone\.|module\.)(out)?norm\d+\.')
 

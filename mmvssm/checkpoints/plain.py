@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from mmvssm.backbones.plain import PlainMamba
-from mmvssm.checkpoints.read import CheckpointError
+from mmvssm.checkpoints.errors import CheckpointError
 from mmvssm.layers import resize_position
 
 _RENAMES = (

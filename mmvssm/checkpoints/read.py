@@ -1,8 +1,5 @@
 """Read the tensors of a checkpoint without running anything it contains."""
 
-import pickle
-import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,8 @@ from urllib.parse import urlparse
 import torch
 from mmengine.dist import barrier, is_main_process
 
-from mmvssm.compat import allow_mmengine_checkpoints
+from mmvssm.checkpoints.errors import CheckpointError, MissingCheckpointError
+from mmvssm.checkpoints.unpickle import is_trusted, unpickle
 
 # Where training codes put the weights, in order of preference.
 _WRAPPERS = (
@@ -23,36 +21,8 @@ _WRAPPERS = (
     'module',
     'net',
 )
-_UNKNOWN_CLASS = re.compile(r'GLOBAL (\S+) was not an allowed global')
-# torch fills these from the file key by key, and insists on a plain dict.
-_MAPPING_CLASSES = (
-    'yacs.config.CfgNode',
-    'addict.addict.Dict',
-    'mmengine.config.config.ConfigDict',
-)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or does not fit the model."""
-
-
-class MissingCheckpointError(CheckpointError, FileNotFoundError):
-    """There is no file where a checkpoint was looked for."""
-
-
-class _StandIn:
-    """Takes the place of a foreign object of a file and does nothing."""
-
-    def __init__(self, *args: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _MappingStandIn(_StandIn):
-    def __new__(cls, *args: Any) -> OrderedDict:
-        return OrderedDict()
+# How many of them are opened, one within another: a file can hold itself.
+_DEEPEST = 8
 
 
 def read_state_dict(source: str | Path | Mapping) -> dict[str, torch.Tensor]:
@@ -68,93 +38,119 @@ def read_state_dict(source: str | Path | Mapping) -> dict[str, torch.Tensor]:
         CheckpointError: The file is truncated, or holds no state dict.
     """
     if isinstance(source, Mapping):
-        return _unwrap(source, 'the given mapping')
+        where, state = 'the given mapping', _find_tensors(source, 'the given mapping')
+        _check_tensors(state, where)
+        return state
+    path = _local(source)
+    state = _find_tensors(_read(path, 'cpu', is_trusted(source)), str(path))
+    _check_tensors(state, str(path), path.stat().st_size)
+    return state
+
+
+def read_content(source: str | Path, map_location: Any = 'cpu') -> Any:
+    """Read all that a file holds, not its weights alone.
+
+    Args:
+        source: A ``.pth`` or ``.safetensors`` file, or an http(s) address of one.
+        map_location: As in ``torch.load``.
+
+    Returns:
+        What ``torch.load(weights_only=True)`` does, with inert stand-ins for
+        objects of other classes.
+
+    Raises:
+        MissingCheckpointError: There is no such file.
+        UnsafeCheckpointError: Reading it would call something; see
+            :func:`mmvssm.checkpoints.trust`.
+        CheckpointError: The file is truncated or damaged.
+    """
+    return _read(_local(source), map_location, is_trusted(source))
+
+
+def _local(source: str | Path) -> Path:
+    """The file itself, fetched if ``source`` is an address."""
     source = str(source)
     if source.startswith(('http://', 'https://')):
         source = _download(source)
-    path = Path(source).expanduser()
+    return Path(source).expanduser()
+
+
+def _read(path: Path, map_location: Any, trusted: bool) -> Any:
     if not path.exists():
         raise MissingCheckpointError(
             f'no checkpoint at {path.absolute()}; give a .pth or .safetensors '
             'file, or an http(s) address'
         )
     try:
-        content = (
-            _read_safetensors(path)
-            if path.suffix == '.safetensors'
-            else _read_pickle(path)
-        )
+        if path.suffix == '.safetensors':
+            return _read_safetensors(path, map_location)
+        return unpickle(path, map_location, trusted)
+    except CheckpointError:
+        raise
     except Exception as error:
         # torch has no common class for its errors of reading.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f'{path} ({_size(path)} bytes) is truncated or not a checkpoint '
+            f'{path} ({path.stat().st_size} bytes) is truncated or not a checkpoint '
             f'that can be read safely, download it again or save its state '
             f'dict alone: {reason[0]}'
         ) from error
-    return _unwrap(content, str(path))
 
 
-def _read_safetensors(path: Path) -> dict:
+def _read_safetensors(path: Path, map_location: Any) -> dict:
     from safetensors.torch import load_file
 
-    return load_file(path)
+    # torch.load also takes functions and tables of devices, which mmengine never gives.
+    named = isinstance(map_location, (str, torch.device))
+    return load_file(path, str(map_location) if named else 'cpu')
 
 
-def _read_pickle(path: Path) -> Any:
-    """``torch.load`` without unpickling any class but torch's own.
-
-    Published files carry an ``argparse.Namespace``, a yacs ``CfgNode`` or
-    numpy scalars beside the weights. An inert stand-in is read for each.
-    """
-    allow_mmengine_checkpoints()
-    stand_ins = {}
-    while True:
-        try:
-            with torch.serialization.safe_globals(list(stand_ins.values())):
-                return torch.load(path, map_location='cpu', weights_only=True)
-        except pickle.UnpicklingError as error:
-            match = _UNKNOWN_CLASS.search(str(error))
-            if match is None or match[1] in stand_ins:
-                raise
-            stand_ins[match[1]] = _stand_in(match[1])
-
-
-def _stand_in(name: str) -> type:
-    base = _MappingStandIn if name in _MAPPING_CLASSES else _StandIn
-    module, _, qualname = name.rpartition('.')
-    return type(qualname, (base,), {'__module__': module})
-
-
-def _unwrap(content: Any, where: str) -> dict[str, torch.Tensor]:
-    while isinstance(content, Mapping):
-        tensors = {
-            str(key): value
-            for key, value in content.items()
-            if isinstance(value, torch.Tensor)
-        }
-        inner = next(
-            (
-                content[key]
-                for key in _WRAPPERS
-                if isinstance(content.get(key), Mapping)
-            ),
-            None,
-        )
-        if inner is None:
-            if tensors:
-                return tensors
+def _find_tensors(content: Any, where: str) -> dict[str, torch.Tensor]:
+    for _ in range(_DEEPEST):
+        if not isinstance(content, Mapping):
             break
-        content = inner
-    found = (
-        sorted(map(str, content))[:8]
-        if isinstance(content, Mapping)
-        else type(content).__name__
-    )
+        inner = [content.get(key) for key in _WRAPPERS]
+        inner = [value for value in inner if isinstance(value, Mapping)]
+        if inner:
+            content = inner[0]
+            continue
+        tensors = {
+            key: value
+            for key, value in content.items()
+            if isinstance(key, str) and isinstance(value, torch.Tensor)
+        }
+        if tensors:
+            return tensors
+        break
+    found = type(content).__name__
+    if isinstance(content, Mapping):
+        found = sorted(key for key in content if isinstance(key, str))[:8]
     raise CheckpointError(
         f'{where} holds no state dict: expected tensors by name, at the top '
         f'or under one of {_WRAPPERS}, found {found}'
     )
+
+
+def _check_tensors(
+    state: Mapping[str, torch.Tensor], where: str, size: int | None = None
+) -> None:
+    """Refuse tensors that a model cannot take, or that are larger than the file.
+
+    A model is filled tensor by tensor: what cannot be copied would be found
+    when half of it is.
+    """
+    for key, value in state.items():
+        problem = ''
+        if value.layout != torch.strided or value.is_quantized or value.is_nested:
+            problem = f'a {value.layout} tensor of {value.dtype}'
+        elif value.device.type == 'meta':
+            problem = 'a tensor without numbers (device meta)'
+        elif value.is_complex():
+            problem = 'complex'
+        elif size is not None and value.numel() * value.element_size() > size:
+            problem = f'{tuple(value.shape)}, larger than the file'
+        if problem:
+            raise CheckpointError(f'{where} cannot be used: {key[:200]} is {problem}')
 
 
 def _download(url: str) -> str:
@@ -170,7 +166,3 @@ def _download(url: str) -> str:
                 raise CheckpointError(f'cannot download {url}: {error}') from error
         barrier()
     return str(path)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size

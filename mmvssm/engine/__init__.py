@@ -16,11 +16,12 @@ from .epoch_loop import ResumableEpochLoop
 from .errors import UsageError, require_file, run_tool
 from .launch import prepare_launch
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .loaders import install_safe_loaders
 from .non_finite import NonFiniteLossError, NonFiniteLossHook
 from .optim import Bf16OptimWrapper, Float32RegionsHook
 from .preemption import PreemptionHook
 from .sharding import FSDPStrategy, build_runner
-from .weights import check_load_from, load_weights
+from .weights import check_load_from, load_weights, trust_checkpoints
 
 __all__ = [
     'Bf16OptimWrapper',
@@ -46,6 +47,8 @@ __all__ = [
     'prepare_launch',
     'require_file',
     'run_tool',
+    'trust_checkpoints',
 ]
 
 find_own_models()
+install_safe_loaders()

@@ -2,16 +2,14 @@
 
 import os
 import re
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from mmengine.fileio import LocalBackend, register_backend
 
 from mmvssm.checkpoints import CheckpointError
-from mmvssm.compat import allow_mmengine_checkpoints
+from mmvssm.checkpoints.read import read_content
 
 # The name under which mmengine finds WholeFileBackend.
 WHOLE_FILE_BACKEND = 'mmvssm_whole_file'
@@ -93,9 +91,6 @@ class WholeFileBackend(LocalBackend):
 def check_training_state(path: str | Path) -> None:
     """Read all of a checkpoint, and see that a training can go on from it.
 
-    torch does not compare the check sums of the archive that ``torch.save``
-    writes; this does, so that a flipped bit is found too.
-
     Args:
         path: A file on the local disk.
 
@@ -103,22 +98,7 @@ def check_training_state(path: str | Path) -> None:
         CheckpointError: It is missing, truncated or damaged, or holds no state
             of a training.
     """
-    allow_mmengine_checkpoints()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise CheckpointError(f'{path} is damaged: check sum of {damaged}')
-        content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        # A file cut or changed anywhere fails in whichever layer meets it.
-        reason = str(error).strip().split('\n')[0]
-        raise CheckpointError(
-            f'{path} cannot be read, it may be truncated: '
-            f'{type(error).__name__}: {reason}'
-        ) from error
+    content = read_content(path)
     absent = [
         key for key in _NEEDED if not (isinstance(content, dict) and key in content)
     ]

@@ -7,10 +7,11 @@ random values, and the test that follows reports a mIoU near zero.
 from collections import Counter
 from collections.abc import Mapping
 
+from mmengine.config import Config
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Size, nn
 
-from mmvssm.checkpoints import CheckpointError, convert
+from mmvssm.checkpoints import CheckpointError, convert, trust
 from mmvssm.checkpoints.read import read_state_dict
 
 from .errors import UsageError, require_file
@@ -88,6 +89,26 @@ def check_load_from(model: nn.Module, path: str) -> None:
             '--pretrained; a published segmentor goes through '
             'tools/convert_checkpoint.py first.'
         )
+
+
+def trust_checkpoints(cfg: Config) -> None:
+    """Let the checkpoints that a training starts from run the code they hold.
+
+    See :func:`mmvssm.checkpoints.trust`.
+
+    Args:
+        cfg: Its ``load_from``, the backbone's ``init_cfg`` and, where it resumes,
+            what is in its ``work_dir``.
+    """
+    init = cfg.model.get('backbone', {}).get('init_cfg') or []
+    paths = [
+        part.get('checkpoint') for part in (init if isinstance(init, list) else [init])
+    ]
+    paths += [cfg.get('load_from'), cfg.get('load_from_at_start')]
+    if cfg.get('resume'):
+        paths.append(cfg.work_dir)
+    for path in filter(None, paths):
+        trust(path)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -1,7 +1,6 @@
 """Trainings that are killed, told to stop, or run out of disk."""
 
 import os
-import random
 
 import pytest
 import torch
@@ -14,34 +13,6 @@ WHOLE = ('', '--work-dir', 'whole')
 WORKERS = 'train_dataloader.update(num_workers=2, persistent_workers=True)\n'
 ACCUMULATE = 'optim_wrapper.update(accumulative_counts=5)\n'
 ITERS = 30
-# MMVSSM_TEST_KILLS=20 is the proof; two are for every day.
-KILLS = int(os.environ.get('MMVSSM_TEST_KILLS', 2))
-
-
-def random_event(seed):
-    """A kill at any iteration, or in the middle of a save."""
-    rng = random.Random(seed)
-    if rng.random() < 0.5:
-        return f'SIGKILL@{rng.randint(1, ITERS)}'
-    call = rng.choice(['fsync', 'replace', 'after-replace'])
-    return f'{call}@{rng.randint(1, 12)}'
-
-
-def test_killed_at_random_and_resumed_ends_with_the_same_bits(tmp_path):
-    write_toy(tmp_path, iters=ITERS)
-    runs = [WHOLE]
-    for seed in range(KILLS):
-        options = ('--work-dir', f'out{seed}', '--resume', 'auto')
-        runs += [(random_event(seed), *options), ('', *options)]
-    results = train_each(tmp_path, *runs)
-    assert results[0][0] == 0, results[0][1]
-    whole = final_weights(tmp_path, 'whole')
-    for seed in range(KILLS):
-        killed, ended = results[1 + 2 * seed][0], results[2 + 2 * seed]
-        assert killed == -9
-        assert ended[0] == 0, ended[1]
-        assert same_bits(final_weights(tmp_path, f'out{seed}'), whole)
-        assert not list((tmp_path / f'out{seed}').glob('*.partial'))
 
 
 @pytest.mark.parametrize(
