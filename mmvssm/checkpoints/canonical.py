@@ -128,6 +128,8 @@ def to_canonical(state: Mapping[str, torch.Tensor], what: str) -> Checkpoint:
     for key, full in own.items():
         name = family.rename(key)
         target = backbone if family.BACKBONE_KEY.match(name) else others
+        if name in target:
+            raise CheckpointError(f'{what} has {name} twice, under different names')
         target[name] = family.reshape(name, state[full])
     return Checkpoint(
         found.family,

@@ -119,7 +119,7 @@ def load_checkpoint(
         key: f'{key} is {_shape(tensors[key])} in the file and '
         f'{_shape(target[names[key]])} in the model'
         for key in matched
-        if tensors[key].shape != target[names[key]].shape
+        if not fits(tensors[key], target[names[key]])
     }
     _check_arch(checkpoint, {key: target[own[key]] for key in own}, wrong, what)
     if wrong:
@@ -139,6 +139,12 @@ def load_checkpoint(
         unexpected,
         notes,
     )
+
+
+def fits(given: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether shapes are equal, and both are whole numbers or neither is."""
+    same_kind = given.is_floating_point() == wanted.is_floating_point()
+    return given.shape == wanted.shape and same_kind
 
 
 def _check_arch(
@@ -174,7 +180,8 @@ def _check_arch(
 
 
 def _shape(tensor: torch.Tensor) -> str:
-    return 'x'.join(map(str, tensor.shape)) or 'a scalar'
+    shape = 'x'.join(map(str, tensor.shape)) or 'a scalar'
+    return shape if tensor.is_floating_point() else f'{shape} ({tensor.dtype})'
 
 
 def _first(problems: Iterable[str], limit: int = 4) -> str:

@@ -126,5 +126,5 @@ def fit_grid(
 
 
 def _count_blocks(state: Iterable[str]) -> int:
-    blocks = [re.match(r'layers\.(\d+)\.', key) for key in state]
+    blocks = [re.match(r'layers\.(\d{1,6})\.', key) for key in state]
     return max((int(match[1]) + 1 for match in blocks if match), default=0)

@@ -25,7 +25,7 @@ def count_blocks(keys: Iterable[str]) -> tuple[int, ...]:
     """Number of blocks of each stage."""
     depths = {}
     for key in keys:
-        match = re.match(r'layers\.(\d+)\.blocks\.(\d+)\.', key)
+        match = re.match(r'layers\.(\d{1,6})\.blocks\.(\d{1,6})\.', key)
         if match:
             stage, block = map(int, match.groups())
             depths[stage] = max(depths.get(stage, 0), block + 1)

@@ -11,6 +11,18 @@ from mmvssm.compat import why_no_detection
 
 from .errors import UsageError
 
+# Entries that the tools look into, and what they must be where they are given.
+_DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+_DICTS = (
+    *('model', 'model.backbone', 'optim_wrapper', 'default_hooks', 'env_cfg'),
+    *('default_hooks.visualization', 'env_cfg.dist_cfg', 'visualizer', 'tta_model'),
+    *_DATALOADERS,
+    *(f'{loader}.dataset' for loader in _DATALOADERS),
+)
+_LISTS_OR_DICTS = ('val_evaluator', 'test_evaluator')
+_LISTS = ('custom_hooks', 'tta_pipeline')
+_STRINGS = ('work_dir', 'default_scope', 'load_from', 'model.type')
+
 
 def load_config(
     path: str,
@@ -36,6 +48,7 @@ def load_config(
     cfg = _read(path)
     if options:
         merge_options(cfg, options, path)
+    _check_types(cfg, path)
     missing = [key for key in required if cfg.get(key) is None]
     if missing:
         raise UsageError(
@@ -53,6 +66,22 @@ def load_config(
     return cfg
 
 
+def _check_types(cfg: Config, path: str) -> None:
+    """Refuse an entry of the wrong kind, where a tool would fail on it later."""
+    for keys, kinds, what in (
+        (_DICTS, dict, 'a dict'),
+        (_LISTS, (list, tuple), 'a list'),
+        (_LISTS_OR_DICTS, (list, dict), 'a dict or a list of dicts'),
+        (_STRINGS, str, 'a string'),
+    ):
+        for key in keys:
+            value = cfg
+            for part in key.split('.'):
+                value = value.get(part) if isinstance(value, (Config, dict)) else None
+            if value is not None and not isinstance(value, kinds):
+                raise UsageError(f'{path}: {key} must be {what}, not {value!r:.80}.')
+
+
 def merge_options(cfg: Config, options: Sequence[str], path: str) -> None:
     """Override entries of a config.
 
@@ -66,7 +95,8 @@ def merge_options(cfg: Config, options: Sequence[str], path: str) -> None:
     """
     try:
         cfg.merge_from_dict(_parse_options(options))
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:
+        # mmengine's own check fails in whichever way the wrong entry makes it.
         raise UsageError(
             f'--cfg-options {" ".join(options)} does not fit {path}: '
             f'{error}. Write KEY.SUBKEY=VALUE.'
@@ -170,11 +200,15 @@ def keep_predictions(cfg: Config, folder: str) -> None:
             ``results.bbox.json`` and ``results.segm.json`` in COCO's format.
         folder: Where to.
     """
+    metrics = cfg.test_evaluator
+    metrics = metrics if isinstance(metrics, list) else [metrics]
     if is_detector(cfg):
-        cfg.test_evaluator.outfile_prefix = str(Path(folder) / 'results')
+        for metric in metrics:
+            metric.outfile_prefix = str(Path(folder) / 'results')
         Path(folder).mkdir(parents=True, exist_ok=True)
     else:
-        cfg.test_evaluator.update(output_dir=folder, keep_results=True)
+        for metric in metrics:
+            metric.update(output_dir=folder, keep_results=True)
 
 
 def enable_painting(

@@ -60,8 +60,10 @@ def check_datasets(cfg: Config, splits: Iterable[str] = ('train', 'val')) -> Non
         dataset
         for split in splits
         if (loader := cfg.get(f'{split}_dataloader'))
-        for dataset in leaves(loader.dataset)
+        for dataset in leaves(loader.get('dataset'))
     ]
+    for dataset in datasets:
+        _check_types(dataset)
     missing, types = [], []
     for dataset in datasets:
         absent = [path for path in _needed(dataset) if not _has_data(path)]
@@ -83,12 +85,31 @@ def check_datasets(cfg: Config, splits: Iterable[str] = ('train', 'val')) -> Non
 
 def leaves(dataset: dict) -> Iterator[dict]:
     """Configs of the data sets inside wrappers, or the one config itself."""
+    if not isinstance(dataset, dict):
+        raise UsageError(f'a data set of the config is {dataset!r:.80}, not a dict.')
     inner = dataset.get('datasets') or [dataset.get('dataset')]
     if inner == [None]:
         yield dataset
     else:
         for child in inner:
             yield from leaves(child)
+
+
+def _check_types(dataset: dict) -> None:
+    for key, kind, what in (
+        ('data_root', str, 'a string'),
+        ('ann_file', str, 'a string'),
+        ('data_prefix', dict, 'a dict of strings'),
+        ('backend_args', dict, 'a dict'),
+        ('metainfo', dict, 'a dict'),
+    ):
+        value = dataset.get(key)
+        if value is None or isinstance(value, kind):
+            continue
+        raise UsageError(f'{key} of a data set must be {what}, not {value!r:.80}.')
+    for name in (dataset.get('data_prefix') or {}).values():
+        if not isinstance(name, str):
+            raise UsageError(f'data_prefix must hold strings, not {name!r:.80}.')
 
 
 def _needed(dataset: dict) -> Iterator[Path]:

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 
 from mmengine.config import Config
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from torch import Size, nn
+from torch import Tensor, nn
 
 from mmvssm.checkpoints import CheckpointError, convert, trust
+from mmvssm.checkpoints.load import fits
 from mmvssm.checkpoints.read import read_state_dict
 
 from .errors import UsageError, require_file
@@ -43,16 +44,15 @@ def load_weights(model: nn.Module, path: str) -> None:
         state = convert(state).state_dict()
     except CheckpointError:
         pass  # Another family's: its names are the model's, or it is refused.
-    given = {key: value.shape for key, value in state.items()}
     wanted = {
-        key: value.shape
+        key: value
         for key, value in model.state_dict().items()
         if not key.startswith(_OPTIONAL)
     }
-    if any(given.get(key) != shape for key, shape in wanted.items()):
+    if unfit := _unfit(state, wanted):
         raise UsageError(
             f'{path} does not belong to this config:\n'
-            f'{_differences(given, wanted)}\n'
+            f'{_differences(state, wanted, unfit)}\n'
             'Give the config the checkpoint was trained with. (A backbone '
             'alone is a start for training: tools/train.py --pretrained.)'
         )
@@ -62,29 +62,29 @@ def load_weights(model: nn.Module, path: str) -> None:
 
 
 def check_load_from(model: nn.Module, path: str) -> None:
-    """Check that training would start from something of the file.
+    """Check that training would start from the whole backbone of the file.
 
-    Heads may differ, as they do in fine-tuning.
+    Heads may differ, as they do in fine-tuning: those that fit are loaded.
 
     Args:
         model: The segmentor, or a wrapper around it.
         path: What ``load_from`` names, loaded by mmengine later.
 
     Raises:
-        UsageError: No tensor of the backbone would be loaded.
+        UsageError: A tensor of the backbone would be left as it is.
         CheckpointError: The file cannot be read.
     """
     require_file(path, 'checkpoint')
-    given = {key: value.shape for key, value in _read(path).items()}
+    given = _read(path)
     wanted = {
-        key: value.shape
+        key: value
         for key, value in _unwrap(model).state_dict().items()
         if key.startswith('backbone.')
     }
-    if not any(given.get(key) == shape for key, shape in wanted.items()):
+    if unfit := _unfit(given, wanted):
         raise UsageError(
-            f'load_from={path} has nothing for this backbone:\n'
-            f'{_differences(given, wanted)}\n'
+            f'load_from={path} does not have this backbone:\n'
+            f'{_differences(given, wanted, unfit)}\n'
             'A backbone or classifier alone goes to tools/train.py '
             '--pretrained; a published segmentor goes through '
             'tools/convert_checkpoint.py first.'
@@ -117,15 +117,28 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _read(path: str) -> dict:
-    return {
-        key.removeprefix('module.'): value
-        for key, value in read_state_dict(path).items()
-    }
+def _read(path: str) -> dict[str, Tensor]:
+    state = {}
+    for key, value in read_state_dict(path).items():
+        name = key.removeprefix('module.')
+        if name in state:
+            raise CheckpointError(f'{path} has {name} twice, once behind module.')
+        state[name] = value
+    return state
 
 
-def _differences(given: Mapping[str, Size], wanted: Mapping[str, Size]) -> str:
-    unfit = [key for key, shape in wanted.items() if given.get(key) != shape]
+def _unfit(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Names in the model that nothing of the file can be loaded into."""
+    return [
+        key
+        for key, value in wanted.items()
+        if key not in given or not fits(given[key], value)
+    ]
+
+
+def _differences(
+    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], unfit: list[str]
+) -> str:
     total = Counter(key.split('.')[0] for key in wanted)
     bad = Counter(key.split('.')[0] for key in unfit)
     lines = [
@@ -135,8 +148,10 @@ def _differences(given: Mapping[str, Size], wanted: Mapping[str, Size]) -> str:
     left = sum(key not in wanted and not key.startswith(_OPTIONAL) for key in given)
     lines.append(f'    in the file only: {left}')
     key = unfit[0]
-    found = (
-        f'is {tuple(given[key])} in the file' if key in given else 'is not in the file'
-    )
-    lines.append(f'    first misfit: {key} {tuple(wanted[key])} {found}')
+    found = 'is not in the file'
+    if key in given:
+        found = f'is {tuple(given[key].shape)} in the file'
+        if given[key].shape == wanted[key].shape:
+            found = f'holds {given[key].dtype} in the file'
+    lines.append(f'    first misfit: {key} {tuple(wanted[key].shape)} {found}')
     return '\n'.join(lines)
