@@ -264,7 +264,7 @@ def is_plain(value):
 
 def rename(rng, state, key):
     value = state.pop(key)
-    place = rng.randrange(len(key))
+    place = rng.randrange(len(key) + 1)
     new = rng.choice(
         (
             key[:place] + rng.choice('.0189xX_\n/é\0') + key[place + 1 :],
@@ -301,7 +301,7 @@ def reshape(rng, state, key):
             lambda: value.flatten(),
             lambda: value[None],
             lambda: value.reshape(-1, 1, 1, 1),
-            lambda: value.mT if value.ndim > 1 else value[:0],
+            lambda: value.mT if value.ndim > 1 else value.flatten()[:0],
             lambda: value[..., :-1] if value.ndim else value,
             lambda: torch.cat([value, value]) if value.ndim else value,
             lambda: torch.tensor(1.0),

@@ -7,9 +7,8 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 
 import mmvssm  # noqa: F401  makes 'mmvssm::' known
-from mmvssm.backbones.vssm import ARCH_ZOO
 from mmvssm.engine import enable_tta
-from tiny import REPO, write_config
+from tiny import REPO, shrink, write_config
 
 pytest.importorskip('mmseg')
 from mmseg.registry import MODELS
@@ -42,35 +41,6 @@ def scope():
 def build(cfg):
     torch.manual_seed(0)
     return revert_sync_batchnorm(MODELS.build(cfg.model))
-
-
-def shrink(cfg):
-    """One block a map and an eighth or less of the channels.
-
-    The quickstarts are small as they are.
-    """
-    model = cfg.model
-    model.data_preprocessor.size = (64, 96)
-    if not isinstance(model.backbone.arch, str):
-        return cfg
-    if model.backbone.type == 'mmvssm.VSSM':
-        arch = ARCH_ZOO[model.backbone.arch]
-        model.backbone.arch = dict(arch, depths=(1, 1, 1, 1), dims=8)
-        channels = [8 * 2**i for i in model.backbone.out_indices]
-    elif model.backbone.type == 'mmvssm.MLLA':
-        model.backbone.arch = dict(depths=(1, 1, 1, 1), dims=8, num_heads=(1, 2, 2, 4))
-        channels = [8 * 2**i for i in model.backbone.out_indices]
-    else:
-        model.backbone.arch = dict(embed_dims=16, depth=4)
-        model.backbone.out_indices = (0, 1, 2, 3)
-        model.neck['embed_dim' if 'embed_dim' in model.neck else 'channels'] = 16
-        channels = [16] * 4
-    model.decode_head.update(in_channels=channels, channels=16)
-    if model.get('auxiliary_head'):
-        model.auxiliary_head.update(
-            in_channels=channels[model.auxiliary_head.in_index], channels=8
-        )
-    return cfg
 
 
 def batch(cfg, number=2):

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mmvssm.backbones.vssm import ARCH_ZOO
+
 REPO = Path(__file__).parents[1]
 
 _CONFIG = """
@@ -94,3 +96,32 @@ def write_ade(root: Path, train: int = 4, val: int = 2) -> Path:
             classes = rng.integers(0, 4, (8, 10), np.uint8).repeat(8, 0)
             Image.fromarray(classes.repeat(8, 1)).save(labels / f'{i}.png')
     return root
+
+
+def shrink(cfg):
+    """Make a segmentor of one block a map, and an eighth or less of the channels.
+
+    The quickstarts are small as they are.
+    """
+    model = cfg.model
+    model.data_preprocessor.size = (64, 96)
+    if not isinstance(model.backbone.arch, str):
+        return cfg
+    if model.backbone.type == 'mmvssm.VSSM':
+        arch = ARCH_ZOO[model.backbone.arch]
+        model.backbone.arch = dict(arch, depths=(1, 1, 1, 1), dims=8)
+        channels = [8 * 2**i for i in model.backbone.out_indices]
+    elif model.backbone.type == 'mmvssm.MLLA':
+        model.backbone.arch = dict(depths=(1, 1, 1, 1), dims=8, num_heads=(1, 2, 2, 4))
+        channels = [8 * 2**i for i in model.backbone.out_indices]
+    else:
+        model.backbone.arch = dict(embed_dims=16, depth=4)
+        model.backbone.out_indices = (0, 1, 2, 3)
+        model.neck['embed_dim' if 'embed_dim' in model.neck else 'channels'] = 16
+        channels = [16] * 4
+    model.decode_head.update(in_channels=channels, channels=16)
+    if model.get('auxiliary_head'):
+        model.auxiliary_head.update(
+            in_channels=channels[model.auxiliary_head.in_index], channels=8
+        )
+    return cfg

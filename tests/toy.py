@@ -300,16 +300,18 @@ for number, (arguments, variables) in enumerate(json.load(sys.stdin)):
 """
 
 
-def train_each(folder, *runs):
+def train_each(folder, *runs, configs=None):
     """Run ``tools/train.py`` several times, one after the other.
 
-    Each run is (event, options of train.py ...). Returns exit code (minus the
+    Each run is (event, options of train.py ...); each has its config in ``configs``,
+    or all have ``toy_config.py``. Returns exit code (minus the
     signal's number where one killed it) and output of each.
     """
     script = str(REPO / 'tools/train.py')
+    configs = configs or ['toy_config.py'] * len(runs)
     orders = [
-        ([script, 'toy_config.py', *map(str, options)], environment(event))
-        for event, *options in runs
+        ([script, str(config), *map(str, options)], environment(event))
+        for config, (event, *options) in zip(configs, runs)
     ]
     done = subprocess.run(
         [sys.executable, '-c', _RUNS],
