@@ -17,12 +17,18 @@ import numpy as np
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS, MODELS
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import (
+    DATA_SAMPLERS,
+    DATASETS,
+    HOOKS,
+    MODELS,
+    OPTIM_WRAPPERS,
+)
 from torch import nn
 from torch.utils.data import BatchSampler
 
 from mmvssm.engine import PreemptionHook
-
 from tiny import REPO, write_ade, write_config
 
 _CONFIG = """
@@ -115,6 +121,21 @@ class ToyModel(BaseModel):
         return [dict(value=float(v.mean())) for v in x]
 
 
+@OPTIM_WRAPPERS.register_module()
+class ToyAmpOptimWrapper(AmpOptimWrapper):
+    """mmengine's own, which refuses to be made without a GPU, on the CPU.
+
+    The scale grows every seven steps.
+    """
+
+    def __init__(self, **options):
+        OptimWrapper.__init__(self, **options)
+        self.loss_scaler = torch.amp.GradScaler(
+            'cpu', init_scale=2.0**121, growth_interval=7
+        )
+        self._scale_update_param, self.cast_dtype = None, torch.bfloat16
+
+
 def _register_metric():
     from mmengine.evaluator import BaseMetric
     from mmengine.registry import METRICS
@@ -143,7 +164,8 @@ class ToyEvent(Hook):
     ``replace@N``: it is killed in the N-th such call, which are those of
     saving; ``after-replace@N``: right after it. ``full@N``: from iteration N
     on no checkpoint fits on the disk; ``full2@N``: for two iterations.
-    ``nan@N``: an image of iteration N is not finite; ``weight@N``: a weight.
+    ``nan@N``: an image of iteration N is not finite; ``weight@N``: a weight;
+    ``module:NAME@N``: what that module gives.
     ``validation@N``: it is killed as the one after iteration N begins.
     ``hold@N``: iteration N lasts until the training is told to stop. ``lose@N``: in
     iteration N rank 1 is killed, and no other goes on. With TOY_RANK only in that
@@ -157,7 +179,7 @@ class ToyEvent(Hook):
         rank = os.environ.get('TOY_RANK', os.environ.get('RANK', '0'))
         if rank != os.environ.get('RANK', '0'):
             what = 'none'
-        self.what, self.number = what, int(number)
+        self.what, self.number, self.broken = what, int(number), None
         name = what.removeprefix('after-')
         if name in ('fsync', 'replace'):
             self.calls, self.inner = 0, getattr(os, name)
@@ -193,6 +215,9 @@ class ToyEvent(Hook):
             wait(lambda: False)
         elif self.what == 'nan':
             data_batch['inputs'][1][0, 0, 0] = float('nan')
+        elif self.what.startswith('module:'):
+            module = runner.model.get_submodule(self.what.removeprefix('module:'))
+            self.broken = module.register_forward_hook(lambda _, args, out: out / 0)
         elif self.what == 'weight':
             model = getattr(runner.model, 'module', runner.model)
             model.norm.weight.data[0] = float('inf')
@@ -205,6 +230,10 @@ class ToyEvent(Hook):
         if 'MASTER_PORT' in os.environ:
             path = Path(runner.work_dir, f'port_{runner.rank}')
             path.write_text(os.environ['MASTER_PORT'])
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == self.number and self.broken is not None:
+            self.broken.remove()
 
     def after_train(self, runner):
         if runner.rank == 0 and self.what != 'full':

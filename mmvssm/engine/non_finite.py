@@ -8,8 +8,10 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.batchnorm import _NormBase
 
+from mmvssm.ops.checks import NaNInputError
 from mmvssm.registry import HOOKS
 
 from .errors import UsageError
@@ -37,6 +39,10 @@ class NonFiniteLossHook(Hook):
 
     A skipped batch leaves the running statistics of norms as they were, too.
 
+    On the CPU the scans refuse NaN before there is a loss; that counts as one.
+    Where processes exchange something within the forward pass (SyncBN, FSDP) such
+    a batch cannot be skipped: the others are waiting for the rest of it.
+
     Args:
         max_skipped: Skip so many such batches of a training, with a warning
             each, before stopping.
@@ -60,6 +66,23 @@ class NonFiniteLossHook(Hook):
                 update(loss, *args, **kwargs)
 
         runner.optim_wrapper.update_params = update_if_finite
+        step = runner.model.train_step
+
+        def step_if_finite(*args, **kwargs) -> dict[str, torch.Tensor]:
+            try:
+                return step(*args, **kwargs)
+            except NaNInputError as error:
+                loss = torch.tensor(float('nan'))
+                if self.ranks.group and _waits_in_forward(runner.model):
+                    message = self._message(runner, f'{error}; {self._images()}')
+                    # What ends a tool is printed by rank 0 alone.
+                    runner.logger.error(message)
+                    raise NonFiniteLossError(message) from None
+                self.ranks.any(True)
+                self._refuse(runner, loss)
+                return dict(loss=loss)
+
+        runner.model.train_step = step_if_finite
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
@@ -75,18 +98,19 @@ class NonFiniteLossHook(Hook):
         ]
 
     def _refuse(self, runner: Runner, loss: torch.Tensor) -> None:
-        mine = ''
+        mine, culprit = '', ''
+        affected = not bool(torch.isfinite(loss).all())
         with whole_weights(runner.model):
-            if not bool(torch.isfinite(loss).all()):
-                images = ', '.join(image_paths(self.batch)) or 'unknown images'
+            if affected or _waits_in_forward(runner.model):
                 culprit = self._culprit(runner)
-                mine = f'loss {float(loss.detach())} for {images}; {culprit}'
+        if affected:
+            mine = f'loss {float(loss.detach())} for {self._images()}; {culprit}'
         reports = '; '.join(
             f'rank {rank}: {text}' if self.ranks.group else text
             for rank, text in enumerate(self.ranks.gather(mine))
             if text
         )
-        message = f'loss not finite in iteration {runner.iter + 1}: {reports}'
+        message = self._message(runner, reports)
         info = runner.message_hub.runtime_info
         skipped = info.get('skipped_batches', 0) + 1
         if skipped <= self.max_skipped:
@@ -102,6 +126,12 @@ class NonFiniteLossHook(Hook):
             'skip such batches: NonFiniteLossHook(max_skipped=N). Often a lower '
             'learning rate, gradient clipping or --amp bfloat16 helps.'
         )
+
+    def _message(self, runner: Runner, reports: str) -> str:
+        return f'loss not finite in iteration {runner.iter + 1}: {reports}'
+
+    def _images(self) -> str:
+        return ', '.join(image_paths(self.batch)) or 'unknown images'
 
     def _culprit(self, runner: Runner) -> str:
         """Where the batch first leaves the finite numbers, in words."""
@@ -121,6 +151,14 @@ class NonFiniteLossHook(Hook):
         if found is None:
             return 'every module is finite, the loss function is not'
         return f'first in {found}'
+
+
+def _waits_in_forward(model: nn.Module) -> bool:
+    """Whether processes wait for each other within the forward pass."""
+    return any(
+        isinstance(module, (nn.SyncBatchNorm, FullyShardedDataParallel))
+        for module in model.modules()
+    )
 
 
 def first_non_finite(model: nn.Module, batch: Any) -> str | None:
@@ -157,6 +195,9 @@ def first_non_finite(model: nn.Module, batch: Any) -> str | None:
             model(**data, mode='loss')
         else:
             model(*data, mode='loss')
+    except NaNInputError as error:
+        if not found:
+            found.append(f'what goes into an op ({error})')
     finally:
         for handle in handles:
             handle.remove()

@@ -2,10 +2,18 @@
 
 import re
 
+import pytest
 import torch
 
 from mmvssm.engine.non_finite import first_non_finite
-from toy import ToyModel, final_weights, train_each, train_ranks, write_toy
+from toy import (
+    ToyModel,
+    final_weights,
+    train_each,
+    train_ranks,
+    write_toy,
+    write_vmamba,
+)
 
 SKIP = 'custom_hooks[2].update(max_skipped=1)\n'
 
@@ -52,3 +60,28 @@ def test_first_module_is_the_innermost_and_statistics_stay():
     mean = model.norm.running_mean.clone()
     assert first_non_finite(model, batch) == 'drop (Dropout)'
     assert torch.equal(model.norm.running_mean, mean)
+
+
+def test_in_the_training_of_a_segmentor(tmp_path):
+    pytest.importorskip('mmseg')
+    write_vmamba(tmp_path, iters=6, interval=2)
+    event = 'module:backbone.layers.2.blocks.0.norm2@4'
+    skip = ('--cfg-options', 'default_hooks.non_finite.max_skipped=1')
+    stopped, skipped = train_each(
+        tmp_path, (event, '--work-dir', 'stop'), (event, '--work-dir', 'skip', *skip)
+    )
+    images = rf'{tmp_path}/ade/images/training/\d\.jpg'
+    said = (
+        rf'loss not finite in iteration 4: loss nan for {images}, {images}; '
+        r'first in backbone\.layers\.2\.blocks\.0\.norm2 \(LayerNorm2d\)'
+    )
+    assert stopped[0] == 2
+    assert re.search(
+        rf'error: {said}\. The last checkpoint is \S+/iter_2\.pth', stopped[1]
+    )
+    state = torch.load(tmp_path / 'stop/iter_2.pth')['state_dict']
+    assert all(value.isfinite().all() for value in state.values())
+    assert skipped[0] == 0, skipped[1]
+    assert re.search(rf'{said}\. Skipped \(1 of at most 1\)', skipped[1])
+    final = final_weights(tmp_path, 'skip')
+    assert all(value.isfinite().all() for value in final.values())

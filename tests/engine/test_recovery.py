@@ -72,6 +72,21 @@ def test_last_validation_that_was_cut_off_is_done_on_resuming(more, tmp_path):
     assert '(train)' not in results[1][1]
 
 
+def test_scale_of_gradients_goes_on_where_it_was(tmp_path):
+    write_toy(tmp_path, "optim_wrapper.update(type='ToyAmpOptimWrapper')\n", ITERS)
+    results = train_each(tmp_path, WHOLE, ('SIGKILL@18', *RESUME), ('', *RESUME))
+    assert [code for code, _ in results] == [0, -9, 0], results[-1][1]
+    assert same_bits(final_weights(tmp_path), final_weights(tmp_path, 'whole'))
+
+    def scaler(file):
+        return torch.load(tmp_path / file)['optimizer']['loss_scaler']
+
+    assert scaler('out/iter_30.pth') == scaler('whole/iter_30.pth')
+    # It grew, and its counter stood between two such steps.
+    assert scaler('out/iter_25.pth')['_growth_tracker']
+    assert scaler('out/iter_25.pth')['scale'] > 2.0**121
+
+
 def test_validation_that_was_cut_off_is_done_on_resuming(tmp_path):
     write_toy(tmp_path, iters=20)
     # The third file moved into place is that of iteration 15, right before it.
