@@ -107,6 +107,11 @@ def check_training_state(path: str | Path) -> None:
             f'{path} holds no state of a training ({", ".join(absent)} missing); '
             'start from its weights instead: --cfg-options load_from=PATH'
         )
+    parts = [content[key] for key in _NEEDED]
+    if not all(isinstance(part, dict) for part in parts) or not all(
+        isinstance(content['meta'].get(key), int) for key in ('epoch', 'iter')
+    ):
+        raise CheckpointError(f'{path} holds no training as mmengine saves it')
 
 
 def newest_training_state(

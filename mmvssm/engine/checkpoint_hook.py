@@ -23,6 +23,7 @@ from .checkpoint_files import (
 )
 from .epoch_loop import ResumableEpochLoop
 from .rng import BatchSeeds, get_rng_state, isolate_loader, set_rng_state
+from .weights import check_resumed
 
 
 @HOOKS.register_module()
@@ -76,9 +77,18 @@ class SafeCheckpointHook(CheckpointHook):
             _on_main(lambda: check_training_state(runner._load_from))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Keep the states of the generators until training starts."""
+        """Refuse another model's; keep the generators' states until training starts.
+
+        Raises:
+            UsageError: To resume from a checkpoint of another model.
+        """
+        if not runner._resume:
+            return
+        # A strategy, such as FSDP's, has the weights in other pieces.
+        if not hasattr(runner, 'strategy'):
+            check_resumed(runner.model, checkpoint['state_dict'])
         states = checkpoint.get('rng')
-        if not runner._resume or states is None:
+        if states is None:
             return
         if len(states) == runner.world_size:
             self._rng_to_restore = states[runner.rank]

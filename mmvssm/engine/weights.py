@@ -91,6 +91,26 @@ def check_load_from(model: nn.Module, path: str) -> None:
         )
 
 
+def check_resumed(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Check that a training would go on with the weights it had.
+
+    Args:
+        model: What is to be trained, or a wrapper around it.
+        state: The ``state_dict`` of the checkpoint, loaded by mmengine later.
+
+    Raises:
+        UsageError: It lacks some, or has them in another shape.
+    """
+    wanted = _unwrap(model).state_dict()
+    if unfit := _unfit(state, wanted):
+        raise UsageError(
+            'the checkpoint to resume from is of another model:\n'
+            f'{_differences(state, wanted, unfit)}\n'
+            'Give the config it was trained with, or start from its weights: '
+            '--cfg-options load_from=PATH, without --resume.'
+        )
+
+
 def trust_checkpoints(cfg: Config) -> None:
     """Let the checkpoints that a training starts from run the code they hold.
 

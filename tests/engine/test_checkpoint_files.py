@@ -10,7 +10,13 @@ from mmvssm.engine import checkpoint_files as files
 
 
 def save(path, age, keys=('meta', 'state_dict', 'message_hub', 'optimizer')):
-    torch.save(dict.fromkeys(keys, torch.ones(50)), path)
+    content = dict(
+        meta=dict(epoch=0, iter=7),
+        state_dict=dict(weight=torch.ones(50)),
+        message_hub={},
+        optimizer={},
+    )
+    torch.save({key: content[key] for key in keys}, path)
     os.utime(path, (1000 - age, 1000 - age))
 
 
@@ -83,3 +89,13 @@ def test_what_cannot_be_read_is_named_and_passed_over(tmp_path):
     (tmp_path / 'iter_10.pth').unlink()
     with pytest.raises(CheckpointError, match='none of the 3 checkpoints'):
         newest(tmp_path)
+
+
+@pytest.mark.parametrize('part', ['meta', 'state_dict', 'message_hub', 'optimizer'])
+def test_parts_of_a_wrong_kind_are_no_state_of_a_training(tmp_path, part):
+    save(tmp_path / 'iter_7.pth', age=0)
+    content = torch.load(tmp_path / 'iter_7.pth')
+    content[part] = torch.ones(2)
+    torch.save(content, tmp_path / 'iter_7.pth')
+    with pytest.raises(CheckpointError, match='no training as mmengine saves it'):
+        files.check_training_state(tmp_path / 'iter_7.pth')

@@ -4,6 +4,7 @@ from torch import nn
 
 from mmvssm.checkpoints import CheckpointError
 from mmvssm.engine import UsageError, check_load_from, load_weights
+from mmvssm.engine.weights import check_resumed
 
 
 class Segmentor(nn.Module):
@@ -102,3 +103,34 @@ def test_not_a_checkpoint(path):
         file.write(b'PK' + bytes(100))
     with pytest.raises(CheckpointError):
         load_weights(Segmentor(), path)
+
+
+def test_start_from_a_part_of_the_backbone_is_refused(path):
+    state = Segmentor().state_dict()
+    state['backbone.1.renamed'] = state.pop('backbone.1.running_mean')
+    torch.save(state, path)
+    with pytest.raises(UsageError, match='6 of 7 tensors match'):
+        check_load_from(Segmentor(), path)
+
+
+def test_numbers_of_another_kind_are_refused(path):
+    state = Segmentor().state_dict()
+    state['decode_head.bias'] = state['decode_head.bias'].long()
+    torch.save(state, path)
+    with pytest.raises(UsageError, match=r'decode_head\.bias .* holds torch\.int64'):
+        load_weights(Segmentor(), path)
+
+
+def test_weights_once_bare_and_once_wrapped_are_refused(path):
+    state = Segmentor().state_dict()
+    state['module.decode_head.bias'] = state['decode_head.bias'] + 1
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match='decode_head.bias twice'):
+        load_weights(Segmentor(), path)
+
+
+def test_resuming_from_another_model_is_refused():
+    state = Segmentor(19).state_dict()
+    check_resumed(Segmentor(19), state)
+    with pytest.raises(UsageError, match='of another model'):
+        check_resumed(Segmentor(), state)
