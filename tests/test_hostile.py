@@ -160,6 +160,7 @@ def test_config_inside_a_checkpoint_does_not_run(trace):
     write_config(trace.parent / 'one.py', trace.parent / 'ade')
     cfg = Config.fromfile('one.py')
     cfg.update(work_dir='first', launcher='none')
+    cfg.update(val_dataloader=None, val_cfg=None, val_evaluator=None)
     cfg.train_cfg.max_iters = 1
     warnings.simplefilter('ignore')
     Runner.from_cfg(cfg).train()
