@@ -23,6 +23,7 @@ from .checkpoint_files import (
 )
 from .epoch_loop import ResumableEpochLoop
 from .rng import BatchSeeds, get_rng_state, isolate_loader, set_rng_state
+from .sharding import whole_state_dict
 from .weights import check_resumed
 
 
@@ -84,9 +85,7 @@ class SafeCheckpointHook(CheckpointHook):
         """
         if not runner._resume:
             return
-        # A strategy, such as FSDP's, has the weights in other pieces.
-        if not hasattr(runner, 'strategy'):
-            check_resumed(runner.model, checkpoint['state_dict'])
+        check_resumed(whole_state_dict(runner), checkpoint['state_dict'])
         states = checkpoint.get('rng')
         if states is None:
             return

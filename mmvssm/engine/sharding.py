@@ -13,6 +13,7 @@ from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.fileio import join_path
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.optim import BaseOptimWrapper, build_optim_wrapper
 from mmengine.runner import FlexibleRunner, Runner, save_checkpoint
 from torch import nn
@@ -146,6 +147,9 @@ class FSDPStrategy(MMEngineFSDPStrategy):
       processes.
     - Clipping of gradients goes by the norm of the whole gradient.
 
+    Attributes:
+        whole_state: State dict of the model before it was sharded, without its data.
+
     Args:
         model_wrapper: Arguments of mmengine's ``MMFullyShardedDataParallel``. By
             default ``auto_wrap_policy`` makes a unit of each block of the backbone.
@@ -185,6 +189,7 @@ class FSDPStrategy(MMEngineFSDPStrategy):
         return super().prepare(model, optim_wrapper=optim_wrapper, **kwargs)
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
+        self.whole_state = {k: v.to('meta') for k, v in model.state_dict().items()}
         if 'auto_wrap_policy' not in self.model_wrapper:
             self.model_wrapper['auto_wrap_policy'] = _units(find_blocks(model))
         return super()._wrap_model(self.convert_model(model))
@@ -291,6 +296,16 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
         finally:
             for unit in units:
                 del unit.forward
+
+
+def whole_state_dict(runner: 'Runner | ShardedRunner') -> dict[str, torch.Tensor]:
+    """State dict of the runner's model; of a sharded one shapes and dtypes alone."""
+    if isinstance(runner, ShardedRunner):
+        return runner.strategy.whole_state
+    model = runner.model
+    while is_model_wrapper(model):
+        model = model.module
+    return model.state_dict()
 
 
 def plain_name(name: str) -> str:

@@ -91,17 +91,17 @@ def check_load_from(model: nn.Module, path: str) -> None:
         )
 
 
-def check_resumed(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def check_resumed(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Check that a training would go on with the weights it had.
 
     Args:
-        model: What is to be trained, or a wrapper around it.
+        wanted: State dict of the whole model to be trained; tensors without data will
+            do.
         state: The ``state_dict`` of the checkpoint, loaded by mmengine later.
 
     Raises:
         UsageError: It lacks some, or has them in another shape.
     """
-    wanted = _unwrap(model).state_dict()
     if unfit := _unfit(state, wanted):
         raise UsageError(
             'the checkpoint to resume from is of another model:\n'

@@ -189,6 +189,16 @@ def work(tmp_path_factory):
     return work
 
 
+def test_resuming_from_another_model_is_refused(work):
+    (work / 'other').mkdir()
+    checkpoint = state(work, 'fsdp', 3)
+    del checkpoint['state_dict']['backbone.layers.3.norm.weight']
+    torch.save(checkpoint, work / 'other/iter_3.pth')
+    ((codes, log),) = train(work, ('mambar_l_fsdp', 'other', {}))
+    assert codes == (2, 2)
+    assert 'backbone.layers.3.norm.weight' in log and 'of another model' in log
+
+
 @pytest.fixture
 def cfg(work, monkeypatch):
     monkeypatch.syspath_prepend(str(work))

@@ -131,6 +131,6 @@ def test_weights_once_bare_and_once_wrapped_are_refused(path):
 
 def test_resuming_from_another_model_is_refused():
     state = Segmentor(19).state_dict()
-    check_resumed(Segmentor(19), state)
+    check_resumed(Segmentor(19).state_dict(), state)
     with pytest.raises(UsageError, match='of another model'):
-        check_resumed(Segmentor(), state)
+        check_resumed(Segmentor().state_dict(), state)
