@@ -15,6 +15,7 @@ import torch
 
 from mmvssm.ops import mamba_ssm
 from mmvssm.ops.cpu import library
+from mmvssm.ops.cuda import library as cuda_library
 from mmvssm.ops.triton import runtime
 
 ENV_VARIABLE = 'MMVSSM_SCAN_BACKEND'
@@ -94,6 +95,16 @@ _BACKENDS = {
             dtypes=(torch.float32, torch.bfloat16, torch.float16),
             states=range(1, 257),
             # Checked in the interpreter, but not yet run on a GPU.
+            automatic=False,
+        ),
+        Backend(
+            'cuda',
+            'own CUDA kernels',
+            unavailable=cuda_library.unavailable,
+            devices=('cuda',),
+            dtypes=(torch.float32, torch.bfloat16, torch.float16),
+            states=range(1, 257),
+            # Checked on the CPU, but not yet run on a GPU.
             automatic=False,
         ),
         Backend(

@@ -1,5 +1,15 @@
+import dataclasses
+
 import pytest
 import torch
+
+from mmvssm.ops import backends
+import os
+
+if "MMVSSM_CUDA_LIBRARY" in os.environ:
+    # The backend 'cuda' is one of those for tensors on the CPU, see test_cuda.py.
+    emulated = dataclasses.replace(backends._BACKENDS['cuda'], devices=('cpu',))
+    backends._BACKENDS['cuda'] = emulated
 
 
 @pytest.fixture(autouse=True)

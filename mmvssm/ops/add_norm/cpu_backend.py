@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops.cpu import library
-from mmvssm.ops.cpu.library import Array, NormProblem, pointer
+from mmvssm.ops.cpu.library import Array, NormProblem
+from mmvssm.ops.structures import pointer
 
 DTYPES = (torch.float32, torch.bfloat16)
 

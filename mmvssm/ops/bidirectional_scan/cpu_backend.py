@@ -19,10 +19,10 @@ from mmvssm.ops.cpu.library import (
     GateProblem,
     ScanPair,
     ScanProblem,
-    pointer,
 )
 from mmvssm.ops.linear.product import product
 from mmvssm.ops.selective_scan.cpu_backend import saved_states_shape
+from mmvssm.ops.structures import pointer
 
 # Of sequences and projections.
 DTYPES = (torch.float32, torch.bfloat16)

@@ -18,44 +18,35 @@ from collections.abc import Iterator
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from mmvssm.ops import structures
+from mmvssm.ops.structures import structure
 
 ISA_VARIABLE = 'MMVSSM_CPU_ISA'
 LIBRARY_VARIABLE = 'MMVSSM_CPU_LIBRARY'
 # By their numbers in entry.cpp.
 _ISAS = ('baseline', 'avx2', 'avx512')
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _DONE, _FOUND_NAN, _OUT_OF_MEMORY = range(3)
 _forced: list[str] = []
 
 
-class Array(ctypes.Structure):
+class Array(structures.Array):
     """A tensor of up to four axes, as in problem.h."""
 
-    _fields_ = [('data', c_void_p), ('dtype', c_int64), ('stride', c_int64 * 4)]
-
-    @classmethod
-    def of(cls, x: Tensor | None) -> 'Array':
-        """The array of a tensor, all zeros for None."""
-        if x is None:
-            return cls()
-        return cls(x.data_ptr(), _DTYPES[x.dtype], x.stride())
+    dtypes: ClassVar[dict[torch.dtype, int]] = {torch.float32: 0, torch.bfloat16: 1}
 
     @classmethod
     def from_end(cls, x: Tensor) -> 'Array':
         """The array of a tensor with its last axis running backwards."""
         last = x[..., -1]
-        return cls(last.data_ptr(), _DTYPES[x.dtype], (*last.stride(), -x.stride(-1)))
+        return cls(last.data_ptr(), cls.dtypes[x.dtype], (*last.stride(), -x.stride(-1)))
 
 
-def _structure(name: str, *fields: tuple[type, str]) -> type[ctypes.Structure]:
-    pairs = [(field, kind) for kind, names in fields for field in names.split()]
-    return type(name, (ctypes.Structure,), {'_fields_': pairs})
-
-
-ScanProblem = _structure(
+ScanProblem = structure(
     'ScanProblem',
     (c_int64, 'batch channels length states groups softplus'),
     (Array, 'u delta z B C'),
@@ -67,7 +58,7 @@ ScanProblem = _structure(
     (Array, 'grad_u grad_delta grad_z'),
     (c_void_p, 'grad_B grad_C grad_A grad_D grad_bias'),
 )
-Ss2dProblem = _structure(
+Ss2dProblem = structure(
     'Ss2dProblem',
     (c_int64, 'batch channels height width states rank'),
     (c_void_p, 'x projected'),
@@ -75,26 +66,26 @@ Ss2dProblem = _structure(
     (c_void_p, 'dt_weight dt_bias A D out saved grad_out grad_x grad_projected'),
     (c_void_p, 'grad_dt_weight grad_dt_bias grad_A grad_D'),
 )
-ScanPair = _structure('ScanPair', (ScanProblem * 2, 'ways'))
-ConvWay = _structure(
+ScanPair = structure('ScanPair', (ScanProblem * 2, 'ways'))
+ConvWay = structure(
     'ConvWay',
     (c_void_p, 'weight bias'),
     (Array, 'out grad_scan grad_rest'),
     (c_void_p, 'grad_weight grad_bias'),
 )
-ConvProblem = _structure(
+ConvProblem = structure(
     'ConvProblem',
     (c_int64, 'batch channels length taps'),
     (Array, 'x grad_x'),
     (ConvWay * 2, 'ways'),
 )
-GateProblem = _structure(
+GateProblem = structure(
     'GateProblem',
     (c_int64, 'batch channels length'),
     (c_float, 'scale'),
     (Array, 'y y_from_end z out grad_out grad_y grad_z'),
 )
-NormProblem = _structure(
+NormProblem = structure(
     'NormProblem',
     (c_int64, 'rows channels'),
     (c_float, 'eps'),
@@ -103,11 +94,6 @@ NormProblem = _structure(
     (Array, 'grad_out grad_total grad_x grad_residual'),
     (c_void_p, 'grad_weight'),
 )
-
-
-def pointer(x: Tensor | None) -> int | None:
-    """Address of a tensor's memory, None for None."""
-    return None if x is None else x.data_ptr()
 
 
 @cache

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops.cpu import library
-from mmvssm.ops.cpu.library import Array, ScanProblem, pointer
+from mmvssm.ops.cpu.library import Array, ScanProblem
+from mmvssm.ops.gradients import like_inputs
+from mmvssm.ops.structures import pointer
 
 
 def saved_states_shape(
@@ -135,13 +137,4 @@ def backward(
         grad_z,
         grad_bias.sum(0),
     )
-    return tuple(
-        None if x is None else _like(grad, x) for grad, x in zip(found, inputs)
-    )
-
-
-def _like(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient with x's dtype and strides."""
-    if grad.dtype == x.dtype and grad.stride() == x.stride():
-        return grad
-    return torch.empty_like(x).copy_(grad)
+    return like_inputs(found, inputs)

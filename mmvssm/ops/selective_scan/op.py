@@ -7,6 +7,7 @@ from mmvssm.ops import autocast, checks, direct
 from mmvssm.ops.backends import choose_backend
 from mmvssm.ops.selective_scan import (
     cpu_backend,
+    cuda_backend,
     mamba_ssm_backend,
     torch_backend,
     triton_backend,
@@ -18,6 +19,7 @@ from mmvssm.ops.selective_scan.reference import selective_scan_reference
 _IMPLEMENTATIONS = {
     'cpu': cpu_backend,
     'triton': triton_backend,
+    'cuda': cuda_backend,
     'mamba_ssm': mamba_ssm_backend,
     'torch': torch_backend,
 }

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops.cpu import library
-from mmvssm.ops.cpu.library import Ss2dProblem, pointer
+from mmvssm.ops.cpu.library import Ss2dProblem
 from mmvssm.ops.cross_scan import NUM_ROUTES
+from mmvssm.ops.structures import pointer
 
 
 def saved_states_shape(

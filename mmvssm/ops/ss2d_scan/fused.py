@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import autocast, checks, direct
-from mmvssm.ops.ss2d_scan import cpu_backend, triton_backend
+from mmvssm.ops.ss2d_scan import cpu_backend, cuda_backend, triton_backend
 from mmvssm.ops.ss2d_scan.project import project_map
 
-_IMPLEMENTATIONS = {'cpu': cpu_backend, 'triton': triton_backend}
+_IMPLEMENTATIONS = {
+    'cpu': cpu_backend,
+    'triton': triton_backend,
+    'cuda': cuda_backend,
+}
 _NAMES = ('x', 'the projections of x', 'dt_projs_weight', 'dt_projs_bias', 'A', 'Ds')
 
 

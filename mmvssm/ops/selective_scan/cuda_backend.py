@@ -1,0 +1,277 @@
+"""The selective scan by own CUDA kernels, forward and backward.
+
+As the Triton backend does it: the states before every chunk of positions are
+kept for the backward pass, which recomputes the rest; where batch and channels
+alone would leave most of a GPU idle, the sequence is cut into stretches that
+run side by side; sums are made of parts that are added in a fixed order, so the
+same inputs give the same bits. See ``mmvssm/ops/cuda/`` for the kernels.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mmvssm.ops import checks
+from mmvssm.ops.cuda import library
+from mmvssm.ops.cuda.library import CHUNK, ScanProblem
+from mmvssm.ops.gradients import like_inputs
+from mmvssm.ops.structures import Array, pointer
+
+# A sequence is cut until there are so many blocks, if that leaves each stretch
+# so many positions.
+_BLOCKS = 512
+_SHORTEST_STRETCH = 128
+
+
+def saved_states_shape(
+    batch: int, length: int, states: int, channels: int
+) -> tuple[int, int, int, int]:
+    """Shape of what forward keeps: the state before each chunk but the first."""
+    return (-(-length // CHUNK) - 1, batch, channels, states)
+
+
+def _parameter(x: Tensor | None) -> Tensor | None:
+    """The tensor as contiguous float32."""
+    return None if x is None else x.float().contiguous()
+
+
+@dataclass
+class Scan:
+    """Inputs of a scan along one route of a map.
+
+    Attributes:
+        u: (B, D, L), in the order of the image.
+        A: (D, N).
+        B, C: (B, G, N, L).
+        delta: (B, D, L), or None with features.
+        D, bias: (D,) or None.
+        z: (B, D, L) or None.
+        features: (B, R, L), low-rank steps, or None with delta.
+        weight: Of the features (D, R).
+        softplus: Whether steps go through softplus.
+        width: Of the map, the length for a plain sequence.
+        route: The order of the positions, see ``problem.h``.
+    """
+
+    u: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    delta: Tensor | None = None
+    D: Tensor | None = None
+    z: Tensor | None = None
+    bias: Tensor | None = None
+    features: Tensor | None = None
+    weight: Tensor | None = None
+    softplus: bool = True
+    width: int = 0
+    route: int = 0
+    _kept: list[Tensor] = field(default_factory=list)
+
+    def problem(self, function: str) -> ScanProblem:
+        """What the kernels are told of the inputs.
+
+        Raises:
+            ValueError: There are more states, positions, channels or batch elements
+                than the kernels can count.
+        """
+        batch, channels, length = self.u.shape
+        groups, states = self.B.shape[1:3]
+        sizes = dict(batch=batch, channels=channels, length=length)
+        for name, size in sizes.items():
+            if size >= 2**31:
+                raise ValueError(f"{name} is {size}; the backend 'cuda' counts to 2^31")
+        if states > library.MAX_STATES:
+            raise ValueError(
+                f"A has {states} states; the backend 'cuda' takes "
+                f'{library.MAX_STATES} at most'
+            )
+        group_size = channels // groups
+        tile = library.tile(function, states, group_size)
+        blocks = batch * groups * -(-group_size // tile)
+        stretches = max(1, min(-(-_BLOCKS // blocks), length // _SHORTEST_STRETCH))
+        stretch_length = -(-length // (stretches * CHUNK)) * CHUNK
+        problem = ScanProblem(
+            device=self.u.device.index or 0,
+            **dict(batch=batch, groups=groups, group_size=group_size, length=length),
+            width=self.width or length,
+            route=self.route,
+            states=states,
+            rank=0 if self.weight is None else self.weight.shape[1],
+            stretches=-(-length // stretch_length),
+            stretch_length=stretch_length,
+            softplus=self.softplus,
+            tile=tile,
+        )
+        for name in ('u', 'delta', 'z', 'features', 'B', 'C'):
+            setattr(problem, name, self._array(getattr(self, name)))
+        for name in ('weight', 'A', 'D', 'bias'):
+            setattr(problem, name, self._pointer(_parameter(getattr(self, name))))
+        if problem.stretches > 1:
+            problem.edges = self._pointer(self.of_stretches(problem, states))
+            problem.steps = self._pointer(self.of_stretches(problem))
+        return problem
+
+    def of_stretches(self, problem: ScanProblem, *states: int) -> Tensor:
+        """Memory for numbers of every stretch and channel, (stretches, B, D)."""
+        shape = (problem.stretches, *self.u.shape[:2], *states)
+        return self.u.new_empty(shape, dtype=torch.float32)
+
+    def keep(self, x: Tensor | None) -> Tensor | None:
+        """The tensor, which lives on until the kernels are on their stream."""
+        if x is not None:
+            self._kept.append(x)
+        return x
+
+    def _pointer(self, x: Tensor | None) -> int | None:
+        return pointer(self.keep(x))
+
+    def _array(self, x: Tensor | None) -> Array:
+        # The kernels multiply positions by 32-bit strides.
+        if x is not None and x.stride(-1) >= 2**31:
+            x = x.contiguous()
+        return Array.of(self.keep(x))
+
+
+def scan_forward(
+    scan: Scan,
+    out: Tensor,
+    last_state: Tensor | None = None,
+    saved: Tensor | None = None,
+    add: bool = False,
+) -> None:
+    """Put the kernels of the forward pass onto the stream.
+
+    Args:
+        scan: The inputs.
+        out: (B, D, L), to be written.
+        last_state: (B, D, N), to be written unless None.
+        saved: See :func:`saved_states_shape`, to be written unless None.
+        add: Add to what is in ``out``.
+    """
+    problem = scan.problem('scan_forward')
+    problem.out = Array.of(out)
+    problem.last_state, problem.saved = pointer(last_state), pointer(saved)
+    problem.add = add
+    library.call('scan_forward', problem, on=out)
+
+
+def scan_backward(
+    scan: Scan,
+    saved: Tensor,
+    grad_out: Tensor,
+    grad_last_state: Tensor | None,
+    rows: tuple[Tensor, Tensor, Tensor | None],
+    add: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Put the kernels of the backward pass onto the stream.
+
+    Args:
+        scan: The inputs, with ``delta``.
+        saved: What the forward pass kept.
+        grad_out: (B, D, L).
+        grad_last_state: (B, D, N), None for zero.
+        rows: Gradients of u, delta and z (B, D, L), to be written.
+        add: Add to what is in the gradient of u.
+
+    Returns:
+        Gradients of A (D, N), B and C (B, G, L, N), D and bias (D,).
+    """
+    problem = scan.problem('scan_backward')
+    batch, _, length = scan.u.shape
+    groups, states = scan.B.shape[1:3]
+    tiles = -(-problem.group_size // problem.tile)
+    grad_B, grad_C = (
+        grad_out.new_empty((tiles, batch, groups, length, states), dtype=torch.float32)
+        for _ in 'BC'
+    )
+    grad_A = scan.of_stretches(problem, states)
+    grad_D, grad_bias = (
+        None if x is None else scan.of_stretches(problem) for x in (scan.D, scan.bias)
+    )
+    grad_last_state = _parameter(grad_last_state)
+    problem.saved, problem.grad_last_state = pointer(saved), pointer(grad_last_state)
+    problem.grad_out = Array.of(grad_out)
+    names = ('grad_u', 'grad_delta', 'grad_z')
+    for name, x in zip(names, rows):
+        setattr(problem, name, Array.of(x))
+    sums = dict(A=grad_A, B=grad_B, C=grad_C, D=grad_D, bias=grad_bias)
+    for name, x in sums.items():
+        setattr(problem, f'grad_{name}', pointer(x))
+    problem.add = add
+    library.call('scan_backward', problem, on=grad_out)
+    stretched = (None if x is None else x.sum((0, 1)) for x in (grad_D, grad_bias))
+    return grad_A.sum((0, 1)), grad_B.sum(0), grad_C.sum(0), *stretched
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    out_dtype: torch.dtype,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L).
+
+    Returns:
+        The output (B, D, L) with u's strides, the last state (B, D, N), with
+        ``keep_states`` the states before the chunks (chunks - 1, B, D, N), and
+        whether there is NaN.
+    """
+    batch, channels, length = u.shape
+    states = A.shape[1]
+    out = torch.empty_like(u, dtype=out_dtype)
+    last_state = u.new_empty(batch, channels, states, dtype=torch.float32)
+    saved = None
+    if keep_states:
+        shape = saved_states_shape(batch, length, states, channels)
+        saved = u.new_empty(shape, dtype=torch.float32)
+    delta, B, C, z = (_native(x) for x in (delta, B, C, z))
+    scan = Scan(u, A, B, C, delta, D, z, delta_bias, softplus=delta_softplus)
+    scan_forward(scan, out, last_state, saved)
+    return out, last_state, saved, checks.has_nan(out, last_state)
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_last_state: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    saved: Tensor,
+    delta_softplus: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of u, delta, A, B, C, D, z and delta_bias.
+
+    Args:
+        grad_out: Gradient of the output (B, D, L), None for zero.
+        grad_last_state: Gradient of the last state (B, D, N), None for zero.
+        saved: The third result of :func:`forward`.
+    """
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    if grad_out is None:
+        grad_out = u.new_zeros(()).expand_as(u)
+    delta, B, C, z = (_native(x) for x in (delta, B, C, z))
+    rows = tuple(None if x is None else torch.empty_like(x) for x in (u, delta, z))
+    scan = Scan(u, A, B, C, delta, D, z, delta_bias, softplus=delta_softplus)
+    sums = scan_backward(scan, saved, grad_out, grad_last_state, rows)
+    grad_A, grad_B, grad_C, grad_D, grad_bias = sums
+    found = (*rows[:2], grad_A, grad_B.mT, grad_C.mT, grad_D, rows[2], grad_bias)
+    return like_inputs(found, inputs)
+
+
+def _native(x: Tensor | None) -> Tensor | None:
+    """The tensor in a dtype that the kernels read."""
+    return x if x is None or x.dtype in Array.dtypes else x.float()

@@ -1,0 +1,131 @@
+"""SS2D's core by own CUDA kernels: one route after the other, in the image's order.
+
+The kernels of the selective scan read the map and the projections along a route
+by index arithmetic and add to the merged map, so there is never an array with
+all four routes, forward or backward. The forward kernels make the step sizes of
+their low-rank form on the way, unless its rank is high. Routes follow one
+another on the device, and each writes every position once: the same inputs give
+the same bits.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mmvssm.ops import checks
+from mmvssm.ops.cross_scan import NUM_ROUTES
+from mmvssm.ops.cuda import library
+from mmvssm.ops.selective_scan import cuda_backend as scan
+from mmvssm.ops.selective_scan.cuda_backend import Scan
+
+
+def saved_states_shape(
+    batch: int, length: int, states: int, channels: int
+) -> tuple[int, ...]:
+    """Shape of what forward keeps: of each route the states before its chunks."""
+    return (NUM_ROUTES, *scan.saved_states_shape(batch, length, states, channels))
+
+
+def _sequence(x: Tensor) -> Tensor:
+    """A map (B, H, W, C) as (B, C, H W) in the order of the image."""
+    return x.flatten(1, 2).mT
+
+
+def _routes(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    low_rank: bool,
+) -> Iterator[tuple[Scan, Tensor]]:
+    """Of every route the inputs of its scan and the low-rank steps (B, L, R)."""
+    rank, states = dt_weight.shape[2], A.shape[1]
+    A, Ds = A.unflatten(0, (NUM_ROUTES, -1)), Ds.unflatten(0, (NUM_ROUTES, -1))
+    pieces = projected.flatten(1, 2).chunk(NUM_ROUTES, dim=2)
+    for k, piece in enumerate(pieces):
+        dt, B, C = piece.split((rank, states, states), dim=2)
+        B, C = B.mT.unsqueeze(1), C.mT.unsqueeze(1)
+        inputs = Scan(
+            *(_sequence(x), A[k], B, C),
+            D=Ds[k],
+            bias=dt_bias[k],
+            width=x.shape[2],
+            route=k,
+        )
+        if low_rank:
+            inputs.features, inputs.weight = dt.mT, dt_weight[k]
+        else:
+            inputs.delta = (dt @ dt_weight[k].T).mT
+        yield inputs, dt
+
+
+def forward(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor | None, bool]:
+    """See :func:`mmvssm.ops.ss2d_scan.fused.ss2d_scan_fused`; all is float32.
+
+    Returns:
+        The merged map (B, H, W, C), with ``keep_states`` the states before the
+        chunks, and whether there is NaN.
+    """
+    batch, height, width, channels = x.shape
+    rank, states = dt_weight.shape[2], A.shape[1]
+    out = torch.empty_like(x)
+    saved = None
+    if keep_states:
+        saved = x.new_empty(saved_states_shape(batch, height * width, states, channels))
+    low_rank = rank <= library.MAX_RANK and states <= library.MAX_RANK_STATES
+    parameters = (projected, dt_weight, dt_bias, A, Ds)
+    for k, (inputs, _) in enumerate(_routes(x, *parameters, low_rank)):
+        kept = None if saved is None else saved[k]
+        scan.scan_forward(inputs, _sequence(out), saved=kept, add=k > 0)
+    return out, saved, checks.has_nan(out)
+
+
+def backward(
+    grad_out: Tensor,
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    saved: Tensor,
+) -> list[Tensor]:
+    """Gradients of the inputs of :func:`forward`, contiguous.
+
+    Args:
+        grad_out: Gradient of the merged map (B, H, W, C), contiguous.
+        saved: The second result of :func:`forward`.
+    """
+    grad_x = torch.empty_like(x)
+    columns, sums = [], []
+    parameters = (projected, dt_weight, dt_bias, A, Ds)
+    for k, (inputs, dt) in enumerate(_routes(x, *parameters, low_rank=False)):
+        grad_delta = torch.empty_like(inputs.delta)
+        grad_A, grad_B, grad_C, grad_D, grad_bias = scan.scan_backward(
+            *(inputs, saved[k], _sequence(grad_out), None),
+            rows=(_sequence(grad_x), grad_delta, None),
+            add=k > 0,
+        )
+        columns += [grad_delta.mT @ dt_weight[k], grad_B[:, 0], grad_C[:, 0]]
+        grad_weight = grad_delta.transpose(0, 1).flatten(1) @ dt.flatten(0, 1)
+        sums.append((grad_weight, grad_bias, grad_A, grad_D))
+    grad_weight, grad_bias, grad_A, grad_D = (torch.stack(s) for s in zip(*sums))
+    return [
+        grad_x,
+        torch.cat(columns, dim=2).view(projected.shape),
+        grad_weight,
+        grad_bias,
+        grad_A.flatten(0, 1),
+        grad_D.flatten(),
+    ]

@@ -1,0 +1,41 @@
+"""Tensors and structures as the compiled kernels take them, through ctypes."""
+
+import ctypes
+from ctypes import c_int64, c_void_p
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Array(ctypes.Structure):
+    """A tensor of up to four axes, as in the kernels' ``problem.h``.
+
+    Attributes:
+        dtypes: Dtypes that the kernels read, and their numbers.
+    """
+
+    _fields_ = [('data', c_void_p), ('dtype', c_int64), ('stride', c_int64 * 4)]
+    dtypes: ClassVar[dict[torch.dtype, int]] = {
+        torch.float32: 0,
+        torch.bfloat16: 1,
+        torch.float16: 2,
+    }
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> 'Array':
+        """The array of a tensor, all zeros for None."""
+        if x is None:
+            return cls()
+        return cls(x.data_ptr(), cls.dtypes[x.dtype], x.stride())
+
+
+def structure(name: str, *fields: tuple[type, str]) -> type[ctypes.Structure]:
+    """A structure by the types of its fields, with the names of each type's."""
+    pairs = [(field, kind) for kind, names in fields for field in names.split()]
+    return type(name, (ctypes.Structure,), {'_fields_': pairs})
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Address of a tensor's memory, None for None."""
+    return None if x is None else x.data_ptr()
