@@ -7,11 +7,16 @@ namespace mmvssm {
 
 // Positions whose states the backward kernel has in registers.
 template <int kStates, int kLanes>
-constexpr int kBackwardPart = kLanes > 8 ? 4 : 8;
+constexpr int kBackwardPart = kLanes > 1 ? 4 : 8;
+
+// As kForwardBlocks.
+template <int kStates, int kLanes>
+constexpr int kBackwardBlocks = kLanes == 1 ? 4 : kLanes == 2 || kStates > 4 ? 3 : 5;
+constexpr int kBackwardEndsBlocks = 8;
 
 // Gradients of the states before the stretches, if nothing came behind them.
 template <int kStates, int kLanes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBackwardEndsBlocks)
     backward_ends_kernel(MMVSSM_PARAMETER ScanProblem p) {
   constexpr int kPart = kBackwardPart<kStates, kLanes>;
   constexpr int kWidth = kStates * kLanes;
@@ -108,8 +113,8 @@ struct WeightGradients {
   static MMVSSM_DEVICE void write(const ScanProblem& p, const Place& place, int count,
                                   const int* positions, const float* sums) {
     const int warps = blockDim.x / kWarp;
-    const int64_t sequence =
-        ((place.tile * p.batch + place.batch) * p.groups + place.group) * p.length;
+    const int64_t row = static_cast<int64_t>(place.tile) * p.batch + place.batch;
+    const int64_t sequence = (row * p.groups + place.group) * p.length;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kPart * 2 * kWidth; i += blockDim.x) {
       const int t = i / (2 * kWidth), which = i / kWidth % 2, n = i % kWidth;
@@ -125,7 +130,7 @@ struct WeightGradients {
 // part the states are computed once more, from the saved state before its chunk,
 // and held in registers.
 template <int kStates, int kLanes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<kStates, kLanes>)
     backward_kernel(MMVSSM_PARAMETER ScanProblem p) {
   constexpr int kPart = kBackwardPart<kStates, kLanes>;
   constexpr int kWidth = kStates * kLanes;
@@ -140,9 +145,6 @@ __global__ void __launch_bounds__(kThreads)
   const Place<kStates, kLanes> place(p);
   const int own = Own::first(place.lane);
   const bool counts = Own::counts(place.lane), gated = p.z.data != nullptr;
-  const Row u(p.u, place), delta(p.delta, place), gate(p.z, place);
-  const Row by_out(p.grad_out, place), by_u(p.grad_u, place);
-  const Row by_delta(p.grad_delta, place), by_gate(p.grad_z, place);
   const float skip = place.parameter(p.D), shift = place.parameter(p.bias);
   float rates[kStates], carry[kStates] = {}, sum_A[kStates] = {};
   float sum_D = 0.0f, sum_bias = 0.0f;
@@ -174,6 +176,7 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();
       count = place.valid ? place.end - first - own : 0;
       read_positions(positions + own, where);
+      const Row u(p.u, place, fresh_zero()), delta(p.delta, place, fresh_zero());
       uint32_t u_bits[kOwn], delta_bits[kOwn];
       fetch(u, where, count, u_bits);
       fetch(delta, where, count, delta_bits);
@@ -193,6 +196,7 @@ __global__ void __launch_bounds__(kThreads)
 
     uint32_t grad_bits[kOwn], gate_bits[kOwn];
     float grad_y[kOwn];
+    const Row by_out(p.grad_out, place, fresh_zero()), gate(p.z, place, fresh_zero());
     fetch(by_out, where, count, grad_bits);
     if (gated) fetch(gate, where, count, gate_bits);
     convert(by_out.dtype, grad_bits, grad_y);
@@ -216,6 +220,7 @@ __global__ void __launch_bounds__(kThreads)
                     (1.0f + z[i] * (1.0f - opened));
         grad_y[i] *= z[i] * opened;
       }
+      const Row by_gate(p.grad_z, place, fresh_zero());
       store(by_gate, where, counts ? count : 0, grad_z);
     }
 
@@ -260,6 +265,8 @@ __global__ void __launch_bounds__(kThreads)
       sum_D += grad_y[i] * x[i];
       sum_bias += i < count ? grad_dt[i] : 0.0f;
     }
+    const Row by_u(p.grad_u, place, fresh_zero());
+    const Row by_delta(p.grad_delta, place, fresh_zero());
     if (p.add) {
       uint32_t bits[kOwn];
       float before[kOwn];

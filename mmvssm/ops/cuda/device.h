@@ -43,6 +43,14 @@ MMVSSM_DEVICE int64_t multiply_wide(int x, int y) {
   return product;
 }
 
+// A zero that the compiler does not know of. What is made of it in a loop is worked
+// out where it is needed, and takes no register between.
+MMVSSM_DEVICE int fresh_zero() {
+  int zero;
+  asm volatile("mov.b32 %0, 0;" : "=r"(zero));
+  return zero;
+}
+
 // The value of a lane among `width` neighbours, and of the one whose number
 // differs in the bits of `mask`. All threads of a warp take part.
 MMVSSM_DEVICE float shuffle(float x, int lane, int width) {

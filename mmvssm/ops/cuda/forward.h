@@ -9,6 +9,15 @@ namespace mmvssm {
 template <int kStates, int kLanes>
 constexpr int kForwardPart = kLanes > 8 ? 16 : kLanes == 1 && kStates > 1 ? 4 : 8;
 
+// Blocks that a multiprocessor has room for. It bounds the registers of a thread: as
+// many blocks as go without spilling (tests/ops/test_cuda_build.py).
+template <int kStates, int kRank>
+constexpr int kForwardBlocks = kRank > 8 && kStates > 1 ? 3
+                               : kRank > 0              ? 4
+                               : kStates > 8            ? 5
+                               : kStates > 1            ? 6
+                                                        : 8;
+
 // Step sizes of own positions from the low-rank features in shared memory.
 template <int kRank, int kOwn>
 MMVSSM_DEVICE void project_steps(const float* features, const float (&weight)[kRank],
@@ -27,7 +36,7 @@ MMVSSM_DEVICE void project_steps(const float* features, const float (&weight)[kR
 // a zero state, and the sum of its steps. With kRank the step sizes are projected
 // from features of that many values, zeros included.
 template <int kStates, int kLanes, int kRank, bool kEnds>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<kStates, kRank>)
     forward_kernel(MMVSSM_PARAMETER ScanProblem p) {
   constexpr int kPart = kForwardPart<kStates, kLanes>;
   constexpr int kWidth = kStates * kLanes;
@@ -41,7 +50,6 @@ __global__ void __launch_bounds__(kThreads)
 
   const Place<kStates, kLanes> place(p);
   const int own = Own::first(place.lane);
-  const Row u(p.u, place), delta(p.delta, place), gate(p.z, place), out(p.out, place);
   const bool gated = p.z.data != nullptr;
   const float skip = place.parameter(p.D), shift = place.parameter(p.bias);
   float rates[kStates], h[kStates] = {}, weight[kFeatures] = {};
@@ -49,7 +57,8 @@ __global__ void __launch_bounds__(kThreads)
   if (!kEnds && p.stretches > 1) place.load(p, p.edges, place.stretch, h);
 #pragma unroll
   for (int r = 0; r < kRank; ++r)
-    if (place.valid && r < p.rank) weight[r] = p.weight[place.channel * p.rank + r];
+    if (place.valid && r < p.rank) 
+      weight[r] = p.weight[static_cast<int64_t>(place.channel) * p.rank + r];
   float total = 0.0f;
 
   for (int first = place.begin; first < place.end; first += kPart) {
@@ -72,6 +81,7 @@ __global__ void __launch_bounds__(kThreads)
     const int count = place.valid ? place.end - first - own : 0;
     int where[kOwn];
     read_positions(positions + own, where);
+    const Row u(p.u, place, fresh_zero()), delta(p.delta, place, fresh_zero());
     uint32_t bits[kOwn], delta_bits[kOwn];
     float x[kOwn], raw[kOwn], dt[kOwn];
     fetch(u, where, count, bits);
@@ -104,7 +114,9 @@ __global__ void __launch_bounds__(kThreads)
       float result[kOwn], more[kOwn];
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) result[i] = y[i] + skip * x[i];
+      const Row out(p.out, place, fresh_zero());
       if (gated) {
+        const Row gate(p.z, place, fresh_zero());
         fetch(gate, where, count, bits);
         convert(gate.dtype, bits, more);
 #pragma unroll

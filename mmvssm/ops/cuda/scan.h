@@ -93,7 +93,7 @@ MMVSSM_DEVICE float sum_lanes(float x) {
 // What a thread works on.
 template <int kStates, int kLanes>
 struct Place {
-  int64_t batch, group, tile, stretch, channel;
+  int batch, group, tile, stretch, channel;
   int lane;    // among those of the channel
   bool valid;  // whether there is such a channel
   int begin, end;
@@ -107,11 +107,11 @@ struct Place {
     index /= tiles;
     group = index % p.groups;
     batch = index / p.groups;
-    const int inside = static_cast<int>(tile) * p.tile + threadIdx.x / kLanes;
+    const int inside = tile * p.tile + threadIdx.x / kLanes;
     valid = inside < p.group_size;
     channel = group * p.group_size + inside;
     lane = threadIdx.x % kLanes;
-    begin = static_cast<int>(stretch) * p.stretch_length;
+    begin = stretch * p.stretch_length;
     end = p.length - begin < p.stretch_length ? p.length : begin + p.stretch_length;
   }
 
@@ -167,7 +167,9 @@ struct Place {
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
       const int n = lane * kStates + i;
-      rates[i] = valid && n < p.states ? p.A[channel * p.states + n] * kLog2E : 0.0f;
+      rates[i] = valid && n < p.states
+                     ? p.A[static_cast<int64_t>(channel) * p.states + n] * kLog2E
+                     : 0.0f;
     }
   }
 
@@ -200,9 +202,10 @@ struct Row {
   int dtype, stride;
 
   template <int kStates, int kLanes>
-  MMVSSM_DEVICE Row(const Array& x, const Place<kStates, kLanes>& place)
+  MMVSSM_DEVICE Row(const Array& x, const Place<kStates, kLanes>& place, int zero = 0)
       : dtype(static_cast<int>(x.dtype)), stride(static_cast<int>(x.stride[2])) {
-    const int64_t offset = place.batch * x.stride[0] + place.channel * x.stride[1];
+    const int64_t offset =
+        (place.batch + zero) * x.stride[0] + (place.channel + zero) * x.stride[1];
     data = static_cast<char*>(x.data) + offset * (dtype == kFloat32 ? 4 : 2);
   }
 };

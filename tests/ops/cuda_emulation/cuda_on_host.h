@@ -22,7 +22,7 @@
 #define __global__ static
 #define __shared__ static
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 enum cudaError_t {};
 inline const char* cudaGetErrorString(cudaError_t) { return "no error of a CPU"; }
@@ -124,6 +124,7 @@ inline float shuffle_xor(float x, int mask) {
 
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float divide_fast(float x, float y) { return x / y; }
+inline int fresh_zero() { return 0; }
 inline int64_t multiply_wide(int x, int y) { return static_cast<int64_t>(x) * y; }
 
 inline uint32_t bits_of(float x) {
