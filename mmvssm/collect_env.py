@@ -25,6 +25,7 @@ from mmvssm.ops.backends import (
     choose_backend,
 )
 from mmvssm.ops.cpu import library
+from mmvssm.ops.cuda import library as cuda_library
 
 # Import name -> the distributions that supply it; one at most may be there.
 _DISTRIBUTIONS = {
@@ -65,6 +66,8 @@ def collect_env() -> dict[str, dict[str, str]]:
             for name, reason in backend_status().items()
         },
         'CPU kernels': _kernels(),
+        'CUDA kernels': {'kept in': str(cuda_library.cache_folder())}
+        | _variables(cuda_library.LIBRARY_VARIABLE, cuda_library.CACHE_VARIABLE),
         'Backend a tensor gets': {device: _choice(device) for device in ('cpu', 'cuda')}
         | _variables(ENV_VARIABLE),
     }

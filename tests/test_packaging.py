@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mmengine.utils import is_installed
 
 import mmvssm
 from mmvssm.ops import backend_status
+from mmvssm.ops.cuda import build as build_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ('configs', 'tools', 'model-index.yml')
@@ -189,6 +191,13 @@ def test_wheel_built_from_the_sdist_is_the_same(wheel, source, tmp_path):
         assert sorted(one.namelist()) == sorted(two.namelist())
 
 
+def test_wheel_holds_the_sources_of_the_cuda_kernels(installed, tmp_path):
+    code = 'from mmvssm.ops.cuda import build; print(build.__file__, build.digest())'
+    output = run('-c', code, cwd=tmp_path, PYTHONPATH=str(installed))
+    file = installed / 'mmvssm' / 'ops' / 'cuda' / 'build.py'
+    assert output.split() == [str(file), build_cuda.digest()]
+
+
 def test_checkout_without_symbolic_links_gets_copies(source):
     mim = source / 'mmvssm' / '.mim'
     for name in LINKED:
@@ -274,6 +283,33 @@ def test_required_kernels_can_run():
     assert backend_status()['cpu'] is None
 
 
+@pytest.mark.parametrize(
+    'asked,nvcc,succeeds,built',
+    [
+        ('1', FAKE_COMPILER, True, True),
+        ('0', FAKE_COMPILER, True, False),
+        ('1', '#!/bin/sh\nexit 1\n', False, False),
+    ],
+    ids=['asked', 'left out', 'failing'],
+)
+def test_cuda_kernels_at_install(source, tmp_path, asked, nvcc, succeeds, built):
+    compiler, log = tmp_path / 'nvcc', tmp_path / 'log'
+    compiler.write_text(nvcc.format(log=log))
+    compiler.chmod(0o755)
+    environment = dict(MMVSSM_BUILD_CUDA=asked, CUDACXX=str(compiler), CXX='false')
+    command = ('setup.py', 'build_ext', '--inplace')
+    output = run(*command, cwd=source, succeeds=succeeds, **environment)
+    assert ('compiled at the first call' in output) != succeeds
+    library = source / 'mmvssm' / 'ops' / 'cuda' / '_kernels.so'
+    assert library.exists() == built
+    if built:
+        assert 'code=sm_80' in log.read_text() and 'code=sm_100' in log.read_text()
+        # What is older than its sources does not stay behind.
+        environment['MMVSSM_BUILD_CUDA'] = '0'
+        run(*command, cwd=source, **environment)
+        assert not library.exists()
+
+
 def test_editable_install_compiles_beside_the_sources(source, fake_compiler, tmp_path):
     compiler, _ = fake_compiler
     build('editable', source, tmp_path / 'wheel', CXX=str(compiler))
@@ -298,7 +334,7 @@ def test_edited_header_is_compiled(source, fake_compiler):
     assert compile_kernels() == 3
     assert compile_kernels() == 0
     header = source / 'mmvssm' / 'ops' / 'cpu' / 'vec.h'
-    later = header.stat().st_mtime + 3600
+    later = time.time() + 3600
     os.utime(header, (later, later))
     assert compile_kernels() == 3
 

@@ -66,10 +66,12 @@ def test_unknown_names(monkeypatch):
 def test_status_and_reasons(monkeypatch):
     without_kernels(monkeypatch)
     without_kernels(monkeypatch, 'not installed', name='triton')
+    without_kernels(monkeypatch, 'no compiler', name='cuda')
     without_kernels(monkeypatch, 'not installed', name='mamba_ssm')
     assert ops.backend_status() == {
         'cpu': 'not compiled',
         'triton': 'not installed',
+        'cuda': 'no compiler',
         'mamba_ssm': 'not installed',
         'torch': None,
         'reference': None,
@@ -138,6 +140,7 @@ def test_explanation(monkeypatch):
     assert ops.explain_backend('cpu', torch.float32, states=16) == {
         'cpu': 'chosen: the first that takes it unasked',
         'triton': 'cannot run: it takes cuda tensors, not cpu',
+        'cuda': 'cannot run: it takes cuda tensors, not cpu',
         'mamba_ssm': 'cannot run: it takes cuda tensors, not cpu',
         'torch': 'not needed: cpu is taken',
         'reference': 'only when asked for',

@@ -43,7 +43,9 @@ class Array(structures.Array):
     def from_end(cls, x: Tensor) -> 'Array':
         """The array of a tensor with its last axis running backwards."""
         last = x[..., -1]
-        return cls(last.data_ptr(), cls.dtypes[x.dtype], (*last.stride(), -x.stride(-1)))
+        return cls(
+            last.data_ptr(), cls.dtypes[x.dtype], (*last.stride(), -x.stride(-1))
+        )
 
 
 ScanProblem = structure(
@@ -110,7 +112,7 @@ def _library() -> ctypes.CDLL:
             )
         path = str(found[0])
     library = ctypes.CDLL(path)
-    structures = {
+    problems = {
         'scan': ScanProblem,
         'ss2d': Ss2dProblem,
         'pair': ScanPair,
@@ -118,9 +120,9 @@ def _library() -> ctypes.CDLL:
         'gate': GateProblem,
         'norm': NormProblem,
     }
-    for name, structure in structures.items():
+    for name, expected in problems.items():
         size = getattr(library, f'mmvssm_{name}_problem_size', lambda: None)
-        if size() != ctypes.sizeof(structure):
+        if size() != ctypes.sizeof(expected):
             raise OSError(
                 f'{path} was built from the sources of another version; '
                 f'install mmvssm again'

@@ -28,7 +28,6 @@ LIBRARY_VARIABLE = 'MMVSSM_CUDA_LIBRARY'
 CACHE_VARIABLE = 'MMVSSM_CACHE_DIR'
 # Positions from one saved state to the next, as in problem.h.
 CHUNK = 16
-MAX_STATES = 256
 # Features that the kernels project to steps, and the states they do it with.
 MAX_RANK, MAX_RANK_STATES = 32, 16
 

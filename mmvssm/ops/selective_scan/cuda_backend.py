@@ -73,8 +73,8 @@ class Scan:
         """What the kernels are told of the inputs.
 
         Raises:
-            ValueError: There are more states, positions, channels or batch elements
-                than the kernels can count.
+            ValueError: There are more positions, channels or batch elements than
+                the kernels can count.
         """
         batch, channels, length = self.u.shape
         groups, states = self.B.shape[1:3]
@@ -82,11 +82,6 @@ class Scan:
         for name, size in sizes.items():
             if size >= 2**31:
                 raise ValueError(f"{name} is {size}; the backend 'cuda' counts to 2^31")
-        if states > library.MAX_STATES:
-            raise ValueError(
-                f"A has {states} states; the backend 'cuda' takes "
-                f'{library.MAX_STATES} at most'
-            )
         group_size = channels // groups
         tile = library.tile(function, states, group_size)
         blocks = batch * groups * -(-group_size // tile)
