@@ -36,11 +36,13 @@ MMVSSM_DEVICE uint16_t to_bfloat16(float x) {
   return bits;
 }
 
-// In one instruction, which the compiler does not always find.
-MMVSSM_DEVICE int64_t multiply_wide(int x, int y) {
-  int64_t product;
-  asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(x), "r"(y));
-  return product;
+// base + x y bytes, in one instruction.
+MMVSSM_DEVICE char* address(char* base, int x, int y) {
+  uint64_t found;
+  asm("mad.wide.s32 %0, %1, %2, %3;"
+      : "=l"(found)
+      : "r"(x), "r"(y), "l"(reinterpret_cast<uint64_t>(base)));
+  return reinterpret_cast<char*>(found);
 }
 
 // A zero that the compiler does not know of. What is made of it in a loop is worked

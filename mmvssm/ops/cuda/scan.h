@@ -196,14 +196,15 @@ MMVSSM_DEVICE void read_positions(const int* from, int (&where)[kOwn]) {
   for (int i = 0; i < kOwn; ++i) where[i] = from[i];
 }
 
-// One channel of an array (batch, channel, position).
+// One channel of an array (batch, channel, position); the stride is in bytes.
 struct Row {
   char* data;
   int dtype, stride;
 
   template <int kStates, int kLanes>
   MMVSSM_DEVICE Row(const Array& x, const Place<kStates, kLanes>& place, int zero = 0)
-      : dtype(static_cast<int>(x.dtype)), stride(static_cast<int>(x.stride[2])) {
+      : dtype(static_cast<int>(x.dtype)),
+        stride(static_cast<int>(x.stride[2]) * (dtype == kFloat32 ? 4 : 2)) {
     const int64_t offset =
         (place.batch + zero) * x.stride[0] + (place.channel + zero) * x.stride[1];
     data = static_cast<char*>(x.data) + offset * (dtype == kFloat32 ? 4 : 2);
@@ -212,20 +213,29 @@ struct Row {
 
 // Values as they are in memory, zero from the first `count` on. They are converted
 // later, so that several loads may be under way.
+template <typename Bits, int kOwn>
+MMVSSM_DEVICE void fetch_as(const Row& row, const int (&where)[kOwn], int count,
+                            uint32_t (&bits)[kOwn]) {
+  if (count >= kOwn) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+      bits[i] = *reinterpret_cast<const Bits*>(address(row.data, where[i], row.stride));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      bits[i] = 0;
+      if (i < count)
+        bits[i] = *reinterpret_cast<const Bits*>(address(row.data, where[i], row.stride));
+    }
+  }
+}
 template <int kOwn>
 MMVSSM_DEVICE void fetch(const Row& row, const int (&where)[kOwn], int count,
                          uint32_t (&bits)[kOwn]) {
-  if (row.dtype == kFloat32) {
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(row.data);
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-      bits[i] = i < count ? from[multiply_wide(where[i], row.stride)] : 0;
-  } else {
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(row.data);
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-      bits[i] = i < count ? from[multiply_wide(where[i], row.stride)] : 0;
-  }
+  if (row.dtype == kFloat32)
+    fetch_as<uint32_t>(row, where, count, bits);
+  else
+    fetch_as<uint16_t>(row, where, count, bits);
 }
 
 MMVSSM_DEVICE float as_float(uint32_t bits) {
@@ -248,22 +258,33 @@ MMVSSM_DEVICE void convert(int dtype, const uint32_t (&bits)[kOwn], float (&x)[k
   }
 }
 
+template <typename Value, int kOwn>
+MMVSSM_DEVICE void store_as(const Row& row, const int (&where)[kOwn], int count,
+                            const Value (&x)[kOwn]) {
+  if (count >= kOwn) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+      *reinterpret_cast<Value*>(address(row.data, where[i], row.stride)) = x[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+      if (i < count)
+        *reinterpret_cast<Value*>(address(row.data, where[i], row.stride)) = x[i];
+  }
+}
+// Stores the first `count` values in the dtype of the array.
 template <int kOwn>
 MMVSSM_DEVICE void store(const Row& row, const int (&where)[kOwn], int count,
                          const float (&x)[kOwn]) {
   if (row.dtype == kFloat32) {
-    float* to = reinterpret_cast<float*>(row.data);
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-      if (i < count) to[multiply_wide(where[i], row.stride)] = x[i];
-  } else {
-    uint16_t* to = reinterpret_cast<uint16_t*>(row.data);
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-      if (i < count)
-        to[multiply_wide(where[i], row.stride)] =
-            row.dtype == kBfloat16 ? to_bfloat16(x[i]) : to_half(x[i]);
+    store_as(row, where, count, x);
+    return;
   }
+  uint16_t half[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i)
+    half[i] = row.dtype == kBfloat16 ? to_bfloat16(x[i]) : to_half(x[i]);
+  store_as(row, where, count, half);
 }
 
 // Copies (state, position) of B or C, or (rank, position) of the features, from

@@ -123,8 +123,8 @@ class Scan:
         return pointer(self.keep(x))
 
     def _array(self, x: Tensor | None) -> Array:
-        # The kernels multiply positions by 32-bit strides.
-        if x is not None and x.stride(-1) >= 2**31:
+        # The kernels multiply positions by strides in bytes of 32 bits.
+        if x is not None and x.stride(-1) * x.element_size() >= 2**31:
             x = x.contiguous()
         return Array.of(self.keep(x))
 

@@ -125,7 +125,9 @@ inline float shuffle_xor(float x, int mask) {
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float divide_fast(float x, float y) { return x / y; }
 inline int fresh_zero() { return 0; }
-inline int64_t multiply_wide(int x, int y) { return static_cast<int64_t>(x) * y; }
+inline char* address(char* base, int x, int y) {
+  return base + static_cast<int64_t>(x) * y;
+}
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;
