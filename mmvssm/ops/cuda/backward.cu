@@ -4,12 +4,23 @@
 
 namespace mmvssm {
 
+// Calls a function with the layout for so many states.
+template <typename Function>
+static int choose(int states, Function function) {
+  if (states == 1) return function(Layout<1, 1>());
+  if (states <= 8) return function(Layout<4, 2>());
+  if (states <= 16) return function(Layout<4, 4>());
+  if (states <= 64) return function(Layout<4, 16>());
+  return function(Layout<8, 32>());
+}
+
 template <int kStates, int kLanes>
 static int run(const ScanProblem& p, void* stream) {
   const int64_t blocks = blocks_of(p);
   const int threads = p.tile * kLanes;
   if (p.stretches > 1) {
-    int error = launch(backward_ends_kernel<kStates, kLanes>, blocks, threads, stream, p);
+    int error =
+        launch(backward_ends_kernel<kStates, kLanes>, blocks, threads, stream, p);
     if (error == 0) error = launch_join<true>(p, stream);
     if (error != 0) return error;
   }
@@ -18,16 +29,14 @@ static int run(const ScanProblem& p, void* stream) {
 
 }  // namespace mmvssm
 
+// Of up to 256 states. Returns CUDA's error number, 0 for none.
 MMVSSM_EXPORT int mmvssm_scan_backward(const mmvssm::ScanProblem* p, void* stream) {
-  using namespace mmvssm;
-  if (p->states == 1) return run<1, 1>(*p, stream);
-  if (p->states <= 8) return run<4, 2>(*p, stream);
-  if (p->states <= 16) return run<4, 4>(*p, stream);
-  if (p->states <= 64) return run<4, 16>(*p, stream);
-  return run<8, 32>(*p, stream);
+  return mmvssm::choose(p->states, [=](auto layout) {
+    return mmvssm::run<layout.kStates, layout.kLanes>(*p, stream);
+  });
 }
 
 MMVSSM_EXPORT int mmvssm_scan_backward_tile(int states, int group_size) {
-  const int lanes = states == 1 ? 1 : states <= 8 ? 2 : states <= 16 ? 4 : states <= 64 ? 16 : 32;
-  return mmvssm::tile_of(lanes, group_size);
+  return mmvssm::choose(
+      states, [=](auto layout) { return mmvssm::tile_of(layout.kLanes, group_size); });
 }

@@ -11,7 +11,9 @@ constexpr int kBackwardPart = kLanes > 1 ? 4 : 8;
 
 // As kForwardBlocks.
 template <int kStates, int kLanes>
-constexpr int kBackwardBlocks = kLanes == 1 ? 4 : kLanes == 2 || kStates > 4 ? 3 : 5;
+constexpr int kBackwardBlocks = kLanes == 1                  ? 4
+                                : kLanes == 2 || kStates > 4 ? 3
+                                                             : 5;
 constexpr int kBackwardEndsBlocks = 8;
 
 // Gradients of the states before the stretches, if nothing came behind them.
@@ -120,8 +122,32 @@ struct WeightGradients {
       const int t = i / (2 * kWidth), which = i / kWidth % 2, n = i % kWidth;
       if (t >= count || n >= p.states) continue;
       float sum = sums[i];
-      for (int warp = 1; warp < warps; ++warp) sum += sums[warp * kPart * 2 * kWidth + i];
-      (which == 0 ? p.grad_B : p.grad_C)[(sequence + positions[t]) * p.states + n] = sum;
+      for (int warp = 1; warp < warps; ++warp)
+        sum += sums[warp * kPart * 2 * kWidth + i];
+      (which == 0 ? p.grad_B : p.grad_C)[(sequence + positions[t]) * p.states + n] =
+          sum;
+    }
+  }
+};
+
+// The states before the inner parts of a chunk, each thread's own, in shared memory
+// where there is room: found on the way to the chunk's last part.
+template <int kPart, int kStates, int kLanes>
+struct InnerStates {
+  static constexpr bool kThere = kStates * kLanes <= 64;
+  static constexpr int kInner = kChunk / kPart - 1;
+  static constexpr int kFloats = kThere ? kInner * kStates * kThreads : 1;
+
+  static MMVSSM_DEVICE void load(const float* from, int part, float (&h)[kStates]) {
+#pragma unroll
+    for (int i = 0; i < kStates; ++i)
+      h[i] = from[((part - 1) * kStates + i) * kThreads + threadIdx.x];
+  }
+  static MMVSSM_DEVICE void store(float* to, int part, const float (&h)[kStates]) {
+    if constexpr (kThere) {
+#pragma unroll
+      for (int i = 0; i < kStates; ++i)
+        to[((part - 1) * kStates + i) * kThreads + threadIdx.x] = h[i];
     }
   }
 };
@@ -136,10 +162,12 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<kStates, kLanes>)
   constexpr int kWidth = kStates * kLanes;
   using Own = Share<kPart, kLanes>;
   using Weights = WeightGradients<kPart, kStates, kLanes>;
+  using Inner = InnerStates<kPart, kStates, kLanes>;
   constexpr int kOwn = Own::kOwn;
   __shared__ __align__(16) float B[kPart * kWidth];
   __shared__ __align__(16) float C[kPart * kWidth];
   __shared__ float sums[Weights::kFloats];
+  __shared__ float inner[Inner::kFloats];
   __shared__ int positions[kPart];
 
   const Place<kStates, kLanes> place(p);
@@ -156,15 +184,23 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<kStates, kLanes>)
 
   const int parts = (place.end - place.begin + kPart - 1) / kPart;
   for (int part = parts - 1; part >= 0; --part) {
-    const int last = place.begin + part * kPart;  // the part wanted, up to there
+    const int last = place.begin + part * kPart;  // the part wanted begins there
     const int start = last / kChunk * kChunk;
+    // The last part of a chunk is the first to be wanted.
+    const bool walked =
+        Inner::kThere && part < parts - 1 && (last + kPart) % kChunk != 0;
     float h[kStates] = {};
-    if (start > 0) place.load(p, p.saved, start / kChunk - 1, h);
+    if (walked && last > start)
+      Inner::load(inner, (last - start) / kPart, h);
+    else if (start > 0)
+      place.load(p, p.saved, start / kChunk - 1, h);
     float history[kPart][kStates];
     float x[kOwn], raw[kOwn], dt[kOwn];
     int count = 0, where[kOwn];
-    // From the saved state to the part, and through it.
-    for (int first = start; first <= last; first += kPart) {
+    // Through the part, if need be from the saved state on.
+    for (int first = walked ? last : start; first <= last; first += kPart) {
+      if (!walked && first > start && first < last)
+        Inner::store(inner, (first - start) / kPart, h);
       __syncthreads();
       if (threadIdx.x < kPart) {
         const int t = first + threadIdx.x;
@@ -216,8 +252,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<kStates, kLanes>)
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
         const float opened = sigmoid(z[i]);
-        grad_z[i] = grad_y[i] * (y[i] + skip * x[i]) * opened *
-                    (1.0f + z[i] * (1.0f - opened));
+        grad_z[i] =
+            grad_y[i] * (y[i] + skip * x[i]) * opened * (1.0f + z[i] * (1.0f - opened));
         grad_y[i] *= z[i] * opened;
       }
       const Row by_gate(p.grad_z, place, fresh_zero());

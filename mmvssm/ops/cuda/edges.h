@@ -9,7 +9,8 @@ namespace mmvssm {
 // of p.edges, one stretch after the other; with kReverse the other way round. A
 // thread has one state of one channel.
 template <bool kReverse>
-__global__ void __launch_bounds__(kThreads) join_kernel(MMVSSM_PARAMETER ScanProblem p) {
+__global__ void __launch_bounds__(kThreads)
+    join_kernel(MMVSSM_PARAMETER ScanProblem p) {
   const int64_t rows = static_cast<int64_t>(p.batch) * p.groups * p.group_size;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (index >= rows * p.states) return;
@@ -22,7 +23,8 @@ __global__ void __launch_bounds__(kThreads) join_kernel(MMVSSM_PARAMETER ScanPro
     const int64_t stretch = kReverse ? p.stretches - 1 - i : i;
     float* edge = p.edges + stretch * rows * p.states + index;
     // An overflowing growth must not turn a zero state into NaN.
-    const float decay = fminf(exp2_fast(p.steps[stretch * rows + row] * rate), kLargest);
+    const float decay =
+        fminf(exp2_fast(p.steps[stretch * rows + row] * rate), kLargest);
     const float added = *edge;
     *edge = h;
     h = decay * h + added;

@@ -4,6 +4,16 @@
 
 namespace mmvssm {
 
+// Calls a function with the layout for so many states.
+template <typename Function>
+static int choose(int states, Function function) {
+  if (states == 1) return function(Layout<1, 1>());
+  if (states <= 8) return function(Layout<8, 1>());
+  if (states <= 16) return function(Layout<16, 1>());
+  if (states <= 64) return function(Layout<8, 8>());
+  return function(Layout<8, 32>());
+}
+
 template <int kStates, int kLanes, int kRank>
 static int run(const ScanProblem& p, void* stream) {
   const int64_t blocks = blocks_of(p);
@@ -27,24 +37,21 @@ static int run_projected(const ScanProblem& p, void* stream) {
 
 }  // namespace mmvssm
 
-// With features for up to 16 states and a rank up to 32. Returns CUDA's error number,
-// 0 for none.
+// Of up to 256 states; with features up to 16, and a rank up to 32. Returns CUDA's
+// error number, 0 for none.
 MMVSSM_EXPORT int mmvssm_scan_forward(const mmvssm::ScanProblem* p, void* stream) {
   using namespace mmvssm;
-  if (p->rank > 0) {
+  if (p->rank > 0)
     return p->states == 1 ? run_projected<1>(*p, stream)
                           : run_projected<16>(*p, stream);
-  }
-  if (p->states == 1) return run<1, 1, 0>(*p, stream);
-  if (p->states <= 8) return run<8, 1, 0>(*p, stream);
-  if (p->states <= 16) return run<16, 1, 0>(*p, stream);
-  if (p->states <= 64) return run<8, 8, 0>(*p, stream);
-  return run<8, 32, 0>(*p, stream);
+  return choose(p->states, [=](auto layout) {
+    return run<layout.kStates, layout.kLanes, 0>(*p, stream);
+  });
 }
 
 MMVSSM_EXPORT int mmvssm_scan_forward_tile(int states, int group_size) {
-  const int lanes = states <= 16 ? 1 : states <= 64 ? 8 : 32;
-  return mmvssm::tile_of(lanes, group_size);
+  return mmvssm::choose(
+      states, [=](auto layout) { return mmvssm::tile_of(layout.kLanes, group_size); });
 }
 
 MMVSSM_EXPORT int mmvssm_problem_size() { return sizeof(mmvssm::ScanProblem); }

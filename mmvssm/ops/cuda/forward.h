@@ -7,7 +7,9 @@ namespace mmvssm {
 
 // Positions that the forward kernels work on at once.
 template <int kStates, int kLanes>
-constexpr int kForwardPart = kLanes > 8 ? 16 : kLanes == 1 && kStates > 1 ? 4 : 8;
+constexpr int kForwardPart = kLanes > 8                   ? 16
+                             : kLanes == 1 && kStates > 1 ? 4
+                                                          : 8;
 
 // Blocks that a multiprocessor has room for. It bounds the registers of a thread: as
 // many blocks as go without spilling (tests/ops/test_cuda_build.py).
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<kStates, kRank>)
   if (!kEnds && p.stretches > 1) place.load(p, p.edges, place.stretch, h);
 #pragma unroll
   for (int r = 0; r < kRank; ++r)
-    if (place.valid && r < p.rank) 
+    if (place.valid && r < p.rank)
       weight[r] = p.weight[static_cast<int64_t>(place.channel) * p.rank + r];
   float total = 0.0f;
 

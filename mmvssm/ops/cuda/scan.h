@@ -24,6 +24,12 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLargest = 3.4028234663852886e38f;
 
+// How many states a thread has, and how many threads a channel.
+template <int kStatesOfThread, int kLanesOfChannel>
+struct Layout {
+  static constexpr int kStates = kStatesOfThread, kLanes = kLanesOfChannel;
+};
+
 // log(1 + exp(x)), accurate in relative terms for any x. The larger part is
 // max(x, 0). The other is log(1 + e), e = exp(-abs(x)), as 2 artanh(s),
 // s = e / (2 + e) <= 1/3, by a polynomial (4e-9, fitted at the Chebyshev nodes).
@@ -72,8 +78,8 @@ MMVSSM_DEVICE void scatter_sums(float (&values)[kSize], int lane) {
 #pragma unroll
       for (int i = 0; i < kCount / 2; ++i) {
         const float low = values[i], high = values[i + kCount / 2];
-        values[i] = (upper ? high : low) +
-                    shuffle_xor(upper ? low : high, kHalf * kStride);
+        values[i] =
+            (upper ? high : low) + shuffle_xor(upper ? low : high, kHalf * kStride);
       }
     } else {
       values[0] += shuffle_xor(values[0], kHalf * kStride);
@@ -225,7 +231,8 @@ MMVSSM_DEVICE void fetch_as(const Row& row, const int (&where)[kOwn], int count,
     for (int i = 0; i < kOwn; ++i) {
       bits[i] = 0;
       if (i < count)
-        bits[i] = *reinterpret_cast<const Bits*>(address(row.data, where[i], row.stride));
+        bits[i] =
+            *reinterpret_cast<const Bits*>(address(row.data, where[i], row.stride));
     }
   }
 }
@@ -313,7 +320,8 @@ template <int kPart, int kWidth, typename Place>
 MMVSSM_DEVICE void stage_states(const ScanProblem& p, const Array& x,
                                 const Place& place, int first, int end, float* to) {
   const int64_t offset = place.batch * x.stride[0] + place.group * x.stride[1];
-  stage<kPart, kWidth>(p, x, offset, x.stride[2], x.stride[3], p.states, first, end, to);
+  stage<kPart, kWidth>(p, x, offset, x.stride[2], x.stride[3], p.states, first, end,
+                       to);
 }
 
 // kSize values of a row in shared memory.
@@ -355,8 +363,7 @@ template <int kStates>
 MMVSSM_DEVICE void advance(float dt, float fed, const float (&rates)[kStates],
                            const float (&B)[kStates], float (&h)[kStates]) {
 #pragma unroll
-  for (int i = 0; i < kStates; ++i)
-    h[i] = exp2_fast(dt * rates[i]) * h[i] + fed * B[i];
+  for (int i = 0; i < kStates; ++i) h[i] = exp2_fast(dt * rates[i]) * h[i] + fed * B[i];
 }
 
 // Channels of a block: so many that whole warps waste the fewest threads, and

@@ -141,9 +141,10 @@ inline uint16_t to_bfloat16(float x) {
 }
 inline float from_half(uint32_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  float x = exponent == 0    ? ldexpf(static_cast<float>(fraction), -24)
-            : exponent == 31 ? (fraction ? NAN : INFINITY)
-                             : ldexpf(static_cast<float>(1024 + fraction), exponent - 25);
+  float x = exponent == 0 ? ldexpf(static_cast<float>(fraction), -24)
+            : exponent == 31
+                ? (fraction ? NAN : INFINITY)
+                : ldexpf(static_cast<float>(1024 + fraction), exponent - 25);
   return bits >> 15 ? -x : x;
 }
 inline uint16_t to_half(float x) {
