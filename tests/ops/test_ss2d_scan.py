@@ -119,7 +119,7 @@ def test_opcheck(backend):
     projected = fused.project_map(maps, x_proj_weight, backend)
     arguments = (maps, projected, dt_weight, dt_bias, A, Ds)
     arguments = [t.requires_grad_() for t in arguments]
-    opcheck(fused._forward_op, (*arguments, backend))
+    opcheck(fused._forward_op, (*arguments, torch.float32, backend))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ compiles = pytest.mark.skipif(
 )
 HERE = Path(__file__).parent
 TARGET = ('cuda', 90, 32)
+# Constants that tell compiled kernels apart.
+VARIANTS = ('STATES', 'RANK', 'ROUTE')
 TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
 
 
@@ -68,10 +70,11 @@ def launches(monkeypatch, tmp_path):
 def describe(value, path, constants, attributes):
     """Type of an argument as Triton would find it at the launch."""
     if isinstance(value, tuple):
-        return tuple(
+        items = [
             describe(item, (*path, i), constants, attributes)
             for i, item in enumerate(value)
-        )
+        ]
+        return type(value)(*items) if hasattr(value, '_fields') else tuple(items)
     if value is None or (isinstance(value, int) and value == 1):
         constants[path] = value
         return 'constexpr'
@@ -132,16 +135,18 @@ def test_compiles_without_spilling(launches, states, gated, length):
 
 
 @compiles
-def test_ss2d_compiles_without_spilling(launches):
-    x = torch.empty(1, 56, 56, 96)
-    parameters = ((4, 96, 6), (4, 96), (384, 1), (384,))
-    inputs = (x, torch.empty(1, 56, 56, 32), *map(torch.empty, parameters))
-    _, saved, _ = ss2d_backend.forward(*inputs, True)
+@pytest.mark.parametrize('rank', [6, 12, 24])
+def test_ss2d_compiles_without_spilling(launches, rank):
+    channels, columns = 16 * rank, 4 * (rank + 2)
+    x = torch.empty(1, 14, 14, channels, dtype=torch.bfloat16)
+    projected = torch.empty(1, 14, 14, columns, dtype=torch.bfloat16)
+    parameters = ((4, channels, rank), (4, channels), (4 * channels, 1))
+    inputs = (x, projected, *map(torch.empty, (*parameters, (4 * channels,))))
+    _, saved, _ = ss2d_backend.forward(*inputs, torch.bfloat16, True)
     ss2d_backend.backward(x, *inputs, saved)
     routes = {route: [] for route in range(4)}
     for launch in launches:
-        if 'ADD' in launch[2]:
-            routes[launch[2]['ROUTE']].append(launch)
+        routes[launch[2]['ROUTE']].append(launch)
     assert [len(route) for route in routes.values()] == [2] * 4
     # The one that computes most: from the end, column by column.
     assert_nothing_spills(routes[3])
@@ -150,7 +155,8 @@ def test_ss2d_compiles_without_spilling(launches):
 def assert_nothing_spills(launches):
     spills = {}
     for kernel, args, constants in launches:
-        name = f'{kernel.__name__}, {constants["STATES"]} states'
+        given = (f'{k}={v}' for k, v in constants.items() if k in VARIANTS)
+        name = f'{kernel.__name__}({", ".join(given)})'
         registers, stack = resources(kernel, args, dict(constants))
         print(f'{name}: {registers} registers, {stack} bytes of stack')
         spills[name] = stack

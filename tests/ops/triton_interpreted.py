@@ -17,8 +17,9 @@ from torch.library import opcheck
 from mmvssm import ops
 from mmvssm.backbones import VSSM, MambaR, Vim
 from mmvssm.ops import selective_scan, ss2d_scan
-from mmvssm.ops.selective_scan import op, triton_backend
+from mmvssm.ops.selective_scan import op
 from mmvssm.ops.ss2d_scan import fused
+from mmvssm.ops.triton import tiles
 from parity import Case, list_cases
 
 from .scan_inputs import (
@@ -37,7 +38,7 @@ SUBSETS = [s for n in range(4) for s in itertools.combinations(OPTIONAL, n)]
 @pytest.fixture
 def short_stretches(monkeypatch):
     """Cut sequences from 32 positions on into stretches of a chunk or two."""
-    monkeypatch.setattr(triton_backend, '_SHORTEST_STRETCH', 16)
+    monkeypatch.setattr(tiles, 'SHORTEST_STRETCH', 16)
 
 
 def scan(inputs, backend='triton', softplus=True):
@@ -287,7 +288,7 @@ def test_opcheck_ss2d():
     maps = x.detach().permute(0, 2, 3, 1).contiguous()
     projected = fused.project_map(maps, x_proj_weight, 'triton')
     arguments = [t.requires_grad_() for t in (maps, projected, *weights)]
-    opcheck(fused._forward_op, (*arguments, 'triton'))
+    opcheck(fused._forward_op, (*arguments, torch.float32, 'triton'))
 
 
 PLAIN = dict(embed_dims=8, depth=2, patch_size=4, stride=4)

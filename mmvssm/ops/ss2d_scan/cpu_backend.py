@@ -8,6 +8,9 @@ from mmvssm.ops.cpu.library import Ss2dProblem
 from mmvssm.ops.cross_scan import NUM_ROUTES
 from mmvssm.ops.structures import pointer
 
+# Of the map and its projections.
+DTYPES = (torch.float32,)
+
 
 def saved_states_shape(
     batch: int, length: int, states: int, channels: int
@@ -28,16 +31,17 @@ def forward(
     dt_bias: Tensor,
     A: Tensor,
     Ds: Tensor,
+    out_dtype: torch.dtype,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor | None, bool]:
-    """See :func:`mmvssm.ops.ss2d_scan.fused.scan`; parameters are contiguous.
+    """See :func:`mmvssm.ops.ss2d_scan.fused.ss2d_scan_fused`.
 
     Returns:
         The merged map (B, H, W, C), with ``keep_states`` the states before the
         tiles, and whether there is NaN.
     """
     batch, channels, height, width, states, _ = sizes = _sizes(x, dt_weight, A)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=out_dtype)
     saved = None
     if keep_states:
         saved = x.new_empty(saved_states_shape(batch, height * width, states, channels))

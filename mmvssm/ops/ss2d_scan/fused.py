@@ -39,23 +39,32 @@ def ss2d_scan_fused(
     maps = x.permute(0, 2, 3, 1)
     projected = project_map(maps, x_proj_weight, backend)
     out_dtype = torch.float32 if autocast.is_enabled(x) else x.dtype
+    read = _IMPLEMENTATIONS[backend].DTYPES
+    maps, projected = (t if t.dtype in read else t.float() for t in (maps, projected))
     inputs = (
-        maps.float().contiguous(),
-        projected.float(),
+        maps.contiguous(),
+        projected,
         *(t.float().contiguous() for t in (dt_projs_weight, dt_projs_bias, A, Ds)),
     )
+    written = out_dtype if out_dtype in read else torch.float32
     if direct.possible(*inputs):
-        y, _ = _forward(inputs, backend, keep_states=False)
+        y, _ = _forward(inputs, written, backend, keep_states=False)
     else:
-        y, _ = _forward_op(*inputs, backend)
+        y, _ = _forward_op(*inputs, written, backend)
     return y.to(out_dtype).permute(0, 3, 1, 2)
 
 
 def _forward(
-    inputs: tuple[Tensor, ...], backend: str, keep_states: bool
+    inputs: tuple[Tensor, ...],
+    out_dtype: torch.dtype,
+    backend: str,
+    keep_states: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The merged map and, if asked for, what backward needs."""
-    out, saved, has_nan = _IMPLEMENTATIONS[backend].forward(*inputs, keep_states)
+    with autocast.disabled(inputs[0]):
+        out, saved, has_nan = _IMPLEMENTATIONS[backend].forward(
+            *inputs, out_dtype, keep_states
+        )
     if has_nan:
         checks.refuse_nan('ss2d_scan', dict(zip(_NAMES, inputs)))
     return out, saved
@@ -69,18 +78,23 @@ def _forward_op(
     dt_bias: Tensor,
     A: Tensor,
     Ds: Tensor,
+    out_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _forward((x, projected, dt_weight, dt_bias, A, Ds), backend, True)
+    inputs = (x, projected, dt_weight, dt_bias, A, Ds)
+    return _forward(inputs, out_dtype, backend, keep_states=True)
 
 
 @_forward_op.register_fake
-def _(x, projected, dt_weight, dt_bias, A, Ds, backend):
+def _(x, projected, dt_weight, dt_bias, A, Ds, out_dtype, backend):
     batch, height, width, channels = x.shape
     saved = _IMPLEMENTATIONS[backend].saved_states_shape(
         batch, height * width, A.shape[1], channels
     )
-    return torch.empty_like(x), x.new_empty(saved)
+    return (
+        torch.empty_like(x, dtype=out_dtype),
+        x.new_empty(saved, dtype=torch.float32),
+    )
 
 
 @torch.library.custom_op('mmvssm::ss2d_scan_backward', mutates_args=())
@@ -95,9 +109,10 @@ def _backward_op(
     saved: Tensor,
     backend: str,
 ) -> list[Tensor]:
-    return _IMPLEMENTATIONS[backend].backward(
-        grad_out.contiguous(), x, projected, dt_weight, dt_bias, A, Ds, saved
-    )
+    with autocast.disabled(x):
+        return _IMPLEMENTATIONS[backend].backward(
+            grad_out.contiguous(), x, projected, dt_weight, dt_bias, A, Ds, saved
+        )
 
 
 @_backward_op.register_fake
@@ -107,15 +122,15 @@ def _(grad_out, x, projected, dt_weight, dt_bias, A, Ds, saved, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
+    *tensors, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out, _):
     if grad_out is None:
-        return (None,) * 7
-    return (*_backward_op(grad_out, *ctx.saved_tensors, ctx.backend), None)
+        return (None,) * 8
+    return (*_backward_op(grad_out, *ctx.saved_tensors, ctx.backend), None, None)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,66 @@
+"""How the Triton kernels divide their work: every number that a GPU may tune.
+
+None of them has been measured on a GPU yet. They keep the kernels within the
+registers of a thread for sm_90 (``tests/ops/test_triton.py``).
+"""
+
+from typing import NamedTuple
+
+# Positions from one state that the scan keeps to the next.
+SCAN_CHUNK = 16
+# A scanned sequence is cut until there are so many programs, if that leaves
+# each stretch so many positions.
+SCAN_PROGRAMS = 1024
+SHORTEST_STRETCH = 256
+# Step sizes of a lower rank are computed in the scan from their low-rank form,
+# those of a higher one by a matrix product before it.
+LARGEST_RANK_IN_SCAN = 23
+
+
+class ScanTile(NamedTuple):
+    """The share of a program of the scan.
+
+    Attributes:
+        channels: A power of two.
+        warps: That work on them.
+        part: Positions whose states backward has in registers at once, a
+            divisor of ``SCAN_CHUNK``.
+    """
+
+    channels: int
+    warps: int
+    part: int
+
+
+class Tile(NamedTuple):
+    """The share of a program of another kernel.
+
+    Attributes:
+        rows: Positions of a sequence, or rows of a matrix, at a time; a power
+            of two.
+        channels: A power of two.
+        warps: That work on them.
+        repeats: Times that many rows for which a program sums up the gradients
+            of the weights.
+    """
+
+    rows: int
+    channels: int
+    warps: int
+    repeats: int
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def scan_tile(states: int, group_size: int) -> ScanTile:
+    """For the scan of channels with so many states, in groups of that size.
+
+    A warp is full, and its registers suffice.
+    """
+    block = power_of_two(states)
+    full = 64 if states == 1 else max(4, 256 // block)
+    channels = min(full, power_of_two(group_size))
+    return ScanTile(channels, warps=max(1, block * channels // 256), part=4)
