@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import direct
-from mmvssm.ops.add_norm import cpu_backend
+from mmvssm.ops.add_norm import cpu_backend, triton_backend
 
-_IMPLEMENTATIONS = {'cpu': cpu_backend}
+_IMPLEMENTATIONS = {'cpu': cpu_backend, 'triton': triton_backend}
 
 
 def takes(backend: str, x: Tensor, residual: Tensor | None) -> bool:

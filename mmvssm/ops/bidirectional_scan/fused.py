@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvssm.ops import autocast, checks, direct
-from mmvssm.ops.bidirectional_scan import cpu_backend
+from mmvssm.ops.bidirectional_scan import cpu_backend, triton_backend
 from mmvssm.ops.bidirectional_scan.direction import Direction
 
-_IMPLEMENTATIONS = {'cpu': cpu_backend}
+_IMPLEMENTATIONS = {'cpu': cpu_backend, 'triton': triton_backend}
 _HALF = len(Direction._fields)
 
 

@@ -21,7 +21,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., N), contiguous.
     """
-    if x.dtype != torch.float32 or not _has_onednn() or not x.numel():
+    if x.dtype != torch.float32 or not _has_onednn(x) or not x.numel():
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(
         _dense(x), _dense(weight), bias, 'none', [], ''
@@ -33,9 +33,10 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
-def _has_onednn() -> bool:
+def _has_onednn(x: Tensor) -> bool:
     return (
-        torch.backends.mkldnn.enabled
+        x.device.type == 'cpu'
+        and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, '_linear_pointwise')
     )

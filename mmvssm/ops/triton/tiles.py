@@ -64,3 +64,15 @@ def scan_tile(states: int, group_size: int) -> ScanTile:
     full = 64 if states == 1 else max(4, 256 // block)
     channels = min(full, power_of_two(group_size))
     return ScanTile(channels, warps=max(1, block * channels // 256), part=4)
+
+
+def convolution_tile(channels: int) -> Tile:
+    """For the convolutions of the bidirectional scan."""
+    return Tile(16, min(64, power_of_two(channels)), warps=4, repeats=16)
+
+
+def norm_tile(channels: int) -> Tile:
+    """For the RMS norm, whose programs own whole rows."""
+    block = power_of_two(channels)
+    rows = max(1, 2048 // block)
+    return Tile(rows, block, warps=max(1, min(16, rows * block // 512)), repeats=8)
