@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mmvssm.ops import backends
+from mmvssm.ops.triton import runtime
 
 if os.environ.get('MMVSSM_TEST_CUDA_ON_CPU') == '1':
     # The CUDA kernels, compiled for the CPU by test_cuda.py, take its tensors.
@@ -30,3 +31,27 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def patch_once_a_launch():
+    """Save half the time of Triton's interpreter.
+
+    It prepares the module ``triton.language`` for a launch, and once more for
+    every call of a function within the kernel, where ours find it prepared.
+    """
+    if not runtime.INTERPRETED:
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    interpreted = InterpretedFunction.__call__
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__.startswith('mmvssm.'):
+            return self.rewrite()(*args, **kwargs)
+        return interpreted(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, '__call__', call)
+        yield

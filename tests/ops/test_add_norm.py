@@ -9,6 +9,7 @@ from mmvssm.ops.add_norm import fused
 from .backends_under_test import (
     BACKENDS,
     FAST_BACKENDS,
+    half_precision,
     on,
     on_backends,
     precision,
@@ -66,7 +67,7 @@ def test_eps(backend):
     [
         on(backend, dtype)
         for backend in BACKENDS
-        for dtype in (torch.bfloat16, torch.float16)
+        for dtype in {half_precision(backend), torch.float16}
         if takes(backend, dtype)
     ],
 )

@@ -4,12 +4,18 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from mmvssm.ops.add_norm import triton_backend as norm_backend
+from mmvssm.ops.bidirectional_scan import Direction
+from mmvssm.ops.bidirectional_scan import triton_backend as pair_backend
 from mmvssm.ops.selective_scan import triton_backend
 from mmvssm.ops.ss2d_scan import triton_backend as ss2d_backend
 from mmvssm.ops.triton import runtime
@@ -23,15 +29,24 @@ compiles = pytest.mark.skipif(
 HERE = Path(__file__).parent
 TARGET = ('cuda', 90, 32)
 # Constants that tell compiled kernels apart.
-VARIANTS = ('STATES', 'RANK', 'ROUTE')
+VARIANTS = ('STATES', 'RANK', 'ROUTE', 'TAPS', 'BLOCK_C')
 TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
 
 
-def test_in_the_interpreter():
-    """Numbers and gradients; see triton_interpreted.py."""
+# The last two are those of every backend.
+INTERPRETED = (
+    ['triton_interpreted.py'],
+    ['test_ss2d_scan.py'],
+    ['test_bidirectional_scan.py', 'test_add_norm.py'],
+)
+
+
+@pytest.mark.parametrize('files', INTERPRETED, ids=lambda files: files[0])
+def test_in_the_interpreter(files):
+    """Numbers and gradients; see the files."""
     done = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider']
-        + [str(HERE / 'triton_interpreted.py')],
+        + ['-k', 'not number_of_threads', *(str(HERE / file) for file in files)],
         cwd=HERE.parents[1],
         env={**os.environ, 'TRITON_INTERPRET': '1'},
         capture_output=True,
@@ -56,14 +71,14 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch, tmp_path):
     """Launches of kernels, which are not run."""
-    from mmvssm.ops.selective_scan import triton_kernels
-
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
     launches = []
-    for name, kernel in vars(triton_kernels).items():
-        if name.endswith('_kernel'):
-            recorder = Recorder(kernel, launches)
-            monkeypatch.setattr(triton_kernels, name, recorder)
+    for op in ('selective_scan', 'bidirectional_scan', 'add_norm'):
+        module = import_module(f'mmvssm.ops.{op}.triton_kernels')
+        for name, kernel in vars(module).items():
+            if name.endswith('_kernel'):
+                recorder = Recorder(kernel, launches)
+                monkeypatch.setattr(module, name, recorder)
     return launches
 
 
@@ -78,10 +93,12 @@ def describe(value, path, constants, attributes):
     if value is None or (isinstance(value, int) and value == 1):
         constants[path] = value
         return 'constexpr'
-    if isinstance(value, torch.Tensor) or value % 16 == 0:
+    if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
         attributes[path] = [['tt.divisibility', 16]]
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
+    if isinstance(value, float):
+        return 'fp32'
     return 'i32' if value < 2**31 else 'i64'
 
 
@@ -134,22 +151,100 @@ def test_compiles_without_spilling(launches, states, gated, length):
     assert_nothing_spills(launches)
 
 
-@compiles
-@pytest.mark.parametrize('rank', [6, 12, 24])
-def test_ss2d_compiles_without_spilling(launches, rank):
-    channels, columns = 16 * rank, 4 * (rank + 2)
-    x = torch.empty(1, 14, 14, channels, dtype=torch.bfloat16)
-    projected = torch.empty(1, 14, 14, columns, dtype=torch.bfloat16)
-    parameters = ((4, channels, rank), (4, channels), (4 * channels, 1))
+def run_ss2d(channels, rank, states):
+    """Forward and backward without the kernels, on a map of 14 x 14."""
+    columns = 4 * (rank + 2 * states)
+    x, projected = (
+        torch.empty(1, 14, 14, size, dtype=torch.bfloat16)
+        for size in (channels, columns)
+    )
+    parameters = (4, channels, rank), (4, channels), (4 * channels, states)
     inputs = (x, projected, *map(torch.empty, (*parameters, (4 * channels,))))
     _, saved, _ = ss2d_backend.forward(*inputs, torch.bfloat16, True)
     ss2d_backend.backward(x, *inputs, saved)
+
+
+def run_bidirectional_scan(channels, rank, states):
+    """Forward and backward without the kernels, on a sequence of 197."""
+    half = torch.bfloat16
+    x, z, grad = (torch.empty(1, 197, channels, dtype=half) for _ in range(3))
+    weights = Direction(
+        conv_weight=torch.empty(channels, 4),
+        conv_bias=torch.empty(channels),
+        x_proj_weight=torch.empty(rank + 2 * states, channels, dtype=half),
+        dt_proj_weight=torch.empty(channels, rank, dtype=half),
+        dt_proj_bias=torch.empty(channels),
+        A=torch.empty(channels, states),
+        D=torch.empty(channels),
+    )
+    arguments = x, z, (weights, weights), True
+    _, y, projected, saved, _ = pair_backend.forward(*arguments, half, True)
+    pair_backend.backward(grad, *arguments, y, projected, saved)
+
+
+class Allocations(TorchDispatchMode):
+    """Elements of the largest tensor that any operation of torch makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten.flip.default
+        found = func(*args, **(kwargs or {}))
+        for x in tree_leaves(found):
+            if isinstance(x, torch.Tensor):
+                elements = x.untyped_storage().nbytes() // x.element_size()
+                self.largest = max(self.largest, elements)
+        return found
+
+
+@pytest.mark.parametrize('rank', [6, 24])
+def test_ss2d_never_has_all_routes_in_memory(launches, rank):
+    """The largest array is one map, forward and backward."""
+    with Allocations() as seen:
+        run_ss2d(16 * rank, rank, 1)
+    assert len(launches) == 8
+    assert seen.largest == 14 * 14 * 16 * rank
+
+
+def test_bidirectional_scan_flips_nothing(launches):
+    """The largest array is one sequence or the states that are kept of both."""
+    with Allocations() as seen:
+        run_bidirectional_scan(384, 12, 1)
+    assert len(launches) == 7
+    assert seen.largest == 197 * 384
+
+
+@compiles
+@pytest.mark.parametrize('rank', [12, 24])
+def test_ss2d_compiles_without_spilling(launches, rank):
+    run_ss2d(16 * rank, rank, 1)
     routes = {route: [] for route in range(4)}
     for launch in launches:
         routes[launch[2]['ROUTE']].append(launch)
     assert [len(route) for route in routes.values()] == [2] * 4
     # The one that computes most: from the end, column by column.
     assert_nothing_spills(routes[3])
+
+
+@compiles
+def test_bidirectional_scan_compiles_without_spilling(launches):
+    run_bidirectional_scan(384, 12, 16)
+    assert [kernel.__name__.split('_')[0] for kernel, *_ in launches] == (
+        ['conv', 'forward', 'forward', 'conv', 'backward', 'backward', 'conv']
+    )
+    assert_nothing_spills(launches)
+
+
+@compiles
+@pytest.mark.parametrize('channels', [192, 1024])
+def test_norm_compiles_without_spilling(launches, channels):
+    x = torch.empty(197, channels, dtype=torch.bfloat16)
+    weight, residual = torch.empty(channels), torch.empty(197, channels)
+    norm_backend.forward(x, weight, residual, 1e-5, torch.float32)
+    dtypes = (torch.bfloat16, torch.float32)
+    norm_backend.backward(x, residual, residual, weight, None, 1e-5, dtypes)
+    assert len(launches) == 2
+    assert_nothing_spills(launches)
 
 
 def assert_nothing_spills(launches):

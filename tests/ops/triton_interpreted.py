@@ -18,10 +18,10 @@ from mmvssm import ops
 from mmvssm.backbones import VSSM, MambaR, Vim
 from mmvssm.ops import selective_scan, ss2d_scan
 from mmvssm.ops.selective_scan import op
-from mmvssm.ops.ss2d_scan import fused
 from mmvssm.ops.triton import tiles
 from parity import Case, list_cases
 
+from .bidirectional_inputs import call, make_inputs
 from .scan_inputs import (
     OPTIONAL,
     as_double,
@@ -244,19 +244,9 @@ def test_published_numbers(name):
     case.check({'out': out, 'last_state': state, **grads}, 3e-5)
 
 
-@pytest.mark.parametrize(
-    'shape',
-    [
-        (1, 3, 2, 3, 2, 1),
-        (2, 2, 1, 5, 1, 2),
-        (1, 2, 4, 1, 3, 1),
-        (1, 2, 1, 1, 1, 1),
-        (1, 18, 3, 4, 2, 16),
-    ],
-)
-def test_ss2d_scan(shape):
-    inputs = ss2d_inputs(*shape, dtype=torch.float32)
-    compare_ss2d(inputs)
+def test_ss2d_scan():
+    """With states and a tile that are not full."""
+    compare_ss2d(ss2d_inputs(1, 18, 3, 4, 2, 16, dtype=torch.float32))
 
 
 def compare_ss2d(inputs):
@@ -274,21 +264,42 @@ def test_ss2d_scan_in_stretches(short_stretches):
     compare_ss2d(ss2d_inputs(1, 2, 6, 7, 1, 1, dtype=torch.float32))
 
 
-def test_ss2d_scan_of_low_precision():
-    inputs = ss2d_inputs(1, 4, 3, 4, 2, 1, dtype=torch.bfloat16)
-    y = ss2d_scan(**inputs, backend='triton')
-    want = ss2d_scan(**inputs, backend='torch')
-    assert y.dtype == torch.bfloat16
-    assert relative_error(y, want) < 1e-2
+@pytest.fixture
+def steps_by_a_product(monkeypatch):
+    """Make step sizes before the scan, not in it."""
+    monkeypatch.setattr(tiles, 'LARGEST_RANK_IN_SCAN', 0)
 
 
-def test_opcheck_ss2d():
-    x, *weights = ss2d_inputs(1, 3, 2, 3, 2, 1, dtype=torch.float32).values()
-    x_proj_weight, *weights = (w.detach() for w in weights)
-    maps = x.detach().permute(0, 2, 3, 1).contiguous()
-    projected = fused.project_map(maps, x_proj_weight, 'triton')
-    arguments = [t.requires_grad_() for t in (maps, projected, *weights)]
-    opcheck(fused._forward_op, (*arguments, torch.float32, 'triton'))
+def test_ss2d_scan_with_steps_by_a_product(steps_by_a_product):
+    compare_ss2d(ss2d_inputs(2, 3, 2, 3, 2, 1, dtype=torch.float32))
+    inputs = ss2d_inputs(1, 4, 3, 4, 2, 1, dtype=torch.float16)
+    y, want = (ss2d_scan(**inputs, backend=name) for name in ('triton', 'torch'))
+    assert y.dtype == torch.float16 and relative_error(y, want) < 4e-3
+
+
+def compare_bidirectional(inputs):
+    double = as_double(inputs)
+    y, want = call(inputs, backend='triton'), call(double, backend='reference')
+    assert relative_error(y, want) < 2e-6
+    got, want = gradients((y,), inputs), gradients((want,), double)
+    for name in inputs:
+        assert relative_error(got[name], want[name]) < 4e-6, name
+
+
+def test_bidirectional_scan_with_steps_by_a_product(steps_by_a_product):
+    compare_bidirectional(make_inputs(1, 3, 5, 2, 1, 2, dtype=torch.float32))
+
+
+def test_bidirectional_scan_in_stretches(short_stretches):
+    """Several blocks of the convolutions and stretches of the scans."""
+    compare_bidirectional(make_inputs(1, 3, 37, 2, 1, 4, dtype=torch.float32))
+
+
+def test_convolutions_in_parts(monkeypatch):
+    """Gradients of their weights out of several sums, of which the last is short."""
+    tile = tiles.convolution_tile(3)._replace(rows=4, repeats=2)
+    monkeypatch.setattr(tiles, 'convolution_tile', lambda channels: tile)
+    compare_bidirectional(make_inputs(2, 3, 21, 1, 1, 3, dtype=torch.float32))
 
 
 PLAIN = dict(embed_dims=8, depth=2, patch_size=4, stride=4)

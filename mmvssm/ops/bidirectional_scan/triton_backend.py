@@ -217,7 +217,7 @@ def _scan_inputs(
 ) -> Inputs:
     rank, states = weights.dt_proj_weight.shape[1], weights.A.shape[1]
     dt, B, C = projected.split((rank, states, states), dim=2)
-    delta, delta_weight = low_rank_steps(dt, weights.dt_proj_weight)
+    delta, delta_weight = low_rank_steps(dt, weights.dt_proj_weight, states)
     return Inputs(
         *(u.mT, delta, weights.A, B.mT.unsqueeze(1), C.mT.unsqueeze(1), weights.D),
         *(None if z is None else z.mT, weights.dt_proj_bias, delta_weight),

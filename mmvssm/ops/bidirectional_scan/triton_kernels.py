@@ -1,8 +1,14 @@
 """Triton kernels of the convolutions of both directions. Needs Triton at import.
 
-A program owns a tile of channels of one batch element and walks BLOCK_L
-positions at a time. Sequences are (B, L, D), arrays with their strides. What
-the backward direction convolves are the positions behind one, not before it.
+A program owns a tile of channels of one batch element and computes blocks of
+BLOCK_L positions, one position after the other, from a window of the sequence in
+registers that reaches TAPS - 1 positions beyond the block on either side.
+Sequences are (B, L, D), arrays with their strides.
+
+A position is fed by itself and those before it; in the second direction, which
+runs from the end, by those behind it. So what a block of the first direction
+feeds starts with the block and ends beyond it, and what one of the second
+direction feeds starts before it.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +23,7 @@ class Tile(NamedTuple):
     """What a program owns.
 
     Attributes:
-        batch, number: Which element, and which of its blocks of positions.
+        batch, number: Which element, and which part of the sequence.
         channels, valid: Numbers of the channels (BLOCK_D,) and their mask.
     """
 
@@ -28,48 +34,70 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _tile(shape, numbers, BLOCK_D: tl.constexpr):
-    """The tile of this program, one of ``numbers`` along the sequence."""
+def _tile(shape, parts, BLOCK_D: tl.constexpr):
+    """The tile of this program, one of ``parts`` along the sequence."""
     index = tl.program_id(0).to(tl.int64)
-    number = index % numbers
-    index = index // numbers
+    number = index % parts
+    index = index // parts
     tiles = (shape[2] + BLOCK_D - 1) // BLOCK_D
     channels = index % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     return Tile(index // tiles, number, channels, channels < shape[2])
 
 
 @triton.jit
-def _places(x, tile, rows):
-    """Pointers to the channels at positions ``rows``, (BLOCK_L, BLOCK_D)."""
-    here = x.pointer + tile.batch * x.strides[0]
-    return here + rows[:, None] * x.strides[1] + tile.channels[None, :] * x.strides[2]
+def _places(x, tile, t):
+    """Pointers to the channels (BLOCK_D,) at position t."""
+    here = x.pointer + tile.batch * x.strides[0] + t * x.strides[1]
+    return here + tile.channels * x.strides[2]
 
 
 @triton.jit
-def _load(x, tile, rows, length):
-    """Channels at positions ``rows``, zero outside the sequence."""
-    inside = (rows >= 0) & (rows < length)
-    return load(_places(x, tile, rows), inside[:, None] & tile.valid[None, :])
+def _load(x, tile, t, length):
+    """The channels at position t, zero outside the sequence."""
+    return load(_places(x, tile, t), tile.valid & (t >= 0) & (t < length))
 
 
 @triton.jit
-def _tap(way, tile, k):
-    """Column k of the weight, (BLOCK_D,)."""
+def _store(x, tile, t, values, length):
+    """Store the channels at position t, nothing behind the sequence."""
+    values = values.to(x.pointer.dtype.element_ty)
+    tl.store(_places(x, tile, t), values, tile.valid & (t < length))
+
+
+@triton.jit
+def _load_weights(way, tile, TAPS: tl.constexpr):
+    """The columns of the weight and then the bias, a tuple of (BLOCK_D,)."""
     by_channel, by_tap = way.weight.strides
-    places = way.weight.pointer + tile.channels * by_channel + k * by_tap
-    return load(places, tile.valid)
+    row = way.weight.pointer + tile.channels * by_channel
+    found = ()
+    for k in tl.static_range(TAPS):
+        found = found + (load(row + k * by_tap, tile.valid),)
+    bias = way.bias.pointer + tile.channels * way.bias.strides[0]
+    return found + (load(bias, tile.valid),)
 
 
 @triton.jit
-def _convolve(x, way, tile, rows, length, REVERSE: tl.constexpr, TAPS: tl.constexpr):
-    """The convolution at positions ``rows``, before its SiLU."""
-    bias = load(way.bias.pointer + tile.channels * way.bias.strides[0], tile.valid)
-    sums = tl.zeros((rows.shape[0], bias.shape[0]), tl.float32) + bias[None, :]
+def _window(x, tile, first, length, TAPS: tl.constexpr, BLOCK_L: tl.constexpr):
+    """A block and TAPS - 1 positions on either side, a tuple of (BLOCK_D,)."""
+    found = ()
+    for j in tl.static_range(BLOCK_L + 2 * (TAPS - 1)):
+        found = found + (_load(x, tile, first - (TAPS - 1) + j, length),)
+    return found
+
+
+@triton.jit
+def _convolve(
+    window,
+    weights,
+    START: tl.constexpr,
+    FROM_END: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """The convolution, before its SiLU, of TAPS positions of the window."""
+    y = weights[TAPS]
     for k in tl.static_range(TAPS):
-        back = TAPS - 1 - k
-        there = rows + back if REVERSE else rows - back
-        sums += _tap(way, tile, k)[None, :] * _load(x, tile, there, length)
-    return sums
+        y += weights[k] * window[START + (TAPS - 1 - k if FROM_END else k)]
+    return y
 
 
 @triton.jit
@@ -77,33 +105,86 @@ def conv_forward_kernel(
     x,
     ways,
     shape,
-    blocks,
+    parts,
     TAPS: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """SiLU(conv(x)) of both ways; ``blocks`` is the number of them in a sequence."""
-    tile = _tile(shape, blocks, BLOCK_D)
-    rows = tile.number * BLOCK_L + tl.arange(0, BLOCK_L)
-    mask = (rows < shape[1])[:, None] & tile.valid[None, :]
+    """SiLU(conv(x)) of both ways; a part of the sequence is one block."""
+    tile = _tile(shape, parts, BLOCK_D)
+    first = tile.number * BLOCK_L
+    window = _window(x, tile, first, shape[1], TAPS, BLOCK_L)
     for i in tl.static_range(2):
-        way = ways[i]
-        y = _convolve(x, way, tile, rows, shape[1], i == 1, TAPS)
-        y *= sigmoid(y)
-        y = y.to(way.out.pointer.dtype.element_ty)
-        tl.store(_places(way.out, tile, rows), y, mask)
+        weights = _load_weights(ways[i], tile, TAPS)
+        for j in tl.static_range(BLOCK_L):
+            y = _convolve(window, weights, j + i * (TAPS - 1), i == 1, TAPS)
+            _store(ways[i].out, tile, first + j, y * sigmoid(y), shape[1])
 
 
 @triton.jit
-def _load_gradient(
-    x, way, tile, rows, length, REVERSE: tl.constexpr, TAPS: tl.constexpr
+def _load_gradients(
+    way,
+    window,
+    weights,
+    tile,
+    first,
+    length,
+    FROM_END: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
-    """Gradient of the convolution before its SiLU, zero outside the sequence."""
-    grad = _load(way.grads[0], tile, rows, length)
-    grad += _load(way.grads[1], tile, rows, length)
-    y = _convolve(x, way, tile, rows, length, REVERSE, TAPS)
-    opened = sigmoid(y)
-    return grad * opened * (1.0 + y * (1.0 - opened))
+    """Gradients of the convolution before its SiLU at all that a block feeds."""
+    found = ()
+    for j in tl.static_range(BLOCK_L + TAPS - 1):
+        t = first + (j - (TAPS - 1) if FROM_END else j)
+        grad = _load(way.grads[0], tile, t, length)
+        grad += _load(way.grads[1], tile, t, length)
+        y = _convolve(window, weights, j, FROM_END, TAPS)
+        opened = sigmoid(y)
+        found = found + (grad * opened * (1.0 + y * (1.0 - opened)),)
+    return found
+
+
+@triton.jit
+def _add_up(
+    sums,
+    grads,
+    window,
+    FROM_END: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """Add a block's gradients of the weights and the bias to their sums."""
+    # Where the block starts in ``grads``.
+    OWN: tl.constexpr = TAPS - 1 if FROM_END else 0
+    found = ()
+    for k in tl.static_range(TAPS):
+        total = sums[k]
+        for j in tl.static_range(OWN, OWN + BLOCK_L):
+            total += grads[j] * window[j + (TAPS - 1 - k if FROM_END else k)]
+        found = found + (total,)
+    total = sums[TAPS]
+    for j in tl.static_range(OWN, OWN + BLOCK_L):
+        total += grads[j]
+    return found + (total,)
+
+
+@triton.jit
+def _fed_gradients(
+    grads,
+    weights,
+    FROM_END: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """Gradients of the positions of a block by what they feed."""
+    found = ()
+    for j in tl.static_range(BLOCK_L):
+        total = weights[0] * grads[j + (0 if FROM_END else TAPS - 1)]
+        for k in tl.static_range(1, TAPS):
+            total += weights[k] * grads[j + (k if FROM_END else TAPS - 1 - k)]
+        found = found + (total,)
+    return found
 
 
 @triton.jit
@@ -120,42 +201,31 @@ def conv_backward_kernel(
 ):
     """Gradients of x and, in parts to be summed, of the weights.
 
-    A sequence is cut into ``parts`` of ``repeats`` blocks. ``way.sums`` is
-    contiguous (batch, parts, TAPS + 1, channels): the bias comes last.
+    A part of the sequence is ``repeats`` blocks. ``way.sums`` is contiguous
+    (batch, parts, TAPS + 1, channels): the bias comes last.
     """
     tile = _tile(shape, parts, BLOCK_D)
-    length = shape[1]
-    sums = ()
-    for k in tl.static_range(2 * (TAPS + 1)):
-        sums = sums + (tl.zeros((BLOCK_D,), tl.float32),)
+    zeros = ()
+    for _ in tl.static_range(TAPS + 1):
+        zeros = zeros + (tl.zeros((BLOCK_D,), tl.float32),)
+    sums = zeros, zeros
     for number in range(repeats):
-        rows = (tile.number * repeats + number) * BLOCK_L + tl.arange(0, BLOCK_L)
-        total = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
-        found = ()
+        first = (tile.number * repeats + number) * BLOCK_L
+        window = _window(x, tile, first, shape[1], TAPS, BLOCK_L)
+        added, fed = (), ()
         for i in tl.static_range(2):
-            way = ways[i]
-            grad = _load_gradient(x, way, tile, rows, length, i == 1, TAPS)
-            for k in tl.static_range(TAPS):
-                back = TAPS - 1 - k
-                there = rows + back if i == 1 else rows - back
-                fed = _load(x, tile, there, length)
-                found = found + (tl.sum(grad * fed, axis=0),)
-            found = found + (tl.sum(grad, axis=0),)
-            # What is fed by these positions: themselves and those that follow.
-            total += grad * _tap(way, tile, TAPS - 1)[None, :]
-            for after in tl.static_range(1, TAPS):
-                there = rows - after if i == 1 else rows + after
-                grad = _load_gradient(x, way, tile, there, length, i == 1, TAPS)
-                total += grad * _tap(way, tile, TAPS - 1 - after)[None, :]
-        added = ()
-        for k in tl.static_range(2 * (TAPS + 1)):
-            added = added + (sums[k] + found[k],)
+            weights = _load_weights(ways[i], tile, TAPS)
+            grads = _load_gradients(
+                *(ways[i], window, weights, tile, first, shape[1]),
+                *(i == 1, TAPS, BLOCK_L),
+            )
+            added = added + (_add_up(sums[i], grads, window, i == 1, TAPS, BLOCK_L),)
+            fed = fed + (_fed_gradients(grads, weights, i == 1, TAPS, BLOCK_L),)
         sums = added
-        mask = (rows < length)[:, None] & tile.valid[None, :]
-        total = total.to(grad_x.pointer.dtype.element_ty)
-        tl.store(_places(grad_x, tile, rows), total, mask)
+        for j in tl.static_range(BLOCK_L):
+            _store(grad_x, tile, first + j, fed[0][j] + fed[1][j], shape[1])
     row = (tile.batch * parts + tile.number) * (TAPS + 1)
     for i in tl.static_range(2):
         for k in tl.static_range(TAPS + 1):
             places = ways[i].sums + (row + k) * shape[2] + tile.channels
-            tl.store(places, sums[i * (TAPS + 1) + k], tile.valid)
+            tl.store(places, sums[i][k], tile.valid)

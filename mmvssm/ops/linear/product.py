@@ -21,7 +21,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., N), contiguous.
     """
-    if x.dtype != torch.float32 or not _has_onednn(x) or not x.numel():
+    onednn = x.device.type == 'cpu' and x.dtype == torch.float32 and _has_onednn()
+    if not onednn or not x.numel():
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(
         _dense(x), _dense(weight), bias, 'none', [], ''
@@ -33,10 +34,9 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
-def _has_onednn(x: Tensor) -> bool:
+def _has_onednn() -> bool:
     return (
-        x.device.type == 'cpu'
-        and torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, '_linear_pointwise')
     )

@@ -170,14 +170,17 @@ def saved_states_shape(
     return (-(-length // tiles.SCAN_CHUNK) - 1, batch, channels, states)
 
 
-def low_rank_steps(low_rank: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+def low_rank_steps(
+    low_rank: Tensor, weight: Tensor, states: int
+) -> tuple[Tensor, Tensor | None]:
     """``delta`` and ``delta_weight`` of :class:`Inputs` for steps of low rank.
 
     Args:
         low_rank: (B, L, R).
         weight: (D, R), the steps are its products with ``low_rank``.
+        states: Of a channel.
     """
-    if weight.shape[1] <= tiles.LARGEST_RANK_IN_SCAN:
+    if weight.shape[1] * states <= tiles.LARGEST_RANK_IN_SCAN:
         return low_rank.mT, weight
     return F.linear(low_rank, weight.to(low_rank.dtype)).mT, None
 

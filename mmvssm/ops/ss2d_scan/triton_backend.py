@@ -53,7 +53,7 @@ def _routes(
     pieces = projected.flatten(1, 2).chunk(NUM_ROUTES, dim=2)
     for k, piece in enumerate(pieces):
         dt, B, C = piece.split((rank, states, states), dim=2)
-        delta, delta_weight = low_rank_steps(dt, dt_weight[k])
+        delta, delta_weight = low_rank_steps(dt, dt_weight[k], states)
         B, C = B.mT.unsqueeze(1), C.mT.unsqueeze(1)
         inputs = Inputs(
             *(_sequence(x), delta, A[k], B, C, Ds[k], None, dt_bias[k], delta_weight)

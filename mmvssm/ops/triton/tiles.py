@@ -12,8 +12,9 @@ SCAN_CHUNK = 16
 # each stretch so many positions.
 SCAN_PROGRAMS = 1024
 SHORTEST_STRETCH = 256
-# Step sizes of a lower rank are computed in the scan from their low-rank form,
-# those of a higher one by a matrix product before it.
+# Step sizes are computed in the scan from their low-rank form if the rank times
+# the number of states is at most this, else by a matrix product before it. The
+# more states a channel has, the fewer channels share what a program loads.
 LARGEST_RANK_IN_SCAN = 23
 
 
@@ -68,7 +69,7 @@ def scan_tile(states: int, group_size: int) -> ScanTile:
 
 def convolution_tile(channels: int) -> Tile:
     """For the convolutions of the bidirectional scan."""
-    return Tile(16, min(64, power_of_two(channels)), warps=4, repeats=16)
+    return Tile(8, min(64, power_of_two(channels)), warps=1, repeats=32)
 
 
 def norm_tile(channels: int) -> Tile:
