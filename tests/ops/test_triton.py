@@ -33,9 +33,10 @@ VARIANTS = ('STATES', 'RANK', 'ROUTE', 'TAPS', 'BLOCK_C')
 TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
 
 
-# The last two are those of every backend.
+# The last ones are those of every backend.
 INTERPRETED = (
     ['triton_interpreted.py'],
+    ['triton_interpreted_models.py'],
     ['test_ss2d_scan.py'],
     ['test_bidirectional_scan.py', 'test_add_norm.py'],
 )
