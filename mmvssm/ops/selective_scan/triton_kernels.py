@@ -5,14 +5,16 @@ their states, and walks a stretch of positions with the states in registers;
 B and C are loaded once for the whole tile. Arguments are those of
 ``triton_plan.py``: ``inputs`` of the scan and ``work``, how it is divided.
 
-A stretch is a whole number of chunks of CHUNK positions. Positions behind the
-end of the sequence are masked: a step of zero leaves the state as it is.
+A stretch is a whole number of chunks of CHUNK positions. Behind the end of the
+sequence place 0 is read instead, and a step of zero leaves the state as it is.
 
 The positions may be those of a map of ``work.height`` rows, in the order of the
 image in memory. ROUTE is the order to scan them in: 0 row by row (so is a plain
-sequence), 1 column by column, 2 and 3 the same from the end. With a RANK the
-steps are not in ``inputs.delta`` but the products of RANK numbers in it with
-``inputs.delta_weight``.
+sequence), 1 column by column, 2 and 3 the same from the end. In the kernels
+positions are counted along the route, and t is the place of one in memory.
+
+With a RANK the steps are not in ``inputs.delta`` but the products of RANK numbers
+in it with ``inputs.delta_weight``.
 """
 
 from typing import Any, NamedTuple
@@ -115,13 +117,37 @@ def _load_vector(x, channels, valid, column):
 
 
 @triton.jit
-def _position(step, work, ROUTE: tl.constexpr):
-    """Where the sequence's position number ``step`` is in memory."""
+def _place(position, work, ROUTE: tl.constexpr):
+    """The place of a position in memory."""
     if ROUTE >= 2:
-        step = work.length - 1 - step
+        position = work.length - 1 - position
     if ROUTE % 2 == 1:
-        step = step % work.height * (work.length // work.height) + step // work.height
-    return step
+        row = position % work.height
+        position = row * work.width + position // work.height
+    return position
+
+
+@triton.jit
+def _next(t, work, ROUTE: tl.constexpr):
+    """The place of the position that follows the one at t, without a division."""
+    step = work.width if ROUTE % 2 == 1 else 1
+    t = t - step if ROUTE >= 2 else t + step
+    if ROUTE == 1:
+        t = tl.where(t < work.length, t, t - (work.length - 1))
+    if ROUTE == 3:
+        t = tl.where(t >= 0, t, t + (work.length - 1))
+    return t
+
+
+@triton.jit
+def _walk(first, work, ROUTE: tl.constexpr, COUNT: tl.constexpr):
+    """Places of COUNT positions, 0 for those behind the end of the sequence."""
+    t = _place(first, work, ROUTE)
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (tl.where(first + i < work.length, t, 0),)
+        t = _next(t, work, ROUTE)
+    return found
 
 
 @triton.jit
@@ -141,35 +167,34 @@ def _store(x, tile, t, values, mask):
 
 
 @triton.jit
-def _load_weights(x, tile, t, inside):
-    """B or C at position t, (BLOCK_N,)."""
+def _load_weights(x, tile, t):
+    """B or C at place t, (BLOCK_N,)."""
     by_batch, by_group, by_state, by_position = x.strides
     here = x.pointer + tile.batch * by_batch + tile.group * by_group + t * by_position
-    return load(here + tile.states * by_state, tile.real & inside)
+    return load(here + tile.states * by_state, tile.real)
 
 
 @triton.jit
 def _load_steps(inputs, tile, t, inside, SOFTPLUS: tl.constexpr, RANK: tl.constexpr):
     """Step sizes before the softplus, and after it zero outside."""
-    here = tile.valid & inside
     raw = tile.shift
     if RANK == 0:
-        raw += load(_places(inputs.delta, tile, t), here)
+        raw += load(_places(inputs.delta, tile, t), tile.valid)
     else:
         x = inputs.delta
         row = x.pointer + tile.batch * x.strides[0] + t * x.strides[2]
         for r in tl.static_range(RANK):
-            raw += load(row + r * x.strides[1], inside) * tile.factors[r]
+            raw += tl.load(row + r * x.strides[1]).to(tl.float32) * tile.factors[r]
     dt = softplus(raw) if SOFTPLUS else raw
-    return raw, tl.where(here, dt, 0.0)
+    return raw, tl.where(inside, dt, 0.0)
 
 
 @triton.jit
 def _load_fed(inputs, tile, t, inside, SOFTPLUS: tl.constexpr, RANK: tl.constexpr):
     """What feeds the state: u, the steps before and after softplus, B."""
-    x = load(_places(inputs.u, tile, t), tile.valid & inside)
+    x = load(_places(inputs.u, tile, t), tile.valid)
     raw, dt = _load_steps(inputs, tile, t, inside, SOFTPLUS, RANK)
-    return x, raw, dt, _load_weights(inputs.B, tile, t, inside)
+    return x, raw, dt, _load_weights(inputs.B, tile, t)
 
 
 @triton.jit
@@ -249,13 +274,14 @@ def forward_kernel(
         first = begin + number * CHUNK
         if saved is not None:
             _store_state(saved, first // CHUNK - 1, tile, work, h, STATES)
+        ts = _walk(first, work, ROUTE, CHUNK)
         for i in tl.static_range(CHUNK):
+            t = ts[i]
             inside = first + i < work.length
             here = tile.valid & inside
-            t = _position(first + i, work, ROUTE)
             x, raw, dt, B = _load_fed(inputs, tile, t, inside, SOFTPLUS, RANK)
             h = _advance(h, tile, x, dt, B)
-            C = _load_weights(inputs.C, tile, t, inside)
+            C = _load_weights(inputs.C, tile, t)
             y = tl.sum(h * C[:, None], axis=0) + tile.skip * x
             if added is not None:
                 y += load(_places(added, tile, t), here)
@@ -291,9 +317,10 @@ def forward_ends_kernel(
     begin, end = _ends(tile, work)
     for number in range((end - begin + CHUNK - 1) // CHUNK):
         first = begin + number * CHUNK
+        ts = _walk(first, work, ROUTE, CHUNK)
         for i in tl.static_range(CHUNK):
+            t = ts[i]
             inside = first + i < work.length
-            t = _position(first + i, work, ROUTE)
             x, raw, dt, B = _load_fed(inputs, tile, t, inside, SOFTPLUS, RANK)
             h = _advance(h, tile, x, dt, B)
             total += dt
@@ -358,16 +385,17 @@ def backward_ends_kernel(
     chunks = (end - begin + CHUNK - 1) // CHUNK
     for back in range(chunks):
         first = begin + (chunks - 1 - back) * CHUNK
+        ts = _walk(first, work, ROUTE, CHUNK)
         for i in tl.static_range(CHUNK):
+            t = ts[CHUNK - 1 - i]
             inside = first + CHUNK - 1 - i < work.length
             here = tile.valid & inside
-            t = _position(first + CHUNK - 1 - i, work, ROUTE)
             raw, dt = _load_steps(inputs, tile, t, inside, SOFTPLUS, RANK)
             grad_y = load(_places(grad_out, tile, t), here)
             if inputs.z is not None:
                 gate = load(_places(inputs.z, tile, t), here)
                 grad_y *= gate * sigmoid(gate) * SCALE
-            C = _load_weights(inputs.C, tile, t, inside)
+            C = _load_weights(inputs.C, tile, t)
             grad_h = carry + C[:, None] * grad_y[None, :]
             carry = tl.exp2(dt[None, :] * tile.rates) * grad_h
             total += dt
@@ -417,23 +445,24 @@ def backward_kernel(
         first = begin + (parts - 1 - back) * PART
         chunk = first // CHUNK
         h = _load_state(saved, chunk - 1, tile, work, STATES)
-        for i in range(first - chunk * CHUNK):
-            t = _position(chunk * CHUNK + i, work, ROUTE)
+        t = _place(chunk * CHUNK, work, ROUTE)
+        for _ in range(first - chunk * CHUNK):
             x, raw, dt, B = _load_fed(inputs, tile, t, True, SOFTPLUS, RANK)
             h = _advance(h, tile, x, dt, B)
+            t = _next(t, work, ROUTE)
         before = ()
+        ts = _walk(first, work, ROUTE, PART)
         for i in tl.static_range(PART):
             before = before + (h,)
-            t = _position(first + i, work, ROUTE)
             inside = first + i < work.length
-            x, raw, dt, B = _load_fed(inputs, tile, t, inside, SOFTPLUS, RANK)
+            x, raw, dt, B = _load_fed(inputs, tile, ts[i], inside, SOFTPLUS, RANK)
             h = _advance(h, tile, x, dt, B)
         for i in tl.static_range(PART):
+            t = ts[PART - 1 - i]
             inside = first + PART - 1 - i < work.length
             here = tile.valid & inside
-            t = _position(first + PART - 1 - i, work, ROUTE)
             x, raw, dt, B = _load_fed(inputs, tile, t, inside, SOFTPLUS, RANK)
-            C = _load_weights(inputs.C, tile, t, inside)
+            C = _load_weights(inputs.C, tile, t)
             grad_y = load(_places(grad_out, tile, t), here)
             if inputs.z is not None:
                 gate = load(_places(inputs.z, tile, t), here)

@@ -50,7 +50,7 @@ class Work(NamedTuple):
         tiles, stretches: Of the channels of a group and of the sequence.
         length: Positions.
         stretch_length: Positions of a stretch, a multiple of the chunk.
-        height: Rows of the map that the sequence is, 1 if it is none.
+        height, width: Of the map that the sequence is, a single row if it is none.
     """
 
     batch: int
@@ -61,6 +61,7 @@ class Work(NamedTuple):
     length: int
     stretch_length: int
     height: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Plan:
         stretches = -(-length // stretch_length)
         work = Work(
             *(batch, groups, group_size, count, stretches),
-            *(length, stretch_length, height),
+            *(length, stretch_length, height, length // height),
         )
         weight = inputs.delta_weight
         rank = 0 if weight is None else weight.shape[1]
