@@ -24,9 +24,9 @@ def few_programs(monkeypatch):
     """One program for all channels, and chunks of few positions."""
     scan_tile, convolution_tile = tiles.scan_tile, tiles.convolution_tile
 
-    def whole_scan(states, group_size):
+    def whole_scan(states, group_size, backward):
         channels = tiles.power_of_two(group_size)
-        return scan_tile(states, group_size)._replace(channels=channels)
+        return scan_tile(states, group_size, backward)._replace(channels=channels)
 
     def whole_convolution(channels):
         return convolution_tile(channels)._replace(

@@ -97,9 +97,9 @@ def backward(
     for i, (u, p, w) in enumerate(zip(us, projected, weights)):
         inputs = _scan_inputs(u, p, w, z)
         route = (_FROM_START, _FROM_END)[i]
+        plan = Plan.of(inputs, True, backward=True, route=route, scale=_scale(average))
         grads = scan_backward(
-            Plan.of(inputs, True, route=route, scale=_scale(average)),
-            *(inputs, saved[i], grad_out.mT),
+            *(plan, inputs, saved[i], grad_out.mT),
             grad_u=torch.empty_like(u).mT,
             grad_delta=u.new_empty(u.shape, dtype=p.dtype).mT,
             # Of the gate, which is common, once.

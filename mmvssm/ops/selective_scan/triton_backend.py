@@ -109,7 +109,7 @@ def backward(
         saved: The third result of :func:`forward`.
     """
     inputs = Inputs(u, delta, A, B, C, D, z, delta_bias)
-    plan = Plan.of(inputs, delta_softplus)
+    plan = Plan.of(inputs, delta_softplus, backward=True)
     if grad_out is None:
         grad_out = u.new_zeros(()).expand_as(u)
     found = scan_backward(

@@ -92,15 +92,16 @@ class Plan:
         inputs: Inputs,
         softplus: bool,
         *,
+        backward: bool = False,
         height: int = 1,
         route: int = 0,
         scale: float = 1.0,
     ) -> 'Plan':
-        """The plan for these inputs."""
+        """The plan for these inputs, of the forward or the backward pass."""
         batch, channels, length = inputs.u.shape
         groups, states = inputs.B.shape[1:3]
         group_size = channels // groups
-        tile = tiles.scan_tile(states, group_size)
+        tile = tiles.scan_tile(states, group_size, backward)
         count = -(-group_size // tile.channels)
         wanted = -(-tiles.SCAN_PROGRAMS // (batch * groups * count))
         stretches = max(1, min(wanted, length // tiles.SHORTEST_STRETCH))

@@ -46,6 +46,7 @@ def _routes(
     dt_bias: Tensor,
     A: Tensor,
     Ds: Tensor,
+    backward: bool,
 ) -> Iterator[tuple[Plan, Inputs, Tensor]]:
     """Of every route the plan, the inputs of its scan and the low-rank steps."""
     rank, states = dt_weight.shape[2], A.shape[1]
@@ -58,7 +59,8 @@ def _routes(
         inputs = Inputs(
             *(_sequence(x), delta, A[k], B, C, Ds[k], None, dt_bias[k], delta_weight)
         )
-        yield Plan.of(inputs, True, height=x.shape[1], route=k), inputs, dt
+        plan = Plan.of(inputs, True, backward=backward, height=x.shape[1], route=k)
+        yield plan, inputs, dt
 
 
 def _running_sum(out: Tensor) -> list[Tensor]:
@@ -92,7 +94,7 @@ def forward(
         shape = saved_states_shape(batch, height * width, A.shape[1], channels)
         saved = x.new_empty(shape, dtype=torch.float32)
     sums = _running_sum(out)
-    routes = _routes(x, projected, dt_weight, dt_bias, A, Ds)
+    routes = _routes(x, projected, dt_weight, dt_bias, A, Ds, False)
     for k, (plan, inputs, _) in enumerate(routes):
         added = None if k == 0 else sums[k - 1]
         kept = None if saved is None else saved[k]
@@ -119,7 +121,7 @@ def backward(
     grad_x = torch.empty_like(x)
     sums = _running_sum(grad_x)
     columns, parameters = [], []
-    routes = _routes(x, projected, dt_weight, dt_bias, A, Ds)
+    routes = _routes(x, projected, dt_weight, dt_bias, A, Ds, True)
     for k, (plan, inputs, dt) in enumerate(routes):
         grads = scan_backward(
             *(plan, inputs, saved[k], _sequence(grad_out)),

@@ -56,15 +56,16 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def scan_tile(states: int, group_size: int) -> ScanTile:
+def scan_tile(states: int, group_size: int, backward: bool) -> ScanTile:
     """For the scan of channels with so many states, in groups of that size.
 
-    A warp is full, and its registers suffice.
+    A warp is full, and its registers suffice. They hold more states in the forward
+    pass: the more channels share B and C, the fewer loads there are.
     """
     block = power_of_two(states)
-    full = 64 if states == 1 else max(4, 256 // block)
-    channels = min(full, power_of_two(group_size))
-    return ScanTile(channels, warps=max(1, block * channels // 256), part=4)
+    of_warp = 512 if block >= 16 and not backward else 256
+    channels = min(64, max(4, of_warp // block), power_of_two(group_size))
+    return ScanTile(channels, max(1, block * channels // of_warp), part=4)
 
 
 def convolution_tile(channels: int) -> Tile:
