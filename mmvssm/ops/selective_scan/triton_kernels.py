@@ -5,8 +5,8 @@ their states, and walks a stretch of positions with the states in registers;
 B and C are loaded once for the whole tile. Arguments are those of
 ``triton_plan.py``: ``inputs`` of the scan and ``work``, how it is divided.
 
-A stretch is a whole number of chunks of CHUNK positions. Behind the end of the
-sequence place 0 is read instead, and a step of zero leaves the state as it is.
+A stretch is a whole number of chunks of CHUNK positions. Those behind the end of
+the sequence are masked: a step of zero leaves the state as it is.
 
 The positions may be those of a map of ``work.height`` rows, in the order of the
 image in memory. ROUTE is the order to scan them in: 0 row by row (so is a plain
@@ -141,11 +141,11 @@ def _next(t, work, ROUTE: tl.constexpr):
 
 @triton.jit
 def _walk(first, work, ROUTE: tl.constexpr, COUNT: tl.constexpr):
-    """Places of COUNT positions, 0 for those behind the end of the sequence."""
+    """Places of COUNT positions, of no meaning behind the end of the sequence."""
     t = _place(first, work, ROUTE)
     found = ()
-    for i in tl.static_range(COUNT):
-        found = found + (tl.where(first + i < work.length, t, 0),)
+    for _ in tl.static_range(COUNT):
+        found = found + (t,)
         t = _next(t, work, ROUTE)
     return found
 
@@ -167,34 +167,35 @@ def _store(x, tile, t, values, mask):
 
 
 @triton.jit
-def _load_weights(x, tile, t):
+def _load_weights(x, tile, t, inside):
     """B or C at place t, (BLOCK_N,)."""
     by_batch, by_group, by_state, by_position = x.strides
     here = x.pointer + tile.batch * by_batch + tile.group * by_group + t * by_position
-    return load(here + tile.states * by_state, tile.real)
+    return load(here + tile.states * by_state, tile.real & inside)
 
 
 @triton.jit
 def _load_steps(inputs, tile, t, inside, SOFTPLUS: tl.constexpr, RANK: tl.constexpr):
     """Step sizes before the softplus, and after it zero outside."""
+    here = tile.valid & inside
     raw = tile.shift
     if RANK == 0:
-        raw += load(_places(inputs.delta, tile, t), tile.valid)
+        raw += load(_places(inputs.delta, tile, t), here)
     else:
         x = inputs.delta
         row = x.pointer + tile.batch * x.strides[0] + t * x.strides[2]
         for r in tl.static_range(RANK):
-            raw += tl.load(row + r * x.strides[1]).to(tl.float32) * tile.factors[r]
+            raw += load(row + r * x.strides[1], inside) * tile.factors[r]
     dt = softplus(raw) if SOFTPLUS else raw
-    return raw, tl.where(inside, dt, 0.0)
+    return raw, tl.where(here, dt, 0.0)
 
 
 @triton.jit
 def _load_fed(inputs, tile, t, inside, SOFTPLUS: tl.constexpr, RANK: tl.constexpr):
     """What feeds the state: u, the steps before and after softplus, B."""
-    x = load(_places(inputs.u, tile, t), tile.valid)
+    x = load(_places(inputs.u, tile, t), tile.valid & inside)
     raw, dt = _load_steps(inputs, tile, t, inside, SOFTPLUS, RANK)
-    return x, raw, dt, _load_weights(inputs.B, tile, t)
+    return x, raw, dt, _load_weights(inputs.B, tile, t, inside)
 
 
 @triton.jit
@@ -281,7 +282,7 @@ def forward_kernel(
             here = tile.valid & inside
             x, raw, dt, B = _load_fed(inputs, tile, t, inside, SOFTPLUS, RANK)
             h = _advance(h, tile, x, dt, B)
-            C = _load_weights(inputs.C, tile, t)
+            C = _load_weights(inputs.C, tile, t, inside)
             y = tl.sum(h * C[:, None], axis=0) + tile.skip * x
             if added is not None:
                 y += load(_places(added, tile, t), here)
@@ -395,7 +396,7 @@ def backward_ends_kernel(
             if inputs.z is not None:
                 gate = load(_places(inputs.z, tile, t), here)
                 grad_y *= gate * sigmoid(gate) * SCALE
-            C = _load_weights(inputs.C, tile, t)
+            C = _load_weights(inputs.C, tile, t, inside)
             grad_h = carry + C[:, None] * grad_y[None, :]
             carry = tl.exp2(dt[None, :] * tile.rates) * grad_h
             total += dt
@@ -462,7 +463,7 @@ def backward_kernel(
             inside = first + PART - 1 - i < work.length
             here = tile.valid & inside
             x, raw, dt, B = _load_fed(inputs, tile, t, inside, SOFTPLUS, RANK)
-            C = _load_weights(inputs.C, tile, t)
+            C = _load_weights(inputs.C, tile, t, inside)
             grad_y = load(_places(grad_out, tile, t), here)
             if inputs.z is not None:
                 gate = load(_places(inputs.z, tile, t), here)
