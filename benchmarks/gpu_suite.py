@@ -62,7 +62,8 @@ def run_tests(args: argparse.Namespace, seconds: float) -> int:
     }
     command = ['-m', 'pytest', '-q', '-p', 'no:cacheprovider']
     # The time may run out.
-    command += [f'tests/gpu/test_{n}.py' for n in ('selective_scan', 'ops', 'models')]
+    files = ('selective_scan', 'ops', 'models', 'tuning')
+    command += [f'tests/gpu/test_{name}.py' for name in files]
     # Most of the time goes into compiling kernels, for which one core is few.
     workers = min(6, (os.cpu_count() or 1) // 2)
     if Device(args.device).is_cuda and workers > 1 and find_spec('xdist'):

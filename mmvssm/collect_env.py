@@ -26,6 +26,7 @@ from mmvssm.ops.backends import (
 )
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cuda import library as cuda_library
+from mmvssm.ops.triton import tuning
 
 # Import name -> the distributions that supply it; one at most may be there.
 _DISTRIBUTIONS = {
@@ -68,6 +69,7 @@ def collect_env() -> dict[str, dict[str, str]]:
         'CPU kernels': _kernels(),
         'CUDA kernels': {'kept in': str(cuda_library.cache_folder())}
         | _variables(cuda_library.LIBRARY_VARIABLE, cuda_library.CACHE_VARIABLE),
+        'Triton kernels': _tiles(),
         'Backend a tensor gets': {device: _choice(device) for device in ('cpu', 'cuda')}
         | _variables(ENV_VARIABLE),
     }
@@ -172,6 +174,15 @@ def _kernels() -> dict[str, str]:
         'instruction set': f'{library.isa()} (there are {names})',
         'threads': threads,
     } | variables
+
+
+def _tiles() -> dict[str, str]:
+    """What ``python -m mmvssm.ops.triton.tune`` has measured on this GPU."""
+    key = tuning.device_key()
+    tiles = tuning.table().get(key, {}).values() if key else ()
+    count = sum(map(len, tiles))
+    text = f'{count} of this GPU, in {tuning.path()}' if count else 'none'
+    return {'measured tiles': text} | _variables(tuning.FILE_VARIABLE)
 
 
 def _variables(*names: str) -> dict[str, str]:

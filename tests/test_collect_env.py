@@ -10,6 +10,7 @@ from mmvssm import collect_env as module
 from mmvssm.ops import backend_status
 from mmvssm.ops.backends import ENV_VARIABLE
 from mmvssm.ops.cpu import library
+from mmvssm.ops.triton import tuning
 
 
 @pytest.fixture
@@ -42,6 +43,19 @@ def test_backend_that_cannot_run_says_why(monkeypatch):
     backends = module.collect_env()['Scan backends']
     assert backends['torch'].startswith('can run')
     assert backends['reference'] == 'cannot run: no reason at all'
+
+
+def test_measured_tiles_are_counted(monkeypatch, tmp_path):
+    file = tmp_path / 'tiles.json'
+    monkeypatch.setenv(tuning.FILE_VARIABLE, str(file))
+    monkeypatch.setattr(tuning, 'device_key', lambda: 'a chip')
+    tuning.table.cache_clear()
+    assert module.collect_env()['GPU kernels']['measured tiles'] == 'none'
+    for sizes in ((1, 2), (3, 4)):
+        tuning.record('scan_tile', sizes, dict(channels=8), 1e-3)
+    text = module.collect_env()['GPU kernels']['measured tiles']
+    tuning.table.cache_clear()
+    assert text == f'2 of this GPU, in {file}'
 
 
 def test_choice_follows_the_environment_variable(monkeypatch):

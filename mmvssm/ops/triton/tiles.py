@@ -1,10 +1,14 @@
 """How the Triton kernels divide their work: every number that a GPU may tune.
 
-None of them has been measured on a GPU yet. They keep the kernels within the
-registers of a thread for sm_90 (``tests/ops/test_triton.py``).
+A tile that was measured to be faster on the GPU at hand takes the place of what
+is chosen here (``tuning.py``). What is chosen here has not been measured on a GPU
+yet; it keeps the kernels within the registers of a thread for sm_90
+(``tests/ops/test_triton.py``).
 """
 
 from typing import NamedTuple
+
+from mmvssm.ops.triton.tuning import tunable
 
 # Positions from one state that the scan keeps to the next.
 SCAN_CHUNK = 16
@@ -56,6 +60,7 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@tunable
 def scan_tile(states: int, group_size: int, backward: bool) -> ScanTile:
     """For the scan of channels with so many states, in groups of that size.
 
@@ -68,11 +73,13 @@ def scan_tile(states: int, group_size: int, backward: bool) -> ScanTile:
     return ScanTile(channels, max(1, block * channels // of_warp), part=4)
 
 
+@tunable
 def convolution_tile(channels: int) -> Tile:
     """For the convolutions of the bidirectional scan."""
     return Tile(8, min(64, power_of_two(channels)), warps=1, repeats=32)
 
 
+@tunable
 def norm_tile(channels: int) -> Tile:
     """For the RMS norm, whose programs own whole rows."""
     block = power_of_two(channels)

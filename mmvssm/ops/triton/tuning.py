@@ -19,7 +19,6 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ import torch
 from mmvssm.ops.triton import runtime
 
 FILE_VARIABLE = 'MMVSSM_TUNING_FILE'
-_trials: dict[str, dict[str, int]] = {}
+_trials: dict[tuple, dict[str, int]] = {}
 
 
 def path() -> Path:
@@ -49,8 +48,10 @@ def device_key() -> str | None:
 
 @functools.cache
 def _key_of(index: int) -> str:
+    import triton
+
     gpu = torch.cuda.get_device_properties(index)
-    return f'{gpu.name}, {gpu.major}.{gpu.minor}, Triton {metadata.version("triton")}'
+    return f'{gpu.name}, {gpu.major}.{gpu.minor}, Triton {triton.__version__}'
 
 
 def tunable(choose: Callable[..., NamedTuple]) -> Callable[..., NamedTuple]:
@@ -60,7 +61,7 @@ def tunable(choose: Callable[..., NamedTuple]) -> Callable[..., NamedTuple]:
     def chosen(*sizes: int) -> NamedTuple:
         default = choose(*sizes)
         name = choose.__name__
-        found = _trials.get(name) or measured(name, sizes)
+        found = _trials.get((name, *sizes)) or measured(name, sizes)
         if found is None:
             return default
         return default._replace(**{k: found[k] for k in found if k in default._fields})
@@ -69,17 +70,18 @@ def tunable(choose: Callable[..., NamedTuple]) -> Callable[..., NamedTuple]:
 
 
 @contextlib.contextmanager
-def trying(name: str, tile: dict[str, int]) -> Iterator[None]:
-    """Make a tunable function answer with one tile inside the ``with`` block."""
-    before = _trials.get(name)
-    _trials[name] = tile
+def trying(name: str, sizes: tuple[int, ...], tile: dict[str, int]) -> Iterator[None]:
+    """Make a tunable function answer these sizes with a tile, inside ``with``."""
+    key = (name, *sizes)
+    before = _trials.get(key)
+    _trials[key] = tile
     try:
         yield
     finally:
         if before is None:
-            del _trials[name]
+            del _trials[key]
         else:
-            _trials[name] = before
+            _trials[key] = before
 
 
 def measured(name: str, sizes: tuple[int, ...]) -> dict[str, int] | None:
@@ -130,7 +132,7 @@ def record(
 
 
 def _joined(sizes: tuple[int, ...]) -> str:
-    return ','.join(map(str, sizes))
+    return ','.join(str(int(size)) for size in sizes)
 
 
 def _read(file: Path) -> dict[str, dict]:
