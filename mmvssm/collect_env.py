@@ -24,6 +24,7 @@ from mmvssm.ops.backends import (
     backend_summary,
     choose_backend,
 )
+from mmvssm.ops.cache import CACHE_VARIABLE, cache_folder
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cuda import library as cuda_library
 from mmvssm.ops.triton import tuning
@@ -67,9 +68,9 @@ def collect_env() -> dict[str, dict[str, str]]:
             for name, reason in backend_status().items()
         },
         'CPU kernels': _kernels(),
-        'CUDA kernels': {'kept in': str(cuda_library.cache_folder())}
-        | _variables(cuda_library.LIBRARY_VARIABLE, cuda_library.CACHE_VARIABLE),
-        'Triton kernels': _tiles(),
+        'CUDA kernels': {'compiled into': str(cache_folder())}
+        | _variables(cuda_library.LIBRARY_VARIABLE, CACHE_VARIABLE),
+        'Triton kernels': {'measured tiles': _tiles()},
         'Backend a tensor gets': {device: _choice(device) for device in ('cpu', 'cuda')}
         | _variables(ENV_VARIABLE),
     }
@@ -176,13 +177,12 @@ def _kernels() -> dict[str, str]:
     } | variables
 
 
-def _tiles() -> dict[str, str]:
+def _tiles() -> str:
     """What ``python -m mmvssm.ops.triton.tune`` has measured on this GPU."""
     key = tuning.device_key()
     tiles = tuning.table().get(key, {}).values() if key else ()
     count = sum(map(len, tiles))
-    text = f'{count} of this GPU, in {tuning.path()}' if count else 'none'
-    return {'measured tiles': text} | _variables(tuning.FILE_VARIABLE)
+    return f'{count} of this GPU, in {tuning.path()}' if count else 'none'
 
 
 def _variables(*names: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ import mmvssm
 from mmvssm import collect_env as module
 from mmvssm.ops import backend_status
 from mmvssm.ops.backends import ENV_VARIABLE
+from mmvssm.ops.cache import CACHE_VARIABLE
 from mmvssm.ops.cpu import library
 from mmvssm.ops.triton import tuning
 
@@ -46,16 +47,15 @@ def test_backend_that_cannot_run_says_why(monkeypatch):
 
 
 def test_measured_tiles_are_counted(monkeypatch, tmp_path):
-    file = tmp_path / 'tiles.json'
-    monkeypatch.setenv(tuning.FILE_VARIABLE, str(file))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(tuning, 'device_key', lambda: 'a chip')
     tuning.table.cache_clear()
-    assert module.collect_env()['GPU kernels']['measured tiles'] == 'none'
+    assert module.collect_env()['Triton kernels']['measured tiles'] == 'none'
     for sizes in ((1, 2), (3, 4)):
         tuning.record('scan_tile', sizes, dict(channels=8), 1e-3)
-    text = module.collect_env()['GPU kernels']['measured tiles']
+    text = module.collect_env()['Triton kernels']['measured tiles']
     tuning.table.cache_clear()
-    assert text == f'2 of this GPU, in {file}'
+    assert text == f'2 of this GPU, in {tmp_path / "triton_tiles.json"}'
 
 
 def test_choice_follows_the_environment_variable(monkeypatch):

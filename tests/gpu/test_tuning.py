@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from mmvssm.ops.cache import CACHE_VARIABLE
 from mmvssm.ops.triton import runtime, tiles, tune, tuning
 
 from .on_device import cuda
@@ -20,11 +21,10 @@ def test_tile_is_found_and_used(monkeypatch, tmp_path, task):
     reason = runtime.unavailable()
     if reason:
         pytest.skip(reason)
-    file = tmp_path / 'tiles.json'
-    monkeypatch.setenv(tuning.FILE_VARIABLE, str(file))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     tuning.table.cache_clear()
     best = tune.tune(task)
     assert getattr(tiles, task.name)(*task.sizes) == best
-    (key,) = json.loads(file.read_text())
+    (key,) = json.loads(tuning.path().read_text())
     assert torch.cuda.get_device_name() in key
     tuning.table.cache_clear()

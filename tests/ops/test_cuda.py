@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mmvssm.ops import BackendUnavailableError, backend_status, selective_scan
+from mmvssm.ops.cache import CACHE_VARIABLE
 from mmvssm.ops.cuda import build, library
 
 from .scan_inputs import scan_inputs
@@ -118,7 +119,7 @@ def test_compiles_without_spilling(nvcc, tmp_path):
 def fresh(monkeypatch, tmp_path):
     """A machine with a GPU, where nothing is compiled or looked up yet."""
     monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
-    monkeypatch.setenv(library.CACHE_VARIABLE, str(tmp_path / 'cache'))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / 'cache'))
     monkeypatch.setattr(library, '_failure', [])
     monkeypatch.setattr(torch.version, 'cuda', '13.0')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)

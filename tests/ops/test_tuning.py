@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from mmvssm.ops.cache import CACHE_VARIABLE
 from mmvssm.ops.triton import tiles, tune, tuning
 
 GPU = 'A chip, 9.0, Triton 1.2'
@@ -30,11 +31,10 @@ def some_tile(states, channels):
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """A GPU whose tiles are kept in a file of this test; returns the file."""
-    file = tmp_path / 'cache' / 'tiles.json'
-    monkeypatch.setenv(tuning.FILE_VARIABLE, str(file))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / 'cache'))
     monkeypatch.setattr(tuning, 'device_key', lambda: GPU)
     tuning.table.cache_clear()
-    yield file
+    yield tuning.path()
     tuning.table.cache_clear()
 
 
@@ -87,7 +87,7 @@ def test_what_others_wrote_is_kept(gpu):
     kept = json.loads(gpu.read_text())[GPU]
     assert kept['other_tile'] == found[GPU]['other_tile']
     assert kept['some_tile'].keys() == {'1,1', '2,2'}
-    assert [path.name for path in gpu.parent.iterdir()] == ['tiles.json']
+    assert [path.name for path in gpu.parent.iterdir()] == ['triton_tiles.json']
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,8 @@ def test_broken_file_is_ignored_with_one_warning(gpu, text):
 
 
 def test_where_there_is_no_gpu_nothing_is_read(monkeypatch, tmp_path):
-    monkeypatch.setenv(tuning.FILE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    tuning.path().mkdir()
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     tuning.table.cache_clear()
     with warnings.catch_warnings():
@@ -126,14 +127,14 @@ def test_where_there_is_no_gpu_nothing_is_read(monkeypatch, tmp_path):
 
 
 def test_where_the_file_is(monkeypatch, tmp_path):
-    monkeypatch.delenv(tuning.FILE_VARIABLE, raising=False)
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     assert tuning.path() == tmp_path / 'mmvssm' / 'triton_tiles.json'
     monkeypatch.delenv('XDG_CACHE_HOME')
     monkeypatch.setenv('HOME', str(tmp_path))
     assert tuning.path() == tmp_path / '.cache' / 'mmvssm' / 'triton_tiles.json'
-    monkeypatch.setenv(tuning.FILE_VARIABLE, '~/mine.json')
-    assert tuning.path() == tmp_path / 'mine.json'
+    monkeypatch.setenv(CACHE_VARIABLE, '~/mine')
+    assert tuning.path() == tmp_path / 'mine' / 'triton_tiles.json'
 
 
 def test_trial_ends_with_an_error_inside():

@@ -7,8 +7,6 @@ the GPU at hand at the first call and kept in a folder of the user's.
 
 Environment variables, read when the library is first used:
     MMVSSM_CUDA_LIBRARY: Path of another build of the library.
-    MMVSSM_CACHE_DIR: Where to keep what is compiled; by default ``mmvssm`` in
-        XDG_CACHE_HOME or in ``~/.cache``.
 """
 
 import ctypes
@@ -21,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmvssm.ops.cache import cache_folder
 from mmvssm.ops.cuda import build
 from mmvssm.ops.structures import Array, structure
 
 LIBRARY_VARIABLE = 'MMVSSM_CUDA_LIBRARY'
-CACHE_VARIABLE = 'MMVSSM_CACHE_DIR'
 # Positions from one saved state to the next, as in problem.h.
 CHUNK = 16
 # Features that the kernels project to steps, and the states they do it with.
@@ -125,14 +123,6 @@ def _library() -> ctypes.CDLL:
     except (OSError, RuntimeError) as error:
         _failure.append(str(error))
         raise RuntimeError(f"the scan backend 'cuda' cannot run: {error}") from error
-
-
-def cache_folder() -> Path:
-    """Where to keep what is compiled."""
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named)
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'mmvssm')
 
 
 def _compiled() -> Path:

@@ -19,6 +19,9 @@ from mmvssm.ops.cuda import library
 from mmvssm.ops.selective_scan import cuda_backend as scan
 from mmvssm.ops.selective_scan.cuda_backend import Scan
 
+# Of the map and its projections.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def saved_states_shape(
     batch: int, length: int, states: int, channels: int
@@ -58,7 +61,7 @@ def _routes(
         if low_rank:
             inputs.features, inputs.weight = dt.mT, dt_weight[k]
         else:
-            inputs.delta = (dt @ dt_weight[k].T).mT
+            inputs.delta = (dt.float() @ dt_weight[k].T).mT
         yield inputs, dt
 
 
@@ -69,9 +72,10 @@ def forward(
     dt_bias: Tensor,
     A: Tensor,
     Ds: Tensor,
+    out_dtype: torch.dtype,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor | None, bool]:
-    """See :func:`mmvssm.ops.ss2d_scan.fused.ss2d_scan_fused`; all is float32.
+    """See :func:`mmvssm.ops.ss2d_scan.fused.ss2d_scan_fused`.
 
     Returns:
         The merged map (B, H, W, C), with ``keep_states`` the states before the
@@ -79,16 +83,17 @@ def forward(
     """
     batch, height, width, channels = x.shape
     rank, states = dt_weight.shape[2], A.shape[1]
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=torch.float32)
     saved = None
     if keep_states:
-        saved = x.new_empty(saved_states_shape(batch, height * width, states, channels))
+        shape = saved_states_shape(batch, height * width, states, channels)
+        saved = x.new_empty(shape, dtype=torch.float32)
     low_rank = rank <= library.MAX_RANK and states <= library.MAX_RANK_STATES
     parameters = (projected, dt_weight, dt_bias, A, Ds)
     for k, (inputs, _) in enumerate(_routes(x, *parameters, low_rank)):
         kept = None if saved is None else saved[k]
         scan.scan_forward(inputs, _sequence(out), saved=kept, add=k > 0)
-    return out, saved, checks.has_nan(out)
+    return out.to(out_dtype), saved, checks.has_nan(out)
 
 
 def backward(
@@ -107,7 +112,7 @@ def backward(
         grad_out: Gradient of the merged map (B, H, W, C), contiguous.
         saved: The second result of :func:`forward`.
     """
-    grad_x = torch.empty_like(x)
+    grad_x = torch.empty_like(x, dtype=torch.float32)
     columns, sums = [], []
     parameters = (projected, dt_weight, dt_bias, A, Ds)
     for k, (inputs, dt) in enumerate(_routes(x, *parameters, low_rank=False)):
@@ -118,12 +123,12 @@ def backward(
             add=k > 0,
         )
         columns += [grad_delta.mT @ dt_weight[k], grad_B[:, 0], grad_C[:, 0]]
-        grad_weight = grad_delta.transpose(0, 1).flatten(1) @ dt.flatten(0, 1)
+        grad_weight = grad_delta.transpose(0, 1).flatten(1) @ dt.float().flatten(0, 1)
         sums.append((grad_weight, grad_bias, grad_A, grad_D))
     grad_weight, grad_bias, grad_A, grad_D = (torch.stack(s) for s in zip(*sums))
     return [
-        grad_x,
-        torch.cat(columns, dim=2).view(projected.shape),
+        grad_x.to(x.dtype),
+        torch.cat(columns, dim=2).view(projected.shape).to(projected.dtype),
         grad_weight,
         grad_bias,
         grad_A.flatten(0, 1),

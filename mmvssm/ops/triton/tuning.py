@@ -8,9 +8,8 @@ and what it is asked. Where nothing is found the tile is that function's own.
 Other tiles add up in another order, so a result's last bits depend on the file.
 With the same file, or none, the same inputs give the same bits.
 
-Environment variables:
-    MMVSSM_TUNING_FILE: The file, read when the first tile is chosen; by default
-        ``mmvssm/triton_tiles.json`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
+The file is ``triton_tiles.json`` in ``cache_folder()``, read when the first tile is
+chosen.
 """
 
 import contextlib
@@ -24,19 +23,15 @@ from typing import NamedTuple
 
 import torch
 
+from mmvssm.ops.cache import cache_folder
 from mmvssm.ops.triton import runtime
 
-FILE_VARIABLE = 'MMVSSM_TUNING_FILE'
 _trials: dict[tuple, dict[str, int]] = {}
 
 
 def path() -> Path:
     """Where the measured tiles are kept."""
-    named = os.environ.get(FILE_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(cache, 'mmvssm', 'triton_tiles.json')
+    return cache_folder() / 'triton_tiles.json'
 
 
 def device_key() -> str | None:
