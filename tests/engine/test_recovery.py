@@ -116,7 +116,7 @@ def test_damaged_checkpoints_are_passed_over_and_named(tmp_path):
     results = train_each(tmp_path, ('', *RESUME), ('', *option))
     assert [code for code, _ in results] == [2, 2]
     assert 'can be read: iter_30.pth, iter_25.pth' in results[0][1]
-    assert 'iter_30.pth cannot be read, it may be truncated' in results[1][1]
+    assert 'iter_30.pth (1000 bytes) is truncated' in results[1][1]
 
 
 def test_training_goes_on_while_the_disk_is_full(tmp_path):
