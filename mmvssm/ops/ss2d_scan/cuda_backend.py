@@ -18,6 +18,13 @@ from mmvssm.ops.cross_scan import NUM_ROUTES
 from mmvssm.ops.cuda import library
 from mmvssm.ops.selective_scan import cuda_backend as scan
 from mmvssm.ops.selective_scan.cuda_backend import Scan
+from mmvssm.ops.ss2d_scan.routes import (
+    Route,
+    RouteGradients,
+    join_gradients,
+    sequence,
+    split_routes,
+)
 
 # Of the map and its projections.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,39 +37,19 @@ def saved_states_shape(
     return (NUM_ROUTES, *scan.saved_states_shape(batch, length, states, channels))
 
 
-def _sequence(x: Tensor) -> Tensor:
-    """A map (B, H, W, C) as (B, C, H W) in the order of the image."""
-    return x.flatten(1, 2).mT
-
-
-def _routes(
-    x: Tensor,
-    projected: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    Ds: Tensor,
-    low_rank: bool,
-) -> Iterator[tuple[Scan, Tensor]]:
-    """Of every route the inputs of its scan and the low-rank steps (B, L, R)."""
-    rank, states = dt_weight.shape[2], A.shape[1]
-    A, Ds = A.unflatten(0, (NUM_ROUTES, -1)), Ds.unflatten(0, (NUM_ROUTES, -1))
-    pieces = projected.flatten(1, 2).chunk(NUM_ROUTES, dim=2)
-    for k, piece in enumerate(pieces):
-        dt, B, C = piece.split((rank, states, states), dim=2)
-        B, C = B.mT.unsqueeze(1), C.mT.unsqueeze(1)
-        inputs = Scan(
-            *(_sequence(x), A[k], B, C),
-            D=Ds[k],
-            bias=dt_bias[k],
-            width=x.shape[2],
-            route=k,
+def _scans(inputs: tuple[Tensor, ...], low_rank: bool) -> Iterator[tuple[Scan, Route]]:
+    """Of every route the inputs of its scan."""
+    width = inputs[0].shape[2]
+    for k, route in enumerate(split_routes(*inputs)):
+        scan_inputs = Scan(
+            *(route.u, route.A, route.B, route.C),
+            **dict(D=route.D, bias=route.bias, width=width, route=k),
         )
         if low_rank:
-            inputs.features, inputs.weight = dt.mT, dt_weight[k]
+            scan_inputs.features, scan_inputs.weight = route.dt.mT, route.weight
         else:
-            inputs.delta = (dt.float() @ dt_weight[k].T).mT
-        yield inputs, dt
+            scan_inputs.delta = (route.dt.float() @ route.weight.T).mT
+        yield scan_inputs, route
 
 
 def forward(
@@ -89,10 +76,10 @@ def forward(
         shape = saved_states_shape(batch, height * width, states, channels)
         saved = x.new_empty(shape, dtype=torch.float32)
     low_rank = rank <= library.MAX_RANK and states <= library.MAX_RANK_STATES
-    parameters = (projected, dt_weight, dt_bias, A, Ds)
-    for k, (inputs, _) in enumerate(_routes(x, *parameters, low_rank)):
+    scans = _scans((x, projected, dt_weight, dt_bias, A, Ds), low_rank)
+    for k, (inputs, _) in enumerate(scans):
         kept = None if saved is None else saved[k]
-        scan.scan_forward(inputs, _sequence(out), saved=kept, add=k > 0)
+        scan.scan_forward(inputs, sequence(out), saved=kept, add=k > 0)
     return out.to(out_dtype), saved, checks.has_nan(out)
 
 
@@ -113,24 +100,20 @@ def backward(
         saved: The second result of :func:`forward`.
     """
     grad_x = torch.empty_like(x, dtype=torch.float32)
-    columns, sums = [], []
-    parameters = (projected, dt_weight, dt_bias, A, Ds)
-    for k, (inputs, dt) in enumerate(_routes(x, *parameters, low_rank=False)):
+    gradients = []
+    scans = _scans((x, projected, dt_weight, dt_bias, A, Ds), low_rank=False)
+    for k, (inputs, (_, dt, _, _, weight, *_)) in enumerate(scans):
         grad_delta = torch.empty_like(inputs.delta)
         grad_A, grad_B, grad_C, grad_D, grad_bias = scan.scan_backward(
-            *(inputs, saved[k], _sequence(grad_out), None),
-            rows=(_sequence(grad_x), grad_delta, None),
+            *(inputs, saved[k], sequence(grad_out), None),
+            rows=(sequence(grad_x), grad_delta, None),
             add=k > 0,
         )
-        columns += [grad_delta.mT @ dt_weight[k], grad_B[:, 0], grad_C[:, 0]]
         grad_weight = grad_delta.transpose(0, 1).flatten(1) @ dt.float().flatten(0, 1)
-        sums.append((grad_weight, grad_bias, grad_A, grad_D))
-    grad_weight, grad_bias, grad_A, grad_D = (torch.stack(s) for s in zip(*sums))
-    return [
-        grad_x.to(x.dtype),
-        torch.cat(columns, dim=2).view(projected.shape).to(projected.dtype),
-        grad_weight,
-        grad_bias,
-        grad_A.flatten(0, 1),
-        grad_D.flatten(),
-    ]
+        gradients.append(
+            RouteGradients(
+                *(grad_delta.mT @ weight, grad_B[:, 0], grad_C[:, 0]),
+                *(grad_weight, grad_bias, grad_A, grad_D),
+            )
+        )
+    return [grad_x.to(x.dtype), *join_gradients(projected, gradients)]

@@ -21,6 +21,13 @@ from mmvssm.ops.selective_scan.triton_plan import (
     low_rank_gradients,
     low_rank_steps,
 )
+from mmvssm.ops.ss2d_scan.routes import (
+    Route,
+    RouteGradients,
+    join_gradients,
+    sequence,
+    split_routes,
+)
 
 # Of the map and its projections.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,33 +41,19 @@ def saved_states_shape(
     return (NUM_ROUTES, *shape)
 
 
-def _sequence(x: Tensor) -> Tensor:
-    """A map (B, H, W, C) as (B, C, H W) in the order of the image."""
-    return x.flatten(1, 2).mT
-
-
-def _routes(
-    x: Tensor,
-    projected: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    Ds: Tensor,
-    backward: bool,
-) -> Iterator[tuple[Plan, Inputs, Tensor]]:
-    """Of every route the plan, the inputs of its scan and the low-rank steps."""
-    rank, states = dt_weight.shape[2], A.shape[1]
-    A, Ds = A.unflatten(0, (NUM_ROUTES, -1)), Ds.unflatten(0, (NUM_ROUTES, -1))
-    pieces = projected.flatten(1, 2).chunk(NUM_ROUTES, dim=2)
-    for k, piece in enumerate(pieces):
-        dt, B, C = piece.split((rank, states, states), dim=2)
-        delta, delta_weight = low_rank_steps(dt, dt_weight[k], states)
-        B, C = B.mT.unsqueeze(1), C.mT.unsqueeze(1)
-        inputs = Inputs(
-            *(_sequence(x), delta, A[k], B, C, Ds[k], None, dt_bias[k], delta_weight)
+def _scans(
+    inputs: tuple[Tensor, ...], backward: bool
+) -> Iterator[tuple[Plan, Inputs, Route]]:
+    """Of every route the plan and the inputs of its scan."""
+    height, states = inputs[0].shape[1], inputs[4].shape[1]
+    for k, route in enumerate(split_routes(*inputs)):
+        delta, weight = low_rank_steps(route.dt, route.weight, states)
+        scan = Inputs(
+            *(route.u, delta, route.A, route.B, route.C, route.D, None, route.bias),
+            weight,
         )
-        plan = Plan.of(inputs, True, backward=backward, height=x.shape[1], route=k)
-        yield plan, inputs, dt
+        plan = Plan.of(scan, True, backward=backward, height=height, route=k)
+        yield plan, scan, route
 
 
 def _running_sum(out: Tensor) -> list[Tensor]:
@@ -68,7 +61,7 @@ def _running_sum(out: Tensor) -> list[Tensor]:
     sums = out
     if out.dtype != torch.float32:
         sums = torch.empty_like(out, dtype=torch.float32)
-    return [_sequence(sums)] * (NUM_ROUTES - 1) + [_sequence(out)]
+    return [sequence(sums)] * (NUM_ROUTES - 1) + [sequence(out)]
 
 
 def forward(
@@ -94,8 +87,8 @@ def forward(
         shape = saved_states_shape(batch, height * width, A.shape[1], channels)
         saved = x.new_empty(shape, dtype=torch.float32)
     sums = _running_sum(out)
-    routes = _routes(x, projected, dt_weight, dt_bias, A, Ds, False)
-    for k, (plan, inputs, _) in enumerate(routes):
+    scans = _scans((x, projected, dt_weight, dt_bias, A, Ds), backward=False)
+    for k, (plan, inputs, _) in enumerate(scans):
         added = None if k == 0 else sums[k - 1]
         kept = None if saved is None else saved[k]
         scan_forward(plan, inputs, sums[k], added=added, saved=kept)
@@ -120,25 +113,20 @@ def backward(
     """
     grad_x = torch.empty_like(x)
     sums = _running_sum(grad_x)
-    columns, parameters = [], []
-    routes = _routes(x, projected, dt_weight, dt_bias, A, Ds, True)
-    for k, (plan, inputs, dt) in enumerate(routes):
+    gradients = []
+    scans = _scans((x, projected, dt_weight, dt_bias, A, Ds), backward=True)
+    for k, (plan, inputs, (_, dt, _, _, weight, *_)) in enumerate(scans):
         grads = scan_backward(
-            *(plan, inputs, saved[k], _sequence(grad_out)),
+            *(plan, inputs, saved[k], sequence(grad_out)),
             grad_u=sums[k],
             grad_delta=x.new_empty(dt.shape[:2] + x.shape[3:], dtype=dt.dtype).mT,
             added=None if k == 0 else sums[k - 1],
         )
-        by_dt, by_weight = low_rank_gradients(grads.delta, dt, dt_weight[k])
-        columns += [by_dt, grads.B[:, 0].mT, grads.C[:, 0].mT]
-        parameters.append((by_weight, grads.delta_bias, grads.A, grads.D))
-    grad_weight, grad_bias, grad_A, grad_D = map(torch.stack, zip(*parameters))
-    columns = [column.to(projected.dtype) for column in columns]
-    return [
-        grad_x,
-        torch.cat(columns, dim=2).view(projected.shape),
-        grad_weight,
-        grad_bias,
-        grad_A.flatten(0, 1),
-        grad_D.flatten(),
-    ]
+        by_dt, by_weight = low_rank_gradients(grads.delta, dt, weight)
+        gradients.append(
+            RouteGradients(
+                *(by_dt, grads.B[:, 0].mT, grads.C[:, 0].mT),
+                *(by_weight, grads.delta_bias, grads.A, grads.D),
+            )
+        )
+    return [grad_x, *join_gradients(projected, gradients)]
