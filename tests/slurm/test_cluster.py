@@ -10,7 +10,8 @@ from .cluster import install_or_skip, running_cluster
 
 def test_nothing_outlives_a_failed_test():
     with pytest.raises(ZeroDivisionError), running_cluster() as cluster:
-        job = cluster.run('sbatch', '--parsable', '--wrap=sleep 1000').strip()
+        options = ('--parsable', '--output=/dev/null', '--wrap=sleep 1000')
+        job = cluster.run('sbatch', *options).strip()
         wait(lambda: cluster.run('squeue', '-h', '-j', job, '-o', '%t') == 'R\n')
         assert list(cluster.processes())
         1 / 0  # noqa: B018
