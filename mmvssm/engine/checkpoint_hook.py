@@ -109,6 +109,7 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _prepare_loaders(self, runner: Runner) -> None:
         loader = runner.train_dataloader
+        _give_seed(runner)
         isolate_loader(loader, runner.seed)
         if runner.val_loop is not None:
             isolate_loader(runner.val_dataloader, runner.seed)
@@ -301,6 +302,19 @@ class SafeCheckpointHook(CheckpointHook):
         if hasattr(self, 'file_backend'):
             return str(self.out_dir)
         return join_path(str(self.out_dir), name)
+
+
+def _give_seed(runner: Runner) -> None:
+    """Give the sampler the training's seed, unless the config has another for it.
+
+    mmengine makes the sampler before it reads the checkpoint to resume from, and
+    where the config has no seed with one that is drawn anew.
+    """
+    options = (runner.cfg.get('train_dataloader') or {}).get('sampler') or {}
+    sampler = getattr(runner.train_dataloader.batch_sampler, 'sampler', None)
+    if hasattr(sampler, 'seed') and 'seed' not in options:
+        by_rank = (runner.cfg.get('randomness') or {}).get('diff_rank_seed', False)
+        sampler.seed = runner.seed - (runner.rank if by_rank else 0)
 
 
 def _on_main(work: Callable):

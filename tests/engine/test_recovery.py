@@ -33,6 +33,18 @@ def test_told_to_stop_twice_ends_with_the_same_bits(tmp_path, more, stops):
     assert not same_bits(final_weights(tmp_path), before)
 
 
+@pytest.mark.parametrize('more', ['', EPOCHS], ids=['iterations', 'epochs'])
+def test_config_without_a_seed_goes_on_with_that_of_the_checkpoint(more, tmp_path):
+    write_toy(tmp_path, more + 'randomness = dict(seed=None)\n')
+    ((code, log),) = train_each(tmp_path, WHOLE)
+    assert code == 0, log
+    path = tmp_path / 'whole' / ('epoch_4.pth' if more else 'iter_25.pth')
+    options = ('--work-dir', 'out', '--resume', path)
+    ((code, log),) = train_each(tmp_path, ('', *options))
+    assert code == 0, log
+    assert same_bits(final_weights(tmp_path), final_weights(tmp_path, 'whole'))
+
+
 @pytest.mark.parametrize('workers', ['', WORKERS], ids=['alone', 'workers'])
 def test_stopped_within_epochs_ends_with_the_same_bits(workers, tmp_path):
     write_toy(tmp_path, EPOCHS + workers)
