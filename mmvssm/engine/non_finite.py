@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -18,6 +17,7 @@ from .errors import UsageError
 from .ranks import Ranks
 from .rng import get_rng_state, set_rng_state
 from .sharding import plain_name, whole_weights
+from .weights import unwrap
 
 
 class NonFiniteLossError(UsageError):
@@ -135,9 +135,7 @@ class NonFiniteLossHook(Hook):
 
     def _culprit(self, runner: Runner) -> str:
         """Where the batch first leaves the finite numbers, in words."""
-        model = runner.model
-        while is_model_wrapper(model):
-            model = model.module
+        model = unwrap(runner.model)
         for name, value in model.named_parameters():
             if not bool(torch.isfinite(value).all()):
                 return f'before that the weight {plain_name(name)} is not finite'

@@ -13,7 +13,6 @@ from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.fileio import join_path
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import BaseOptimWrapper, build_optim_wrapper
 from mmengine.runner import FlexibleRunner, Runner, save_checkpoint
 from torch import nn
@@ -28,6 +27,7 @@ from torch.nn.utils import clip_grad_norm_
 from mmvssm.registry import STRATEGIES
 
 from .errors import UsageError
+from .weights import unwrap
 
 # What FSDP puts into the names of modules and parameters.
 _WRAPPED = '._fsdp_wrapped_module'
@@ -302,10 +302,7 @@ def whole_state_dict(runner: 'Runner | ShardedRunner') -> dict[str, torch.Tensor
     """State dict of the runner's model; of a sharded one shapes and dtypes alone."""
     if isinstance(runner, ShardedRunner):
         return runner.strategy.whole_state
-    model = runner.model
-    while is_model_wrapper(model):
-        model = model.module
-    return model.state_dict()
+    return unwrap(runner.model).state_dict()
 
 
 def plain_name(name: str) -> str:

@@ -38,7 +38,7 @@ def load_weights(model: nn.Module, path: str) -> None:
         CheckpointError: The file cannot be read.
     """
     require_file(path, 'checkpoint')
-    model = _unwrap(model)
+    model = unwrap(model)
     state = _read(path)
     try:
         state = convert(state).state_dict()
@@ -78,7 +78,7 @@ def check_load_from(model: nn.Module, path: str) -> None:
     given = _read(path)
     wanted = {
         key: value
-        for key, value in _unwrap(model).state_dict().items()
+        for key, value in unwrap(model).state_dict().items()
         if key.startswith('backbone.')
     }
     if unfit := _unfit(given, wanted):
@@ -131,7 +131,8 @@ def trust_checkpoints(cfg: Config) -> None:
         trust(path)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model within wrappers for several processes or augmented tests."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model

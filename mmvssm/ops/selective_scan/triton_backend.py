@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import checks
+from mmvssm.ops.gradients import like_inputs
 from mmvssm.ops.selective_scan.triton_plan import Inputs, Plan, saved_states_shape
 from mmvssm.ops.triton import runtime
 from mmvssm.ops.triton.arrays import array
@@ -119,9 +120,7 @@ def backward(
         grad_z=None if z is None else torch.empty_like(z),
         grad_last_state=grad_last_state,
     )
-    return tuple(
-        None if x is None else _like(grad, x) for grad, x in zip(found[:8], inputs)
-    )
+    return like_inputs(found[:8], inputs[:8])
 
 
 def scan_backward(
@@ -226,10 +225,3 @@ def _join(
         **plan.state_block(),
         REVERSE=reverse,
     )
-
-
-def _like(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient with x's dtype and strides."""
-    if grad.dtype == x.dtype and grad.stride() == x.stride():
-        return grad
-    return torch.empty_like(x).copy_(grad)
