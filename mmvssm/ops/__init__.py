@@ -14,6 +14,7 @@ from .bidirectional_scan import Direction, bidirectional_scan
 from .cross_scan import cross_merge, cross_scan
 from .linear import linear
 from .linear_attention import linear_attention
+from .scan_orders import list_scan_orders, register_scan_order, scan_order
 from .selective_scan import selective_scan
 from .ss2d_scan import ss2d_scan
 
@@ -31,6 +32,9 @@ __all__ = [
     'linear',
     'linear_attention',
     'list_backends',
+    'list_scan_orders',
+    'register_scan_order',
+    'scan_order',
     'selective_scan',
     'ss2d_scan',
     'use_backend',

@@ -15,7 +15,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -62,8 +62,9 @@ ScanProblem = structure(
 )
 Ss2dProblem = structure(
     'Ss2dProblem',
-    (c_int64, 'batch channels height width states rank'),
-    (c_void_p, 'x projected'),
+    (c_int64, 'batch channels height width states rank orders positions'),
+    (POINTER(c_int32), 'routes'),
+    (c_void_p, 'table x projected'),
     (c_int64, 'projected_stride'),
     (c_void_p, 'dt_weight dt_bias A D out saved grad_out grad_x grad_projected'),
     (c_void_p, 'grad_dt_weight grad_dt_bias grad_A grad_D'),

@@ -32,23 +32,29 @@ struct ScanProblem {
 };
 
 // ss2d_scan and its gradients; everything is float32. Maps are contiguous
-// (batch, height, width, channel), called x for short below.
+// (batch, height, width, channel), called x for short below. An order is a row of
+// the scan orders: the places of the map, in the order of the image, by position.
+// routes: (order), 0 for an order row by row, 1 column by column, 2 and 3 the same
+// from the end; -1 for one that is in the table (order, positions), in which -1 is a
+// padded place. The table is null if none is.
 struct Ss2dProblem {
   int64_t batch, channels, height, width, states, rank;
+  int64_t orders, positions;  // positions: of the longest order
+  const int32_t *routes, *table;
   const float* x;
-  const float* projected;    // (batch, position, route, rank + 2 states)
-  int64_t projected_stride;  // of a position
-  const float* dt_weight;    // (route, channel, rank)
-  const float* dt_bias;      // (route, channel)
-  const float *A, *D;        // (route, channel, state), (route, channel)
+  const float* projected;    // (batch, place, order, rank + 2 states)
+  int64_t projected_stride;  // of a place
+  const float* dt_weight;    // (order, channel, rank)
+  const float* dt_bias;      // (order, channel)
+  const float *A, *D;        // (order, channel, state), (order, channel)
   float* out;                // like x
-  float* saved;              // (route, tiles - 1, batch, state, channel) or null
+  float* saved;              // (order, tiles - 1, batch, state, channel) or null
   const float* grad_out;
   float* grad_x;
-  float* grad_projected;   // (strips, batch, position, route, rank + 2 states)
-  float* grad_dt_weight;   // (batch, route, rank, channel)
-  float* grad_dt_bias;     // (batch, route, channel)
-  float *grad_A, *grad_D;  // (batch, route, state, channel), (batch, route, channel)
+  float* grad_projected;   // (strips, batch, place, order, rank + 2 states)
+  float* grad_dt_weight;   // (batch, order, rank, channel)
+  float* grad_dt_bias;     // (batch, order, channel)
+  float *grad_A, *grad_D;  // (batch, order, state, channel), (batch, order, channel)
 };
 
 // Two scans of one shape, which run at the same time.

@@ -1,8 +1,8 @@
 // ss2d_scan over (batch, strip of channels): projection of the step sizes,
-// scan along the four routes and merge, forward and backward.
+// scans along the orders and merge, forward and backward.
 //
-// The maps stay as they are. A tile of a row route is read in place; one of a
-// column route, whose positions are far apart, is gathered while the next step
+// The maps stay as they are. A tile of an order row by row is read in place; one of
+// any other order, whose places are far apart, is gathered while the next step
 // sizes are computed, and what comes of it is added to the map.
 #pragma once
 
@@ -11,10 +11,12 @@
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-constexpr int64_t kRoutes = 4;
-
-// The first writes the map, the others add to it.
-constexpr int64_t kRouteOrder[kRoutes] = {0, 2, 1, 3};
+// The order that is scanned as number i: those with even numbers come first. Every
+// order has every place, so the first one writes the map and the others add to it.
+static inline int64_t order_number(int64_t i, int64_t orders) {
+  const int64_t even = (orders + 1) / 2;
+  return i < even ? 2 * i : 2 * (i - even) + 1;
+}
 
 // dt = softplus(bias + weight f) for rows of features f; `weight` is (rank, width).
 template <int V>
@@ -51,7 +53,7 @@ class Ss2dStrip {
     const int64_t width = kMaxVectors * kLanes;
     const int64_t padded = padded_states(p.states);
     return StripRecurrence::floats(p.states, backward) + 2 * kTile * padded +
-           (3 * kTile + p.rank + 1) * width +
+           (3 * kTile + p.rank + 1) * width + p.rank + 2 * p.states +
            (backward ? 2 * kTile * padded + (2 * kTile + padded + 4) * width +
                            (p.rank + kLanes) * (3 * width + kTile)
                      : 0) +
@@ -64,7 +66,7 @@ class Ss2dStrip {
         batch(item / strips_of(p.channels)),
         strip(strip_of(p.channels, index)),
         width(strip.width()),
-        length(p.height * p.width),
+        places(p.height * p.width),
         scan(arena, p.states, strip, backward),
         dt(arena->take(kTile * width)),
         x(arena->take(kTile * width)),
@@ -72,10 +74,16 @@ class Ss2dStrip {
         weight(arena->take(p.rank * width)),
         bias(arena->take(width)),
         B(arena->take(kTile * scan.padded())),
-        C(arena->take(kTile * scan.padded())) {}
+        C(arena->take(kTile * scan.padded())),
+        nothing(arena->take(p.rank + 2 * p.states)) {
+    __builtin_memset(nothing, 0, (p.rank + 2 * p.states) * 4);
+  }
 
-  void set_route(int64_t k) {
-    route = k;
+  void set_order(int64_t k) {
+    order = k;
+    route = p.routes[k];
+    table = route < 0 ? p.table + k * p.positions : nullptr;
+    length = route < 0 ? p.positions : places;
     const int64_t first = k * p.channels;
     scan.set_parameters(p.A + first * p.states, p.D + first);
     read_channels(p.dt_bias + first, strip, bias);
@@ -83,26 +91,27 @@ class Ss2dStrip {
               p.rank, weight, width);
   }
 
-  // Goes to the tile from step `start` of the route on: finds its positions and
+  // Goes to the tile from position `start` of the order on: finds its places and
   // makes dt, B and C of their projections. Meanwhile it asks for the rows of two
   // maps, since the hardware does not foresee a walk down a column.
   void go_to(int64_t start, int64_t count, const float* one, const float* other) {
     rows = count;
     const int64_t padded = scan.padded();
-    find_positions(start);
+    find_places(start);
     for (int64_t t = 0; t < rows; ++t) {
       for (int64_t c = 0; c < width; c += 16) {
         __builtin_prefetch(row_of(one, t) + c);
         __builtin_prefetch(row_of(other, t) + c);
       }
-      features[t] = p.projected + (batch * length + positions[t]) * p.projected_stride +
-                    route * (p.rank + 2 * p.states);
+      features[t] = p.projected + (batch * places + at[t]) * p.projected_stride +
+                    order * (p.rank + 2 * p.states);
       const float* weights = features[t] + p.rank;
       for (int64_t n = 0; n < padded; ++n) {
         B[t * padded + n] = n < p.states ? weights[n] : 0.0f;
         C[t * padded + n] = n < p.states ? weights[p.states + n] : 0.0f;
       }
     }
+    if (missing != 0) clear_padding();
     switch (strip.vectors) {
       case 1:
         project_steps<1>(features, rows, p.rank, weight, bias, width, dt);
@@ -119,7 +128,7 @@ class Ss2dStrip {
   }
 
   // Whether the tile's rows of a map may be worked on where they are.
-  bool in_place() const { return strip.full() && route % 2 == 0; }
+  bool in_place() const { return strip.full() && (route == 0 || route == 2); }
 
   // The tile's rows of a map (batch, height, width, channel).
   Rows read(const float* map, float* buffer) const {
@@ -131,6 +140,10 @@ class Ss2dStrip {
       for (; c + kLanes <= strip.count; c += kLanes) store(to + c, load(from + c));
       for (; c < width; ++c) to[c] = c < strip.count ? from[c] : 0.0f;
     }
+    if (missing != 0) {
+      for (int64_t t = 0; t < rows; ++t)
+        if (is_padding(t)) __builtin_memset(buffer + t * width, 0, width * 4);
+    }
     return {buffer, width};
   }
 
@@ -138,6 +151,7 @@ class Ss2dStrip {
   vint write(float* map, const float* buffer, bool add) const {
     vint nan = {};
     for (int64_t t = 0; t < rows; ++t) {
+      if (is_padding(t)) continue;
       float* to = const_cast<float*>(row_of(map, t));
       int64_t c = 0;
       for (; c + kLanes <= strip.count; c += kLanes) {
@@ -161,37 +175,55 @@ class Ss2dStrip {
   // The saved state before a tile, null before the first.
   float* saved(int64_t tile) const {
     if (tile <= 0) return nullptr;
-    const int64_t tiles = (length + kTile - 1) / kTile;
+    const int64_t tiles = (p.positions + kTile - 1) / kTile;
     return p.saved +
-           ((route * (tiles - 1) + tile - 1) * p.batch + batch) * p.states * p.channels;
+           ((order * (tiles - 1) + tile - 1) * p.batch + batch) * p.states * p.channels;
   }
 
   const Ss2dProblem& p;
   const int64_t index, batch;
   const Strip strip;
-  const int64_t width, length;
-  int64_t route = 0;
+  const int64_t width, places;
+  // The order at hand: its number, route, row of the table, and positions.
+  int64_t order = 0, route = 0;
+  const int32_t* table = nullptr;
+  int64_t length = 0;
   StripRecurrence scan;
   // Of the tile at hand: how many rows, the step sizes, buffers for rows of maps,
-  // B and C, the features the step sizes are projected from, and where it is.
+  // B and C, the features the step sizes are projected from, the places, and a bit
+  // for each row that is padding. Those are at place 0, for what reads all rows.
   int64_t rows = 0;
   float *dt, *x, *y;
   float *weight, *bias;  // of the projection, (rank, width) and (width)
   float *B, *C;
+  float* nothing;  // features of a padded place, zeros
   const float* features[kTile];
-  int64_t positions[kTile];
+  int64_t at[kTile];
+  uint64_t missing = 0;
+  static_assert(kTile <= 64, "a tile has more rows than the mask has bits");
+
+  bool is_padding(int64_t t) const { return (missing >> t & 1) != 0; }
 
  private:
-  void find_positions(int64_t start) {
-    const int64_t step = route < 2 ? 1 : -1;
-    const int64_t at = route < 2 ? start : length - 1 - start;
-    if (route % 2 == 0) {
-      for (int64_t t = 0; t < rows; ++t) positions[t] = at + t * step;
+  void find_places(int64_t start) {
+    missing = 0;
+    if (table != nullptr) {
+      for (int64_t t = 0; t < rows; ++t) {
+        const int64_t place = table[start + t];
+        missing |= (uint64_t)(place < 0) << t;
+        at[t] = place < 0 ? 0 : place;
+      }
       return;
     }
-    int64_t i = at % p.height, j = at / p.height;
+    const int64_t step = route < 2 ? 1 : -1;
+    const int64_t first = route < 2 ? start : length - 1 - start;
+    if (route % 2 == 0) {
+      for (int64_t t = 0; t < rows; ++t) at[t] = first + t * step;
+      return;
+    }
+    int64_t i = first % p.height, j = first / p.height;
     for (int64_t t = 0; t < rows; ++t) {
-      positions[t] = i * p.width + j;
+      at[t] = i * p.width + j;
       i += step;
       if (i == p.height || i < 0) {
         i = i < 0 ? p.height - 1 : 0;
@@ -199,16 +231,26 @@ class Ss2dStrip {
       }
     }
   }
+  // Makes the features of padded places zero, and with them B and C.
+  void clear_padding() {
+    const int64_t padded = scan.padded();
+    for (int64_t t = 0; t < rows; ++t) {
+      if (!is_padding(t)) continue;
+      features[t] = nothing;
+      __builtin_memset(B + t * padded, 0, padded * 4);
+      __builtin_memset(C + t * padded, 0, padded * 4);
+    }
+  }
   const float* row_of(const float* map, int64_t t) const {
-    return map + (batch * length + positions[t]) * p.channels + strip.first;
+    return map + (batch * places + at[t]) * p.channels + strip.first;
   }
 };
 
 static bool forward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
   Ss2dStrip s(p, item, arena, false);
   vint nan = {};
-  for (const int64_t route : kRouteOrder) {
-    s.set_route(route);
+  for (int64_t i = 0; i < p.orders; ++i) {
+    s.set_order(order_number(i, p.orders));
     s.scan.set_state_to_zero();
     for (int64_t start = 0; start < s.length; start += kTile) {
       const int64_t rows = s.length - start < kTile ? s.length - start : kTile;
@@ -218,11 +260,11 @@ static bool forward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
       const Tile tile = s.tile(s.read(p.x, s.x));
       if (s.in_place()) {
         const Rows out = s.read(p.out, nullptr);
-        nan |= s.scan.forward(tile, route == 0 ? Write::kStore : Write::kAdd,
+        nan |= s.scan.forward(tile, i == 0 ? Write::kStore : Write::kAdd,
                               const_cast<float*>(out.data), out.stride);
       } else {
         s.scan.forward(tile, Write::kStore, s.y, s.width);
-        nan |= s.write(p.out, s.y, route != 0);
+        nan |= s.write(p.out, s.y, i > 0);
       }
     }
   }
@@ -290,8 +332,8 @@ struct Ss2dGradients {
         D(arena, s.width),
         bias(arena, s.width) {}
 
-  void start_route(const Ss2dStrip& s) {
-    const int64_t first = s.route * s.p.channels + s.strip.first;
+  void start_order(const Ss2dStrip& s) {
+    const int64_t first = s.order * s.p.channels + s.strip.first;
     load_rows(s.p.dt_weight + first * s.p.rank, 1, s.p.rank, s.p.rank, s.strip.count,
               by_channel, padded_rank);
     __builtin_memset(by_channel + s.strip.count * padded_rank, 0,
@@ -302,9 +344,9 @@ struct Ss2dGradients {
     bias.set_to_zero(s.width);
   }
 
-  void finish_route(const Ss2dStrip& s) const {
+  void finish_order(const Ss2dStrip& s) const {
     const Ss2dProblem& p = s.p;
-    const int64_t at = s.batch * kRoutes + s.route;
+    const int64_t at = s.batch * p.orders + s.order;
     s.scan.get_grad_A(p.grad_A + at * p.states * p.channels, p.channels);
     write_channels(D.sum, s.strip, p.grad_D + at * p.channels);
     write_channels(bias.sum, s.strip, p.grad_dt_bias + at * p.channels);
@@ -333,8 +375,9 @@ static void finish_projections(const Ss2dStrip& s, const Ss2dGradients& g) {
   const int64_t columns = p.rank + 2 * p.states;
   const int64_t padded = s.scan.padded();
   for (int64_t t = 0; t < rows; ++t) {
-    const int64_t at = (s.index * p.batch + s.batch) * s.length + s.positions[t];
-    float* to = p.grad_projected + (at * kRoutes + s.route) * columns;
+    if (s.is_padding(t)) continue;
+    const int64_t at = (s.index * p.batch + s.batch) * s.places + s.at[t];
+    float* to = p.grad_projected + (at * p.orders + s.order) * columns;
     for (int64_t r = 0; r < p.rank; ++r) to[r] = g.features[t * g.padded_rank + r];
     to += p.rank;
     for (int64_t n = 0; n < p.states; ++n) {
@@ -349,12 +392,12 @@ static bool backward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
   Ss2dStrip s(p, item, arena, true);
   Ss2dGradients g(s, arena);
   const int64_t padded = s.scan.padded();
-  const int64_t tiles = (s.length + kTile - 1) / kTile;
-  for (const int64_t route : kRouteOrder) {
-    s.set_route(route);
+  for (int64_t i = 0; i < p.orders; ++i) {
+    s.set_order(order_number(i, p.orders));
+    const int64_t tiles = (s.length + kTile - 1) / kTile;
     s.scan.set_state_to_zero();
     s.scan.set_gradients_to_zero();
-    g.start_route(s);
+    g.start_order(s);
     for (int64_t index = tiles - 1; index >= 0; --index) {
       const int64_t start = index * kTile;
       const int64_t rows = s.length - start < kTile ? s.length - start : kTile;
@@ -371,9 +414,9 @@ static bool backward_ss2d(const Ss2dProblem& p, int64_t item, Arena* arena) {
       finish_tile(tile, s.width, s.scan.D(), by_y, true, g.dtu, g.dt,
                   {g.dtu, s.width, false}, {g.dt, s.width, false}, g.D, g.bias);
       finish_projections(s, g);
-      s.write(p.grad_x, g.dtu, route != 0);
+      s.write(p.grad_x, g.dtu, i > 0);
     }
-    g.finish_route(s);
+    g.finish_order(s);
   }
   return false;
 }

@@ -1,3 +1,3 @@
-from .op import NUM_ROUTES, cross_merge, cross_scan, take_routes
+from .op import cross_merge, cross_scan, take_routes
 
-__all__ = ['NUM_ROUTES', 'cross_merge', 'cross_scan', 'take_routes']
+__all__ = ['cross_merge', 'cross_scan', 'take_routes']

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-NUM_ROUTES = 4
+from mmvssm.ops.scan_orders import NUM_ROUTES
 
 
 def cross_scan(x: Tensor) -> Tensor:
     """Read a map along four routes.
 
     Route 0 is row by row, route 1 column by column, routes 2 and 3 are these
-    two from the end.
+    two from the end: ``scan_order('cross', H, W)`` has their places.
 
     Args:
         x: Map (B, C, H, W), any dtype, any strides.

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardEndsBlocks)
   using Own = Share<kPart, kLanes>;
   constexpr int kOwn = Own::kOwn;
   __shared__ __align__(16) float C[kPart * kWidth];
-  __shared__ int positions[kPart];
+  __shared__ int places[kPart];
 
   const Place<kStates, kLanes> place(p);
   const int own = Own::first(place.lane);
@@ -40,14 +40,14 @@ __global__ void __launch_bounds__(kThreads, kBackwardEndsBlocks)
     __syncthreads();
     if (threadIdx.x < kPart) {
       const int t = first + threadIdx.x;
-      positions[threadIdx.x] = t < place.end ? position_of(p, t) : 0;
+      places[threadIdx.x] = t < place.end ? place_of(p, t) : 0;
     }
     stage_states<kPart, kWidth>(p, p.C, place, first, place.end, C);
     __syncthreads();
 
     const int count = place.valid ? place.end - first - own : 0;
     int where[kOwn];
-    read_positions(positions + own, where);
+    read_places(places + own, where);
     uint32_t delta_bits[kOwn], gate_bits[kOwn], grad_bits[kOwn];
     float raw[kOwn], dt[kOwn], grad_y[kOwn];
     fetch(delta, where, count, delta_bits);
@@ -110,21 +110,21 @@ struct WeightGradients {
     }
   }
 
-  // Sums over the warps of the positions of a part.
+  // Sums over the warps of the positions of a part, written to their places.
   template <typename Place>
   static MMVSSM_DEVICE void write(const ScanProblem& p, const Place& place, int count,
-                                  const int* positions, const float* sums) {
+                                  const int* places, const float* sums) {
     const int warps = blockDim.x / kWarp;
     const int64_t row = static_cast<int64_t>(place.tile) * p.batch + place.batch;
-    const int64_t sequence = (row * p.groups + place.group) * p.length;
+    const int64_t sequence = (row * p.groups + place.group) * p.places;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kPart * 2 * kWidth; i += blockDim.x) {
       const int t = i / (2 * kWidth), which = i / kWidth % 2, n = i % kWidth;
-      if (t >= count || n >= p.states) continue;
+      if (t >= count || n >= p.states || places[t] < 0) continue;
       float sum = sums[i];
       for (int warp = 1; warp < warps; ++warp)
         sum += sums[warp * kPart * 2 * kWidth + i];
-      (which == 0 ? p.grad_B : p.grad_C)[(sequence + positions[t]) * p.states + n] =
+      (which == 0 ? p.grad_B : p.grad_C)[(sequence + places[t]) * p.states + n] =
           sum;
     }
   }
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<kStates, kLanes>)
   __shared__ __align__(16) float C[kPart * kWidth];
   __shared__ float sums[Weights::kFloats];
   __shared__ float inner[Inner::kFloats];
-  __shared__ int positions[kPart];
+  __shared__ int places[kPart];
 
   const Place<kStates, kLanes> place(p);
   const int own = Own::first(place.lane);
@@ -204,14 +204,14 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<kStates, kLanes>)
       __syncthreads();
       if (threadIdx.x < kPart) {
         const int t = first + threadIdx.x;
-        positions[threadIdx.x] = t < place.end ? position_of(p, t) : 0;
+        places[threadIdx.x] = t < place.end ? place_of(p, t) : 0;
       }
       stage_states<kPart, kWidth>(p, p.B, place, first, place.end, B);
       if (first == last)
         stage_states<kPart, kWidth>(p, p.C, place, first, place.end, C);
       __syncthreads();
       count = place.valid ? place.end - first - own : 0;
-      read_positions(positions + own, where);
+      read_places(places + own, where);
       const Row u(p.u, place, fresh_zero()), delta(p.delta, place, fresh_zero());
       uint32_t u_bits[kOwn], delta_bits[kOwn];
       fetch(u, where, count, u_bits);
@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<kStates, kLanes>)
     store(by_u, where, counts ? count : 0, grad_x);
     store(by_delta, where, counts ? count : 0, grad_dt);
     __syncthreads();
-    Weights::write(p, place, place.end - last, positions, sums);
+    Weights::write(p, place, place.end - last, places, sums);
   }
 
   place.store(p, p.grad_A, place.stretch, sum_A);

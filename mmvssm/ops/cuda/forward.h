@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<kStates, kRank>)
   __shared__ __align__(16) float B[kPart * kWidth];
   __shared__ __align__(16) float C[kEnds ? 4 : kPart * kWidth];
   __shared__ __align__(16) float features[kPart * kFeatures];
-  __shared__ int positions[kPart];
+  __shared__ int places[kPart];
 
   const Place<kStates, kLanes> place(p);
   const int own = Own::first(place.lane);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<kStates, kRank>)
     __syncthreads();
     if (threadIdx.x < kPart) {
       const int t = first + threadIdx.x;
-      positions[threadIdx.x] = t < place.end ? position_of(p, t) : 0;
+      places[threadIdx.x] = t < place.end ? place_of(p, t) : 0;
     }
     stage_states<kPart, kWidth>(p, p.B, place, first, place.end, B);
     if (!kEnds) stage_states<kPart, kWidth>(p, p.C, place, first, place.end, C);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<kStates, kRank>)
 
     const int count = place.valid ? place.end - first - own : 0;
     int where[kOwn];
-    read_positions(positions + own, where);
+    read_places(places + own, where);
     const Row u(p.u, place, fresh_zero()), delta(p.delta, place, fresh_zero());
     uint32_t bits[kOwn], delta_bits[kOwn];
     float x[kOwn], raw[kOwn], dt[kOwn];

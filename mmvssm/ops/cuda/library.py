@@ -31,8 +31,9 @@ MAX_RANK, MAX_RANK_STATES = 32, 16
 
 ScanProblem = structure(
     'ScanProblem',
-    (c_int32, 'device batch groups group_size length width route states rank'),
+    (c_int32, 'device batch groups group_size length places width route states rank'),
     (c_int32, 'stretches stretch_length softplus add tile'),
+    (c_void_p, 'table'),
     (Array, 'u delta z features B C'),
     (c_void_p, 'weight A D bias'),
     (Array, 'out'),

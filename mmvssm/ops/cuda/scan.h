@@ -185,8 +185,9 @@ struct Place {
   }
 };
 
-// Where the route's position t is in memory.
-MMVSSM_DEVICE int position_of(const ScanProblem& p, int t) {
+// The place of position t, below 0 if it is padded.
+MMVSSM_DEVICE int place_of(const ScanProblem& p, int t) {
+  if (p.table != nullptr) return p.table[t];
   if (p.route >= 2) t = p.length - 1 - t;
   if (p.route % 2 == 1) {
     const unsigned height = p.length / p.width;
@@ -195,11 +196,20 @@ MMVSSM_DEVICE int position_of(const ScanProblem& p, int t) {
   return t;
 }
 
-// Where the route's own positions are, from shared memory.
+// The places of own positions, from shared memory.
 template <int kOwn>
-MMVSSM_DEVICE void read_positions(const int* from, int (&where)[kOwn]) {
+MMVSSM_DEVICE void read_places(const int* from, int (&where)[kOwn]) {
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) where[i] = from[i];
+}
+
+// Whether the first kOwn positions are before the end, and none of them is padded.
+template <int kOwn>
+MMVSSM_DEVICE bool all_there(const int (&where)[kOwn], int count) {
+  int padded = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) padded |= where[i];
+  return count >= kOwn && padded >= 0;
 }
 
 // One channel of an array (batch, channel, position); the stride is in bytes.
@@ -217,12 +227,12 @@ struct Row {
   }
 };
 
-// Values as they are in memory, zero from the first `count` on. They are converted
+// Values as they are in memory, zero from the first `count` on and where padded. They are converted
 // later, so that several loads may be under way.
 template <typename Bits, int kOwn>
 MMVSSM_DEVICE void fetch_as(const Row& row, const int (&where)[kOwn], int count,
                             uint32_t (&bits)[kOwn]) {
-  if (count >= kOwn) {
+  if (all_there(where, count)) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
       bits[i] = *reinterpret_cast<const Bits*>(address(row.data, where[i], row.stride));
@@ -230,7 +240,7 @@ MMVSSM_DEVICE void fetch_as(const Row& row, const int (&where)[kOwn], int count,
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       bits[i] = 0;
-      if (i < count)
+      if (i < count && where[i] >= 0)
         bits[i] =
             *reinterpret_cast<const Bits*>(address(row.data, where[i], row.stride));
     }
@@ -268,18 +278,18 @@ MMVSSM_DEVICE void convert(int dtype, const uint32_t (&bits)[kOwn], float (&x)[k
 template <typename Value, int kOwn>
 MMVSSM_DEVICE void store_as(const Row& row, const int (&where)[kOwn], int count,
                             const Value (&x)[kOwn]) {
-  if (count >= kOwn) {
+  if (all_there(where, count)) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
       *reinterpret_cast<Value*>(address(row.data, where[i], row.stride)) = x[i];
   } else {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
-      if (i < count)
+      if (i < count && where[i] >= 0)
         *reinterpret_cast<Value*>(address(row.data, where[i], row.stride)) = x[i];
   }
 }
-// Stores the first `count` values in the dtype of the array.
+// Stores the first `count` values that are not padded in the dtype of the array.
 template <int kOwn>
 MMVSSM_DEVICE void store(const Row& row, const int (&where)[kOwn], int count,
                          const float (&x)[kOwn]) {
@@ -294,18 +304,19 @@ MMVSSM_DEVICE void store(const Row& row, const int (&where)[kOwn], int count,
   store_as(row, where, count, half);
 }
 
-// Copies (state, position) of B or C, or (rank, position) of the features, from
-// position `first` of the route on into rows of kWidth float32; the rest is zero.
+// Copies (state, place) of B or C, or (rank, place) of the features, from position
+// `first` of the order on into rows of kWidth float32; the rest is zero.
 template <int kPart, int kWidth>
 MMVSSM_DEVICE void stage(const ScanProblem& p, const Array& x, int64_t offset,
-                         int64_t by_state, int64_t by_position, int count, int first,
+                         int64_t by_state, int64_t by_place, int count, int first,
                          int end, float* to) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < kPart * kWidth; i += blockDim.x) {
     const int t = first + i / kWidth, n = i % kWidth;
     float value = 0.0f;
-    if (t < end && n < count) {
-      const int64_t at = offset + n * by_state + position_of(p, t) * by_position;
+    const int where = t < end && n < count ? place_of(p, t) : -1;
+    if (where >= 0) {
+      const int64_t at = offset + n * by_state + where * by_place;
       if (x.dtype == kFloat32)
         value = static_cast<const float*>(x.data)[at];
       else if (x.dtype == kBfloat16)

@@ -38,7 +38,7 @@ def _parameter(x: Tensor | None) -> Tensor | None:
 
 @dataclass
 class Scan:
-    """Inputs of a scan along one route of a map.
+    """Inputs of a scan of a map along one order.
 
     Attributes:
         u: (B, D, L), in the order of the image.
@@ -52,6 +52,7 @@ class Scan:
         softplus: Whether steps go through softplus.
         width: Of the map, the length for a plain sequence.
         route: The order of the positions, see ``problem.h``.
+        table: int32 (length,), contiguous: the order in place of a route, or None.
     """
 
     u: Tensor
@@ -67,6 +68,7 @@ class Scan:
     softplus: bool = True
     width: int = 0
     route: int = 0
+    table: Tensor | None = None
     _kept: list[Tensor] = field(default_factory=list)
 
     def problem(self, function: str) -> ScanProblem:
@@ -76,7 +78,8 @@ class Scan:
             ValueError: There are more positions, channels or batch elements than
                 the kernels can count.
         """
-        batch, channels, length = self.u.shape
+        batch, channels, places = self.u.shape
+        length = places if self.table is None else len(self.table)
         groups, states = self.B.shape[1:3]
         sizes = dict(batch=batch, channels=channels, length=length)
         for name, size in sizes.items():
@@ -90,7 +93,7 @@ class Scan:
         problem = ScanProblem(
             device=self.u.device.index or 0,
             **dict(batch=batch, groups=groups, group_size=group_size, length=length),
-            width=self.width or length,
+            **dict(places=places, width=self.width or places),
             route=self.route,
             states=states,
             rank=0 if self.weight is None else self.weight.shape[1],
@@ -103,6 +106,7 @@ class Scan:
             setattr(problem, name, self._array(getattr(self, name)))
         for name in ('weight', 'A', 'D', 'bias'):
             setattr(problem, name, self._pointer(_parameter(getattr(self, name))))
+        problem.table = self._pointer(self.table)
         if problem.stretches > 1:
             problem.edges = self._pointer(self.of_stretches(problem, states))
             problem.steps = self._pointer(self.of_stretches(problem))
@@ -174,11 +178,11 @@ def scan_backward(
         Gradients of A (D, N), B and C (B, G, L, N), D and bias (D,).
     """
     problem = scan.problem('scan_backward')
-    batch, _, length = scan.u.shape
+    batch, _, places = scan.u.shape
     groups, states = scan.B.shape[1:3]
     tiles = -(-problem.group_size // problem.tile)
     grad_B, grad_C = (
-        grad_out.new_empty((tiles, batch, groups, length, states), dtype=torch.float32)
+        grad_out.new_empty((tiles, batch, groups, places, states), dtype=torch.float32)
         for _ in 'BC'
     )
     grad_A = scan.of_stretches(problem, states)

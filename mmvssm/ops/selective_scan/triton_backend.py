@@ -156,7 +156,8 @@ def scan_backward(
     from mmvssm.ops.selective_scan import triton_kernels
 
     work = plan.work
-    shape = (work.tiles, work.batch, work.groups, work.length, plan.states)
+    places = work.height * work.width
+    shape = (work.tiles, work.batch, work.groups, places, plan.states)
     grads = Inputs(
         u=grad_u,
         delta=grad_delta,

@@ -8,10 +8,13 @@ B and C are loaded once for the whole tile. Arguments are those of
 A stretch is a whole number of chunks of CHUNK positions. Those behind the end of
 the sequence are masked: a step of zero leaves the state as it is.
 
-The positions may be those of a map of ``work.height`` rows, in the order of the
-image in memory. ROUTE is the order to scan them in: 0 row by row (so is a plain
-sequence), 1 column by column, 2 and 3 the same from the end. In the kernels
-positions are counted along the route, and t is the place of one in memory.
+What is scanned may be a map of ``work.height`` rows, in the order of the image in
+memory. ROUTE is the order to scan it in: 0 row by row (so is a plain sequence), 1
+column by column, 2 and 3 the same from the end. Any other order is in
+``work.table``, the places of all positions; a place below 0 is padded: there u, B,
+C and the low-rank steps are zero, and nothing is stored. In the kernels positions
+are counted along the order, t is the place of one in memory, ``inside`` says that
+the position is not behind the end, and ``there`` that it has a place, too.
 
 With a RANK the steps are not in ``inputs.delta`` but the products of RANK numbers
 in it with ``inputs.delta_weight``.
@@ -119,6 +122,10 @@ def _load_vector(x, channels, valid, column):
 @triton.jit
 def _place(position, work, ROUTE: tl.constexpr):
     """The place of a position in memory."""
+    if work.table is not None:
+        inside = position < work.length
+        place = tl.load(work.table + position, mask=inside, other=0)
+        return place.to(tl.int64)
     if ROUTE >= 2:
         position = work.length - 1 - position
     if ROUTE % 2 == 1:
@@ -128,8 +135,10 @@ def _place(position, work, ROUTE: tl.constexpr):
 
 
 @triton.jit
-def _next(t, work, ROUTE: tl.constexpr):
-    """The place of the position that follows the one at t, without a division."""
+def _next(t, position, work, ROUTE: tl.constexpr):
+    """The place of a position that follows the one at t, without a division."""
+    if work.table is not None:
+        return _place(position, work, ROUTE)
     step = work.width if ROUTE % 2 == 1 else 1
     t = t - step if ROUTE >= 2 else t + step
     if ROUTE == 1:
@@ -144,10 +153,19 @@ def _walk(first, work, ROUTE: tl.constexpr, COUNT: tl.constexpr):
     """Places of COUNT positions, of no meaning behind the end of the sequence."""
     t = _place(first, work, ROUTE)
     found = ()
-    for _ in tl.static_range(COUNT):
+    for i in tl.static_range(COUNT):
         found = found + (t,)
-        t = _next(t, work, ROUTE)
+        if i < COUNT - 1:
+            t = _next(t, first + i + 1, work, ROUTE)
     return found
+
+
+@triton.jit
+def _there(t, inside, work):
+    """Whether a position inside has a place."""
+    if work.table is not None:
+        inside = (t >= 0) & inside
+    return inside
 
 
 @triton.jit
@@ -167,35 +185,38 @@ def _store(x, tile, t, values, mask):
 
 
 @triton.jit
-def _load_weights(x, tile, t, inside):
+def _load_weights(x, tile, t, there):
     """B or C at place t, (BLOCK_N,)."""
     by_batch, by_group, by_state, by_position = x.strides
     here = x.pointer + tile.batch * by_batch + tile.group * by_group + t * by_position
-    return load(here + tile.states * by_state, tile.real & inside)
+    return load(here + tile.states * by_state, tile.real & there)
 
 
 @triton.jit
-def _load_steps(inputs, tile, t, inside, SOFTPLUS: tl.constexpr, RANK: tl.constexpr):
+def _load_steps(
+    inputs, tile, t, inside, there, SOFTPLUS: tl.constexpr, RANK: tl.constexpr
+):
     """Step sizes before the softplus, and after it zero outside."""
-    here = tile.valid & inside
     raw = tile.shift
     if RANK == 0:
-        raw += load(_places(inputs.delta, tile, t), here)
+        raw += load(_places(inputs.delta, tile, t), tile.valid & there)
     else:
         x = inputs.delta
         row = x.pointer + tile.batch * x.strides[0] + t * x.strides[2]
         for r in tl.static_range(RANK):
-            raw += load(row + r * x.strides[1], inside) * tile.factors[r]
+            raw += load(row + r * x.strides[1], there) * tile.factors[r]
     dt = softplus(raw) if SOFTPLUS else raw
-    return raw, tl.where(here, dt, 0.0)
+    return raw, tl.where(tile.valid & inside, dt, 0.0)
 
 
 @triton.jit
-def _load_fed(inputs, tile, t, inside, SOFTPLUS: tl.constexpr, RANK: tl.constexpr):
+def _load_fed(
+    inputs, tile, t, inside, there, SOFTPLUS: tl.constexpr, RANK: tl.constexpr
+):
     """What feeds the state: u, the steps before and after softplus, B."""
-    x = load(_places(inputs.u, tile, t), tile.valid & inside)
-    raw, dt = _load_steps(inputs, tile, t, inside, SOFTPLUS, RANK)
-    return x, raw, dt, _load_weights(inputs.B, tile, t, inside)
+    x = load(_places(inputs.u, tile, t), tile.valid & there)
+    raw, dt = _load_steps(inputs, tile, t, inside, there, SOFTPLUS, RANK)
+    return x, raw, dt, _load_weights(inputs.B, tile, t, there)
 
 
 @triton.jit
@@ -279,10 +300,11 @@ def forward_kernel(
         for i in tl.static_range(CHUNK):
             t = ts[i]
             inside = first + i < work.length
-            here = tile.valid & inside
-            x, raw, dt, B = _load_fed(inputs, tile, t, inside, SOFTPLUS, RANK)
+            there = _there(t, inside, work)
+            here = tile.valid & there
+            x, raw, dt, B = _load_fed(inputs, tile, t, inside, there, SOFTPLUS, RANK)
             h = _advance(h, tile, x, dt, B)
-            C = _load_weights(inputs.C, tile, t, inside)
+            C = _load_weights(inputs.C, tile, t, there)
             y = tl.sum(h * C[:, None], axis=0) + tile.skip * x
             if added is not None:
                 y += load(_places(added, tile, t), here)
@@ -322,7 +344,8 @@ def forward_ends_kernel(
         for i in tl.static_range(CHUNK):
             t = ts[i]
             inside = first + i < work.length
-            x, raw, dt, B = _load_fed(inputs, tile, t, inside, SOFTPLUS, RANK)
+            there = _there(t, inside, work)
+            x, raw, dt, B = _load_fed(inputs, tile, t, inside, there, SOFTPLUS, RANK)
             h = _advance(h, tile, x, dt, B)
             total += dt
     _store_state(ends, tile.stretch, tile, work, h, STATES)
@@ -390,13 +413,14 @@ def backward_ends_kernel(
         for i in tl.static_range(CHUNK):
             t = ts[CHUNK - 1 - i]
             inside = first + CHUNK - 1 - i < work.length
-            here = tile.valid & inside
-            raw, dt = _load_steps(inputs, tile, t, inside, SOFTPLUS, RANK)
+            there = _there(t, inside, work)
+            here = tile.valid & there
+            raw, dt = _load_steps(inputs, tile, t, inside, there, SOFTPLUS, RANK)
             grad_y = load(_places(grad_out, tile, t), here)
             if inputs.z is not None:
                 gate = load(_places(inputs.z, tile, t), here)
                 grad_y *= gate * sigmoid(gate) * SCALE
-            C = _load_weights(inputs.C, tile, t, inside)
+            C = _load_weights(inputs.C, tile, t, there)
             grad_h = carry + C[:, None] * grad_y[None, :]
             carry = tl.exp2(dt[None, :] * tile.rates) * grad_h
             total += dt
@@ -433,9 +457,9 @@ def backward_kernel(
     is that of the forward kernel, None if it is the scan itself.
     """
     tile = _tile(inputs, work, STATES, BLOCK_N, BLOCK_D, RANK)
-    # Parts of the gradients of B and C: (tiles, batch, groups, length, STATES).
+    # Parts of the gradients of B and C: (tiles, batch, groups, places, STATES).
     row = (tile.number * work.batch + tile.batch) * work.groups + tile.group
-    row = row * work.length * STATES + tile.states
+    row = row * (work.height * work.width) * STATES + tile.states
     carry = _load_state(carries, tile.stretch, tile, work, STATES)
     sum_A = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     sum_D = tl.zeros((BLOCK_D,), tl.float32)
@@ -446,24 +470,29 @@ def backward_kernel(
         first = begin + (parts - 1 - back) * PART
         chunk = first // CHUNK
         h = _load_state(saved, chunk - 1, tile, work, STATES)
-        t = _place(chunk * CHUNK, work, ROUTE)
-        for _ in range(first - chunk * CHUNK):
-            x, raw, dt, B = _load_fed(inputs, tile, t, True, SOFTPLUS, RANK)
+        start = chunk * CHUNK
+        t = _place(start, work, ROUTE)
+        for i in range(first - start):
+            there = _there(t, True, work)
+            x, raw, dt, B = _load_fed(inputs, tile, t, True, there, SOFTPLUS, RANK)
             h = _advance(h, tile, x, dt, B)
-            t = _next(t, work, ROUTE)
+            t = _next(t, start + i + 1, work, ROUTE)
         before = ()
         ts = _walk(first, work, ROUTE, PART)
         for i in tl.static_range(PART):
             before = before + (h,)
+            t = ts[i]
             inside = first + i < work.length
-            x, raw, dt, B = _load_fed(inputs, tile, ts[i], inside, SOFTPLUS, RANK)
+            there = _there(t, inside, work)
+            x, raw, dt, B = _load_fed(inputs, tile, t, inside, there, SOFTPLUS, RANK)
             h = _advance(h, tile, x, dt, B)
         for i in tl.static_range(PART):
             t = ts[PART - 1 - i]
             inside = first + PART - 1 - i < work.length
-            here = tile.valid & inside
-            x, raw, dt, B = _load_fed(inputs, tile, t, inside, SOFTPLUS, RANK)
-            C = _load_weights(inputs.C, tile, t, inside)
+            there = _there(t, inside, work)
+            here = tile.valid & there
+            x, raw, dt, B = _load_fed(inputs, tile, t, inside, there, SOFTPLUS, RANK)
+            C = _load_weights(inputs.C, tile, t, there)
             grad_y = load(_places(grad_out, tile, t), here)
             if inputs.z is not None:
                 gate = load(_places(inputs.z, tile, t), here)
@@ -478,7 +507,7 @@ def backward_kernel(
                 grad_y *= gate * opened * SCALE
             grad_h = carry + C[:, None] * grad_y[None, :]
             places = row + t * STATES
-            real = tile.real & inside
+            real = tile.real & there
             grad_C = tl.sum(h * grad_y[None, :], axis=1)
             tl.store(grads.C + places, grad_C, real)
             grad_B = tl.sum(grad_h * (dt * x)[None, :], axis=1)
@@ -494,7 +523,7 @@ def backward_kernel(
                 grad_dt *= sigmoid(raw)
             grad_x = grad_fed * dt + tile.skip * grad_y
             sum_D += grad_y * x
-            sum_bias += tl.where(here, grad_dt, 0.0)
+            sum_bias += tl.where(tile.valid & inside, grad_dt, 0.0)
             if added is not None:
                 grad_x += load(_places(added, tile, t), here)
             _store(grads.u, tile, t, grad_x, here)

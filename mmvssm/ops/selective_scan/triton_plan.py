@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.triton import tiles
 from mmvssm.ops.triton.arrays import array
 
@@ -50,7 +50,9 @@ class Work(NamedTuple):
         tiles, stretches: Of the channels of a group and of the sequence.
         length: Positions.
         stretch_length: Positions of a stretch, a multiple of the chunk.
-        height, width: Of the map that the sequence is, a single row if it is none.
+        height, width: Of the map that is scanned, a single row if it is none.
+        table: int32 (length,), the places of the positions, see
+            ``triton_kernels.py``; None if a route is walked.
     """
 
     batch: int
@@ -62,6 +64,7 @@ class Work(NamedTuple):
     stretch_length: int
     height: int
     width: int
+    table: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Plan:
         tile: The share of a program.
         softplus: Whether steps go through softplus.
         rank: Of the steps, 0 if they are given as they are.
-        route: The order of the positions, see ``triton_kernels.py``.
+        route: The order of the positions, see ``triton_kernels.py``; 0 with a table.
         scale: Factor of the gate z.
     """
 
@@ -95,10 +98,12 @@ class Plan:
         backward: bool = False,
         height: int = 1,
         route: int = 0,
+        table: Tensor | None = None,
         scale: float = 1.0,
     ) -> 'Plan':
         """The plan for these inputs, of the forward or the backward pass."""
-        batch, channels, length = inputs.u.shape
+        batch, channels, places = inputs.u.shape
+        length = places if table is None else len(table)
         groups, states = inputs.B.shape[1:3]
         group_size = channels // groups
         tile = tiles.scan_tile(states, group_size, backward)
@@ -110,7 +115,7 @@ class Plan:
         stretches = -(-length // stretch_length)
         work = Work(
             *(batch, groups, group_size, count, stretches),
-            *(length, stretch_length, height, length // height),
+            *(length, stretch_length, height, places // height, table),
         )
         weight = inputs.delta_weight
         rank = 0 if weight is None else weight.shape[1]
@@ -184,7 +189,7 @@ def low_rank_steps(
     """
     if weight.shape[1] * states <= tiles.LARGEST_RANK_IN_SCAN:
         return low_rank.mT, weight
-    return F.linear(low_rank, weight.to(low_rank.dtype)).mT, None
+    return linear_product(low_rank, weight.to(low_rank.dtype)).mT, None
 
 
 def low_rank_gradients(
@@ -200,6 +205,6 @@ def low_rank_gradients(
         (B, L, R) in the dtype of ``low_rank``, and (D, R) in that of ``weight``.
     """
     rows = grad_steps.mT.flatten(0, 1)
-    by_low_rank = rows @ weight.to(rows.dtype)
-    by_weight = rows.mT @ low_rank.flatten(0, 1)
+    by_low_rank = linear_product(rows, weight.to(rows.dtype).t())
+    by_weight = linear_product(rows.t(), low_rank.flatten(0, 1).t())
     return by_low_rank.unflatten(0, low_rank.shape[:2]), by_weight.to(weight.dtype)

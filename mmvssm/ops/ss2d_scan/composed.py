@@ -1,10 +1,15 @@
-"""SS2D's core out of the other ops: the routes, a scan, the merge."""
+"""SS2D's core out of the other ops: the scan orders, a scan, the merge."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mmvssm.ops import autocast
-from mmvssm.ops.cross_scan import NUM_ROUTES, cross_merge, cross_scan, take_routes
+from mmvssm.ops.cross_scan import cross_merge, take_routes
+from mmvssm.ops.linear.op import deterministic_linear
+from mmvssm.ops.scan_orders import DEFAULT, Orders, is_cross
+from mmvssm.ops.scan_orders.gather import merge_orders, read_orders
 from mmvssm.ops.selective_scan.op import scan
 from mmvssm.ops.ss2d_scan.project import project_map
 
@@ -17,20 +22,23 @@ def ss2d_scan_composed(
     A: Tensor,
     Ds: Tensor,
     backend: str,
+    orders: Orders = DEFAULT,
 ) -> Tensor:
     """See :func:`mmvssm.ops.ss2d_scan`; ``backend`` is that of the scan."""
-    batch, channels, height, width = x.shape
-    rank, states = dt_projs_weight.shape[2], A.shape[1]
+    count, channels, rank = dt_projs_weight.shape
+    size, states = x.shape[2:], A.shape[1]
+    maps = x.permute(0, 2, 3, 1)
 
-    # The projections are smaller than x: they are what is read along the routes.
-    projected = project_map(x.permute(0, 2, 3, 1), x_proj_weight, backend)
-    projected = projected.unflatten(-1, (NUM_ROUTES, -1))
-    sequences = take_routes(projected.unbind(3))  # (B, L, 4, R + 2N)
+    # The projections are smaller than x: they are what is read along the orders.
+    # At padded places they are zero, as those of a map of zeros are.
+    projected = project_map(maps, x_proj_weight).unflatten(-1, (count, -1))
+    sequences = _read(projected.unbind(3), orders)  # (B, L, K, R + 2N)
     dt, B, C = sequences.split((rank, states, states), dim=-1)
-    delta = torch.einsum('blkr,kcr->bkcl', dt, dt_projs_weight)
+    steps = map(deterministic_linear, dt.unbind(2), dt_projs_weight)
+    delta = torch.stack([*steps], dim=2)  # (B, L, K, C)
     ys, _ = scan(
-        cross_scan(x).flatten(1, 2),
-        delta.flatten(1, 2),
+        _read([maps] * count, orders).permute(0, 2, 3, 1).flatten(1, 2),
+        delta.flatten(2).mT,
         A,
         B.permute(0, 2, 3, 1),
         C.permute(0, 2, 3, 1),
@@ -41,7 +49,14 @@ def ss2d_scan_composed(
         float32_out=True,
         backend=backend,
     )
-    y = cross_merge(ys.unflatten(1, (NUM_ROUTES, channels)), (height, width))
+    ys = ys.unflatten(1, (count, channels))
+    y = cross_merge(ys, size) if is_cross(orders) else merge_orders(ys, orders, size)
     if not autocast.is_enabled(x):
         y = y.to(x.dtype)
-    return y.unflatten(2, (height, width))
+    return y.unflatten(2, size)
+
+
+def _read(maps: Sequence[Tensor], orders: Orders) -> Tensor:
+    """Sequences (B, L, K, C) of K maps (B, H, W, C)."""
+    # Without a table for the published four, whose maps may be of any size.
+    return take_routes(maps) if is_cross(orders) else read_orders(maps, orders)

@@ -1,11 +1,13 @@
-"""SS2D's core by compiled CPU kernels: four routes and their merge in one pass."""
+"""SS2D's core by compiled CPU kernels: all scans and their merge in one pass."""
+
+from ctypes import c_int32
 
 import torch
 from torch import Tensor
 
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import Ss2dProblem
-from mmvssm.ops.cross_scan import NUM_ROUTES
+from mmvssm.ops.scan_orders import KernelOrders
 from mmvssm.ops.structures import pointer
 
 # Of the map and its projections.
@@ -13,15 +15,35 @@ DTYPES = (torch.float32,)
 
 
 def saved_states_shape(
-    batch: int, length: int, states: int, channels: int
+    orders: int, batch: int, positions: int, states: int, channels: int
 ) -> tuple[int, int, int, int, int]:
-    """Shape of what forward keeps: of each route the states before its tiles."""
-    return (NUM_ROUTES, -(-length // library.tile()) - 1, batch, states, channels)
+    """Shape of what forward keeps: of each scan the states before its tiles."""
+    return (orders, -(-positions // library.tile()) - 1, batch, states, channels)
 
 
-def _sizes(x: Tensor, dt_weight: Tensor, A: Tensor) -> tuple[int, ...]:
+def _problem(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    Ds: Tensor,
+    orders: KernelOrders,
+    **results: Tensor | None,
+) -> Ss2dProblem:
+    """What the kernels are told of a call; its tensors must outlive it."""
     batch, height, width, channels = x.shape
-    return batch, channels, height, width, A.shape[1], dt_weight.shape[2]
+    tensors = dict(x=x, projected=projected, dt_weight=dt_weight, dt_bias=dt_bias)
+    tensors |= dict(A=A, D=Ds, table=orders.table, **results)
+    sizes = dict(batch=batch, channels=channels, height=height, width=width)
+    sizes |= dict(states=A.shape[1], rank=dt_weight.shape[2])
+    sizes |= dict(orders=len(orders.routes), positions=orders.positions(height * width))
+    return Ss2dProblem(
+        **sizes,
+        **{name: pointer(x) for name, x in tensors.items()},
+        projected_stride=projected.stride(2),
+        routes=(c_int32 * len(orders.routes))(*orders.routes),
+    )
 
 
 def forward(
@@ -31,6 +53,7 @@ def forward(
     dt_bias: Tensor,
     A: Tensor,
     Ds: Tensor,
+    orders: KernelOrders,
     out_dtype: torch.dtype,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor | None, bool]:
@@ -40,16 +63,15 @@ def forward(
         The merged map (B, H, W, C), with ``keep_states`` the states before the
         tiles, and whether there is NaN.
     """
-    batch, channels, height, width, states, _ = sizes = _sizes(x, dt_weight, A)
+    batch, height, width, channels = x.shape
     out = torch.empty_like(x, dtype=out_dtype)
     saved = None
     if keep_states:
-        saved = x.new_empty(saved_states_shape(batch, height * width, states, channels))
-    problem = Ss2dProblem(
-        *sizes,
-        *(pointer(x), pointer(projected), projected.stride(2)),
-        *(pointer(t) for t in (dt_weight, dt_bias, A, Ds, out, saved)),
-    )
+        positions = orders.positions(height * width)
+        sizes = (len(dt_weight), batch, positions, A.shape[1], channels)
+        saved = x.new_empty(saved_states_shape(*sizes))
+    inputs = (x, projected, dt_weight, dt_bias, A, Ds)
+    problem = _problem(*inputs, orders, out=out, saved=saved)
     return out, saved, library.call('ss2d_forward', problem)
 
 
@@ -61,6 +83,7 @@ def backward(
     dt_bias: Tensor,
     A: Tensor,
     Ds: Tensor,
+    orders: KernelOrders,
     saved: Tensor,
 ) -> list[Tensor]:
     """Gradients of the inputs of :func:`forward`, contiguous.
@@ -69,21 +92,26 @@ def backward(
         grad_out: Gradient of the merged map (B, H, W, C), contiguous.
         saved: The second result of :func:`forward`.
     """
-    batch, channels, height, width, states, rank = sizes = _sizes(x, dt_weight, A)
+    batch, height, width, channels = x.shape
+    count, _, rank = dt_weight.shape
+    states = A.shape[1]
     strips = library.strips(channels)
-    columns = NUM_ROUTES * (rank + 2 * states)
+    columns = count * (rank + 2 * states)
     grad_x = torch.empty_like(x)
     grad_projected = x.new_empty(strips, batch, height, width, columns)
-    grad_weight = x.new_empty(batch, NUM_ROUTES, rank, channels)
-    grad_bias, grad_D = (x.new_empty(batch, NUM_ROUTES, channels) for _ in range(2))
-    grad_A = x.new_empty(batch, NUM_ROUTES, states, channels)
-    problem = Ss2dProblem(
-        *sizes,
-        *(pointer(x), pointer(projected), projected.stride(2)),
-        *(pointer(t) for t in (dt_weight, dt_bias, A, Ds)),
-        *(None, pointer(saved), pointer(grad_out), pointer(grad_x)),
-        *(pointer(t) for t in (grad_projected, grad_weight, grad_bias)),
-        *(pointer(t) for t in (grad_A, grad_D)),
+    grad_weight = x.new_empty(batch, count, rank, channels)
+    grad_bias, grad_D = (x.new_empty(batch, count, channels) for _ in range(2))
+    grad_A = x.new_empty(batch, count, states, channels)
+    problem = _problem(
+        *(x, projected, dt_weight, dt_bias, A, Ds, orders),
+        saved=saved,
+        grad_out=grad_out,
+        grad_x=grad_x,
+        grad_projected=grad_projected,
+        grad_dt_weight=grad_weight,
+        grad_dt_bias=grad_bias,
+        grad_A=grad_A,
+        grad_D=grad_D,
     )
     library.call('ss2d_backward', problem)
     return [

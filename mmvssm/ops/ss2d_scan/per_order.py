@@ -1,7 +1,7 @@
-"""SS2D's inputs by route, and the gradients of its routes put together.
+"""SS2D's inputs by scan, and the gradients of its scans put together.
 
-For backends whose kernels walk one route after the other, each reading the map
-and its projections where they are.
+For backends whose kernels do one row of the scan orders after the other, each
+reading the map and its projections where they are.
 """
 
 from collections.abc import Iterator
@@ -10,11 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmvssm.ops.cross_scan import NUM_ROUTES
 
-
-class Route(NamedTuple):
-    """What the scan along one route takes, all in the order of the image.
+class OrderInputs(NamedTuple):
+    """What the scan along one row of the orders takes, all in the order of the image.
 
     Attributes:
         u: Map (B, C, L).
@@ -36,8 +34,8 @@ class Route(NamedTuple):
     D: Tensor
 
 
-class RouteGradients(NamedTuple):
-    """Gradients of what a route has of its own; those of B and C are (B, L, N)."""
+class OrderGradients(NamedTuple):
+    """Gradients of what a row of the orders has; those of B and C are (B, L, N)."""
 
     dt: Tensor
     B: Tensor
@@ -53,39 +51,40 @@ def sequence(x: Tensor) -> Tensor:
     return x.flatten(1, 2).mT
 
 
-def split_routes(
+def split_orders(
     x: Tensor,
     projected: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
     A: Tensor,
     Ds: Tensor,
-) -> Iterator[Route]:
-    """The four routes of the inputs of an SS2D backend, as views."""
+) -> Iterator[OrderInputs]:
+    """The inputs of an SS2D backend for each row of the orders, as views."""
     rank, states = dt_weight.shape[2], A.shape[1]
-    A, Ds = A.unflatten(0, (NUM_ROUTES, -1)), Ds.unflatten(0, (NUM_ROUTES, -1))
-    pieces = projected.flatten(1, 2).chunk(NUM_ROUTES, dim=2)
+    orders = dt_weight.shape[0]
+    A, Ds = A.unflatten(0, (orders, -1)), Ds.unflatten(0, (orders, -1))
+    pieces = projected.flatten(1, 2).chunk(orders, dim=2)
     for piece, *parameters in zip(pieces, dt_weight, dt_bias, A, Ds):
         dt, B, C = piece.split((rank, states, states), dim=2)
-        yield Route(
+        yield OrderInputs(
             *(sequence(x), dt, B.mT.unsqueeze(1), C.mT.unsqueeze(1), *parameters)
         )
 
 
-def join_gradients(projected: Tensor, routes: list[RouteGradients]) -> list[Tensor]:
+def join_gradients(projected: Tensor, scans: list[OrderGradients]) -> list[Tensor]:
     """Gradients of all inputs of an SS2D backend but the map.
 
     Args:
         projected: That input.
-        routes: Of every route, in order.
+        scans: Of every row of the orders, in order.
     """
     columns = [
         column.to(projected.dtype)
-        for route in routes
-        for column in (route.dt, route.B, route.C)
+        for scan in scans
+        for column in (scan.dt, scan.B, scan.C)
     ]
     weight, bias, A, D = (
-        torch.stack([getattr(route, name) for route in routes])
+        torch.stack([getattr(scan, name) for scan in scans])
         for name in ('weight', 'bias', 'A', 'D')
     )
     return [

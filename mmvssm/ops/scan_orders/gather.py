@@ -1,0 +1,125 @@
+"""Reading maps along a scan order, and putting sequences back, in tensor code.
+
+For backends that scan sequences. The adjoint of reading by a table is reading by
+its inverse, so that gradients are gathered, too: nothing is added up by atomics
+or in pieces of threads, and the bits are the same at any number of them.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from operator import index
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmvssm.ops.scan_orders import registry
+from mmvssm.ops.scan_orders.registry import Orders
+
+
+def read_orders(maps: Sequence[Tensor], orders: Orders) -> Tensor:
+    """Read map k along row k of a scan order.
+
+    Args:
+        maps: K maps (B, H, W, C).
+        orders: See :func:`mmvssm.ops.scan_order`.
+
+    Returns:
+        Sequences (B, L, K, C), contiguous, zero at padded places.
+    """
+    there, back = _tables(orders, maps[0])
+    rows = (
+        _take(x.flatten(1, 2), *tables)
+        for x, *tables in zip(maps, there, back, strict=True)
+    )
+    return torch.stack([*rows], dim=2)
+
+
+def merge_orders(ys: Tensor, orders: Orders, size: tuple[int, int]) -> Tensor:
+    """Put the sequences of a scan order back onto the map and add them up.
+
+    The adjoint of :func:`read_orders`; what is at padded places is dropped.
+
+    Args:
+        ys: Sequences (B, K, C, L).
+        orders: See :func:`mmvssm.ops.scan_order`.
+        size: Height and width (H, W) of the map.
+
+    Returns:
+        The sum (B, C, H * W), places row by row, in the order of K; channels-last
+        in memory.
+    """
+    there, back = _tables(orders, ys.new_empty((1, *size, 1)))
+    merged = None
+    for y, *tables in zip(ys.unbind(1), back, there, strict=True):
+        part = _take(y.mT, *tables)
+        merged = part if merged is None else merged + part
+    return merged.mT
+
+
+def _tables(orders: Orders, x: Tensor) -> tuple[Tensor, Tensor]:
+    """From places to positions and back, for maps (B, H, W, C)."""
+    key, size = registry.key_of(orders), (index(x.shape[1]), index(x.shape[2]))
+    return _places(key, *size, x.device), _positions(key, *size, x.device)
+
+
+def _take(x: Tensor, taken: Tensor, inverse: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Take.apply(x, taken, inverse)
+    return _gather(x, taken)
+
+
+def _gather(x: Tensor, taken: Tensor) -> Tensor:
+    if len(taken) > x.shape[1]:
+        # The index of a padded place is one behind the last: a row of zeros.
+        x = F.pad(x, (0, 0, 0, 1))
+    return x.index_select(1, taken)
+
+
+class _Take(torch.autograd.Function):
+    """Positions of x (B, positions, C) in another order.
+
+    Every position is taken once, and ``inverse`` says where it went.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, taken: Tensor, inverse: Tensor) -> Tensor:
+        return _gather(x, taken)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, *tables = inputs
+        ctx.save_for_backward(*tables)
+
+    @staticmethod
+    def backward(ctx, grad):
+        taken, inverse = ctx.saved_tensors
+        return _take(grad, inverse, taken), None, None
+
+
+# torch.compile asks once for each size and does not trace what these do.
+@torch.compiler.assume_constant_result
+def _places(key: registry.Key, height: int, width: int, device: torch.device) -> Tensor:
+    """The table (K, L), with the number of places for -1."""
+    return registry.lifted(_kept_tables(key, height, width, device)[0])
+
+
+@torch.compiler.assume_constant_result
+def _positions(
+    key: registry.Key, height: int, width: int, device: torch.device
+) -> Tensor:
+    """Where each row has each place, (K, H * W)."""
+    return registry.lifted(_kept_tables(key, height, width, device)[1])
+
+
+@lru_cache(maxsize=256)
+def _kept_tables(
+    key: registry.Key, height: int, width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    places = height * width
+    with registry.real_tensors():
+        table = registry.table_of(key, height, width)
+        there = table.where(table >= 0, places)
+        # Sorted by place, the padded ones come last.
+        back = there.argsort(dim=1, stable=True)[:, :places]
+        return there.to(device), back.to(device)
