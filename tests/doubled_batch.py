@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import warm
 from tiny import REPO, write_ade, write_config
 
 STEPS = 4
@@ -66,24 +67,37 @@ def write(work):
     )
 
 
+def run_one(work):
+    """Train in one process."""
+    check(warm.run([REPO / 'tools/train.py', *ONE], cwd=work, env=environment(work)))
+
+
 def run(command, work, **variables):
-    """Run one of the tools in ``work``."""
-    path = variables.pop('PATH', os.environ['PATH'])
+    """Run one of the scripts in ``work``."""
     done = subprocess.run(
         list(map(str, command)),
         cwd=work,
         capture_output=True,
         text=True,
-        # An accelerator would be taken if there were one.
-        env={
-            **os.environ,
-            'PATH': f'{os.path.dirname(sys.executable)}:{path}',
-            'OMP_NUM_THREADS': '1',
-            'CUDA_VISIBLE_DEVICES': '',
-            'PYTHONPATH': f'{REPO}:{work}',
-            **variables,
-        },
+        env=environment(work, **variables),
     )
+    check(done)
+
+
+def environment(work, **variables):
+    path = variables.pop('PATH', os.environ['PATH'])
+    return {
+        **os.environ,
+        'PATH': f'{os.path.dirname(sys.executable)}:{path}',
+        'OMP_NUM_THREADS': '1',
+        # An accelerator would be taken if there were one.
+        'CUDA_VISIBLE_DEVICES': '',
+        'PYTHONPATH': f'{REPO}:{work}',
+        **variables,
+    }
+
+
+def check(done):
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 

@@ -2,13 +2,13 @@
 
 import importlib
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 from PIL import Image
 
+import warm
 from mmvssm import ops
 from tiny import REPO
 
@@ -145,21 +145,20 @@ def test_only_a_complete_run_replaces_the_result(load, monkeypatch, arguments):
     assert load('scan_cpu').parse_args().out.endswith('results/scan_cpu.json')
 
 
+def run_benchmark(name, out, *options):
+    done = warm.run([BENCHMARKS / name, *options, '--out', out], timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f'written to {out}' in done.stdout
+    return json.loads(out.read_text())
+
+
 def test_quick_run(load, tmp_path):
     pytest.importorskip('matplotlib')
     reason = ops.backend_status()['cpu']
     if reason:
         pytest.skip(reason)
     out = tmp_path / 'new' / 'scan.json'
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / 'scan_cpu.py']
-        + ['--quick', '--threads', '1', '--out', out],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f'written to {out}' in done.stdout
-    result = json.loads(out.read_text())
+    result = run_benchmark('scan_cpu.py', out, '--quick', '--threads', '1')
     assert result['environment']['Packages']['torch'].startswith(torch.__version__)
     assert result['settings']['threads'] == [1]
     plan = load('scan_cpu').QUICK
@@ -206,15 +205,7 @@ def test_quick_run_of_blocks(load, tmp_path):
     if reason:
         pytest.skip(reason)
     out = tmp_path / 'new' / 'blocks.json'
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / 'blocks_cpu.py']
-        + ['--quick', '--threads', '1', '--out', out],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f'written to {out}' in done.stdout
-    result = json.loads(out.read_text())
+    result = run_benchmark('blocks_cpu.py', out, '--quick', '--threads', '1')
     assert result['environment']['Packages']['torch'].startswith(torch.__version__)
     (row,) = result['blocks']
     blocks = load('blocks_cpu')
@@ -241,15 +232,7 @@ def test_only_a_complete_run_of_blocks_replaces_the_result(load, monkeypatch):
 def test_quick_run_of_attention(load, tmp_path):
     pytest.importorskip('matplotlib')
     out = tmp_path / 'new' / 'attention.json'
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / 'attention_cpu.py']
-        + ['--quick', '--threads', '1', '--out', out],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f'written to {out}' in done.stdout
-    result = json.loads(out.read_text())
+    result = run_benchmark('attention_cpu.py', out, '--quick', '--threads', '1')
     assert result['settings']['threads'] == 1
     assert [row['length'] for row in result['rows']] == [16, 36, 64]
     for row in result['rows']:
@@ -283,12 +266,10 @@ def test_memory_of_a_training_step(tmp_path):
     if sys.platform != 'linux':
         pytest.skip('reads the counters of Linux')
     out = tmp_path / 'memory.json'
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / 'training_memory.py']
+    done = warm.run(
+        [BENCHMARKS / 'training_memory.py']
         + [REPO / 'configs/upernet_vim_quickstart.py', '--out', out]
-        + ['--cfg-options', 'model.backbone.arch.depth=48'],
-        capture_output=True,
-        text=True,
+        + ['--cfg-options', 'model.backbone.arch.depth=48']
     )
     assert done.returncode == 0, done.stderr
     saving, plain = json.loads(out.read_text())['runs']
@@ -316,18 +297,6 @@ def test_efficiency_by_hand(load):
     assert found['efficiency_of_machine']['of_medians'] == pytest.approx(1 / 1.375)
     assert found['efficiency_of_exchange']['of_medians'] == pytest.approx(1.375 / 2.25)
     assert (found['ranks'], found['turns'], found['gradient_bytes']) == (2, 2, 40)
-
-
-def run_benchmark(name, out, *options):
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / name, *options, '--out', out],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f'written to {out}' in done.stdout
-    return json.loads(out.read_text())
 
 
 def test_quick_run_of_scaling(tmp_path):

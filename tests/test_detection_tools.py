@@ -1,22 +1,20 @@
 """The tools with a detector, run as their users run them."""
 
 import json
-import os
 import re
 import runpy
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import warm
 from mmvssm import compat
 from mmvssm.checkpoints.read import read_state_dict
 from tiny import REPO
 from tiny_det import needs_detection, write_coco, write_config
+from toy import train_pair
 
 TOOLS = REPO / 'tools'
 # A picture of each kind that a folder of photographs may hold.
@@ -32,12 +30,7 @@ PICTURES = {
 
 
 def run(tool, *args, cwd, code=0):
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / tool), *map(str, args)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-    )
+    done = warm.run([TOOLS / tool, *args], cwd=cwd)
     output = done.stdout + done.stderr
     assert done.returncode == code, output[-3000:]
     return output
@@ -190,12 +183,7 @@ def test_training_on_damaged_data_names_the_file(work, tmp_path):
     image.unlink()
     write_config(tmp_path / 'tiny.py', root)
     (root / 'train2017/other.jpg').write_bytes(b'')
-    done = subprocess.run(
-        [sys.executable, TOOLS / 'train.py', 'tiny.py'],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = warm.run([TOOLS / 'train.py', 'tiny.py'], cwd=tmp_path)
     assert done.returncode and str(image) in done.stderr
 
 
@@ -236,28 +224,13 @@ def test_objects_outside_the_crop(tmp_path):
 @needs_detection
 def test_two_processes(work):
     """With DDP's default flags, which a parameter without gradient would stop."""
-    done = subprocess.run(
-        [TOOLS / 'dist_train.sh', 'tiny.py', '2', '--work-dir', 'two'],
-        cwd=work,
-        env=dict(
-            os.environ,
-            PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
-            OMP_NUM_THREADS='1',
-            CUDA_VISIBLE_DEVICES='',
-            PORT=str(free_port()),
-        ),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    options = ('tiny.py', '--work-dir', 'two')
+    for code, log in train_pair(
+        work, *options, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''
+    ):
+        assert code == 0, log[-3000:]
     assert 'find_unused_parameters=True' not in (work / 'two/tiny.py').read_text()
     assert (work / 'two/epoch_1.pth').is_file()
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        return listener.getsockname()[1]
 
 
 @needs_detection

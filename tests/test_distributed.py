@@ -1,20 +1,12 @@
 """Two processes train what one process trains on the whole batch."""
 
-import socket
-import sys
-
 import pytest
 
 import doubled_batch
 from tiny import REPO
+from toy import free_port
 
 pytest.importorskip('mmseg')
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        return str(listener.getsockname()[1])
 
 
 @pytest.fixture(scope='module')
@@ -22,7 +14,7 @@ def outcome(tmp_path_factory):
     work = tmp_path_factory.mktemp('distributed')
     doubled_batch.write(work)
     tools = REPO / 'tools'
-    doubled_batch.run([sys.executable, tools / 'train.py', *doubled_batch.ONE], work)
+    doubled_batch.run_one(work)
     config, *options = doubled_batch.TWO
     doubled_batch.run(
         [tools / 'dist_train.sh', config, 2, *options], work, PORT=free_port()

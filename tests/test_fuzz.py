@@ -1,11 +1,11 @@
 """Some of the spoilt checkpoints and configs of ``python tests/fuzz.py 10000``."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 
+import warm
 from tiny import REPO
 
 pytest.importorskip('mmseg')
@@ -13,11 +13,9 @@ pytest.importorskip('mmseg')
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='limits memory as Linux does')
 def test_spoilt_files_are_used_as_they_are_or_refused(tmp_path):
-    done = subprocess.run(
-        [sys.executable, REPO / 'tests/fuzz.py', '300'],
+    done = warm.run(
+        [REPO / 'tests/fuzz.py', '300'],
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
         env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(REPO)),
     )
     assert done.returncode == 0, done.stdout + done.stderr

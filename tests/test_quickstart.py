@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from mmengine.config import Config
 from PIL import Image
 
+import warm
 from mmvssm.datasets import QUICKSTART_CLASSES, QUICKSTART_PALETTE
 from tiny import REPO
 from tiny_det import needs_detection
@@ -33,20 +32,8 @@ def quickstart(folder, *options, arguments=('--work-dir', 'work')):
         MMVSSM_QUICKSTART_ROOT=str(folder / 'data'),
         MMVSSM_QUICKSTART_COCO_ROOT=str(folder / 'data'),
     )
-    return subprocess.run(
-        [
-            sys.executable,
-            REPO / 'tools/quickstart.py',
-            *arguments,
-            '--cfg-options',
-            *SMALL,
-            *options,
-        ],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [REPO / 'tools/quickstart.py', *arguments, '--cfg-options']
+    return warm.run([*command, *SMALL, *options], cwd=folder, env=environment)
 
 
 @pytest.fixture(scope='module')
@@ -98,12 +85,7 @@ def test_its_next_step_works(finished):
     folder, said = finished
     words = said[said.index('tools/infer.py') :].replace('\\\n', ' ').split()
     command = words[: words.index('--out-dir') + 2]
-    done = subprocess.run(
-        [sys.executable, REPO / command[0], *command[1:]],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    done = warm.run([REPO / command[0], *command[1:]], cwd=folder)
     assert done.returncode == 0, done.stderr
     assert list((folder / command[-1]).rglob('*.png'))
 
@@ -134,12 +116,7 @@ def test_another_config_has_a_work_dir_of_its_own(finished):
 
 def test_config_with_other_data_is_refused(tmp_path):
     config = REPO / 'configs/upernet_vim_t.py'
-    done = subprocess.run(
-        [sys.executable, REPO / 'tools/quickstart.py', '--config', config],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = warm.run([REPO / 'tools/quickstart.py', '--config', config], cwd=tmp_path)
     assert done.returncode == 2
     assert 'configs/*_quickstart.py' in done.stderr and 'Traceback' not in done.stderr
 

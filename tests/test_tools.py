@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import warm
 from mmvssm import compat
 from mmvssm.backbones import VSSM
 from mmvssm.checkpoints.read import read_state_dict
@@ -35,13 +36,7 @@ def run(tool, *args, cwd, code=0, **env):
         'OMP_NUM_THREADS': '1',
         **env,
     }
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / tool), *map(str, args)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    done = warm.run([TOOLS / tool, *args], cwd=cwd, env=env)
     output = done.stdout + done.stderr
     assert done.returncode == code, output[-3000:]
     return output

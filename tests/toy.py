@@ -1,6 +1,5 @@
 """A training of seconds that draws random numbers wherever one can."""
 
-import json
 import os
 import random
 import resource
@@ -8,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from functools import partial
@@ -28,6 +28,7 @@ from mmengine.registry import (
 from torch import nn
 from torch.utils.data import BatchSampler
 
+import warm
 from mmvssm.engine import PreemptionHook
 from tiny import REPO, write_ade, write_config
 
@@ -310,25 +311,6 @@ def environment(event='', **more):
     }
 
 
-# Imports what takes long once, and runs every training in a fork of itself.
-_RUNS = """
-import json, os, runpy, sys
-import torch, mmengine.runner, mmvssm.engine
-mmengine.runner.runner.collect_env = dict  # It asks compilers for their versions.
-for number, (arguments, variables) in enumerate(json.load(sys.stdin)):
-    child = os.fork()
-    if not child:
-        os.environ.update(variables)
-        log = os.open(f'run_{number}.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.argv = arguments
-        runpy.run_path(arguments[0], run_name='__main__')
-    status = os.waitpid(child, 0)[1]
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
-
-
 def train_each(folder, *runs, configs=None):
     """Run ``tools/train.py`` several times, one after the other.
 
@@ -336,40 +318,62 @@ def train_each(folder, *runs, configs=None):
     or all have ``toy_config.py``. Returns exit code (minus the
     signal's number where one killed it) and output of each.
     """
-    script = str(REPO / 'tools/train.py')
-    configs = configs or ['toy_config.py'] * len(runs)
-    orders = [
-        ([script, str(config), *map(str, options)], environment(event))
-        for config, (event, *options) in zip(configs, runs)
-    ]
-    done = subprocess.run(
-        [sys.executable, '-c', _RUNS],
-        input=json.dumps(orders),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        # Not a measurement: a training that hangs must not hang the tests.
-        timeout=300 + 60 * len(runs),
-        env={**os.environ, **environment()},
-    )
-    codes = [int(line) for line in done.stdout.split()]
-    assert len(codes) == len(runs), done.stderr
-    logs = [(folder / f'run_{i}.txt').read_text() for i in range(len(runs))]
-    return list(zip(codes, logs, strict=True))
+    results, configs = [], configs or ['toy_config.py'] * len(runs)
+    for config, (event, *options) in zip(configs, runs):
+        done = warm.run(
+            [REPO / 'tools/train.py', config, *options],
+            cwd=folder,
+            env={**os.environ, **environment(event)},
+            merge=True,
+            # Not a measurement: a training that hangs must not hang the tests.
+            timeout=300,
+        )
+        results.append((done.returncode, done.stdout))
+    return results
+
+
+def train_pair(folder, *options, **variables):
+    """Run ``tools/train.py`` as two ranks, without a launcher; what each gives."""
+    meeting = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), WORLD_SIZE='2')
+    with tempfile.TemporaryDirectory() as logs:
+        paths = [Path(logs, f'{rank}.txt') for rank in range(2)]
+        ranks = []
+        try:
+            for rank, path in enumerate(paths):
+                own = dict(RANK=str(rank), LOCAL_RANK=str(rank))
+                ranks.append(
+                    warm.start(
+                        [REPO / 'tools/train.py', *options, '--launcher', 'pytorch'],
+                        path,
+                        path,
+                        cwd=folder,
+                        env={**os.environ, **meeting, **own, **variables},
+                    )
+                )
+            # Not a measurement: those that wait for each other must not hang the tests.
+            codes = [rank.wait(300) for rank in ranks]
+        except BaseException:
+            for rank in ranks:
+                warm.kill(rank)
+            raise
+        return [(code, path.read_text()) for code, path in zip(codes, paths)]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return str(listener.getsockname()[1])
 
 
 def train_ranks(folder, *options, event='', **variables):
     """Run two ranks through ``tools/dist_train.sh``; exit code and output."""
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        port = str(listener.getsockname()[1])
     done = subprocess.run(
         [REPO / 'tools/dist_train.sh', 'toy_config.py', '2', *map(str, options)],
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, **environment(event, PORT=port, **variables)},
+        env={**os.environ, **environment(event, PORT=free_port(), **variables)},
     )
     return done.returncode, done.stdout + done.stderr
 

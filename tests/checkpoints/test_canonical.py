@@ -1,5 +1,4 @@
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -7,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import warm
 from mmvssm.backbones import VSSM
 from mmvssm.checkpoints import convert, load_checkpoint, save_checkpoint
 from mmvssm.checkpoints.read import read_state_dict
@@ -115,12 +115,7 @@ def test_tool(tmp_path):
     state = published(classifier(V0))
     source, target = tmp_path / 'old.pth', tmp_path / 'new.safetensors'
     torch.save(dict(model=to_v0_old(state)), source)
-    done = subprocess.run(
-        [sys.executable, TOOL, source, target],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = warm.run([TOOL, source, target])
     assert done.returncode == 0, done.stderr
     assert 'v0-old' in done.stdout and str(target) in done.stdout
     assert set(read_state_dict(target)) == set(state)

@@ -2,8 +2,6 @@
 
 import builtins
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ pytest.importorskip('pycocotools')
 from mmengine.config import Config
 from pycocotools import mask as mask_utils
 
+import warm
 from mmvssm.datasets import make_quickstart_dataset
 from mmvssm.datasets.layouts import OBJECT_NAMES, OBJECT_PALETTE, CocoLayout
 from tiny import REPO
@@ -183,15 +182,10 @@ def test_mmdet_reads_and_scores_it(root):
 
 
 def test_tool(tmp_path):
-    made = subprocess.run(
-        [
-            sys.executable,
-            REPO / 'tools/make_quickstart_data.py',
-            *['--layout', 'coco', '--num-train', '2', '--num-val', '1', '--size', '64'],
-        ],
+    sizes = ['--num-train', '2', '--num-val', '1', '--size', '64']
+    made = warm.run(
+        [REPO / 'tools/make_quickstart_data.py', '--layout', 'coco', *sizes],
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
     )
     assert made.returncode == 0, made.stderr
     assert 'of 7 classes are in data/quickstart_coco' in made.stdout

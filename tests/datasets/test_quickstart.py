@@ -3,7 +3,6 @@
 import builtins
 import json
 import runpy
-import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 
 pytest.importorskip('skimage')
 
+import warm
 from mmvssm.datasets import (
     QUICKSTART_CLASSES,
     QUICKSTART_PALETTE,
@@ -251,12 +251,7 @@ def test_tool(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='^error: .*--overwrite'):
         runpy.run_path(tool, run_name='__main__')
 
-    made = subprocess.run(
-        [sys.executable, tool, *arguments, '--overwrite'],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-    )
+    made = warm.run([tool, *arguments, '--overwrite'], cwd=REPO)
     assert made.returncode == 0, made.stderr
     assert str(root) in made.stdout
     assert '3/3' in made.stderr, 'a progress bar'

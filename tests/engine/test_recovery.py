@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from mmvssm.engine.checkpoint_files import newest_training_state
-from toy import EPOCHS, final_weights, same_bits, train_each, train_ranks, write_toy
+from toy import (
+    EPOCHS,
+    environment,
+    final_weights,
+    same_bits,
+    train_each,
+    train_pair,
+    train_ranks,
+    write_toy,
+)
 
 RESUME = ('--work-dir', 'out', '--resume', 'auto')
 WHOLE = ('', '--work-dir', 'whole')
@@ -153,8 +162,11 @@ def test_training_goes_on_while_the_disk_is_full(tmp_path):
 
 def test_two_ranks_survive_a_kill_of_one_and_a_signal_to_one(tmp_path):
     write_toy(tmp_path, iters=ITERS)
-    code, log = train_ranks(tmp_path, '--work-dir', 'whole')
-    assert code == 0, log
+    # Those that nothing befalls need no launcher.
+    for code, log in train_pair(
+        tmp_path, 'toy_config.py', '--work-dir', 'whole', **environment()
+    ):
+        assert code == 0, log
     # The other rank ends, too: the launcher comes back.
     code, _ = train_ranks(tmp_path, *RESUME, event='SIGKILL@13', TOY_RANK='1')
     assert code != 0
@@ -162,8 +174,10 @@ def test_two_ranks_survive_a_kill_of_one_and_a_signal_to_one(tmp_path):
     assert code != 0
     assert 'resumed epoch: 0, iter: 10' in log
     assert 'stopped after iteration 22: another rank was told to' in log
-    code, log = train_ranks(tmp_path, *RESUME)
-    assert code == 0, log
+    (code, log), (other, _) = train_pair(
+        tmp_path, 'toy_config.py', *RESUME, **environment()
+    )
+    assert code == other == 0, log
     assert 'resumed epoch: 0, iter: 22' in log
     assert same_bits(final_weights(tmp_path), final_weights(tmp_path, 'whole'))
 

@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +11,7 @@ from PIL import Image
 from mmvssm import engine
 from mmvssm.engine.sharding import find_blocks, plain_name
 from tiny import REPO, write_ade, write_config
-from toy import environment, same_bits
+from toy import environment, same_bits, train_pair
 
 pytest.importorskip('mmseg')
 
@@ -80,64 +76,15 @@ class Record(Hook):
             ), file)
 """
 
-# Imports what takes long once; each training is two forks of itself.
-_RUNS = """
-import json, os, runpy, sys
-import torch._dynamo
-import mmengine._strategy.base, mmengine.runner, mmseg.apis, mmvssm.engine
-import yapf.yapflib.yapf_api
-# They ask compilers for their versions, and lay the config's text out nicely.
-mmengine._strategy.base.collect_env = mmengine.runner.runner.collect_env = dict
-yapf.yapflib.yapf_api.FormatCode = lambda text, **options: (text, True)
-for number, (arguments, variables) in enumerate(json.load(sys.stdin)):
-    children = []
-    for rank in range(2):
-        children.append(os.fork())
-        if not children[-1]:
-            os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
-            log = os.open(f'run_{number}_{rank}.txt', os.O_WRONLY | os.O_CREAT)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            sys.argv = arguments
-            runpy.run_path(arguments[0], run_name='__main__')
-    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
-"""
 
-
-def train(folder, *runs):
-    """Train on two ranks, once for every (config, work dir, more environment).
-
-    Returns the exit codes of both and the output of rank 0, for every run.
-    """
-    orders = []
-    for config, work_dir, variables in runs:
-        with socket.socket() as listener:
-            listener.bind(('127.0.0.1', 0))
-            port = str(listener.getsockname()[1])
-        arguments = f'{config}.py --work-dir {work_dir} --launcher pytorch --resume'
-        orders.append(
-            (
-                [str(REPO / 'tools/train.py'), *arguments.split()],
-                dict(
-                    variables, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port
-                ),
-            )
-        )
-    done = subprocess.run(
-        [sys.executable, '-c', _RUNS],
-        input=json.dumps(orders),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        # Not a measurement: processes that wait for each other must not hang the
-        # tests.
-        timeout=300,
-        env={**os.environ, **environment(), 'PYTHONPATH': f'{REPO}:{folder}'},
+def train(folder, config, work_dir, **variables):
+    """Train on two ranks; the exit codes of both and the output of rank 0."""
+    (first, log), (second, _) = train_pair(
+        folder,
+        *(f'{config}.py', '--work-dir', work_dir, '--resume'),
+        **{**environment(), 'PYTHONPATH': f'{REPO}:{folder}', **variables},
     )
-    codes = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert len(codes) == len(runs), done.stderr
-    logs = [(folder / f'run_{i}_0.txt').read_text() for i in range(len(runs))]
-    return list(zip(codes, logs, strict=True))
+    return (first, second), log
 
 
 def state(work, run, step=6):
@@ -173,16 +120,15 @@ def work(tmp_path_factory):
     text = (work / 'mambar_l_fsdp.py').read_text()
     (work / 'skipping.py').write_text(text + skip)
     ddp, fsdp = 'mambar_l', 'mambar_l_fsdp'
-    results = train(work, (ddp, 'ddp', {}), (fsdp, 'fsdp', {}))
+    results = [train(work, ddp, 'ddp'), train(work, fsdp, 'fsdp')]
     for source, goal in (('fsdp', 'again'), ('fsdp', 'without'), ('ddp', 'with')):
         (work / goal).mkdir()
         shutil.copy(work / source / 'iter_3.pth', work / goal)
-    results += train(
-        work,
-        (fsdp, 'again', {}),
-        (ddp, 'without', {}),
-        ('skipping', 'with', dict(NAN_AT='4')),
-    )
+    results += [
+        train(work, fsdp, 'again'),
+        train(work, ddp, 'without'),
+        train(work, 'skipping', 'with', NAN_AT='4'),
+    ]
     for codes, log in results:
         assert codes == (0, 0), log
     (work / 'with/log.txt').write_text(results[-1][1])
@@ -194,7 +140,7 @@ def test_resuming_from_another_model_is_refused(work):
     checkpoint = state(work, 'fsdp', 3)
     del checkpoint['state_dict']['backbone.layers.3.norm.weight']
     torch.save(checkpoint, work / 'other/iter_3.pth')
-    ((codes, log),) = train(work, ('mambar_l_fsdp', 'other', {}))
+    codes, log = train(work, 'mambar_l_fsdp', 'other')
     assert codes == (2, 2)
     assert 'backbone.layers.3.norm.weight' in log and 'of another model' in log
 

@@ -100,7 +100,7 @@ def two_nodes(cluster, jobs, tmp_path_factory):
     pytest.importorskip('mmseg')
     work = tmp_path_factory.mktemp('two_nodes')
     doubled_batch.write(work)
-    doubled_batch.run(['python', TOOLS / 'train.py', *doubled_batch.ONE], work)
+    doubled_batch.run_one(work)
     run_script(cluster, work, TOOLS / 'slurm_train.sh', *doubled_batch.TWO)
     checkpoint = f'one/iter_{doubled_batch.STEPS}.pth'
     options = ('--work-dir', 'test')
