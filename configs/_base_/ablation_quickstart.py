@@ -1,6 +1,6 @@
-# For `tools/run_ablation.py --data`: the rows of configs/ablation in small, on the
-# data set that tools/make_quickstart_data.py makes, at half its resolution, in a
-# minute or two a row on a CPU core.
+# For `tools/run_ablation.py --data`: the rows of configs/ablation, or those of
+# configs/ablation_scan, in small, on the data set that tools/make_quickstart_data.py
+# makes, at half its resolution, in a minute or two a row on a CPU core.
 _base_ = './datasets/quickstart.py'
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -29,6 +29,12 @@ backbones = [
     dict(
         type='mmvssm.MLLA',
         arch=dict(_delete_=True, depths=(1, 1, 2, 1), dims=32, num_heads=(2, 4, 8, 16)),
+        drop_path_rate=0.0,
+    ),
+    # Without _delete_: the switches of a row are in its arch.
+    dict(
+        type='mmvssm.VSSM',
+        arch=dict(depths=(1, 1, 2, 1), dims=32),
         drop_path_rate=0.0,
     ),
 ]

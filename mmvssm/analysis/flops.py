@@ -11,9 +11,10 @@ The convention is that of the published tables (and of fvcore and mmengine):
 
   .. math:: 9 B L D N + B D L \; [\text{skip}\ D] + B D L \; [\text{gate}\ z].
 
-SS2D scans four routes at once, so there D is four times its inner channels,
-and its projections to Δ, B and C add the matrix products of their definition,
-however a backend computes them: :math:`4 B L C (R + 2 N) + 4 B L C R`. The
+SS2D scans along K orders at once, by default four, so there D is K times its
+inner channels, and its projections to Δ, B and C add the matrix products of their
+definition, however a backend computes them:
+:math:`K B L C (R + 2 N) + K B L C R`. What an order pads is not counted. The
 bidirectional scan is two scans whose sum is gated once, with two convolutions of
 width W and two sets of projections: :math:`2 B L C (W + R + 2 N) + 2 B L C R`.
 """
@@ -166,7 +167,9 @@ def _ss2d_scan(
     weights = x_proj_weight.numel() + dt_projs_weight.numel()
     return {
         'ss2d_scan: projections': batch * length * weights,
-        'ss2d_scan: scan': scan_flops(batch, 4 * channels, length, states),
+        'ss2d_scan: scan': scan_flops(
+            batch, len(x_proj_weight) * channels, length, states
+        ),
     }
 
 
@@ -215,7 +218,7 @@ def _fused_ss2d_flops(
     """Of the op behind ss2d_scan, which x (B, H, W, C) enters projected."""
     batch, height, width, channels = x
     projection = batch * height * width * prod(dt_weight) * multiply_add
-    return projection + scan_flops(batch, 4 * channels, height * width, A[1])
+    return projection + scan_flops(batch, dt_weight[0] * channels, height * width, A[1])
 
 
 def _fused_bidirectional_flops(

@@ -1,0 +1,18 @@
+# VMamba-T (t_s1l8), whose SS2D scans crosswise. Every other row inherits this one and
+# sets its switches. `ablation` says where a row stands in the table, and what the
+# paper (arXiv 2401.10166, tables 10 to 15) has for it: millions of parameters, GFLOPs
+# and top-1 accuracy on ImageNet-1K.
+_base_ = [
+    '../_base_/models/upernet_vmamba.py',
+    '../_base_/datasets/ade20k.py',
+    '../_base_/schedules/schedule_160k.py',
+    '../_base_/default_runtime.py',
+]
+ablation = dict(
+    order=0,
+    row='Cross-Scan (VMamba-T)',
+    paper=dict(params='30.2', flops='4.91', top1='82.60'),
+)
+model = dict(
+    backbone=dict(arch=dict(_delete_=True, depths=(2, 2, 8, 2), dims=96)),
+)

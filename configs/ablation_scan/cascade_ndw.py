@@ -1,0 +1,7 @@
+_base_ = './baseline.py'
+ablation = dict(
+    order=7,
+    row='Cascade-Scan, no DWConv',
+    paper=dict(params='30.2', flops='4.89', top1='81.71'),
+)
+model = dict(backbone=dict(arch=dict(forward_type='v052dc_noz', ssm_conv=-1)))

@@ -1,0 +1,7 @@
+_base_ = './baseline.py'
+ablation = dict(
+    order=4,
+    row='Cross-Scan, no DWConv',
+    paper=dict(params='30.2', flops='4.89', top1='82.25'),
+)
+model = dict(backbone=dict(arch=dict(ssm_conv=-1)))

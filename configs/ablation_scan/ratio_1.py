@@ -1,0 +1,7 @@
+_base_ = './baseline.py'
+ablation = dict(
+    order=15,
+    row='1 state, ssm_ratio 1.0, 5 blocks',
+    paper=dict(params='25.6', flops='3.98', top1='81.87'),
+)
+model = dict(backbone=dict(arch=dict(depths=(2, 2, 5, 2))))
