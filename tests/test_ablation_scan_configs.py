@@ -1,5 +1,6 @@
 """The configs of VMamba's ablation: every row is built, counted and run."""
 
+import math
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from mmengine.registry import init_default_scope
 pytest.importorskip('mmseg')
 from mmseg.registry import MODELS
 
+from ablation_data import write_data_config
 from mmvssm.analysis.ablation import complexity_table, count_classifier, count_row
 from mmvssm.engine import ablation
 from test_configs import batch
@@ -164,3 +166,18 @@ def test_quickstart_keeps_the_switches(name):
         assert backbone.arch == small and backbone.orders == switch
     else:
         assert backbone.arch == {**switch, **small}
+
+
+@pytest.mark.parametrize('name', ['cascade_ndw', 'windows7'])
+def test_rows_are_trained(name, tmp_path):
+    data = write_data_config(tmp_path)
+    text, given = data.read_text(), "arch='no such thing'"
+    assert given in text
+    data.write_text(text.replace(given, 'arch=dict(depths=(1, 1, 1, 1), dims=8)'))
+    cfg = ablation.row_config(ROWS[name], str(data))
+    result = ablation.train_row(ROWS[name], cfg, 0, tmp_path / 'out')
+    assert result['row'] == name and math.isfinite(result['value'])
+    assert result['backbone']['arch']['dims'] == 8
+    assert result['backbone']['arch'].get('ssm_conv') == (
+        -1 if name == 'cascade_ndw' else None
+    )
