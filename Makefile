@@ -55,15 +55,16 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard requirements/*.txt)
 	@echo '==> installed'
 
 .PHONY: install-det
-install-det: $(DET_STAMP) ## Add mmdetection; compiles mmcv's ops, once (pip's cache keeps them).
+install-det: $(DET_STAMP) ## Add mmdetection; compiles mmcv's ops, once.
 
 # Only what is built takes the place of mmcv-lite.
-$(DET_STAMP): $(STAMP) requirements/det.txt requirements/mmdet.txt
+$(DET_STAMP): $(STAMP) requirements/det.txt requirements/mmdet.txt \
+              requirements/build_mmcv.py
 	@echo '==> [1/3] requirements of mmdetection'
 	@$(INSTALL) -r requirements/det.txt
-	@echo "==> [2/3] mmcv with its ops: 10 to 20 minutes on two cores, from pip's cache seconds"
-	@MMCV_WITH_OPS=1 $(RUN) -m pip wheel -c constraints.txt --no-deps \
-	    --no-build-isolation -w build/wheels onedl-mmcv
+	@echo "==> [2/3] mmcv with its ops: 2 to 3 minutes on two cores, once"
+	@$(RUN) requirements/build_mmcv.py build/wheels \
+	    $$(grep ^onedl-mmcv== constraints.txt) -c constraints.txt
 	@echo '==> [3/3] mmdetection'
 	@$(RUN) -m pip uninstall -q -y mmcv-lite onedl-mmcv
 	@$(INSTALL) --no-deps --no-build-isolation --find-links build/wheels \
@@ -83,10 +84,12 @@ quickstart-det: install-det ## Train, evaluate and draw a small VMamba Mask R-CN
 
 .PHONY: test
 test: lint $(if $(filter 0,$(DETECTION)),install,install-det) $(TRITON_STAMP) ## Lint, then run every test.
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	@echo '==> tests'
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --durations 40
 
 # Its interpreter checks the GPU's kernels; nothing else on a CPU needs it.
 $(VENV)/.mmvssm-triton-installed: $(STAMP)
+	@echo '==> triton'
 	@$(INSTALL) -q triton
 	@touch $@
 
@@ -102,8 +105,10 @@ test-originals: ## Run every test on OpenMMLab's original packages (compiles the
 	@$(INSTALL_ORIGINALS) -q 'setuptools>=77' wheel
 	@$(INSTALL_ORIGINALS) -r requirements/seg.txt -r requirements/det.txt \
 	    -r requirements/originals-deps.txt
-	@MMCV_WITH_OPS=1 $(INSTALL_ORIGINALS) --no-deps --no-build-isolation \
-	    -r requirements/originals.txt -e .
+	@$(RUN_ORIGINALS) requirements/build_mmcv.py build/wheels-originals \
+	    $$(grep '^mmcv==' requirements/originals.txt) -c constraints.txt
+	@$(INSTALL_ORIGINALS) --no-deps --no-build-isolation \
+	    --find-links build/wheels-originals -r requirements/originals.txt -e .
 	@OMP_NUM_THREADS=1 $(RUN_ORIGINALS) -m pytest -n 2 --dist loadfile
 
 # ASan must come before all else in the program, so Python gets it preloaded,
@@ -134,6 +139,7 @@ sanitize: install ## Run the tests of the ops under ASan and UBSan (Linux, g++).
 
 .PHONY: lint
 lint: install ## Check style without changing a file.
+	@echo '==> lint'
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 

@@ -47,6 +47,7 @@ _USED_FOR = {
     'mmseg': 'needed for segmentation',
     'mmdet': 'needed for detection',
 }
+_THREAD_VARIABLES = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'MKL_CBWR')
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -59,7 +60,7 @@ def collect_env() -> dict[str, dict[str, str]]:
     """
     return {
         'Machine': _machine(),
-        'Packages': {'mmvssm': mmvssm.__version__, 'torch': _torch()}
+        'Packages': {'mmvssm': mmvssm.__version__, 'torch': _torch(), 'BLAS': _blas()}
         | {name: _package(name) for name in _DISTRIBUTIONS},
         'Scan backends': {
             name: f'cannot run: {reason}'
@@ -88,6 +89,8 @@ def _machine() -> dict[str, str]:
     return {
         'OS': platform.platform(),
         'CPU': f'{_cpu_name()}, {_usable_cores()} cores usable',
+        'CPU model': _cpu_model(),
+        'instruction sets': _instruction_sets(),
         **(gpus or {'GPU': 'none that torch can use'}),
         'Python': platform.python_version(),
         'C++ compiler': _first_line('c++', '--version'),
@@ -96,12 +99,41 @@ def _machine() -> dict[str, str]:
 
 
 def _cpu_name() -> str:
-    cpuinfo = Path('/proc/cpuinfo')
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo().get('model name') or platform.processor() or platform.machine()
+
+
+def _cpu_model() -> str:
+    """Maker and numbers of the processor: two of one name may differ."""
+    info = _cpuinfo()
+    names = {'cpu family': 'family', 'model': 'model', 'stepping': 'stepping'}
+    parts = [f'{name} {info[key]}' for key, name in names.items() if key in info]
+    return ', '.join([info.get('vendor_id', 'unknown maker'), *parts])
+
+
+def _instruction_sets() -> str:
+    """Those that libraries choose their code by."""
+    flags = _cpuinfo().get('flags', '').split()
+    wanted = (
+        'sse4_2',
+        'avx',
+        'avx2',
+        'fma',
+        'avx512',
+        'avx_vnni',
+        'amx',
+        'asimd',
+        'sve',
+    )
+    return ' '.join(f for f in flags if f.startswith(wanted)) or 'unknown'
+
+
+def _cpuinfo(path: Path = Path('/proc/cpuinfo')) -> dict[str, str]:
+    """What Linux says of the first core, empty elsewhere."""
+    if not path.exists():
+        return {}
+    first = path.read_text().partition('\n\n')[0]
+    pairs = (line.partition(':')[::2] for line in first.splitlines())
+    return {key.strip(): value.strip() for key, value in pairs}
 
 
 def _usable_cores() -> int:
@@ -129,6 +161,19 @@ def _torch() -> str:
     cuda = torch.version.cuda or torch.version.hip
     build = f'built for CUDA {cuda}' if cuda else 'a build without CUDA'
     return f'{torch.__version__}, {build}, {torch.get_num_threads()} threads'
+
+
+def _blas() -> str:
+    """Libraries behind torch's matrix products on the CPU, and their threads."""
+    lines = torch.__config__.parallel_info().splitlines()
+    libraries = [line.strip() for line in lines if 'Library' in line or 'DNN' in line]
+    kind = [
+        part.strip()
+        for part in torch.__config__.show().replace('\n', ',').split(',')
+        if part.strip().startswith(('BLAS_INFO', 'LAPACK_INFO'))
+    ]
+    variables = [f'{n}={os.environ[n]}' for n in _THREAD_VARIABLES if n in os.environ]
+    return '; '.join([*libraries, *kind, *variables]) or 'unknown'
 
 
 def _package(module: str) -> str:

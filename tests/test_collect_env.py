@@ -38,6 +38,25 @@ def test_report_names_versions_and_every_backend(capsys):
     assert list(backends) == list(backend_status())
 
 
+def test_processor_and_blas_are_named(monkeypatch, tmp_path):
+    machine = module.collect_env()['Machine']
+    assert 'cores usable' in machine['CPU']
+    cpuinfo = tmp_path / 'cpuinfo'
+    cpuinfo.write_text(
+        'vendor_id: Maker\ncpu family\t: 6\nmodel: 9\nstepping: 1\nflags: fpu avx2\n'
+        '\nvendor_id: that of the second core\n'
+    )
+    found = module._cpuinfo(cpuinfo)
+    monkeypatch.setattr(module, '_cpuinfo', lambda: found)
+    machine = module.collect_env()['Machine']
+    assert machine['CPU model'] == 'Maker, family 6, model 9, stepping 1'
+    assert machine['instruction sets'] == 'avx2'
+    monkeypatch.setattr(module.torch.__config__, 'parallel_info', lambda: '\tMy-DNN v3')
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    blas = module.collect_env()['Packages']['BLAS']
+    assert blas.startswith('My-DNN v3') and 'OMP_NUM_THREADS=2' in blas
+
+
 def test_backend_that_cannot_run_says_why(monkeypatch):
     status = {'torch': None, 'reference': 'no reason at all'}
     monkeypatch.setattr(module, 'backend_status', lambda: status)

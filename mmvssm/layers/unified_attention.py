@@ -14,7 +14,7 @@ from mmvssm.layers.linear_attention import DepthwiseConv2d
 from mmvssm.layers.maps import Linear2d
 from mmvssm.layers.rotary import rotary_tables
 from mmvssm.ops import autocast, linear_attention, selective_scan
-from mmvssm.ops.numerics import elu_plus_one, softplus
+from mmvssm.ops.deterministic_math import elu_plus_one, softplus
 from mmvssm.ops.rotary import rotate
 
 # The smallest step that Mamba starts from.

@@ -90,11 +90,16 @@ def as_double(inputs):
 def gradients(outputs, inputs, seed=1):
     """Gradients of a fixed random projection of the outputs."""
     generator = torch.Generator().manual_seed(seed)
-    loss = 0
-    for out in outputs:
-        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-        loss = loss + (out.double() * weight.to(out.device)).sum()
-    return dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values()))))
+    weights = [
+        torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        for out in outputs
+    ]
+    found = torch.autograd.grad(
+        list(outputs),
+        list(inputs.values()),
+        [w.to(out.device, out.dtype) for w, out in zip(weights, outputs)],
+    )
+    return dict(zip(inputs, found))
 
 
 def relative_error(got, want):

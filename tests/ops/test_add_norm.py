@@ -148,21 +148,6 @@ def test_any_strides(backend):
     assert all(g.isfinite().all() for g in gradients(got, inputs).values())
 
 
-@fast_backends
-def test_same_bits_at_any_number_of_threads(backend):
-    inputs = make_inputs(2, 1025, 193, dtype=torch.float32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7, 1):
-            torch.set_num_threads(threads)
-            outs = add_rms_norm(**inputs, backend=backend)
-            results.append([*outs, *gradients(outs, inputs).values()])
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
-
-
 @backends
 def test_compile_fullgraph(backend):
     inputs = make_inputs(2, 5, 8, dtype=torch.float32)

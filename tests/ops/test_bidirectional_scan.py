@@ -124,23 +124,6 @@ def test_autocast(backend, dtype):
     assert all(torch.isfinite(g).all() for g in gradients((y,), inputs).values())
 
 
-@fast_backends
-@pytest.mark.parametrize('shape', [(2, 384, 197, 12, 16, 4), (1, 96, 1025, 6, 16, 4)])
-def test_same_bits_at_any_number_of_threads(backend, shape):
-    inputs = make_inputs(*shape, dtype=torch.float32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7, 1):
-            torch.set_num_threads(threads)
-            y = call(inputs, backend=backend)
-            results.append([y, *gradients((y,), inputs).values()])
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        for name, got, want in zip(('y', *inputs), result, results[0]):
-            assert torch.equal(got, want), name
-
-
 @backends
 def test_compile_fullgraph(backend):
     inputs = make_inputs(1, 4, 5, 1, 2, 4, dtype=torch.float32)

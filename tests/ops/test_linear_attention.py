@@ -224,18 +224,6 @@ def test_backend_of_the_context():
     assert (5, 5) not in calls
 
 
-def test_same_bits_at_any_number_of_threads(set_threads):
-    inputs = make_inputs(2, 33 * 97, 24, 8, dtype=torch.float32)
-    rotary = tables(33, 97, 24, inputs['q'])
-    results = []
-    for threads in (1, 2, 3, 7, 1):
-        set_threads(threads)
-        out = linear_attention(**inputs, heads=2, rotary=rotary)
-        results.append([out, *gradients(out, inputs).values()])
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
-
-
 @forms
 def test_compile_fullgraph(backend):
     inputs = make_inputs(2, 6, 8, dtype=torch.float32)

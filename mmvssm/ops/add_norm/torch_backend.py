@@ -18,5 +18,12 @@ def add_rms_norm_torch(
     total = x.to(dtype)
     if residual is not None:
         total = total + residual.to(dtype)
-    out = F.rms_norm(total, weight.shape, weight.to(dtype), eps)
+    weight = weight.to(dtype)
+    if len(weight) == 1:
+        # The gradient of one weight is a sum to a single number, which torch splits
+        # among threads. Two columns give the same norm.
+        twice = total.expand(*total.shape[:-1], 2)
+        out = F.rms_norm(twice, (2,), weight.expand(2), eps)[..., :1]
+    else:
+        out = F.rms_norm(total, weight.shape, weight, eps)
     return out.to(out_dtype), total.to(residual_dtype)

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvssm.ops import autocast, numerics
+from mmvssm.ops import autocast, deterministic_math
 from mmvssm.ops.bidirectional_scan.direction import Direction
+from mmvssm.ops.linear.op import deterministic_linear
 from mmvssm.ops.selective_scan.op import scan
 
 
@@ -49,7 +50,7 @@ def bidirectional_scan_composed(
         backend=backend,
     )
     y, y_from_end = ys.split(channels, dim=1)
-    gate = numerics.silu(z.to(ys.dtype))
+    gate = deterministic_math.silu(z.to(ys.dtype))
     if average:
         gate = gate / 2
     y = (y + y_from_end.flip(-1)) * gate
@@ -68,9 +69,11 @@ def _prepare(x: Tensor, weights: Direction, from_end: bool) -> tuple[Tensor, ...
         u and delta (B, L, D), B and C (B, L, N).
     """
     rank, states = weights.dt_proj_weight.shape[1], weights.A.shape[1]
-    u = numerics.silu(_convolve(x, weights, from_end)).to(x.dtype)
-    dt, B, C = _linear(u, weights.x_proj_weight).split((rank, states, states), dim=-1)
-    inputs = (u, _linear(dt, weights.dt_proj_weight), B, C)
+    u = deterministic_math.silu(_convolve(x, weights, from_end)).to(x.dtype)
+    dt, B, C = deterministic_linear(u, weights.x_proj_weight).split(
+        (rank, states, states), dim=-1
+    )
+    inputs = (u, deterministic_linear(dt, weights.dt_proj_weight), B, C)
     return tuple(t.flip(1) for t in inputs) if from_end else inputs
 
 
@@ -88,10 +91,3 @@ def _convolve(x: Tensor, weights: Direction, from_end: bool) -> Tensor:
     for shift, tap in enumerate(taps):
         out = out + padded[:, shift : shift + length] * tap
     return out
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    columns = weight.shape[0]
-    # The product may give each thread some of the columns. Whole vectors of 16
-    # keep the bits the same at any number of threads.
-    return F.linear(x, F.pad(weight, (0, 0, 0, -columns % 16)))[..., :columns]

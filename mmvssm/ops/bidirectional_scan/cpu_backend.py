@@ -20,7 +20,7 @@ from mmvssm.ops.cpu.library import (
     ScanPair,
     ScanProblem,
 )
-from mmvssm.ops.linear.product import product
+from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.selective_scan.cpu_backend import saved_states_shape
 from mmvssm.ops.structures import pointer
 
@@ -196,12 +196,12 @@ def _convolution(
 
 
 def _project(u: Tensor, weights: Direction) -> Tensor:
-    return product(u.to(weights.x_proj_weight.dtype), weights.x_proj_weight)
+    return linear_product(u.to(weights.x_proj_weight.dtype), weights.x_proj_weight)
 
 
 def _step_sizes(projected: Tensor, weights: Direction) -> Tensor:
     rank = weights.dt_proj_weight.shape[1]
-    return product(projected[..., :rank], weights.dt_proj_weight)
+    return linear_product(projected[..., :rank], weights.dt_proj_weight)
 
 
 def _project_backward(
@@ -218,14 +218,14 @@ def _project_backward(
     """
     delta, B, C, A, D, bias = grads
     rank = weights.dt_proj_weight.shape[1]
-    grad = torch.cat([product(delta, weights.dt_proj_weight.t()), B, C], dim=-1)
+    grad = torch.cat([linear_product(delta, weights.dt_proj_weight.t()), B, C], dim=-1)
     u = u.to(projected.dtype).flatten(0, 1)
     dt = projected[..., :rank].flatten(0, 1)
-    return product(grad, weights.x_proj_weight.t()), Direction(
+    return linear_product(grad, weights.x_proj_weight.t()), Direction(
         conv_weight=None,
         conv_bias=None,
-        x_proj_weight=product(grad.flatten(0, 1).t(), u.t()),
-        dt_proj_weight=product(delta.flatten(0, 1).t(), dt.t()),
+        x_proj_weight=linear_product(grad.flatten(0, 1).t(), u.t()),
+        dt_proj_weight=linear_product(delta.flatten(0, 1).t(), dt.t()),
         dt_proj_bias=bias,
         A=A,
         D=D,

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvssm.ops import numerics
+from mmvssm.ops import deterministic_math
 from mmvssm.ops.bidirectional_scan.direction import Direction
 from mmvssm.ops.selective_scan.reference import selective_scan_reference
 
@@ -42,7 +42,7 @@ def _one_direction(x: Tensor, z: Tensor, weights: Direction) -> Tensor:
         weights.conv_bias,
         groups=channels,
     )
-    u = numerics.silu(u)
+    u = deterministic_math.silu(u)
     dt, B, C = (weights.x_proj_weight @ u).split((rank, states, states), dim=1)
     y, _ = selective_scan_reference(
         u,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmvssm.ops import checks
 from mmvssm.ops.bidirectional_scan.direction import Direction
-from mmvssm.ops.linear.product import product
+from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.selective_scan import triton_plan
 from mmvssm.ops.selective_scan.triton_backend import scan_backward, scan_forward
 from mmvssm.ops.selective_scan.triton_plan import (
@@ -55,7 +55,7 @@ def forward(
     batch, length, channels = x.shape
     us = _convolve(x, weights)
     projected = [
-        product(u.to(w.x_proj_weight.dtype), w.x_proj_weight)
+        linear_product(u.to(w.x_proj_weight.dtype), w.x_proj_weight)
         for u, w in zip(us, weights)
     ]
     y = x.new_empty(x.shape, dtype=torch.float32)
@@ -238,10 +238,10 @@ def _project_backward(
     B, C = (t[:, 0].mT.to(dt.dtype) for t in (grads.B, grads.C))
     grad = torch.cat([by_dt, B, C], dim=-1)
     rows = u.to(dt.dtype).flatten(0, 1)
-    return product(grad, weights.x_proj_weight.t()), Direction(
+    return linear_product(grad, weights.x_proj_weight.t()), Direction(
         conv_weight=None,
         conv_bias=None,
-        x_proj_weight=product(grad.flatten(0, 1).t(), rows.t()),
+        x_proj_weight=linear_product(grad.flatten(0, 1).t(), rows.t()),
         dt_proj_weight=by_weight,
         dt_proj_bias=grads.delta_bias,
         A=grads.A,

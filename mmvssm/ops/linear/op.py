@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mmvssm.ops import autocast, direct
 from mmvssm.ops.backends import choose_backend
-from mmvssm.ops.linear.product import product
+from mmvssm.ops.deterministic_math import linear_product, sum_rows
 
 
 def linear(
@@ -35,13 +35,36 @@ def linear(
         and not autocast.is_enabled(x)
         and choose_backend(x.device.type, x.dtype, backend) == 'cpu'
     ):
-        return (product if direct.possible(*inputs) else _forward_op)(*inputs)
+        return _apply(*inputs)
     return F.linear(x, weight, bias)
+
+
+def deterministic_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weightᵀ, on the CPU with the same bits at any number of threads.
+
+    Args:
+        x: (..., K).
+        weight: (N, K), of x's dtype outside autocast.
+
+    Returns:
+        (..., N), under autocast in its dtype.
+    """
+    if x.device.type != 'cpu':
+        return F.linear(x, weight)
+    if autocast.is_enabled(x):
+        dtype = torch.get_autocast_dtype('cpu')
+        x, weight = x.to(dtype), weight.to(dtype)
+    return _apply(x, weight, None)
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    inputs = (x, weight, bias)
+    return (linear_product if direct.possible(*inputs) else _forward_op)(*inputs)
 
 
 @torch.library.custom_op('mmvssm::linear', mutates_args=())
 def _forward_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return product(x, weight, bias)
+    return linear_product(x, weight, bias).contiguous()
 
 
 @_forward_op.register_fake
@@ -60,11 +83,12 @@ def _backward_op(
 ) -> list[Tensor]:
     grads, rows = [], grad.flatten(0, -2)
     if for_x:
-        grads.append(product(grad, weight.t()))
+        grads.append(linear_product(grad, weight.t()).contiguous())
     if for_weight:
-        grads.append(product(rows.t(), x.flatten(0, -2).t()))
+        by_weight = linear_product(rows.t(), x.flatten(0, -2).t())
+        grads.append(by_weight.contiguous())
     if for_bias:
-        grads.append(rows.sum(0))
+        grads.append(sum_rows(rows.unsqueeze(0)))
     return grads
 
 

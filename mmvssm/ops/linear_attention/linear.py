@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmvssm.ops import autocast, numerics
+from mmvssm.ops import autocast, deterministic_math
+from mmvssm.ops.deterministic_math import matmul
 from mmvssm.ops.rotary import rotate
 
 # Values of one tensor in a block: half a megabyte in float32.
@@ -69,9 +70,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> Tensor:
     out = v.new_empty(v.shape, dtype=options.dtype)
     for block in _blocks(v):
         features, turned = _features(q, block, options)
-        y = turned @ state
+        y = matmul(turned, state)
         if options.normalise:
-            y = y / (features @ mean + options.eps)
+            y = y / (matmul(features, mean) + options.eps)
         _write(out, block, y)
     return out
 
@@ -88,24 +89,24 @@ def _backward(
         grad_y = _split(grad, block, options)
         grad_features = 0
         if options.normalise:
-            normaliser = features @ mean + options.eps
+            normaliser = matmul(features, mean) + options.eps
             grad_y = grad_y / normaliser
-            along = (grad_y * (turned @ state)).sum(-1, keepdim=True)
+            along = (grad_y * (matmul(turned, state))).sum(-1, keepdim=True)
             grad_normaliser = -along / normaliser
             grad_features = grad_normaliser * mean.mT
-            grad_mean = grad_mean + features.mT @ grad_normaliser
-        grad_state = grad_state + turned.mT @ grad_y
-        grad_turned = grad_y @ state.mT
+            grad_mean = grad_mean + matmul(features.mT, grad_normaliser)
+        grad_state = grad_state + matmul(turned.mT, grad_y)
+        grad_turned = matmul(grad_y, state.mT)
         grad_features = grad_features + _turn_back(grad_turned, block, options)
         _write(grad_q, block, grad_features * _slope(features))
 
     grad_state, grad_mean = grad_state / v.shape[1], grad_mean / v.shape[1]
     for block in _blocks(v):
         features, turned = _features(k, block, options)
-        grad_turned = _split(v, block, options) @ grad_state.mT
+        grad_turned = matmul(_split(v, block, options), grad_state.mT)
         grad_features = _turn_back(grad_turned, block, options) + grad_mean.mT
         _write(grad_k, block, grad_features * _slope(features))
-        _write(grad_v, block, turned @ grad_state)
+        _write(grad_v, block, matmul(turned, grad_state))
     return grad_q, grad_k, grad_v
 
 
@@ -119,7 +120,7 @@ def _summarise(k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor]
     state = mean = 0
     for block in _blocks(v):
         features, turned = _features(k, block, options)
-        state = state + turned.mT @ _split(v, block, options)
+        state = state + matmul(turned.mT, _split(v, block, options))
         mean = mean + features.sum(2).unsqueeze(-1)
     return state / v.shape[1], mean / v.shape[1]
 
@@ -136,7 +137,7 @@ def _blocks(x: Tensor) -> Iterator[slice]:
 
 def _features(x: Tensor, block: slice, options: _Options) -> tuple[Tensor, Tensor]:
     """elu + 1 of some positions, and the same turned, split into heads."""
-    features = numerics.elu_plus_one(x[:, block].to(options.dtype))
+    features = deterministic_math.elu_plus_one(x[:, block].to(options.dtype))
     turned = features
     if options.cos is not None:
         turned = rotate(features, options.cos[block], options.sin[block])

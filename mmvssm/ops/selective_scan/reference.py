@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmvssm.ops import numerics
+from mmvssm.ops import deterministic_math
 
 
 def selective_scan_reference(
@@ -31,7 +31,7 @@ def selective_scan_reference(
     if delta_bias is not None:
         delta = delta + delta_bias.to(dtype)[:, None]
     if delta_softplus:
-        delta = numerics.softplus(delta)
+        delta = deterministic_math.softplus(delta)
     channels_per_group = u.shape[1] // B.shape[1]
     B = B.repeat_interleave(channels_per_group, dim=1)  # (B, D, N, L)
     C = C.repeat_interleave(channels_per_group, dim=1)
@@ -46,5 +46,5 @@ def selective_scan_reference(
     if D is not None:
         y = y + D.to(dtype)[:, None] * u
     if z is not None:
-        y = y * numerics.silu(z.to(dtype))
+        y = y * deterministic_math.silu(z.to(dtype))
     return y.to(out_dtype), h

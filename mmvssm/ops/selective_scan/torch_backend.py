@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvssm.ops import checks, numerics
+from mmvssm.ops import checks, deterministic_math
 
 # Elements of one (batch, position, state, channel) work array: a segment's few
 # arrays stay in the cache.
@@ -178,7 +178,7 @@ class _Problem:
         raw = self._load(self.delta, start, stop + 1)
         if self.bias is not None:
             raw = raw + self.bias
-        dt = numerics.softplus(raw) if self.softplus else raw
+        dt = deterministic_math.softplus(raw) if self.softplus else raw
         if stop == self.length:  # nothing follows: a decay of one
             dt = F.pad(dt, (0, 0, 0, 1))
         size = stop - start
@@ -235,7 +235,7 @@ def forward(
         h = states[:, -1].clone()
         y = segment.readout(states, problem.D)
         if segment.z is not None:
-            y.mul_(numerics.silu(segment.z))
+            y.mul_(deterministic_math.silu(segment.z))
         out_channels_last[:, start:stop] = y
     last_state = h.transpose(1, 2).contiguous()
     return out, last_state, saved, checks.has_nan(out, last_state)
@@ -274,7 +274,7 @@ class _Gradients:
         states = s.states(h)
         grad_y = grad_out
         if s.z is not None:
-            gate = numerics.sigmoid(s.z)
+            gate = deterministic_math.sigmoid(s.z)
             y = s.readout(states, p.D)
             slope = gate * (1 + s.z * (1 - gate))
             self.z.transpose(1, 2)[:, positions] = grad_out * y * slope
@@ -296,17 +296,17 @@ class _Gradients:
         grad_dtu = _sum_states((s.grouped(grad_h) * s.B).flatten(-2))
         # d(Δ A) of exp(Δ_t A) h_{t-1}
         grad_exponent = states[:, :-1].mul_(s.a[:, :-1]).mul_(grad_h)
-        self.A += numerics.sum_rows(grad_exponent * s.dt.unsqueeze(2))
+        self.A += deterministic_math.sum_rows(grad_exponent * s.dt.unsqueeze(2))
         grad_dt = _sum_states(grad_exponent * p.A).addcmul_(grad_dtu, s.u)
         if p.softplus:
             # sigmoid(raw) is 1 - exp(-softplus(raw)).
             grad_dt.mul_(torch.expm1(-s.dt).neg_())
         grad_u = grad_dtu.mul_(s.dt)
         if p.D is not None:
-            self.D += numerics.sum_rows(grad_y * s.u)
+            self.D += deterministic_math.sum_rows(grad_y * s.u)
             grad_u.addcmul_(grad_y, p.D)
         if p.bias is not None:
-            self.bias += numerics.sum_rows(grad_dt)
+            self.bias += deterministic_math.sum_rows(grad_dt)
         self.u.transpose(1, 2)[:, positions] = grad_u
         self.delta.transpose(1, 2)[:, positions] = grad_dt
         return grad_h[:, 0]

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mmvssm.ops import autocast
 from mmvssm.ops.cross_scan import cross_merge, take_routes
-from mmvssm.ops.linear.op import deterministic_linear
+from mmvssm.ops.deterministic_math import product
 from mmvssm.ops.scan_orders import DEFAULT, Orders, is_cross
 from mmvssm.ops.scan_orders.gather import merge_orders, read_orders
 from mmvssm.ops.selective_scan.op import scan
@@ -34,11 +33,10 @@ def ss2d_scan_composed(
     projected = project_map(maps, x_proj_weight).unflatten(-1, (count, -1))
     sequences = _read(projected.unbind(3), orders)  # (B, L, K, R + 2N)
     dt, B, C = sequences.split((rank, states, states), dim=-1)
-    steps = map(deterministic_linear, dt.unbind(2), dt_projs_weight)
-    delta = torch.stack([*steps], dim=2)  # (B, L, K, C)
+    delta = _step_sizes(dt, dt_projs_weight)
     ys, _ = scan(
         _read([maps] * count, orders).permute(0, 2, 3, 1).flatten(1, 2),
-        delta.flatten(2).mT,
+        delta.flatten(1, 2),
         A,
         B.permute(0, 2, 3, 1),
         C.permute(0, 2, 3, 1),
@@ -54,6 +52,15 @@ def ss2d_scan_composed(
     if not autocast.is_enabled(x):
         y = y.to(x.dtype)
     return y.unflatten(2, size)
+
+
+def _step_sizes(low_rank: Tensor, weight: Tensor) -> Tensor:
+    """Step sizes (B, K, C, L) of a low rank (B, L, K, R), by weights (K, C, R)."""
+    if autocast.is_enabled(low_rank):
+        weight = weight.to(low_rank.dtype)
+    rows = low_rank.permute(2, 0, 1, 3).flatten(1, 2)
+    steps = product(rows, weight.mT)  # (K, B L, C)
+    return steps.unflatten(1, low_rank.shape[:2]).permute(1, 0, 3, 2)
 
 
 def _read(maps: Sequence[Tensor], orders: Orders) -> Tensor:

@@ -1,6 +1,7 @@
 """SS2D's core by compiled CPU kernels: all scans and their merge in one pass."""
 
-from ctypes import c_int32
+from ctypes import Array, c_int32
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,17 +34,32 @@ def _problem(
 ) -> Ss2dProblem:
     """What the kernels are told of a call; its tensors must outlive it."""
     batch, height, width, channels = x.shape
-    tensors = dict(x=x, projected=projected, dt_weight=dt_weight, dt_bias=dt_bias)
-    tensors |= dict(A=A, D=Ds, table=orders.table, **results)
-    sizes = dict(batch=batch, channels=channels, height=height, width=width)
-    sizes |= dict(states=A.shape[1], rank=dt_weight.shape[2])
-    sizes |= dict(orders=len(orders.routes), positions=orders.positions(height * width))
     return Ss2dProblem(
-        **sizes,
-        **{name: pointer(x) for name, x in tensors.items()},
+        batch=batch,
+        channels=channels,
+        height=height,
+        width=width,
+        states=A.shape[1],
+        rank=dt_weight.shape[2],
+        orders=len(orders.routes),
+        positions=orders.positions(height * width),
+        routes=_numbers(orders.routes),
+        table=pointer(orders.table),
+        x=pointer(x),
+        projected=pointer(projected),
         projected_stride=projected.stride(2),
-        routes=(c_int32 * len(orders.routes))(*orders.routes),
+        dt_weight=pointer(dt_weight),
+        dt_bias=pointer(dt_bias),
+        A=pointer(A),
+        D=pointer(Ds),
+        **{name: pointer(x) for name, x in results.items()},
     )
+
+
+@lru_cache
+def _numbers(routes: tuple[int, ...]) -> Array:
+    """As an array of C."""
+    return (c_int32 * len(routes))(*routes)
 
 
 def forward(

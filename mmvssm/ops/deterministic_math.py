@@ -1,0 +1,207 @@
+"""Functions, sums and products with the same bits at any number of threads.
+
+torch cuts an array into one piece a thread. Its vectorised kernels finish a
+piece with a scalar loop, and for softplus, sigmoid and SiLU that loop rounds
+differently from the vector one, so a value depends on where the cuts fall. The
+functions here are made of operations that round the same way in both (exp,
+log1p, + - * /).
+
+The libraries behind torch's matrix products may give each thread a part of a
+long sum, and how long it must be differs from one processor to the next. So no
+library gets a sum longer than a fixed number of terms here: longer ones are cut
+by us and added up in order. Which calls these limits hold for, and what happens
+without them, is in ``tests/ops/test_long_sums.py`` and
+``tests/ops/test_determinism.py``.
+
+On other devices than the CPU the products are torch's own.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+# Terms of the longest sum that is left to a library. Sums seen to be cut among
+# threads: by MKL from 192 terms on, by oneDNN from 512 in 16 bits and for a single
+# row, else from 20,000.
+BLAS_TERMS = 128
+HALF_TERMS = 384
+ONEDNN_TERMS = 4096
+# MKL may round the last columns in another way unless they fill its vectors.
+_COLUMNS = 16
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), accurate in relative terms for any x."""
+    # (x + |x|) / 2 is max(x, 0) with the right derivative at 0.
+    magnitude = x.abs()
+    return (x + magnitude) / 2 + torch.log1p(torch.exp(-magnitude))
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x))."""
+    return 1 / (1 + torch.exp(-x))
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1, accurate in relative terms far below 0 as well."""
+    positive = x.relu()
+    return positive + (x - positive).exp()
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x)."""
+    return x * sigmoid(x)
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """Sum of a (batch, position, ...) tensor over its first two axes."""
+    if x.shape[2:].numel() == 1:
+        # A sum to a single number is the one that torch splits among threads.
+        return x.expand(*x.shape[:-1], 2).sum((0, 1))[..., :1]
+    return x.sum((0, 1))
+
+
+def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightᵀ + bias without gradients.
+
+    float32 goes to oneDNN, which torch ships beside its BLAS: torch's MKL uses
+    the widest vectors of a processor only if Intel made it.
+
+    Args:
+        x: (..., K), any strides.
+        weight: (N, K) of the same dtype, any strides.
+        bias: (N,) of the same dtype.
+
+    Returns:
+        (..., N), perhaps a view with some more columns in memory. Sums of more
+        than ``BLAS_TERMS`` numbers of 16 bits are taken in float32.
+    """
+    if x.device.type != 'cpu' or not x.numel() or not weight.numel():
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if x.dtype == torch.float32 and _has_onednn():
+        out = None
+        for terms in _pieces(x.shape[-1], ONEDNN_TERMS):
+            part = _onednn_product(
+                rows[:, terms], weight[:, terms], None if terms.start else bias
+            )
+            out = part if out is None else out.add_(part)
+    else:
+        out = _blas_product(rows, weight, bias)
+    return out.unflatten(0, x.shape[:-1]) if x.ndim != 2 else out
+
+
+def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if len(x) == 1:
+        # A product with a single row is another routine, which cuts shorter sums.
+        return _onednn_product(x.expand(2, -1), weight, bias)[:1]
+    if len(weight) == 1:
+        bias = None if bias is None else bias.expand(2)
+        return _onednn_product(x, weight.expand(2, -1), bias)[:, :1]
+    return torch.ops.mkldnn._linear_pointwise(
+        _dense(x), _dense(weight), bias, 'none', [], ''
+    )
+
+
+def _blas_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    columns = len(weight)
+    longest = BLAS_TERMS
+    if x.dtype.itemsize == 2:
+        # Products in 16 bits are oneDNN's.
+        longest = HALF_TERMS
+    else:
+        weight = F.pad(weight, (0, 0, 0, -columns % _COLUMNS))
+    out = _in_pieces(torch.matmul, x, weight.t(), longest)[:, :columns]
+    return out if bias is None else out + bias
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a b for (..., M, K) and (..., K, N) with the same leading axes; no gradients."""
+    if a.device.type != 'cpu' or torch.compiler.is_compiling():
+        return a @ b
+    return _in_pieces(_short_matmul, a, b, BLAS_TERMS)
+
+
+class _Product(torch.autograd.Function):
+    """:func:`matmul`, whose gradients are such products again."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return matmul(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return product(grad, b.mT), product(a.mT, grad)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """:func:`matmul` with gradients."""
+    # Tracers record products, and know no autograd function.
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if a.device.type != 'cpu' or traced:
+        return a @ b
+    found: Tensor = _Product.apply(a, b)
+    return found
+
+
+def _short_matmul(a: Tensor, b: Tensor) -> Tensor:
+    # A product with a vector is another routine of the BLAS, whose last rows come
+    # out otherwise where a thread begins with them. Fake tensors are there to be
+    # counted: FLOPs are those of products.
+    if isinstance(a, FakeTensor):
+        return a @ b
+    if b.shape[-1] == 1:
+        return (a * b.mT).sum(-1, keepdim=True)
+    if a.shape[-2] == 1:
+        return (a.mT * b).sum(-2, keepdim=True)
+    return a @ b
+
+
+def _in_pieces(
+    product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, longest: int
+) -> Tensor:
+    """a b by products with sums of at most ``longest`` terms, added up in order.
+
+    The pieces of equal length are made at once and added up in float32 at least.
+    """
+    terms = a.shape[-1]
+    if terms <= longest:
+        return product(a, b)
+    whole = terms // longest
+    size = (whole, longest)
+    pieces = product(
+        a[..., : whole * longest].unflatten(-1, size).movedim(-2, -3),
+        b[..., : whole * longest, :].unflatten(-2, size),
+    )
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    out = pieces.select(-3, 0).to(dtype)
+    for number in range(1, whole):
+        out = out + pieces.select(-3, number)
+    if terms % longest:
+        out = out + product(a[..., whole * longest :], b[..., whole * longest :, :])
+    return out.to(a.dtype)
+
+
+def _pieces(terms: int, longest: int) -> Iterator[slice]:
+    """A sum cut into pieces that do not depend on anything but its length."""
+    for start in range(0, terms, longest):
+        yield slice(start, min(start + longest, terms))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The tensor with strides for which oneDNN has its fast kernels."""
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
+
+
+def _has_onednn() -> bool:
+    return (
+        torch.backends.mkldnn.enabled
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+    )
