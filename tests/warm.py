@@ -39,6 +39,11 @@ _MODULES = (
     *('mmseg.apis', 'mmseg.datasets', 'mmseg.evaluation', 'mmseg.models'),
     *('mmdet.apis', 'mmdet.datasets', 'mmdet.evaluation', 'mmdet.models'),
 )
+_RUNNERS = (
+    'mmengine._strategy.base',
+    'mmengine.runner.runner',
+    'yapf.yapflib.yapf_api',
+)
 # Who reads them does so when it starts or is imported.
 _READ_AT_START = ('PYTHON', 'LD_', 'MALLOC_', 'TRITON_')
 
@@ -177,34 +182,35 @@ class _Server:
 _server = None
 
 
+def hurry_runners(set_attribute):
+    """Do without what mmengine does for every log and takes longest.
+
+    It asks compilers for their versions, and lays the config's text out nicely.
+
+    Args:
+        set_attribute: ``setattr``, or that of a ``pytest.MonkeyPatch``.
+    """
+    base, runner, yapf = map(importlib.import_module, _RUNNERS)
+    known = runner.collect_env()
+    for module in (base, runner):
+        set_attribute(module, 'collect_env', known.copy)
+    set_attribute(yapf, 'FormatCode', lambda text, **options: (text, True))
+
+
 # What follows runs in the server and in its forks.
 
 
 def _import_all():
-    import mmengine.runner.runner
-
     for name in _MODULES:
         with suppress(ImportError):
             importlib.import_module(name)
-    _hurry(mmengine)
+    hurry_runners(setattr)
     # A fork of a process with threads may wait for one that it does not have.
     threads = os.listdir('/proc/self/task')
     assert len(threads) == 1, f'there are {len(threads)} threads'
     # Forks need not look through what they share.
     gc.collect()
     gc.freeze()
-
-
-def _hurry(mmengine):
-    """Do without what mmengine does for every log and takes longest.
-
-    It asks compilers for their versions, and lays the config's text out nicely.
-    """
-    known = mmengine.runner.runner.collect_env()
-    for module in (mmengine.runner.runner, mmengine._strategy.base):
-        module.collect_env = known.copy
-    yapf = importlib.import_module('yapf.yapflib.yapf_api')
-    yapf.FormatCode = lambda text, **options: (text, True)
 
 
 def _serve(requests, answers):
@@ -222,11 +228,13 @@ def _serve(requests, answers):
                 requests.close()
                 os.close(answers)
                 return order
-            os.setpgid(answer, answer)
+            with suppress(OSError):  # The fork was faster.
+                os.setpgid(answer, answer)
             running.add(answer)
         os.write(answers, b'%d\n' % answer)
     for pid in running:
-        os.killpg(pid, signal.SIGKILL)
+        with suppress(OSError):
+            os.killpg(pid, signal.SIGKILL)
     os._exit(0)
 
 
@@ -235,8 +243,7 @@ def _prepare(order, paths):
     import numpy
     import torch
 
-    with suppress(PermissionError):  # The server was faster.
-        os.setpgid(0, 0)
+    os.setpgid(0, 0)
     os.chdir(order['cwd'])
     os.environ.clear()
     os.environ.update(order['env'])
@@ -272,10 +279,8 @@ def _run(words):
         sys.argv, name = ['-c', *words], '<string>'
     else:
         name = main.__file__ = os.path.abspath(first)
-        sys.argv, sys.path[0] = (
-            [first, *words],
-            os.path.dirname(os.path.realpath(first)),
-        )
+        sys.argv = [first, *words]
+        sys.path[0] = os.path.dirname(os.path.realpath(first))
         code = Path(name).read_bytes()
     sys.modules['__main__'] = main
     exec(compile(code, name, 'exec'), main.__dict__)
