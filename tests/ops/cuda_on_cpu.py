@@ -25,6 +25,7 @@ from .scan_inputs import (
     scan_inputs,
     ss2d_inputs,
 )
+from .scan_order_inputs import compare, order_inputs
 
 
 @pytest.fixture(params=[False, True], ids=['whole', 'stretches'])
@@ -194,6 +195,21 @@ def test_ss2d_scan(stretches, rank, states):
 @pytest.mark.parametrize('shape', [(2, 130, 3, 5), (1, 3, 1, 40), (1, 3, 40, 1)])
 def test_ss2d_scan_of_any_shape(stretches, shape):
     compare_ss2d(ss2d_inputs(*shape, 2, 1, dtype=torch.float32))
+
+
+@pytest.mark.parametrize('rank', [2, library.MAX_RANK + 1])
+@pytest.mark.parametrize('states', [1, 3, 16, 40])
+def test_scan_orders(stretches, states, rank):
+    """Tables with padded places, and whole chunks of them."""
+
+    def order(height, width):
+        return [[*range(9), *[-1] * 40, *range(9, height * width), -1]]
+
+    for orders in (order, 'windows7'):
+        inputs = order_inputs(
+            *(orders, (2, 5, 6, 8), rank, states), dtype=torch.float32
+        )
+        compare(inputs, orders, 'cuda', 2e-6)
 
 
 def compare_ss2d(inputs):

@@ -49,7 +49,11 @@ def library_for_the_cpu(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    'tests', ['cuda_on_cpu.py', ('test_selective_scan.py', 'test_ss2d_scan.py')]
+    'tests',
+    [
+        'cuda_on_cpu.py',
+        ('test_selective_scan.py', 'test_ss2d_scan.py', 'test_scan_orders.py'),
+    ],
 )
 def test_on_the_cpu(library_for_the_cpu, tests):
     """Numbers and gradients, and what all backends for the CPU are tested for."""

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from mmvssm.ops.add_norm import triton_backend as norm_backend
 from mmvssm.ops.bidirectional_scan import Direction
 from mmvssm.ops.bidirectional_scan import triton_backend as pair_backend
+from mmvssm.ops.scan_orders import kernel_orders
 from mmvssm.ops.selective_scan import triton_backend
 from mmvssm.ops.ss2d_scan import triton_backend as ss2d_backend
 from mmvssm.ops.triton import runtime
@@ -30,7 +31,12 @@ HERE = Path(__file__).parent
 TARGET = ('cuda', 90, 32)
 # Constants that tell compiled kernels apart.
 VARIANTS = ('STATES', 'RANK', 'ROUTE', 'TAPS', 'BLOCK_C')
-TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
+TYPES = {
+    torch.float32: '*fp32',
+    torch.bfloat16: '*bf16',
+    torch.float16: '*fp16',
+    torch.int32: '*i32',
+}
 
 
 # The last ones are those of every backend.
@@ -38,6 +44,7 @@ INTERPRETED = (
     ['triton_interpreted.py'],
     ['triton_interpreted_models.py'],
     ['test_ss2d_scan.py'],
+    ['test_scan_orders.py'],
     ['test_bidirectional_scan.py', 'test_add_norm.py'],
 )
 
@@ -47,7 +54,8 @@ def test_in_the_interpreter(files):
     """Numbers and gradients; see the files."""
     done = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider']
-        + ['-k', 'not number_of_threads', *(str(HERE / file) for file in files)],
+        + ['-k', 'not number_of_threads and not compiled_kernels']
+        + [*(str(HERE / file) for file in files)],
         cwd=HERE.parents[1],
         env={**os.environ, 'TRITON_INTERPRET': '1'},
         capture_output=True,
@@ -152,7 +160,7 @@ def test_compiles_without_spilling(launches, states, gated, length):
     assert_nothing_spills(launches)
 
 
-def run_ss2d(channels, rank, states):
+def run_ss2d(channels, rank, states, orders='cross'):
     """Forward and backward without the kernels, on a map of 14 x 14."""
     columns = 4 * (rank + 2 * states)
     x, projected = (
@@ -161,8 +169,9 @@ def run_ss2d(channels, rank, states):
     )
     parameters = (4, channels, rank), (4, channels), (4 * channels, states)
     inputs = (x, projected, *map(torch.empty, (*parameters, (4 * channels,))))
-    _, saved, _ = ss2d_backend.forward(*inputs, torch.bfloat16, True)
-    ss2d_backend.backward(x, *inputs, saved)
+    walked = kernel_orders(orders, 14, 14, x.device)
+    _, saved, _ = ss2d_backend.forward(*inputs, walked, torch.bfloat16, True)
+    ss2d_backend.backward(x, *inputs, walked, saved)
 
 
 def run_bidirectional_scan(channels, rank, states):
@@ -198,11 +207,12 @@ class Allocations(TorchDispatchMode):
         return found
 
 
+@pytest.mark.parametrize('orders', ['cross', 'hilbert'])
 @pytest.mark.parametrize('rank', [6, 24])
-def test_ss2d_never_has_all_routes_in_memory(launches, rank):
+def test_ss2d_never_has_all_scans_in_memory(launches, rank, orders):
     """The largest array is one map, forward and backward."""
     with Allocations() as seen:
-        run_ss2d(16 * rank, rank, 1)
+        run_ss2d(16 * rank, rank, 1, orders)
     assert len(launches) == 8
     assert seen.largest == 14 * 14 * 16 * rank
 
@@ -225,6 +235,15 @@ def test_ss2d_compiles_without_spilling(launches, rank):
     assert [len(route) for route in routes.values()] == [2] * 4
     # The one that computes most: from the end, column by column.
     assert_nothing_spills(routes[3])
+
+
+@compiles
+@pytest.mark.parametrize('rank', [12, 24])
+def test_ss2d_by_a_table_compiles_without_spilling(launches, rank):
+    run_ss2d(16 * rank, rank, 1, 'hilbert')
+    assert len(launches) == 8
+    # One forward and one backward; the others differ in nothing but numbers.
+    assert_nothing_spills([launches[0], launches[-1]])
 
 
 @compiles

@@ -29,6 +29,7 @@ from .scan_inputs import (
     scan_inputs,
     ss2d_inputs,
 )
+from .scan_order_inputs import compare, order_inputs
 
 LONG_TESTS = os.environ.get('MMVSSM_LONG_TESTS', '0') not in ('', '0')
 SUBSETS = [s for n in range(4) for s in itertools.combinations(OPTIONAL, n)]
@@ -263,6 +264,16 @@ def test_ss2d_scan_in_stretches(short_stretches):
     compare_ss2d(ss2d_inputs(1, 2, 6, 7, 1, 1, dtype=torch.float32))
 
 
+def test_scan_orders_in_stretches(short_stretches):
+    """A table with padded places, and whole chunks of them, in several stretches."""
+
+    def order(height, width):
+        return [[*range(9), *[-1] * 30, *range(9, height * width), -1]]
+
+    inputs = order_inputs(order, (1, 2, 3, 7), dtype=torch.float32)
+    compare(inputs, order, 'triton', 2e-6)
+
+
 @pytest.fixture
 def steps_by_a_product(monkeypatch):
     """Make step sizes before the scan, not in it."""
@@ -271,6 +282,10 @@ def steps_by_a_product(monkeypatch):
 
 def test_ss2d_scan_with_steps_by_a_product(steps_by_a_product):
     compare_ss2d(ss2d_inputs(2, 3, 2, 3, 2, 1, dtype=torch.float32))
+    compare(
+        *(order_inputs('windows2', (1, 3, 3, 2), dtype=torch.float32), 'windows2'),
+        *('triton', 2e-6),
+    )
     inputs = ss2d_inputs(1, 4, 3, 4, 2, 1, dtype=torch.float16)
     y, want = (ss2d_scan(**inputs, backend=name) for name in ('triton', 'torch'))
     assert y.dtype == torch.float16 and relative_error(y, want) < 4e-3

@@ -3,15 +3,14 @@ from .registry import (
     DEFAULT,
     NO_ROUTE,
     NUM_ROUTES,
-    KernelOrders,
     Orders,
     count_orders,
     is_cross,
-    kernel_orders,
     list_scan_orders,
     register_scan_order,
     scan_order,
 )
+from .tables import KernelOrders, kernel_orders
 
 __all__ = [
     'DEFAULT',

@@ -6,15 +6,14 @@ or in pieces of threads, and the bits are the same at any number of them.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from operator import index
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvssm.ops.scan_orders import registry
 from mmvssm.ops.scan_orders.registry import Orders
+from mmvssm.ops.scan_orders.tables import device_table
 
 
 def read_orders(maps: Sequence[Tensor], orders: Orders) -> Tensor:
@@ -59,8 +58,10 @@ def merge_orders(ys: Tensor, orders: Orders, size: tuple[int, int]) -> Tensor:
 
 def _tables(orders: Orders, x: Tensor) -> tuple[Tensor, Tensor]:
     """From places to positions and back, for maps (B, H, W, C)."""
-    key, size = registry.key_of(orders), (index(x.shape[1]), index(x.shape[2]))
-    return _places(key, *size, x.device), _positions(key, *size, x.device)
+    size = index(x.shape[1]), index(x.shape[2])
+    kinds = ('places', 'positions')
+    there, back = (device_table(kind, orders, *size, x.device) for kind in kinds)
+    return there, back
 
 
 def _take(x: Tensor, taken: Tensor, inverse: Tensor) -> Tensor:
@@ -95,31 +96,3 @@ class _Take(torch.autograd.Function):
     def backward(ctx, grad):
         taken, inverse = ctx.saved_tensors
         return _take(grad, inverse, taken), None, None
-
-
-# torch.compile asks once for each size and does not trace what these do.
-@torch.compiler.assume_constant_result
-def _places(key: registry.Key, height: int, width: int, device: torch.device) -> Tensor:
-    """The table (K, L), with the number of places for -1."""
-    return registry.lifted(_kept_tables(key, height, width, device)[0])
-
-
-@torch.compiler.assume_constant_result
-def _positions(
-    key: registry.Key, height: int, width: int, device: torch.device
-) -> Tensor:
-    """Where each row has each place, (K, H * W)."""
-    return registry.lifted(_kept_tables(key, height, width, device)[1])
-
-
-@lru_cache(maxsize=256)
-def _kept_tables(
-    key: registry.Key, height: int, width: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    places = height * width
-    with registry.real_tensors():
-        table = registry.table_of(key, height, width)
-        there = table.where(table >= 0, places)
-        # Sorted by place, the padded ones come last.
-        back = there.argsort(dim=1, stable=True)[:, :places]
-        return there.to(device), back.to(device)

@@ -1,4 +1,4 @@
-"""Scan orders by name: what they are, and the tables that kernels read.
+"""Scan orders by name, and the tables that they are.
 
 A scan order says in which order a scan visits the places of a map. It is data:
 a table of K rows, one for each scan over the map, of L numbers of places (row by
@@ -9,11 +9,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from operator import index
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 OrderFunction: TypeAlias = Callable[[int, int], Tensor | Sequence[Sequence[int]]]
@@ -83,55 +82,12 @@ def scan_order(orders: Orders, height: int, width: int) -> Tensor:
     return table_of(key_of(orders), int(height), int(width)).clone()
 
 
-class KernelOrders(NamedTuple):
-    """A scan order as the kernels take it.
-
-    Attributes:
-        routes: Of each row the number of the route of VMamba that it is, whose
-            places kernels find by arithmetic; ``NO_ROUTE`` if it is none.
-        table: int32 (K, L) as in :func:`scan_order`, on the device of the map;
-            None if every row is a route.
-    """
-
-    routes: tuple[int, ...]
-    table: Tensor | None
-
-    def positions(self, places: int) -> int:
-        """Positions of the longest row on a map of so many places."""
-        return places if self.table is None else self.table.shape[1]
-
-    def route(self, k: int) -> int:
-        """The route that row k is, 0 if it is none."""
-        return max(self.routes[k], 0)
-
-    def row(self, k: int) -> Tensor | None:
-        """Row k of the table, None for a route."""
-        return self.table[k] if self.routes[k] == NO_ROUTE else None
-
-
-_CROSS = KernelOrders((0, 1, 2, 3), None)
-
-
-def kernel_orders(
-    orders: Orders, height: int, width: int, device: torch.device
-) -> KernelOrders:
-    """The scan order for the kernels of a device."""
-    if is_cross(orders):
-        # Known without a table: sizes may be symbols of torch.compile.
-        return _CROSS
-    key, height, width = key_of(orders), index(height), index(width)
-    routes = _routes(key, height, width)
-    table = None
-    if NO_ROUTE in routes:
-        table = _device_table(key, height, width, device)
-    return KernelOrders(routes, table)
-
-
 def count_orders(orders: Orders, height: int, width: int) -> int:
     """K, the number of scans."""
     if is_cross(orders):
         return NUM_ROUTES
-    return len(_routes(key_of(orders), index(height), index(width)))
+    # index() makes numbers of the symbols that torch.compile has for sizes.
+    return len(routes_of(key_of(orders), index(height), index(width)))
 
 
 def is_cross(orders: Orders) -> bool:
@@ -167,14 +123,6 @@ def real_tensors() -> Iterator[None]:
     """Tensors made here are kept: they must be neither fake nor for inference only."""
     with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
         yield
-
-
-def lifted(x: Tensor) -> Tensor:
-    """A tensor that was kept, as whatever watches torch just now wants it."""
-    if TracingContext.try_get() is not None:
-        # torch.compile would take tables of two sizes for one of any size.
-        torch._dynamo.mark_static(x)
-    return torch.ops.aten.lift_fresh(x) if torch._C._len_torch_dispatch_stack() else x
 
 
 @lru_cache(maxsize=256)
@@ -246,36 +194,19 @@ def _first(numbers: list[int]) -> str:
     return ', '.join(map(str, numbers[:5])) + (' ...' if len(numbers) > 5 else '')
 
 
-# torch.compile asks once for each size and does not trace what these do. Sizes go
-# through index(), which makes numbers of its symbols.
+# torch.compile asks once for each size and does not trace what this does.
 @torch.compiler.assume_constant_result
-def _routes(key: Key, height: int, width: int) -> tuple:
-    return _found_routes(key, height, width)
+def routes_of(key: Key, height: int, width: int) -> tuple[int, ...]:
+    """Of each row which of VMamba's four routes it is, ``NO_ROUTE`` if it is none."""
+    return _kept_routes(key, height, width)
 
 
 @lru_cache(maxsize=256)
-def _found_routes(key: Key, height: int, width: int) -> tuple:
+def _kept_routes(key: Key, height: int, width: int) -> tuple[int, ...]:
     places = height * width
     with real_tensors(), torch.device('cpu'):
         routes = table_of(DEFAULT, height, width)
-        table = table_of(key, height, width)
-        # What is padded behind the last place has no effect.
-        plain = (table[:, places:] < 0).all(1).tolist()
-        found = []
-        for row, ends_there in zip(table[:, :places], plain):
-            same = (routes == row).all(1).nonzero()
-            found.append(int(same[0]) if ends_there and len(same) else NO_ROUTE)
-    return tuple(found)
-
-
-@torch.compiler.assume_constant_result
-def _device_table(key: Key, height: int, width: int, device: torch.device) -> Tensor:
-    return lifted(_kept_device_table(key, height, width, device))
-
-
-@lru_cache(maxsize=256)
-def _kept_device_table(
-    key: Key, height: int, width: int, device: torch.device
-) -> Tensor:
-    with real_tensors():
-        return table_of(key, height, width).to(device, torch.int32)
+        # If it starts with all places, what follows is padding, without effect.
+        starts = table_of(key, height, width)[:, :places]
+        same = (starts[:, None] == routes).all(2).tolist()
+    return tuple(row.index(True) if any(row) else NO_ROUTE for row in same)

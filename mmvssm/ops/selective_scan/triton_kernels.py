@@ -488,6 +488,9 @@ def backward_kernel(
             h = _advance(h, tile, x, dt, B)
         for i in tl.static_range(PART):
             t = ts[PART - 1 - i]
+            if work.table is not None:
+                # Read once more, which keeps registers free.
+                t = _place(first + PART - 1 - i, work, ROUTE)
             inside = first + PART - 1 - i < work.length
             there = _there(t, inside, work)
             here = tile.valid & there

@@ -1,0 +1,138 @@
+"""The tables of scan orders on the device where they are read."""
+
+from functools import lru_cache
+from operator import index
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmvssm.ops.scan_orders.registry import (
+    NO_ROUTE,
+    Key,
+    Orders,
+    is_cross,
+    key_of,
+    real_tensors,
+    routes_of,
+    table_of,
+)
+
+
+class KernelOrders(NamedTuple):
+    """A scan order as the kernels take it.
+
+    Attributes:
+        routes: Of each row the number of the route of VMamba that it is, whose
+            places kernels find by arithmetic; ``NO_ROUTE`` if it is none.
+        table: int32 (K, L) as in :func:`scan_order`, on the device of the map;
+            None if every row is a route.
+    """
+
+    routes: tuple[int, ...]
+    table: Tensor | None
+
+    def positions(self, places: int) -> int:
+        """Positions of the longest row on a map of so many places."""
+        return places if self.table is None else self.table.shape[1]
+
+    def route(self, k: int) -> int:
+        """The route that row k is, 0 if it is none."""
+        return max(self.routes[k], 0)
+
+    def row(self, k: int) -> Tensor | None:
+        """Row k of the table, None for a route."""
+        return self.table[k] if self.routes[k] == NO_ROUTE else None
+
+
+_CROSS = KernelOrders((0, 1, 2, 3), None)
+
+
+def kernel_orders(
+    orders: Orders, height: int, width: int, device: torch.device
+) -> KernelOrders:
+    """The scan order for the kernels of a device."""
+    if is_cross(orders):
+        # Known without a table: sizes may be symbols of torch.compile.
+        return _CROSS
+    # index() makes numbers of such symbols.
+    size = index(height), index(width)
+    routes = routes_of(key_of(orders), *size)
+    table = None
+    if NO_ROUTE in routes:
+        table = device_table('kernels', orders, *size, device)
+    return KernelOrders(routes, table)
+
+
+def device_table(
+    kind: str, orders: Orders, height: int, width: int, device: torch.device
+) -> Tensor:
+    """A table of a scan order, made once for each size and device.
+
+    Args:
+        kind: ``'kernels'``: as :func:`mmvssm.ops.scan_order`, in int32.
+            ``'places'``: the same with the number of places in the place of -1.
+            ``'positions'``: where each row has each place, (K, height * width).
+        orders: See :func:`mmvssm.ops.scan_order`.
+        height, width: Of the map.
+        device: Of the table.
+    """
+    key = key_of(orders)
+    if torch.compiler.is_dynamo_compiling():
+        # As a constant, tables of two sizes would be taken for one of any size.
+        return _table_op(order_word(key), kind, height, width, device)
+    table = _kept_table(kind, key, height, width, device)
+    # Modes that watch torch's dispatcher want to hear of tensors they do not know.
+    watched = torch._C._len_torch_dispatch_stack()
+    return torch.ops.aten.lift_fresh(table) if watched else table
+
+
+@lru_cache(maxsize=256)
+def _kept_table(
+    kind: str, key: Key, height: int, width: int, device: torch.device
+) -> Tensor:
+    places = height * width
+    with real_tensors():
+        table = table_of(key, height, width)
+        if kind == 'kernels':
+            table = table.to(torch.int32)
+        else:
+            table = table.where(table >= 0, places)
+        if kind == 'positions':
+            # Sorted by place, the padded ones come last.
+            table = table.argsort(dim=1, stable=True)[:, :places].contiguous()
+        return table.to(device)
+
+
+# Tables within torch.compile: operators take words, and orders may be functions.
+_keys: dict[str, Key] = {}
+
+
+@torch.compiler.assume_constant_result
+def order_word(orders: Orders) -> str:
+    """A word that :func:`orders_of` takes for these orders."""
+    key = key_of(orders)
+    if isinstance(key, str):
+        return key
+    token = str(key)
+    _keys[token] = key
+    return token
+
+
+@torch.library.custom_op('mmvssm::scan_order', mutates_args=())
+def _table_op(
+    token: str, kind: str, height: int, width: int, device: torch.device
+) -> Tensor:
+    # A copy: what torch.compile gets of an operator it may write to.
+    return _kept_table(kind, orders_of(token), height, width, device).clone()
+
+
+@_table_op.register_fake
+def _(token, kind, height, width, device):
+    table = _kept_table(kind, orders_of(token), height, width, torch.device('cpu'))
+    return torch.empty(table.shape, dtype=table.dtype, device=device)
+
+
+def orders_of(token: str) -> Key:
+    """What the word stands for; in another process names stand for themselves."""
+    return _keys.get(token, token)
