@@ -9,6 +9,7 @@ has changed. See ``tests/data/parity/README.md``.
 import json
 import math
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,11 @@ def make_weight(name: str, shape: tuple) -> np.ndarray:
     return value.astype(np.float32)
 
 
+@lru_cache(maxsize=1)
+def _make_weights(shapes: str) -> dict[str, np.ndarray]:
+    return {name: make_weight(name, tuple(shape)) for name, shape in json.loads(shapes)}
+
+
 def make_input(
     key: str, shape: tuple, rule: str = 'normal', scale: float = 1.0
 ) -> np.ndarray:
@@ -99,10 +105,9 @@ class Case:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Published name -> weight (float32)."""
-        weights = {
-            name: make_weight(name, tuple(shape))
-            for name, shape in self.meta['state_dict']
-        }
+        # Tests of one case on several backends follow each other.
+        made = _make_weights(json.dumps(self.meta['state_dict']))
+        weights = {name: value.copy() for name, value in made.items()}
         digest = self.meta['weights_digest']
         total = sum(w.sum(dtype=np.float64) for w in weights.values())
         absolute = sum(np.abs(w).sum(dtype=np.float64) for w in weights.values())
