@@ -32,16 +32,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import register_flop_formula
 
-from mmvssm.ops import Direction, bidirectional_scan, ss2d_scan
+from mmvssm.ops.operator import Op, all_ops, public_ops, shapes_of
+from mmvssm.ops.selective_scan.declaration import scan_flops
+
+__all__ = ['SCAN_HANDLES', 'Complexity', 'count_flops', 'scan_flops']
 
 aten = torch.ops.aten
-SCAN = torch.ops.mmvssm.selective_scan
-FUSED_SS2D = torch.ops.mmvssm.ss2d_scan
-FUSED_BIDIRECTIONAL = torch.ops.mmvssm.bidirectional_scan
-LINEAR = torch.ops.mmvssm.linear
-ADD_NORM = torch.ops.mmvssm.add_rms_norm
 
 
 @dataclass(frozen=True)
@@ -57,18 +54,6 @@ class Complexity:
     params: int
     flops: int
     by_operator: dict[str, int]
-
-
-def scan_flops(
-    batch: int,
-    channels: int,
-    length: int,
-    states: int,
-    skip: bool = True,
-    gate: bool = False,
-) -> int:
-    """FLOPs of one selective scan, 9BLDN + BDL [skip] + BDL [gate]."""
-    return batch * channels * length * (9 * states + skip + gate)
 
 
 def count_flops(
@@ -137,58 +122,26 @@ class _FlopCounter(TorchDispatchMode):
 
 
 class _WholeOps(TorchFunctionMode):
-    """Counts some ops as a whole and none of the ops they are made of."""
+    """Counts the ops of mmvssm as a whole and none of the ops they are made of."""
 
     def __init__(self, counter: _FlopCounter):
         super().__init__()
         self.counter = counter
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func not in _WHOLE:
-            return func(*args, **(kwargs or {}))
-        self.counter.flops.update(_WHOLE[func](*args))
+        kwargs = kwargs or {}
+        if func not in public_ops or self.counter.paused:
+            return func(*args, **kwargs)
+        op = public_ops[func]
+        call = func.__wrapped__(*args, **kwargs)
+        for part in op.flops(shapes_of(call.inputs), call.options):
+            name = f'{op.name}: {part.part}' if part.part else op.name
+            self.counter.flops[name] += part.products + part.others
         self.counter.paused = True
         try:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         finally:
             self.counter.paused = False
-
-
-def _ss2d_scan(
-    x: Tensor,
-    x_proj_weight: Tensor,
-    dt_projs_weight: Tensor,
-    dt_projs_bias: Tensor,
-    A: Tensor,
-    Ds: Tensor,
-) -> dict[str, int]:
-    batch, channels, height, width = x.shape
-    length, states = height * width, A.shape[1]
-    weights = x_proj_weight.numel() + dt_projs_weight.numel()
-    return {
-        'ss2d_scan: projections': batch * length * weights,
-        'ss2d_scan: scan': scan_flops(
-            batch, len(x_proj_weight) * channels, length, states
-        ),
-    }
-
-
-def _bidirectional_scan(
-    x: Tensor, z: Tensor, forward: Direction, backward: Direction
-) -> dict[str, int]:
-    batch, channels, length = x.shape
-    positions, ways = batch * length, (forward, backward)
-    weights = sum(w.x_proj_weight.numel() + w.dt_proj_weight.numel() for w in ways)
-    taps = sum(w.conv_weight.numel() for w in ways)
-    scans = scan_flops(batch, 2 * channels, length, forward.A.shape[1])
-    return {
-        'bidirectional_scan: convolutions': positions * taps,
-        'bidirectional_scan: projections': positions * weights,
-        'bidirectional_scan: scans': scans + positions * channels,
-    }
-
-
-_WHOLE = {ss2d_scan: _ss2d_scan, bidirectional_scan: _bidirectional_scan}
 
 
 def _product(first: int) -> Callable[[tuple, Tensor], int]:
@@ -207,33 +160,6 @@ def _norm(weight: int, per_element: int) -> Callable[[tuple, Any], int]:
     return lambda args, out: args[0].numel() * (per_element - (args[weight] is None))
 
 
-def _scan(args: tuple, out: tuple[Tensor, ...]) -> int:
-    u, _, A, _, _, D, z = args[:7]
-    return scan_flops(*u.shape, A.shape[1], D is not None, z is not None)
-
-
-def _fused_ss2d_flops(
-    x: Sequence[int], dt_weight: Sequence[int], A: Sequence[int], multiply_add: int = 1
-) -> int:
-    """Of the op behind ss2d_scan, which x (B, H, W, C) enters projected."""
-    batch, height, width, channels = x
-    projection = batch * height * width * prod(dt_weight) * multiply_add
-    return projection + scan_flops(batch, dt_weight[0] * channels, height * width, A[1])
-
-
-def _fused_bidirectional_flops(
-    x: Sequence[int], weights: Sequence[Sequence[int]], multiply_add: int = 1
-) -> int:
-    """Of the op behind bidirectional_scan, which x (B, L, D) enters."""
-    batch, length, channels = x
-    half = len(Direction._fields)
-    ways = [Direction(*weights[:half]), Direction(*weights[half:])]
-    matrices = ('conv_weight', 'x_proj_weight', 'dt_proj_weight')
-    products = sum(prod(getattr(w, name)) for w in ways for name in matrices)
-    scans = scan_flops(batch, 2 * channels, length, ways[0].A[1])
-    return batch * length * (products * multiply_add + channels) + scans
-
-
 # Each formula takes the positional arguments of the op and what it returned.
 FORMULAS: dict[Any, Callable[[tuple, Any], int]] = {
     aten.mm: _product(0),
@@ -248,59 +174,22 @@ FORMULAS: dict[Any, Callable[[tuple, Any], int]] = {
     aten.cudnn_batch_norm: _norm(1, 2),
     aten.upsample_bilinear2d: lambda args, out: 4 * out.numel(),
     aten._adaptive_avg_pool2d: lambda args, out: args[0].numel(),
-    SCAN: _scan,
-    LINEAR: _product(0),
-    # Counters of the published models do not see their RMS norms.
-    ADD_NORM: lambda args, out: 0,
 }
 
 
-def _scan_handle(inputs: list, outputs: list) -> int:
-    u, A = get_shape(inputs[0]), get_shape(inputs[2])
-    skip, gate = (get_shape(inputs[i]) is not None for i in (5, 6))
-    return scan_flops(*u, A[1], skip, gate)
+def _handle(op: Op) -> Callable[[list, list], int]:
+    """A formula for counters that trace a model, from values of its graph."""
 
+    def count(inputs: list, outputs: list) -> int:
+        shapes = [get_shape(x) for x in inputs[: len(op.names)]]
+        values = [x.toIValue() for x in inputs[len(op.names) : -1]]
+        parts = op.flops(*op.pack(shapes, values))
+        return sum(part.products + part.others for part in parts)
 
-def _fused_ss2d_handle(inputs: list, outputs: list) -> int:
-    return _fused_ss2d_flops(*(get_shape(inputs[i]) for i in (0, 2, 4)))
-
-
-def _fused_bidirectional_handle(inputs: list, outputs: list) -> int:
-    weights = [get_shape(weight) for weight in inputs[2].node().inputs()]
-    return _fused_bidirectional_flops(get_shape(inputs[0]), weights)
-
-
-def _linear_handle(inputs: list, outputs: list) -> int:
-    return prod(get_shape(inputs[0])) * get_shape(inputs[1])[0]
+    return count
 
 
 # For counters that trace a model, mmengine's and fvcore's:
-# FlopAnalyzer(model, image).set_op_handle(**SCAN_HANDLES)
-SCAN_HANDLES = {
-    'mmvssm::selective_scan': _scan_handle,
-    'mmvssm::ss2d_scan': _fused_ss2d_handle,
-    'mmvssm::bidirectional_scan': _fused_bidirectional_handle,
-    'mmvssm::linear': _linear_handle,
-}
-
-
-# torch.utils.flop_counter.FlopCounterMode, which counts a multiply-add of
-# everything else as two, finds the scan once this module is imported.
-@register_flop_formula(SCAN)
-def _(u, delta, A, B, C, D=None, z=None, *args, out_shape=None, **kwargs):
-    return scan_flops(*u, A[1], D is not None, z is not None)
-
-
-@register_flop_formula(FUSED_SS2D)
-def _(x, projected, dt_weight, dt_bias, A, *args, out_shape=None, **kwargs):
-    return _fused_ss2d_flops(x, dt_weight, A, multiply_add=2)
-
-
-@register_flop_formula(FUSED_BIDIRECTIONAL)
-def _(x, z, weights, *args, out_shape=None, **kwargs):
-    return _fused_bidirectional_flops(x, weights, multiply_add=2)
-
-
-@register_flop_formula(LINEAR)
-def _(x, weight, *args, out_shape=None, **kwargs):
-    return 2 * prod(x) * weight[0]
+# FlopAnalyzer(model, image).set_op_handle(**SCAN_HANDLES). torch's own,
+# torch.utils.flop_counter.FlopCounterMode, knows the ops without that.
+SCAN_HANDLES = {f'mmvssm::{name}': _handle(op) for name, op in all_ops.items()}

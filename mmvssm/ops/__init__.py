@@ -3,6 +3,7 @@
 from .add_norm import add_rms_norm
 from .backends import (
     BackendUnavailableError,
+    Supplier,
     backend_status,
     backend_summary,
     choose_backend,
@@ -14,13 +15,27 @@ from .bidirectional_scan import Direction, bidirectional_scan
 from .cross_scan import cross_merge, cross_scan
 from .linear import linear
 from .linear_attention import linear_attention
+from .operator import (
+    Accepting,
+    Backend,
+    Composed,
+    Registration,
+    Result,
+    register_backend,
+)
 from .scan_orders import list_scan_orders, register_scan_order, scan_order
 from .selective_scan import selective_scan
 from .ss2d_scan import ss2d_scan
 
 __all__ = [
+    'Accepting',
+    'Backend',
     'BackendUnavailableError',
+    'Composed',
     'Direction',
+    'Registration',
+    'Result',
+    'Supplier',
     'add_rms_norm',
     'backend_status',
     'backend_summary',
@@ -33,6 +48,7 @@ __all__ = [
     'linear_attention',
     'list_backends',
     'list_scan_orders',
+    'register_backend',
     'register_scan_order',
     'scan_order',
     'selective_scan',

@@ -27,8 +27,8 @@ class BackendUnavailableError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Backend:
-    """A supplier of the scan ops.
+class Supplier:
+    """Who computes the ops, each by a backend of its own.
 
     Attributes:
         name: What ``backend=`` and ``MMVSSM_SCAN_BACKEND`` call it.
@@ -75,66 +75,82 @@ class Backend:
         return self.unavailable()
 
 
-# In order of preference.
-_BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Backend(
-            'cpu',
-            'compiled for the CPU',
-            unavailable=library.unavailable,
-            devices=('cpu',),
-            dtypes=(torch.float32, torch.bfloat16),
-        ),
-        Backend(
-            'triton',
-            'compiled for the GPU by Triton'
-            + (', here run by its interpreter' if runtime.INTERPRETED else ''),
-            unavailable=runtime.unavailable,
-            devices=('cuda', 'cpu') if runtime.INTERPRETED else ('cuda',),
-            dtypes=(torch.float32, torch.bfloat16, torch.float16),
-            states=range(1, 257),
-            # Checked in the interpreter, but not yet run on a GPU.
-            automatic=False,
-        ),
-        Backend(
-            'cuda',
-            'own CUDA kernels',
-            unavailable=cuda_library.unavailable,
-            devices=('cuda',),
-            dtypes=(torch.float32, torch.bfloat16, torch.float16),
-            states=range(1, 257),
-            # Checked on the CPU, but not yet run on a GPU.
-            automatic=False,
-        ),
-        Backend(
-            'mamba_ssm',
-            "the package's own kernels; not the same bits run after run",
-            unavailable=mamba_ssm.unavailable,
-            devices=('cuda',),
-            dtypes=(torch.float32, torch.bfloat16, torch.float16),
-            states=range(1, 257),
-            deterministic=False,
-            # The choice must not follow what happens to be installed.
-            automatic=False,
-        ),
-        Backend('torch', 'plain tensor code, any device, nothing compiled'),
-        Backend(
-            'reference', 'the definition, one position at a time; slow', automatic=False
-        ),
-    )
+CPU = Supplier(
+    'cpu',
+    'compiled for the CPU',
+    unavailable=library.unavailable,
+    devices=('cpu',),
+    dtypes=(torch.float32, torch.bfloat16),
+)
+TRITON = Supplier(
+    'triton',
+    'compiled for the GPU by Triton'
+    + (', here run by its interpreter' if runtime.INTERPRETED else ''),
+    unavailable=runtime.unavailable,
+    devices=('cuda', 'cpu') if runtime.INTERPRETED else ('cuda',),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    states=range(1, 257),
+    # Checked in the interpreter, but not yet run on a GPU.
+    automatic=False,
+)
+CUDA = Supplier(
+    'cuda',
+    'own CUDA kernels',
+    unavailable=cuda_library.unavailable,
+    devices=('cuda',),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    states=range(1, 257),
+    # Checked on the CPU, but not yet run on a GPU.
+    automatic=False,
+)
+MAMBA_SSM = Supplier(
+    'mamba_ssm',
+    "the package's own kernels; not the same bits run after run",
+    unavailable=mamba_ssm.unavailable,
+    devices=('cuda',),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    states=range(1, 257),
+    deterministic=False,
+    # The choice must not follow what happens to be installed.
+    automatic=False,
+)
+TORCH = Supplier('torch', 'plain tensor code, any device, nothing compiled')
+REFERENCE = Supplier(
+    'reference', 'the definition, one position at a time; slow', automatic=False
+)
+
+# By name, in order of preference.
+suppliers: dict[str, Supplier] = {
+    supplier.name: supplier
+    for supplier in (CPU, TRITON, CUDA, MAMBA_SSM, TORCH, REFERENCE)
 }
+# Those of this package.
+OURS = frozenset(suppliers)
 _forced: list[str] = []
+
+
+def add_supplier(supplier: Supplier) -> None:
+    """Put a supplier before those that are there; one of the same name is kept."""
+    if supplier.name not in suppliers:
+        others = dict(suppliers)
+        suppliers.clear()
+        suppliers.update({supplier.name: supplier}, **others)
+
+
+def remove_supplier(name: str) -> None:
+    """Take away one that :func:`add_supplier` added."""
+    if name not in OURS:
+        del suppliers[name]
 
 
 def list_backends() -> list[str]:
     """Names of all scan backends, in order of preference."""
-    return list(_BACKENDS)
+    return list(suppliers)
 
 
 def backend_status() -> dict[str, str | None]:
     """For every backend None if this machine can run it, else the reason."""
-    return {name: backend.unavailable() for name, backend in _BACKENDS.items()}
+    return {name: backend.unavailable() for name, backend in suppliers.items()}
 
 
 def backend_summary(name: str) -> str:
@@ -166,6 +182,7 @@ def choose_backend(
     requested: str | None = None,
     *,
     states: int | None = None,
+    among: Container[str] = OURS,
 ) -> str:
     """Name of the backend that serves a call.
 
@@ -174,6 +191,7 @@ def choose_backend(
         dtype: Dtype of the activations.
         requested: The caller's ``backend=`` argument.
         states: Of a channel, None for an op that has none.
+        among: Those that may be chosen without being asked for.
 
     Returns:
         The requested backend, else the one of the innermost
@@ -194,9 +212,10 @@ def choose_backend(
                 f'Leave the choice to mmvssm, or take one of {_servers(*call)}'
             )
         return name
-    for backend in _BACKENDS.values():
-        if backend.automatic and not backend.refuses(*call):
-            return backend.name
+    for supplier in suppliers.values():
+        chosen = supplier.automatic and supplier.name in among
+        if chosen and not supplier.refuses(*call):
+            return supplier.name
     raise BackendUnavailableError(
         f'no scan backend takes {dtype} tensors on {device_type}; '
         f'python -m mmvssm.collect_env says what each one takes'
@@ -209,11 +228,12 @@ def explain_backend(
     requested: str | None = None,
     *,
     states: int | None = None,
+    among: Container[str] = OURS,
 ) -> dict[str, str]:
     """Why a call would get the backend that it gets.
 
     Args:
-        device_type, dtype, requested, states: See :func:`choose_backend`.
+        device_type, dtype, requested, states, among: See :func:`choose_backend`.
 
     Returns:
         For every backend, in order of preference, one line that begins with
@@ -223,10 +243,10 @@ def explain_backend(
         ValueError: The name is unknown.
         BackendUnavailableError: No backend, or not the one asked for, takes it.
     """
-    chosen = choose_backend(device_type, dtype, requested, states=states)
+    chosen = choose_backend(device_type, dtype, requested, states=states, among=among)
     asked = requested or (_forced[-1] if _forced else _from_environment())
     found = {}
-    for name, backend in _BACKENDS.items():
+    for name, backend in suppliers.items():
         reason = backend.refuses(device_type, dtype, states)
         if name == chosen:
             how = _who_asks(requested) if asked else 'the first that takes it unasked'
@@ -250,10 +270,10 @@ def _from_environment() -> str:
     return os.environ.get(ENV_VARIABLE, '')
 
 
-def _get(name: str) -> Backend:
-    if name not in _BACKENDS:
+def _get(name: str) -> Supplier:
+    if name not in suppliers:
         raise ValueError(f"unknown scan backend '{name}'; known are {list_backends()}")
-    return _BACKENDS[name]
+    return suppliers[name]
 
 
 def _servers(
@@ -261,7 +281,7 @@ def _servers(
 ) -> list[str]:
     return [
         name
-        for name, backend in _BACKENDS.items()
+        for name, backend in suppliers.items()
         if not backend.refuses(device_type, dtype, states)
     ]
 

@@ -19,7 +19,7 @@ cuda = pytest.mark.cuda
 
 
 def _serves(name: str) -> bool:
-    devices = backends._BACKENDS[name].devices
+    devices = backends.suppliers[name].devices
     return name != 'reference' and (
         devices is None or torch.device(DEVICE).type in devices
     )
@@ -27,7 +27,7 @@ def _serves(name: str) -> bool:
 
 BACKENDS = [name for name in list_backends() if _serves(name)]
 # The same inputs give the same bits.
-DETERMINISTIC = [name for name in BACKENDS if backends._BACKENDS[name].deterministic]
+DETERMINISTIC = [name for name in BACKENDS if backends.suppliers[name].deterministic]
 # Those that are made for the device.
 FAST = [name for name in DETERMINISTIC if name != 'torch']
 

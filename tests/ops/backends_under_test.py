@@ -22,8 +22,8 @@ BACKENDS = (
     else [
         name
         for name in list_backends()
-        if backends._BACKENDS[name].devices is None
-        or backends._BACKENDS[name].devices == ('cpu',)
+        if backends.suppliers[name].devices is None
+        or backends.suppliers[name].devices == ('cpu',)
     ]
 )
 FAST_BACKENDS = [name for name in BACKENDS if name != 'reference']
@@ -33,7 +33,7 @@ _KERNELS_REQUIRED = os.environ.get('MMVSSM_REQUIRE_KERNELS', '0') not in ('', '0
 
 def takes(backend: str, dtype: torch.dtype) -> bool:
     """Whether activations of this dtype are among those of the backend."""
-    return dtype in backends._BACKENDS[backend].dtypes
+    return dtype in backends.suppliers[backend].dtypes
 
 
 def precision(backend: str) -> tuple[torch.dtype, float]:

@@ -9,8 +9,8 @@ from mmvssm.ops.triton import runtime
 
 if os.environ.get('MMVSSM_TEST_CUDA_ON_CPU') == '1':
     # The CUDA kernels, compiled for the CPU by test_cuda.py, take its tensors.
-    emulated = dataclasses.replace(backends._BACKENDS['cuda'], devices=('cpu',))
-    backends._BACKENDS['cuda'] = emulated
+    emulated = dataclasses.replace(backends.suppliers['cuda'], devices=('cpu',))
+    backends.suppliers['cuda'] = emulated
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from .scan_inputs import scan_inputs, ss2d_inputs
 
 
 def without_kernels(monkeypatch, reason='not compiled', name='cpu'):
-    broken = dataclasses.replace(backends._BACKENDS[name], unavailable=lambda: reason)
-    monkeypatch.setitem(backends._BACKENDS, name, broken)
+    broken = dataclasses.replace(backends.suppliers[name], unavailable=lambda: reason)
+    monkeypatch.setitem(backends.suppliers, name, broken)
 
 
 @pytest.mark.parametrize('compiled', [True, False])
@@ -31,8 +31,8 @@ def test_choice_follows_the_tensors(monkeypatch, compiled):
 
 
 def test_reference_is_never_chosen_silently(monkeypatch):
-    only = {'reference': backends._BACKENDS['reference']}
-    monkeypatch.setattr(backends, '_BACKENDS', only)
+    only = {'reference': backends.suppliers['reference']}
+    monkeypatch.setattr(backends, 'suppliers', only)
     with pytest.raises(ops.BackendUnavailableError, match='no scan backend takes'):
         ops.choose_backend('cpu', torch.float32)
 
@@ -81,8 +81,8 @@ def test_status_and_reasons(monkeypatch):
         match=r"'cpu' cannot run: not compiled\. .* one of \['torch', 'reference'\]",
     ):
         ops.choose_backend('cpu', torch.float32, 'cpu')
-    broken = backends.Backend('broken', 'test', unavailable=lambda: 'no such chip')
-    monkeypatch.setitem(backends._BACKENDS, 'broken', broken)
+    broken = backends.Supplier('broken', 'test', unavailable=lambda: 'no such chip')
+    monkeypatch.setitem(backends.suppliers, 'broken', broken)
     assert ops.backend_status()['broken'] == 'no such chip'
     with pytest.raises(ops.BackendUnavailableError, match='no such chip'):
         ops.choose_backend('cpu', torch.float32, 'broken')
@@ -97,13 +97,13 @@ def test_status_and_reasons(monkeypatch):
 
 
 def test_states_of_a_call(monkeypatch):
-    few = dataclasses.replace(backends._BACKENDS['cpu'], states=(1, 8, 16))
-    monkeypatch.setitem(backends._BACKENDS, 'cpu', few)
+    few = dataclasses.replace(backends.suppliers['cpu'], states=(1, 8, 16))
+    monkeypatch.setitem(backends.suppliers, 'cpu', few)
     monkeypatch.setitem(
-        backends._BACKENDS,
+        backends.suppliers,
         'triton',
         dataclasses.replace(
-            backends._BACKENDS['triton'], devices=None, unavailable=lambda: None
+            backends.suppliers['triton'], devices=None, unavailable=lambda: None
         ),
     )
     without_kernels(monkeypatch, None)
@@ -119,8 +119,8 @@ def test_states_of_a_call(monkeypatch):
 
 @pytest.mark.parametrize('op', ['selective_scan', 'ss2d_scan', 'bidirectional_scan'])
 def test_ops_tell_their_states(monkeypatch, op):
-    none = dataclasses.replace(backends._BACKENDS['torch'], states=())
-    monkeypatch.setitem(backends._BACKENDS, 'torch', none)
+    none = dataclasses.replace(backends.suppliers['torch'], states=())
+    monkeypatch.setitem(backends.suppliers, 'torch', none)
     calls = {
         'selective_scan': lambda: ops.selective_scan(**scan_inputs(1, 2, 3, 5)),
         'ss2d_scan': lambda: ops.ss2d_scan(**ss2d_inputs(1, 2, 3, 2, 1, 5)),

@@ -1,10 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.library import opcheck
 
 from mmvssm.ops import Direction
-from mmvssm.ops.bidirectional_scan import fused
+from mmvssm.ops.bidirectional_scan.declaration import BIDIRECTIONAL_SCAN
 
 from .backends_under_test import (
     BACKENDS,
@@ -17,7 +16,6 @@ from .backends_under_test import (
 )
 from .bidirectional_inputs import (
     WAYS,
-    arguments,
     call,
     direction,
     flip_twice,
@@ -135,20 +133,10 @@ def test_compile_fullgraph(backend):
     torch.testing.assert_close(got, want)
 
 
-fused_backends = on_backends(*(name for name in BACKENDS if fused.is_fused(name)))
-
-
-@fused_backends
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_opcheck(backend, dtype):
-    # Triton's interpreter takes its time.
-    size = (1, 3, 5, 1) if backend == 'triton' else (2, 20, 37, 3)
-    inputs = make_inputs(*size, 2, 4, dtype=dtype)
-    x, z, *ways = arguments({name: t.detach() for name, t in inputs.items()})
-    weights = [w for way in ways for w in fused._as_kernels_read(way, 4, dtype)]
-    tensors = [x.mT, z.mT, *weights]
-    x, z, *weights = (t.requires_grad_() for t in tensors)
-    opcheck(fused._forward_op, (x, z, weights, True, dtype, backend))
+# The others name what reaches the scan.
+fused_backends = on_backends(
+    *(name for name in BACKENDS if name in BIDIRECTIONAL_SCAN.backends)
+)
 
 
 @backends

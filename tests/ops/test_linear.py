@@ -3,11 +3,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.library import opcheck
 
 from mmvssm.ops import linear
 from mmvssm.ops.deterministic_math import linear_product
-from mmvssm.ops.linear.op import _forward_op
 
 from .backends_under_test import BACKENDS, on_backends
 from .scan_inputs import as_double, gradients, relative_error
@@ -82,10 +80,6 @@ def test_compile_fullgraph(backend):
     got, want = (f(**inputs, backend=backend) for f in (compiled, linear))
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(gradients((got,), inputs), gradients((want,), inputs))
-
-
-def test_opcheck():
-    opcheck(_forward_op, tuple(make_inputs(2, 5, 8).values()))
 
 
 def test_without_onednn(monkeypatch):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmvssm.layers import rotary_tables
 from mmvssm.ops import linear_attention, use_backend
@@ -208,8 +209,8 @@ def test_backend_of_the_context():
     inputs = make_inputs(1, 5, 4, dtype=torch.float32)
     calls = []
 
-    class Products(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor):
                 calls.append(tuple(out.shape[-2:]))

@@ -10,7 +10,8 @@ import torch
 
 from mmvssm import ops
 from mmvssm.ops import backends, mamba_ssm, selective_scan
-from mmvssm.ops.selective_scan import torch_backend
+from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions
+from mmvssm.ops.selective_scan.torch_backend import TorchScan
 
 from .scan_inputs import (
     OPTIONAL,
@@ -23,6 +24,9 @@ from .scan_inputs import (
 
 INTERFACE = 'mamba_ssm.ops.selective_scan_interface'
 MODULES = ('mamba_ssm', 'mamba_ssm.ops', INTERFACE, 'selective_scan_cuda')
+
+
+SCAN = TorchScan(backends.TORCH)
 
 
 class Published(torch.autograd.Function):
@@ -40,18 +44,19 @@ class Published(torch.autograd.Function):
         Published.calls.append(u.dtype)
         ctx.delta_softplus = delta_softplus
         inputs = (u, delta, A, B, C, D, z, delta_bias)
-        out, last, saved, _ = torch_backend.forward(
-            *inputs, delta_softplus, u.dtype, True
-        )
-        ctx.save_for_backward(*inputs, saved)
+        options = ScanOptions(delta_softplus, u.dtype)
+        (out, last), saved, _ = SCAN.forward(ScanInputs(*inputs), options, True)
+        ctx.save_for_backward(*inputs, *saved)
         # Channels-first, whatever the strides of u.
         return out.contiguous(), last
 
     @staticmethod
     def backward(ctx, grad, _):
         *inputs, saved = ctx.saved_tensors
-        grads = torch_backend.backward(grad, None, *inputs, saved, ctx.delta_softplus)
-        return *grads, None
+        options = ScanOptions(ctx.delta_softplus, grad.dtype)
+        inputs = ScanInputs(*inputs)
+        grads = SCAN.backward(inputs, options, (saved,), (grad, None), inputs)
+        return *(g if x is not None else None for g, x in zip(grads, inputs)), None
 
 
 def selective_scan_fn(
@@ -87,11 +92,11 @@ def installed(monkeypatch):
 def on_cpu(installed, monkeypatch):
     """Let the backend take CPU tensors, too; torch may give bits that differ."""
     backend = dataclasses.replace(
-        backends._BACKENDS['mamba_ssm'],
+        backends.suppliers['mamba_ssm'],
         devices=('cpu', 'cuda'),
         unavailable=lambda: None,
     )
-    monkeypatch.setitem(backends._BACKENDS, 'mamba_ssm', backend)
+    monkeypatch.setitem(backends.suppliers, 'mamba_ssm', backend)
     monkeypatch.setattr(Published, 'calls', [])
     torch.use_deterministic_algorithms(False)
 

@@ -2,10 +2,8 @@ import itertools
 
 import pytest
 import torch
-from torch.library import opcheck
 
 from mmvssm.ops import BackendUnavailableError, selective_scan
-from mmvssm.ops.selective_scan import op
 
 from .backends_under_test import (
     BACKENDS,
@@ -293,28 +291,6 @@ def test_no_state_of_every_position_is_kept(backend):
 
 
 @backends
-def test_opcheck(backend):
-    for optional, channels_last in (((), True), (OPTIONAL, False)):
-        inputs = scan_inputs(
-            *(2, 4, 40, 2, 2),
-            dtype=torch.float32,
-            optional=optional,
-            channels_last=channels_last,
-        )
-        args = [inputs.get(n) for n in op._NAMES]
-        opcheck(op._forward_op, (*args, True, torch.float32, backend))
-        # Strides that the fake implementation must foresee.
-        args = [x if x is None else _transposed(x) for x in args]
-        opcheck(op._forward_op, (*args, True, torch.float32, backend))
-
-
-def _transposed(x):
-    """Equal values with the axes in memory in the opposite order."""
-    axes = tuple(reversed(range(x.ndim)))
-    return x.detach().permute(axes).contiguous().permute(axes).requires_grad_()
-
-
-@backends
 @pytest.mark.parametrize('autocast', [False, True])
 def test_compile_fullgraph(backend, autocast):
     inputs = scan_inputs(2, 4, 50, 2, 2, dtype=torch.float32)
@@ -394,8 +370,14 @@ def test_unknown_backend():
 def test_backend_that_cannot_run_says_why(monkeypatch):
     from mmvssm.ops import backends as registry
 
-    gpu = registry.Backend('gpu', 'for the test', devices=('cuda',))
-    monkeypatch.setitem(registry._BACKENDS, 'gpu', gpu)
+    gpu = registry.Supplier('gpu', 'for the test', devices=('cuda',))
+    monkeypatch.setitem(registry.suppliers, 'gpu', gpu)
     inputs = scan_inputs(2, 6, 5, 2, requires_grad=False)
     with pytest.raises(BackendUnavailableError, match='takes cuda tensors, not cpu'):
         selective_scan(**inputs, backend='gpu')
+
+
+def _transposed(x):
+    """Equal values with the axes in memory in the opposite order."""
+    axes = tuple(reversed(range(x.ndim)))
+    return x.detach().permute(axes).contiguous().permute(axes).requires_grad_()

@@ -1,11 +1,7 @@
 import pytest
 import torch
-from torch.library import opcheck
 
 from mmvssm.ops import selective_scan, ss2d_scan
-from mmvssm.ops.scan_orders import kernel_orders
-from mmvssm.ops.ss2d_scan import fused
-from mmvssm.ops.ss2d_scan.project import project_map
 
 from .backends_under_test import BACKENDS, on, on_backends, precision, takes
 from .scan_inputs import as_double, gradients, relative_error, ss2d_inputs
@@ -111,21 +107,6 @@ def test_compile_fullgraph(backend):
     torch.testing.assert_close(got, want)
     got, want = gradients((got,), inputs), gradients((want,), inputs)
     torch.testing.assert_close(got, want)
-
-
-@on_backends(*(name for name in BACKENDS if fused.is_fused(name)))
-@pytest.mark.parametrize('orders', ['cross', 'windows2'])
-def test_opcheck(backend, orders):
-    # Triton's interpreter takes its time.
-    size = (1, 3, 2, 3) if backend == 'triton' else (2, 20, 5, 9)
-    x, *weights = ss2d_inputs(*size, 2, 3, dtype=torch.float32).values()
-    x_proj_weight, dt_weight, dt_bias, A, Ds = (w.detach() for w in weights)
-    maps = x.detach().permute(0, 2, 3, 1).contiguous()
-    projected = project_map(maps, x_proj_weight)
-    arguments = (maps, projected, dt_weight, dt_bias, A, Ds)
-    arguments = [t.requires_grad_() for t in arguments]
-    routes, table = kernel_orders(orders, *size[2:], maps.device)
-    opcheck(fused._forward_op, (*arguments, table, [*routes], torch.float32, backend))
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmvssm.ops.add_norm import triton_backend as norm_backend
-from mmvssm.ops.bidirectional_scan import Direction
-from mmvssm.ops.bidirectional_scan import triton_backend as pair_backend
-from mmvssm.ops.scan_orders import kernel_orders
-from mmvssm.ops.selective_scan import triton_backend
-from mmvssm.ops.ss2d_scan import triton_backend as ss2d_backend
+from mmvssm.ops.add_norm.declaration import NormInputs, NormOptions
+from mmvssm.ops.add_norm.triton_backend import TritonNorm
+from mmvssm.ops.bidirectional_scan.declaration import (
+    BidirectionalInputs,
+    BidirectionalOptions,
+)
+from mmvssm.ops.bidirectional_scan.direction import Direction
+from mmvssm.ops.bidirectional_scan.triton_backend import TritonBidirectional
+from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions
+from mmvssm.ops.selective_scan.triton_backend import TritonScan
+from mmvssm.ops.ss2d_scan.declaration import Ss2dInputs, Ss2dOptions
+from mmvssm.ops.ss2d_scan.triton_backend import TritonSs2d
 from mmvssm.ops.triton import runtime
 
 pytestmark = pytest.mark.skipif(
@@ -71,7 +77,11 @@ class Recorder:
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid):
-        def launch(*args, **constants):
+        def launch(**given):
+            names = [n for n in given if n.isupper() or n == 'num_warps']
+            constants = {name: given.pop(name) for name in names}
+            args = [given[name] for name in self.kernel.arg_names if name in given]
+            assert len(args) == len(given), given.keys()
             self.launches.append((self.kernel, args, constants))
 
         return launch
@@ -153,31 +163,40 @@ def test_compiles_without_spilling(launches, states, gated, length):
     u, delta, z, grad = (activation(1, length, 768) for _ in range(4))
     B, C = (torch.empty(1, length, 1, states).permute(0, 2, 3, 1) for _ in 'BC')
     vector, A = torch.empty(768), torch.empty(768, states)
-    inputs = (u, delta, A, B, C, vector, z if gated else None, vector)
-    _, last, saved, _ = triton_backend.forward(*inputs, True, torch.bfloat16, True)
-    triton_backend.backward(grad, last, *inputs, saved, True)
+    inputs = ScanInputs(u, delta, A, B, C, vector, z if gated else None, vector)
+    both_passes(TritonScan(), inputs, ScanOptions(True, torch.bfloat16), grad)
     assert len(launches) == (2 if length < 1000 else 6)
     assert_nothing_spills(launches)
 
 
+def both_passes(backend, inputs, options, grad):
+    """Forward and backward without the kernels."""
+    outputs, saved, _ = backend.forward(inputs, options, True)
+    grads = (grad, *outputs[1:])
+    backend.backward(inputs, options, saved, grads, inputs)
+
+
 def run_ss2d(channels, rank, states, orders='cross'):
-    """Forward and backward without the kernels, on a map of 14 x 14."""
-    columns = 4 * (rank + 2 * states)
-    x, projected = (
-        torch.empty(1, 14, 14, size, dtype=torch.bfloat16)
-        for size in (channels, columns)
+    """On a map of 14 x 14."""
+    half = torch.bfloat16
+    x, grad = (
+        torch.empty(1, 14, 14, channels, dtype=half).permute(0, 3, 1, 2) for _ in 'xy'
     )
-    parameters = (4, channels, rank), (4, channels), (4 * channels, states)
-    inputs = (x, projected, *map(torch.empty, (*parameters, (4 * channels,))))
-    walked = kernel_orders(orders, 14, 14, x.device)
-    _, saved, _ = ss2d_backend.forward(*inputs, walked, torch.bfloat16, True)
-    ss2d_backend.backward(x, *inputs, walked, saved)
+    inputs = Ss2dInputs(
+        x=x,
+        x_proj_weight=torch.empty(4, rank + 2 * states, channels, dtype=half),
+        dt_projs_weight=torch.empty(4, channels, rank, dtype=half),
+        dt_projs_bias=torch.empty(4, channels),
+        A=torch.empty(4 * channels, states),
+        Ds=torch.empty(4 * channels),
+    )
+    both_passes(TritonSs2d(), inputs, Ss2dOptions(orders, half, half), grad)
 
 
 def run_bidirectional_scan(channels, rank, states):
-    """Forward and backward without the kernels, on a sequence of 197."""
+    """On a sequence of 197."""
     half = torch.bfloat16
-    x, z, grad = (torch.empty(1, 197, channels, dtype=half) for _ in range(3))
+    x, z, grad = (torch.empty(1, 197, channels, dtype=half).mT for _ in range(3))
     weights = Direction(
         conv_weight=torch.empty(channels, 4),
         conv_bias=torch.empty(channels),
@@ -187,9 +206,9 @@ def run_bidirectional_scan(channels, rank, states):
         A=torch.empty(channels, states),
         D=torch.empty(channels),
     )
-    arguments = x, z, (weights, weights), True
-    _, y, projected, saved, _ = pair_backend.forward(*arguments, half, True)
-    pair_backend.backward(grad, *arguments, y, projected, saved)
+    inputs = BidirectionalInputs(x, z, weights, weights)
+    options = BidirectionalOptions(True, half, half)
+    both_passes(TritonBidirectional(), inputs, options, grad)
 
 
 class Allocations(TorchDispatchMode):
@@ -260,9 +279,9 @@ def test_bidirectional_scan_compiles_without_spilling(launches):
 def test_norm_compiles_without_spilling(launches, channels):
     x = torch.empty(197, channels, dtype=torch.bfloat16)
     weight, residual = torch.empty(channels), torch.empty(197, channels)
-    norm_backend.forward(x, weight, residual, 1e-5, torch.float32)
-    dtypes = (torch.bfloat16, torch.float32)
-    norm_backend.backward(x, residual, residual, weight, None, 1e-5, dtypes)
+    dtypes = (x.dtype, residual.dtype, residual.dtype)
+    inputs = NormInputs(x, weight, residual)
+    both_passes(TritonNorm(), inputs, NormOptions(1e-5, *dtypes, True), x)
     assert len(launches) == 2
     assert_nothing_spills(launches)
 

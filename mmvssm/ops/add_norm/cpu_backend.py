@@ -1,69 +1,99 @@
 """Residual addition and RMS norm by compiled CPU kernels, forward and backward."""
 
-from collections.abc import Sequence
+from ctypes import byref
 
 import torch
 from torch import Tensor
 
+from mmvssm.ops import backends
+from mmvssm.ops.add_norm.declaration import (
+    NormInputs,
+    NormOptions,
+    new_gradients,
+    outputs_like,
+)
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import Array, NormProblem
-from mmvssm.ops.structures import pointer
+from mmvssm.ops.kernel_args import pointer
+from mmvssm.ops.operator import Result
 
-DTYPES = (torch.float32, torch.bfloat16)
-
-
-def _readable(x: Tensor | None) -> Tensor | None:
-    """The tensor (rows, channels) with its channels next to each other."""
-    return x if x is None or x.stride(1) == 1 else x.contiguous()
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    residual_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`mmvssm.ops.add_rms_norm`; tensors are (rows, channels)."""
-    x, residual, weight = _readable(x), _readable(residual), weight.contiguous()
-    out, total = x.new_empty(x.shape), x.new_empty(x.shape, dtype=residual_dtype)
-    problem = NormProblem(
-        *(*x.shape, eps),
-        *(Array.of(t) for t in (x, residual, total, out)),
-        pointer(weight),
-    )
-    library.call('norm_forward', problem)
-    return out, total
+class CpuNorm:
+    """One pass over the rows each way."""
+
+    supplier = backends.CPU
+    differentiable = False
+
+    def refuses(self, inputs: NormInputs, options: NormOptions) -> str | None:
+        """Nothing to do, or a stream that the kernels do not read."""
+        if not inputs.x.numel():
+            return 'there is nothing to norm'
+        if options.residual_dtype not in _DTYPES:
+            return f'it reads no stream of {options.residual_dtype}'
+        return None
+
+    def forward(self, inputs: NormInputs, options: NormOptions, keep: bool) -> Result:
+        """See :func:`mmvssm.ops.add_rms_norm`."""
+        x, residual = _rows(inputs.x), _rows(inputs.residual)
+        weight = inputs.weight.float().contiguous()
+        out, total = outputs_like(inputs, options)
+        args = NormProblem(
+            rows=x.shape[0],
+            channels=x.shape[1],
+            eps=options.eps,
+            x=Array.of(x),
+            residual=Array.of(residual),
+            weight=pointer(weight),
+            total=Array.of(_rows(total)),
+            out=Array.of(_rows(out)),
+        )
+        library.kernel('norm_forward')(byref(args), library.parallel_for())
+        return Result((out, total), has_nan=False)
+
+    def saved_like(
+        self, inputs: NormInputs, options: NormOptions
+    ) -> tuple[Tensor, ...]:
+        """Nothing is saved: the op keeps the sum."""
+        return ()
+
+    def backward(
+        self,
+        inputs: NormInputs,
+        options: NormOptions,
+        saved: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+        wanted: NormInputs,
+    ) -> NormInputs:
+        """Gradients of the weight and of the sum; inputs are its terms, or itself."""
+        x, residual = _rows(inputs.x), _rows(inputs.residual)
+        grad_out, grad_total = (_rows(grad) for grad in grads)
+        weight = inputs.weight.float().contiguous()
+        rows, channels = x.shape
+        found = new_gradients(inputs, options)
+        blocks = -(-rows // library.norm_rows())
+        by_block = weight.new_empty(blocks, channels)
+        args = NormProblem(
+            rows=rows,
+            channels=channels,
+            eps=options.eps,
+            x=Array.of(x),
+            residual=Array.of(residual),
+            weight=pointer(weight),
+            grad_out=Array.of(grad_out),
+            grad_total=Array.of(grad_total),
+            grad_x=Array.of(_rows(found.x)),
+            grad_residual=Array.of(_rows(found.residual)),
+            grad_weight=pointer(by_block),
+        )
+        library.kernel('norm_backward')(byref(args), library.parallel_for())
+        return found._replace(weight=by_block.sum(0))
 
 
-def backward(
-    grad_out: Tensor | None,
-    grad_total: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    dtypes: Sequence[torch.dtype],
-) -> list[Tensor]:
-    """Gradients of the weight and of the sum, the latter in each of ``dtypes``.
-
-    Args:
-        grad_out: Gradient of the norm, None for zero.
-        grad_total: Gradient of the sum, None for zero.
-        x, residual: Terms of the sum, or the sum and None.
-    """
-    tensors = (x, residual, grad_out, grad_total)
-    x, residual, grad_out, grad_total = (_readable(t) for t in tensors)
-    weight = weight.contiguous()
-    rows, channels = x.shape
-    grads = [x.new_empty(x.shape, dtype=dtype) for dtype in dtypes]
-    blocks = -(-rows // library.norm_rows())
-    by_block = weight.new_empty(blocks, channels)
-    problem = NormProblem(
-        *(rows, channels, eps, Array.of(x), Array.of(residual), Array(), Array()),
-        *(pointer(weight), Array.of(grad_out), Array.of(grad_total)),
-        *(Array.of(grads[0]), Array.of(grads[1] if len(grads) > 1 else None)),
-        pointer(by_block),
-    )
-    library.call('norm_backward', problem)
-    return [by_block.sum(0), *grads]
+def _rows(x: Tensor | None) -> Tensor | None:
+    """The tensor as (rows, channels) with its channels next to each other."""
+    if x is None:
+        return None
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()

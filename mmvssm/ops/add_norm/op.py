@@ -3,13 +3,28 @@
 import torch
 from torch import Tensor
 
-from mmvssm.ops import autocast
-from mmvssm.ops.add_norm.fused import add_rms_norm_fused, takes
-from mmvssm.ops.add_norm.reference import add_rms_norm_reference
-from mmvssm.ops.add_norm.torch_backend import add_rms_norm_torch
-from mmvssm.ops.backends import choose_backend
+from mmvssm.ops import backends
+from mmvssm.ops.add_norm.cpu_backend import CpuNorm
+from mmvssm.ops.add_norm.declaration import ADD_RMS_NORM, NormInputs, NormOptions
+from mmvssm.ops.add_norm.reference import ReferenceNorm
+from mmvssm.ops.add_norm.torch_backend import TorchNorm
+from mmvssm.ops.add_norm.triton_backend import TritonNorm
+from mmvssm.ops.operator import Call
+
+ADD_RMS_NORM.supply(
+    CpuNorm(),
+    TritonNorm(),
+    ReferenceNorm(),
+    composed=lambda name: TorchNorm(backends.suppliers[name]),
+)
 
 
+def _result(outputs: tuple[Tensor, ...], options: NormOptions) -> tuple[Tensor, Tensor]:
+    y, stream = outputs
+    return y, stream
+
+
+@ADD_RMS_NORM.public(finish=_result)
 def add_rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -18,7 +33,7 @@ def add_rms_norm(
     *,
     residual_in_fp32: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Call:
     r"""Add a branch to the residual stream and normalise the sum.
 
     .. math::
@@ -45,15 +60,16 @@ def add_rms_norm(
         ValueError: A shape does not fit.
     """
     _check(x, weight, residual)
-    residual_dtype = x.dtype if residual is None else residual.dtype
-    if residual_in_fp32:
-        residual_dtype = torch.promote_types(residual_dtype, torch.float32)
-    name = choose_backend(x.device.type, x.dtype, backend)
-    with autocast.disabled(x):
-        if takes(name, x, residual):
-            return add_rms_norm_fused(x, weight, residual, eps, residual_dtype, name)
-        compute = add_rms_norm_reference if name == 'reference' else add_rms_norm_torch
-        return compute(x, weight, residual, eps, x.dtype, residual_dtype)
+    stream = x.dtype if residual is None else residual.dtype
+    total = torch.promote_types(stream, torch.float32) if residual_in_fp32 else stream
+    options = NormOptions(
+        eps=eps,
+        x_dtype=x.dtype,
+        residual_dtype=stream,
+        total_dtype=total,
+        has_residual=residual is not None,
+    )
+    return Call(NormInputs(x, weight, residual), options, backend)
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:

@@ -1,69 +1,103 @@
 """Residual addition and RMS norm by Triton kernels, forward and backward."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from mmvssm.ops import backends
+from mmvssm.ops.add_norm.declaration import (
+    NormInputs,
+    NormOptions,
+    new_gradients,
+    outputs_like,
+)
+from mmvssm.ops.operator import Result
 from mmvssm.ops.triton import runtime, tiles
 from mmvssm.ops.triton.arrays import array
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    residual_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`mmvssm.ops.add_rms_norm`; tensors are (rows, channels)."""
-    from mmvssm.ops.add_norm import triton_kernels
+class TritonNorm:
+    """One pass over the rows each way."""
 
-    tile = tiles.norm_tile(x.shape[1])
-    out, total = x.new_empty(x.shape), x.new_empty(x.shape, dtype=residual_dtype)
-    with runtime.on_device_of(x):
-        triton_kernels.forward_kernel[(-(-x.shape[0] // tile.rows),)](
-            *(array(x), array(residual), weight.contiguous()),
-            *(array(total), array(out), tuple(x.shape), eps),
-            **_constants(tile),
-        )
-    return out, total
+    supplier = backends.TRITON
+    differentiable = False
+
+    def refuses(self, inputs: NormInputs, options: NormOptions) -> str | None:
+        """Nothing to do, or a stream that the kernels do not read."""
+        if not inputs.x.numel():
+            return 'there is nothing to norm'
+        if options.residual_dtype not in _DTYPES:
+            return f'it reads no stream of {options.residual_dtype}'
+        return None
+
+    def forward(self, inputs: NormInputs, options: NormOptions, keep: bool) -> Result:
+        """See :func:`mmvssm.ops.add_rms_norm`."""
+        from mmvssm.ops.add_norm import triton_kernels
+
+        x, residual = _rows(inputs.x), _rows(inputs.residual)
+        weight = inputs.weight.float().contiguous()
+        tile = tiles.norm_tile(x.shape[1])
+        out, total = outputs_like(inputs, options)
+        with runtime.on_device_of(x):
+            triton_kernels.forward_kernel[(-(-x.shape[0] // tile.rows),)](
+                x=array(x),
+                residual=array(residual),
+                weight=weight,
+                total=array(_rows(total)),
+                out=array(_rows(out)),
+                shape=tuple(x.shape),
+                eps=options.eps,
+                **_constants(tile),
+            )
+        return Result((out, total), has_nan=False)
+
+    def saved_like(
+        self, inputs: NormInputs, options: NormOptions
+    ) -> tuple[Tensor, ...]:
+        """Nothing is saved: the op keeps the sum."""
+        return ()
+
+    def backward(
+        self,
+        inputs: NormInputs,
+        options: NormOptions,
+        saved: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+        wanted: NormInputs,
+    ) -> NormInputs:
+        """Gradients of the weight and of the sum; inputs are its terms, or itself."""
+        from mmvssm.ops.add_norm import triton_kernels
+
+        x, residual = _rows(inputs.x), _rows(inputs.residual)
+        grad_out, grad_total = (_rows(grad) for grad in grads)
+        weight = inputs.weight.float().contiguous()
+        rows, channels = x.shape
+        tile = tiles.norm_tile(channels)
+        programs = -(-rows // (tile.rows * tile.repeats))
+        found = new_gradients(inputs, options)
+        sums = [_rows(g) for g in (found.x, found.residual) if g is not None]
+        by_weight = weight.new_empty(programs, channels)
+        with runtime.on_device_of(x):
+            triton_kernels.backward_kernel[(programs,)](
+                x=array(x),
+                residual=array(residual),
+                weight=weight,
+                grad_out=array(grad_out),
+                grad_total=array(grad_total),
+                grads=tuple(array(grad) for grad in sums),
+                by_weight=by_weight,
+                shape=(rows, channels),
+                repeats=tile.repeats,
+                eps=options.eps,
+                **_constants(tile),
+            )
+        return found._replace(weight=by_weight.sum(0))
 
 
-def backward(
-    grad_out: Tensor | None,
-    grad_total: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    dtypes: Sequence[torch.dtype],
-) -> list[Tensor]:
-    """Gradients of the weight and of the sum, the latter in each of ``dtypes``.
-
-    Args:
-        grad_out: Gradient of the norm, None for zero.
-        grad_total: Gradient of the sum, None for zero.
-        x, residual: Terms of the sum, or the sum and None.
-    """
-    from mmvssm.ops.add_norm import triton_kernels
-
-    rows, channels = x.shape
-    tile = tiles.norm_tile(channels)
-    programs = -(-rows // (tile.rows * tile.repeats))
-    grads = [x.new_empty(x.shape, dtype=dtype) for dtype in dtypes]
-    by_weight = weight.new_empty(programs, channels)
-    with runtime.on_device_of(x):
-        triton_kernels.backward_kernel[(programs,)](
-            *(array(x), array(residual), weight.contiguous()),
-            *(array(grad_out), array(grad_total)),
-            *(tuple(array(grad) for grad in grads), by_weight),
-            *((rows, channels), tile.repeats, eps),
-            **_constants(tile),
-        )
-    return [by_weight.sum(0), *grads]
+def _rows(x: Tensor | None) -> Tensor | None:
+    """The tensor as (rows, channels)."""
+    return None if x is None else x.reshape(-1, x.shape[-1])
 
 
 def _constants(tile: tiles.Tile) -> dict[str, int]:

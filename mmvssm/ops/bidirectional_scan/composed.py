@@ -1,84 +1,102 @@
 """The bidirectional scan out of one selective scan over both directions."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvssm.ops import autocast, deterministic_math
+from mmvssm.ops import deterministic_math
+from mmvssm.ops.backends import Supplier
+from mmvssm.ops.bidirectional_scan.declaration import (
+    BidirectionalInputs,
+    BidirectionalOptions,
+)
 from mmvssm.ops.bidirectional_scan.direction import Direction
-from mmvssm.ops.linear.op import deterministic_linear
-from mmvssm.ops.selective_scan.op import scan
+from mmvssm.ops.linear.declaration import LINEAR
+from mmvssm.ops.linear.op import deterministic_call
+from mmvssm.ops.operator import Call, Composed, Result
+from mmvssm.ops.selective_scan.declaration import (
+    SELECTIVE_SCAN,
+    ScanInputs,
+    ScanOptions,
+)
 
 
-def bidirectional_scan_composed(
-    x: Tensor,
-    z: Tensor,
-    forward: Direction,
-    backward: Direction,
-    average: bool,
-    backend: str,
-) -> Tensor:
-    """See :func:`mmvssm.ops.bidirectional_scan`; ``backend`` is the scan's.
+@dataclass(frozen=True)
+class ComposedBidirectional(Composed):
+    """A single scan of both directions, as two groups of channels.
 
-    Convolutions and projections of both directions read the sequence as it is.
-    The two then go through a single scan as two groups of channels, of which
-    the second runs from the end, and are gated after they are added up: both
-    have the gate of their position, so it is a common factor.
+    Convolutions and projections of both directions read the sequence as it is. The
+    second group runs from the end. They are gated after they are added up: both have
+    the gate of their position, so it is a common factor.
     """
-    channels = x.shape[1]
-    ways = (
-        _prepare(x.mT, forward, from_end=False),
-        _prepare(x.mT, backward, from_end=True),
-    )
+
+    supplier: Supplier
+
+    def forward(
+        self, inputs: BidirectionalInputs, options: BidirectionalOptions, keep: bool
+    ) -> Result:
+        """See :func:`mmvssm.ops.bidirectional_scan`."""
+        x, z, *ways = inputs
+        dtype, read = options.projected_dtype, []
+        for weights, from_end in zip(ways, (False, True)):
+            rank, states = weights.dt_proj_weight.shape[1], weights.A.shape[1]
+            u = _convolve(x.mT, weights, from_end)
+            call = deterministic_call(u.to(dtype), weights.x_proj_weight.to(dtype))
+            function, arguments = LINEAR.route(call)
+            (projected,) = LINEAR.outputs(call, function(*arguments))
+            dt, B, C = projected.split((rank, states, states), dim=-1)
+            call = deterministic_call(dt, weights.dt_proj_weight.to(dtype))
+            function, arguments = LINEAR.route(call)
+            (delta,) = LINEAR.outputs(call, function(*arguments))
+            along = (u, delta, B, C)
+            read.append([t.flip(1) for t in along] if from_end else along)
+        call = _scan_call(inputs, read, self.supplier.name)
+        function, arguments = SELECTIVE_SCAN.route(call)
+        ys, _ = SELECTIVE_SCAN.outputs(call, function(*arguments))
+        y, y_from_end = ys.split(x.shape[1], dim=1)
+        gate = options.scale * deterministic_math.silu(z.to(ys.dtype))
+        y = (y + y_from_end.flip(-1)) * gate
+        return Result((y.to(options.out_dtype),), has_nan=False)
+
+
+def _scan_call(
+    inputs: BidirectionalInputs, read: Sequence[Sequence[Tensor]], backend: str
+) -> Call:
+    """The scan of both directions.
+
+    Args:
+        inputs: Of the op.
+        read: Of each direction, along it: u and delta (B, L, D), B and C (B, L, N).
+        backend: Of the scan.
+    """
+    _, _, forward, backward = inputs
     # (B, L, 2, ...)
-    u, delta, B, C = (torch.stack(pair, dim=2) for pair in zip(*ways))
+    u, delta, B, C = (torch.stack(pair, dim=2) for pair in zip(*read))
     A, D, bias = (
         torch.cat((getattr(forward, name), getattr(backward, name)))
         for name in ('A', 'D', 'dt_proj_bias')
     )
-    ys, _ = scan(
-        u.flatten(2).mT,
-        delta.flatten(2).mT,
-        A,
-        B.permute(0, 2, 3, 1),
-        C.permute(0, 2, 3, 1),
-        D,
-        None,
-        bias,
-        True,
-        float32_out=True,
-        backend=backend,
+    scan = ScanInputs(
+        u=u.flatten(2).mT,
+        delta=delta.flatten(2).mT,
+        A=A,
+        B=B.permute(0, 2, 3, 1),
+        C=C.permute(0, 2, 3, 1),
+        D=D,
+        delta_bias=bias,
     )
-    y, y_from_end = ys.split(channels, dim=1)
-    gate = deterministic_math.silu(z.to(ys.dtype))
-    if average:
-        gate = gate / 2
-    y = (y + y_from_end.flip(-1)) * gate
-    return y if autocast.is_enabled(x) else y.to(x.dtype)
-
-
-def _prepare(x: Tensor, weights: Direction, from_end: bool) -> tuple[Tensor, ...]:
-    """What the scan of one direction reads, along that direction.
-
-    Args:
-        x: Sequence (B, L, D).
-        weights: Those of the direction.
-        from_end: Whether it starts at the last position.
-
-    Returns:
-        u and delta (B, L, D), B and C (B, L, N).
-    """
-    rank, states = weights.dt_proj_weight.shape[1], weights.A.shape[1]
-    u = deterministic_math.silu(_convolve(x, weights, from_end)).to(x.dtype)
-    dt, B, C = deterministic_linear(u, weights.x_proj_weight).split(
-        (rank, states, states), dim=-1
-    )
-    inputs = (u, deterministic_linear(dt, weights.dt_proj_weight), B, C)
-    return tuple(t.flip(1) for t in inputs) if from_end else inputs
+    wide = torch.promote_types(inputs.x.dtype, torch.float32)
+    return Call(scan, ScanOptions(True, wide), backend, A.shape[1])
 
 
 def _convolve(x: Tensor, weights: Direction, from_end: bool) -> Tensor:
-    """Depthwise convolution along the direction, in float32 at least."""
+    """Depthwise convolution along the direction with SiLU, in x's dtype.
+
+    Computed in float32 at least.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     length, width = x.shape[1], weights.conv_weight.shape[1]
     taps = weights.conv_weight.to(dtype).unbind(1)
@@ -90,4 +108,4 @@ def _convolve(x: Tensor, weights: Direction, from_end: bool) -> Tensor:
     out = weights.conv_bias.to(dtype)
     for shift, tap in enumerate(taps):
         out = out + padded[:, shift : shift + length] * tap
-    return out
+    return deterministic_math.silu(out).to(x.dtype)

@@ -6,10 +6,20 @@ the backward pass, which computes convolutions and step sizes once more.
 """
 
 from collections.abc import Sequence
+from ctypes import byref
 
 import torch
 from torch import Tensor
 
+from mmvssm.ops import backends
+from mmvssm.ops.bidirectional_scan.declaration import (
+    BidirectionalInputs,
+    BidirectionalOptions,
+    KernelInputs,
+    gradients_of,
+    outputs_like,
+    saved_like,
+)
 from mmvssm.ops.bidirectional_scan.direction import Direction
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import (
@@ -21,112 +31,119 @@ from mmvssm.ops.cpu.library import (
     ScanProblem,
 )
 from mmvssm.ops.deterministic_math import linear_product
+from mmvssm.ops.kernel_args import pointer, readable
+from mmvssm.ops.operator import Result
 from mmvssm.ops.selective_scan.cpu_backend import saved_states_shape
-from mmvssm.ops.structures import pointer
 
 # Of sequences and projections.
-DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16)
 # How the scan of each direction sees a tensor.
 _VIEWS = (Array.of, Array.from_end)
 
 
-def saved_shape(batch: int, length: int, states: int, channels: int) -> tuple:
-    """Shape of the states that forward keeps of both directions."""
-    return (2, *saved_states_shape(batch, length, states, channels))
+class CpuBidirectional:
+    """Kernels do all but the matrix products."""
 
+    supplier = backends.CPU
+    differentiable = False
 
-def forward(
-    x: Tensor,
-    z: Tensor,
-    weights: Sequence[Direction],
-    average: bool,
-    out_dtype: torch.dtype,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None, bool]:
-    """See :func:`mmvssm.ops.bidirectional_scan`; weights are contiguous.
+    def refuses(
+        self, inputs: BidirectionalInputs, options: BidirectionalOptions
+    ) -> str | None:
+        """Projections that the kernels do not read."""
+        if options.projected_dtype not in _DTYPES:
+            return f'it reads no projections of {options.projected_dtype}'
+        return None
 
-    Returns:
-        The output (B, L, D), the sum of the two scans before the gate, the
-        projections (B, L, R + 2N) of each direction, with ``keep_states`` the
-        states before the tiles of each direction, and whether there is NaN.
-    """
-    batch, length, channels = x.shape
-    states = weights[0].A.shape[1]
-    us = _convolve(x, weights)
-    projected = [_project(u, w) for u, w in zip(us, weights)]
-    ys = [x.new_empty(x.shape, dtype=torch.float32) for _ in weights]
-    last = ys[0].new_empty(2, batch, channels, states)
-    saved = None
-    if keep_states:
-        saved = ys[0].new_empty(saved_shape(batch, length, states, channels))
-    deltas = [_step_sizes(p, w) for p, w in zip(projected, weights)]
-    problem = ScanPair()
-    for i, view in enumerate(_VIEWS):
-        problem.ways[i] = ScanProblem(
-            **_scan_inputs(view, us[i], deltas[i], projected[i], weights[i]),
-            out=view(ys[i].mT),
-            last_state=pointer(last[i]),
-            saved=pointer(saved[i]) if keep_states else None,
+    def saved_like(
+        self, inputs: BidirectionalInputs, options: BidirectionalOptions
+    ) -> tuple[Tensor, ...]:
+        """The sum before the gate, projections and states of both directions."""
+        batch, channels, length = inputs.x.shape
+        shape = saved_states_shape(batch, length, inputs.forward.A.shape[1], channels)
+        return saved_like(inputs, options, shape)
+
+    def forward(
+        self, inputs: BidirectionalInputs, options: BidirectionalOptions, keep: bool
+    ) -> Result:
+        """See :func:`mmvssm.ops.bidirectional_scan`."""
+        x, z, weights = KernelInputs.of(inputs, options, _DTYPES)
+        batch, length, channels = x.shape
+        states = weights[0].A.shape[1]
+        us = _convolve(x, weights)
+        projected = [_project(u, w) for u, w in zip(us, weights)]
+        ys = [x.new_empty(x.shape, dtype=torch.float32) for _ in weights]
+        last = ys[0].new_empty(2, batch, channels, states)
+        saved = None
+        if keep:
+            shape = saved_states_shape(batch, length, states, channels)
+            saved = ys[0].new_empty(2, *shape)
+        deltas = [_step_sizes(p, w) for p, w in zip(projected, weights)]
+        pair = ScanPair()
+        for i, view in enumerate(_VIEWS):
+            pair.ways[i] = ScanProblem(
+                **_scan_inputs(view, us[i], deltas[i], projected[i], weights[i]),
+                out=view(ys[i].mT),
+                last_state=pointer(last[i]),
+                saved=None if saved is None else pointer(saved[i]),
+            )
+        has_nan = library.kernel('pair_forward')(byref(pair), library.parallel_for())
+        (out,) = outputs_like(inputs, options)
+        gate = GateProblem(
+            batch=batch,
+            channels=channels,
+            length=length,
+            scale=options.scale,
+            y=Array.of(ys[0].mT),
+            y_from_end=Array.of(ys[1].mT),
+            z=Array.of(z.mT),
+            out=Array.of(out),
         )
-    has_nan = library.call('pair_forward', problem)
-    out = x.new_empty(x.shape, dtype=out_dtype)
-    gate = GateProblem(
-        *(batch, channels, length, _scale(average)),
-        *(Array.of(t.mT) for t in (*ys, z, out)),
-    )
-    has_nan |= library.call('gate_forward', gate)
-    return out, ys[0], projected, saved, has_nan
+        has_nan |= library.kernel('gate_forward')(byref(gate), library.parallel_for())
+        kept = () if saved is None else (ys[0], *projected, saved)
+        return Result((out,), kept, has_nan)
 
-
-def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    z: Tensor,
-    weights: Sequence[Direction],
-    average: bool,
-    y: Tensor,
-    projected: Sequence[Tensor],
-    saved: Tensor,
-) -> tuple[Tensor, Tensor, list[Direction]]:
-    """Gradients of x, z and the weights.
-
-    Args:
-        grad_out: Gradient of the output (B, L, D).
-        y, projected, saved: What :func:`forward` returned behind the output.
-    """
-    batch, length, channels = x.shape
-    grad_y, grad_z = torch.empty_like(y), torch.empty_like(z)
-    gate = GateProblem(
-        *(batch, channels, length, _scale(average)),
-        y=Array.of(y.mT),
-        z=Array.of(z.mT),
-        grad_out=Array.of(grad_out.mT),
-        grad_y=Array.of(grad_y.mT),
-        grad_z=Array.of(grad_z.mT),
-    )
-    library.call('gate_backward', gate)
-    us = _convolve(x, weights)
-    scans = _scan_backward(grad_y, us, projected, weights, saved)
-    rests, grads = zip(
-        *(
-            _project_backward(u, p, w, *scan)
-            for u, p, w, scan in zip(us, projected, weights, scans)
+    def backward(
+        self,
+        inputs: BidirectionalInputs,
+        options: BidirectionalOptions,
+        saved: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+        wanted: BidirectionalInputs,
+    ) -> BidirectionalInputs:
+        """All gradients; convolutions and step sizes are computed once more."""
+        x, z, weights = KernelInputs.of(inputs, options, _DTYPES)
+        y, *projected, states = saved
+        batch, length, channels = x.shape
+        grad_out = readable(grads[0], Array)
+        grad_y, grad_z = torch.empty_like(y), torch.empty_like(z)
+        gate = GateProblem(
+            batch=batch,
+            channels=channels,
+            length=length,
+            scale=options.scale,
+            y=Array.of(y.mT),
+            z=Array.of(z.mT),
+            grad_out=Array.of(grad_out),
+            grad_y=Array.of(grad_y.mT),
+            grad_z=Array.of(grad_z.mT),
         )
-    )
-    grad_us = [(scan[0], rest) for scan, rest in zip(scans, rests)]
-    grad_x, convolutions = _convolve_backward(x, weights, grad_us)
-    return (
-        grad_x,
-        grad_z,
-        [
+        library.kernel('gate_backward')(byref(gate), library.parallel_for())
+        us = _convolve(x, weights)
+        scans = _scan_backward(grad_y, us, projected, weights, states)
+        rests, by_weights = zip(
+            *(
+                _project_backward(u, p, w, *scan)
+                for u, p, w, scan in zip(us, projected, weights, scans)
+            )
+        )
+        grad_us = [(scan[0], rest) for scan, rest in zip(scans, rests)]
+        grad_x, convolutions = _convolve_backward(x, weights, grad_us)
+        found = [
             grad._replace(conv_weight=by_weight, conv_bias=by_bias)
-            for grad, (by_weight, by_bias) in zip(grads, convolutions)
-        ],
-    )
-
-
-def _scale(average: bool) -> float:
-    return 0.5 if average else 1.0
+            for grad, (by_weight, by_bias) in zip(by_weights, convolutions)
+        ]
+        return gradients_of(inputs, grad_x, grad_z, found)
 
 
 # Convolutions
@@ -135,10 +152,13 @@ def _scale(average: bool) -> float:
 def _convolve(x: Tensor, weights: Sequence[Direction]) -> list[Tensor]:
     us = [x.new_empty(x.shape) for _ in weights]
     ways = [
-        ConvWay(pointer(w.conv_weight), pointer(w.conv_bias), Array.of(u.mT))
+        ConvWay(
+            weight=pointer(w.conv_weight), bias=pointer(w.conv_bias), out=Array.of(u.mT)
+        )
         for u, w in zip(us, weights)
     ]
-    library.call('conv_forward', _convolution(x, weights, ways))
+    args = _convolution(x, weights, ways)
+    library.kernel('conv_forward')(byref(args), library.parallel_for())
     return us
 
 
@@ -162,16 +182,17 @@ def _convolve_backward(
     ]
     ways = [
         ConvWay(
-            pointer(w.conv_weight),
-            pointer(w.conv_bias),
-            Array(),
-            *(Array.of(t.mT) for t in grads),
-            *(pointer(t) for t in by_weights),
+            weight=pointer(w.conv_weight),
+            bias=pointer(w.conv_bias),
+            grad_scan=Array.of(grads[0].mT),
+            grad_rest=Array.of(grads[1].mT),
+            grad_weight=pointer(by_weights[0]),
+            grad_bias=pointer(by_weights[1]),
         )
         for w, grads, by_weights in zip(weights, grad_us, sums)
     ]
-    problem = _convolution(x, weights, ways, grad_x)
-    library.call('conv_backward', problem)
+    args = _convolution(x, weights, ways, grad_x)
+    library.kernel('conv_backward')(byref(args), library.parallel_for())
     return grad_x, [
         (by_weight.sum(0).T.contiguous(), by_bias.sum(0)) for by_weight, by_bias in sums
     ]
@@ -185,10 +206,13 @@ def _convolution(
 ) -> ConvProblem:
     batch, length, channels = x.shape
     return ConvProblem(
-        *(batch, channels, length, weights[0].conv_weight.shape[1]),
-        Array.of(x.mT),
-        Array() if grad_x is None else Array.of(grad_x.mT),
-        (ConvWay * 2)(*ways),
+        batch=batch,
+        channels=channels,
+        length=length,
+        taps=weights[0].conv_weight.shape[1],
+        x=Array.of(x.mT),
+        grad_x=Array() if grad_x is None else Array.of(grad_x.mT),
+        ways=(ConvWay * 2)(*ways),
     )
 
 
@@ -290,7 +314,7 @@ def _scan_backward(
             grad_D=pointer(by_D[i]),
             grad_bias=pointer(by_bias[i]),
         )
-    library.call('pair_backward', problem)
+    library.kernel('pair_backward')(byref(problem), library.parallel_for())
     # Gradients of B and C come in the order of the scan.
     in_order = ((t[0].sum(0), t[1].sum(0).flip(1)) for t in (by_B, by_C))
     return [

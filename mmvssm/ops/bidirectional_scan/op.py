@@ -2,20 +2,33 @@
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
-from mmvssm.ops import autocast
-from mmvssm.ops.backends import choose_backend
-from mmvssm.ops.bidirectional_scan.composed import bidirectional_scan_composed
-from mmvssm.ops.bidirectional_scan.direction import Direction
-from mmvssm.ops.bidirectional_scan.fused import (
-    bidirectional_scan_fused,
-    is_fused,
-    projected_dtype,
+from mmvssm.ops import autocast, backends
+from mmvssm.ops.bidirectional_scan.composed import ComposedBidirectional
+from mmvssm.ops.bidirectional_scan.cpu_backend import CpuBidirectional
+from mmvssm.ops.bidirectional_scan.declaration import (
+    BIDIRECTIONAL_SCAN,
+    BidirectionalInputs,
+    BidirectionalOptions,
 )
-from mmvssm.ops.bidirectional_scan.reference import bidirectional_scan_reference
+from mmvssm.ops.bidirectional_scan.direction import Direction
+from mmvssm.ops.bidirectional_scan.reference import ReferenceBidirectional
+from mmvssm.ops.bidirectional_scan.triton_backend import TritonBidirectional
+from mmvssm.ops.operator import Call
+
+BIDIRECTIONAL_SCAN.supply(
+    CpuBidirectional(),
+    TritonBidirectional(),
+    ReferenceBidirectional(),
+    composed=lambda name: ComposedBidirectional(backends.suppliers[name]),
+)
 
 
+def _result(outputs: tuple[Tensor, ...], options: BidirectionalOptions) -> Tensor:
+    return outputs[0]
+
+
+@BIDIRECTIONAL_SCAN.public(finish=_result)
 def bidirectional_scan(
     x: Tensor,
     z: Tensor,
@@ -24,7 +37,7 @@ def bidirectional_scan(
     *,
     average: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Call:
     r"""Scan a sequence from both ends, each way with weights of its own.
 
     One direction is a depthwise causal convolution with SiLU, projections to
@@ -57,27 +70,17 @@ def bidirectional_scan(
             than x outside autocast.
         ValueError: A shape does not fit.
     """
-    inputs = (x, z, *forward, *backward)
-    if has_torch_function(inputs):
-        # The FLOPs counter sees one op here, however it is computed.
-        return handle_torch_function(
-            bidirectional_scan,
-            inputs,
-            *(x, z, forward, backward),
-            average=average,
-            backend=backend,
-        )
     _check(x, z, forward, backward)
-    name = choose_backend(x.device.type, x.dtype, backend, states=forward.A.shape[1])
-    if is_fused(name, projected_dtype(x)):
-        return bidirectional_scan_fused(x, z, forward, backward, average, name)
-    if name != 'reference':
-        return bidirectional_scan_composed(x, z, forward, backward, average, name)
-    dtype = x.dtype
+    out_dtype = projected_dtype = x.dtype
     if autocast.is_enabled(x):
-        dtype = torch.promote_types(dtype, torch.float32)
-    with autocast.disabled(x):
-        return bidirectional_scan_reference(x, z, forward, backward, average, dtype)
+        out_dtype = torch.promote_types(x.dtype, torch.float32)
+        projected_dtype = torch.get_autocast_dtype(x.device.type)
+    return Call(
+        BidirectionalInputs(x, z, Direction(*forward), Direction(*backward)),
+        BidirectionalOptions(average, out_dtype, projected_dtype),
+        backend,
+        states=forward.A.shape[1],
+    )
 
 
 def _check(x: Tensor, z: Tensor, forward: Direction, backward: Direction) -> None:

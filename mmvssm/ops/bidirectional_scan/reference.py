@@ -4,33 +4,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvssm.ops import deterministic_math
+from mmvssm.ops import backends, deterministic_math
+from mmvssm.ops.bidirectional_scan.declaration import (
+    BidirectionalInputs,
+    BidirectionalOptions,
+)
 from mmvssm.ops.bidirectional_scan.direction import Direction
-from mmvssm.ops.selective_scan.reference import selective_scan_reference
+from mmvssm.ops.operator import Composed, Result
+from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions
+from mmvssm.ops.selective_scan.reference import ReferenceScan
 
 
-def bidirectional_scan_reference(
-    x: Tensor,
-    z: Tensor,
-    forward: Direction,
-    backward: Direction,
-    average: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
+class ReferenceBidirectional(Composed):
     """Algorithm 1 of Vim (arXiv 2401.09417), lines 6 to 19.
 
-    The arguments are those of :func:`mmvssm.ops.bidirectional_scan`.
-    Everything is computed in float32, or float64 for float64 input.
+    In float32, or float64 for float64 input.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x, z = x.to(dtype), z.to(dtype)
-    forward, backward = (
-        Direction(*(t.to(dtype) for t in direction))
-        for direction in (forward, backward)
-    )
-    y = _one_direction(x, z, forward)
-    y = y + _one_direction(x.flip(-1), z.flip(-1), backward).flip(-1)
-    return (y / 2 if average else y).to(out_dtype)
+
+    supplier = backends.REFERENCE
+
+    def forward(
+        self, inputs: BidirectionalInputs, options: BidirectionalOptions, keep: bool
+    ) -> Result:
+        """See :func:`mmvssm.ops.bidirectional_scan`."""
+        dtype = torch.promote_types(inputs.x.dtype, torch.float32)
+        x, z = inputs.x.to(dtype), inputs.z.to(dtype)
+        forward, backward = (
+            Direction(*(t.to(dtype) for t in direction)) for direction in inputs[2:]
+        )
+        y = _one_direction(x, z, forward)
+        y = y + _one_direction(x.flip(-1), z.flip(-1), backward).flip(-1)
+        return Result(((options.scale * y).to(options.out_dtype),))
 
 
 def _one_direction(x: Tensor, z: Tensor, weights: Direction) -> Tensor:
@@ -44,16 +48,15 @@ def _one_direction(x: Tensor, z: Tensor, weights: Direction) -> Tensor:
     )
     u = deterministic_math.silu(u)
     dt, B, C = (weights.x_proj_weight @ u).split((rank, states, states), dim=1)
-    y, _ = selective_scan_reference(
-        u,
-        weights.dt_proj_weight @ dt,
-        weights.A,
-        B.unsqueeze(1),
-        C.unsqueeze(1),
-        weights.D,
-        z,
-        weights.dt_proj_bias,
-        True,
-        u.dtype,
+    inputs = ScanInputs(
+        u=u,
+        delta=weights.dt_proj_weight @ dt,
+        A=weights.A,
+        B=B.unsqueeze(1),
+        C=C.unsqueeze(1),
+        D=weights.D,
+        z=z,
+        delta_bias=weights.dt_proj_bias,
     )
-    return y
+    options = ScanOptions(delta_softplus=True, out_dtype=u.dtype)
+    return ReferenceScan().forward(inputs, options, False).outputs[0]

@@ -12,116 +12,120 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmvssm.ops import checks
+from mmvssm.ops import backends
+from mmvssm.ops.bidirectional_scan.declaration import (
+    BidirectionalInputs,
+    BidirectionalOptions,
+    KernelInputs,
+    gradients_of,
+    outputs_like,
+    saved_like,
+)
 from mmvssm.ops.bidirectional_scan.direction import Direction
 from mmvssm.ops.deterministic_math import linear_product
-from mmvssm.ops.selective_scan import triton_plan
+from mmvssm.ops.operator import Result
 from mmvssm.ops.selective_scan.triton_backend import scan_backward, scan_forward
 from mmvssm.ops.selective_scan.triton_plan import (
     Inputs,
     Plan,
     low_rank_gradients,
     low_rank_steps,
+    saved_states_shape,
 )
 from mmvssm.ops.triton import runtime, tiles
 from mmvssm.ops.triton.arrays import array
 
 # Of sequences and projections.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Orders of the positions, see selective_scan/triton_kernels.py.
 _FROM_START, _FROM_END = 0, 2
 
 
-def saved_shape(batch: int, length: int, states: int, channels: int) -> tuple:
-    """Shape of the states that forward keeps of both directions."""
-    return (2, *triton_plan.saved_states_shape(batch, length, states, channels))
+class TritonBidirectional:
+    """Kernels do all but the matrix products."""
 
+    supplier = backends.TRITON
+    differentiable = False
 
-def forward(
-    x: Tensor,
-    z: Tensor,
-    weights: Sequence[Direction],
-    average: bool,
-    out_dtype: torch.dtype,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None, bool]:
-    """See :func:`mmvssm.ops.bidirectional_scan`.
+    def refuses(
+        self, inputs: BidirectionalInputs, options: BidirectionalOptions
+    ) -> str | None:
+        """Projections that the kernels do not read."""
+        if options.projected_dtype not in _DTYPES:
+            return f'it reads no projections of {options.projected_dtype}'
+        return None
 
-    Returns:
-        The output (B, L, D), the sum of the two scans before the gate, the
-        projections (B, L, R + 2N) of each direction, with ``keep_states`` the
-        states before the chunks of each direction, and whether there is NaN.
-    """
-    batch, length, channels = x.shape
-    us = _convolve(x, weights)
-    projected = [
-        linear_product(u.to(w.x_proj_weight.dtype), w.x_proj_weight)
-        for u, w in zip(us, weights)
-    ]
-    y = x.new_empty(x.shape, dtype=torch.float32)
-    out = x.new_empty(x.shape, dtype=out_dtype)
-    kept = (None, None)
-    if keep_states:
-        shape = saved_shape(batch, length, weights[0].A.shape[1], channels)
-        kept = x.new_empty(shape, dtype=torch.float32)
-    first = _scan_inputs(us[0], projected[0], weights[0])
-    plan = Plan.of(first, True, route=_FROM_START)
-    scan_forward(plan, first, y.mT, saved=kept[0])
-    second = _scan_inputs(us[1], projected[1], weights[1], z)
-    plan = Plan.of(second, True, route=_FROM_END, scale=_scale(average))
-    total = y.mT if keep_states else None
-    scan_forward(plan, second, out.mT, added=y.mT, total=total, saved=kept[1])
-    saved = kept if keep_states else None
-    return out, y, projected, saved, checks.has_nan(out)
+    def saved_like(
+        self, inputs: BidirectionalInputs, options: BidirectionalOptions
+    ) -> tuple[Tensor, ...]:
+        """The sum before the gate, projections and states of both directions."""
+        batch, channels, length = inputs.x.shape
+        shape = saved_states_shape(batch, length, inputs.forward.A.shape[1], channels)
+        return saved_like(inputs, options, shape)
 
+    def forward(
+        self, inputs: BidirectionalInputs, options: BidirectionalOptions, keep: bool
+    ) -> Result:
+        """See :func:`mmvssm.ops.bidirectional_scan`."""
+        x, z, weights = KernelInputs.of(inputs, options, _DTYPES)
+        batch, length, channels = x.shape
+        us = _convolve(x, weights)
+        projected = [
+            linear_product(u.to(w.x_proj_weight.dtype), w.x_proj_weight)
+            for u, w in zip(us, weights)
+        ]
+        y = x.new_empty(x.shape, dtype=torch.float32)
+        (out,) = outputs_like(inputs, options)
+        kept: Sequence[Tensor | None] = (None, None)
+        if keep:
+            states = weights[0].A.shape[1]
+            shape = saved_states_shape(batch, length, states, channels)
+            kept = x.new_empty(2, *shape, dtype=torch.float32)
+        first = _scan_inputs(us[0], projected[0], weights[0])
+        plan = Plan.of(first, True, route=_FROM_START)
+        scan_forward(plan, first, y.mT, saved=kept[0])
+        second = _scan_inputs(us[1], projected[1], weights[1], z)
+        plan = Plan.of(second, True, route=_FROM_END, scale=options.scale)
+        total = y.mT if keep else None
+        scan_forward(plan, second, out, added=y.mT, total=total, saved=kept[1])
+        saved = (y, *projected, kept) if keep else ()
+        return Result((out,), saved)
 
-def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    z: Tensor,
-    weights: Sequence[Direction],
-    average: bool,
-    y: Tensor,
-    projected: Sequence[Tensor],
-    saved: Tensor,
-) -> tuple[Tensor, Tensor, list[Direction]]:
-    """Gradients of x, z and the weights.
-
-    Args:
-        grad_out: Gradient of the output (B, L, D).
-        y, projected, saved: What :func:`forward` returned behind the output.
-    """
-    us = _convolve(x, weights)
-    grad_z = torch.empty_like(z)
-    grad_us, found = [], []
-    for i, (u, p, w) in enumerate(zip(us, projected, weights)):
-        inputs = _scan_inputs(u, p, w, z)
-        route = (_FROM_START, _FROM_END)[i]
-        plan = Plan.of(inputs, True, backward=True, route=route, scale=_scale(average))
-        grads = scan_backward(
-            *(plan, inputs, saved[i], grad_out.mT),
-            grad_u=torch.empty_like(u).mT,
-            grad_delta=u.new_empty(u.shape, dtype=p.dtype).mT,
-            # Of the gate, which is common, once.
-            grad_z=grad_z.mT if i == 0 else None,
-            total=y.mT,
-        )
-        rest, by_weights = _project_backward(u, p, w, grads)
-        grad_us.append((grads.u.mT, rest))
-        found.append(by_weights)
-    grad_x, convolutions = _convolve_backward(x, weights, grad_us)
-    return (
-        grad_x,
-        grad_z,
-        [
+    def backward(
+        self,
+        inputs: BidirectionalInputs,
+        options: BidirectionalOptions,
+        saved: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+        wanted: BidirectionalInputs,
+    ) -> BidirectionalInputs:
+        """All gradients; convolutions and step sizes are computed once more."""
+        x, z, weights = KernelInputs.of(inputs, options, _DTYPES)
+        y, *projected, states = saved
+        us = _convolve(x, weights)
+        grad_z = torch.empty_like(z)
+        grad_us, found = [], []
+        for i, (u, p, w) in enumerate(zip(us, projected, weights)):
+            scan = _scan_inputs(u, p, w, z)
+            route = (_FROM_START, _FROM_END)[i]
+            plan = Plan.of(scan, True, backward=True, route=route, scale=options.scale)
+            by_scan = scan_backward(
+                *(plan, scan, states[i], grads[0]),
+                grad_u=torch.empty_like(u).mT,
+                grad_delta=u.new_empty(u.shape, dtype=p.dtype).mT,
+                # Of the gate, which is common, once.
+                grad_z=grad_z.mT if i == 0 else None,
+                total=y.mT,
+            )
+            rest, by_weights = _project_backward(u, p, w, by_scan)
+            grad_us.append((by_scan.u.mT, rest))
+            found.append(by_weights)
+        grad_x, convolutions = _convolve_backward(x, weights, grad_us)
+        found = [
             grad._replace(conv_weight=by_weight, conv_bias=by_bias)
             for grad, (by_weight, by_bias) in zip(found, convolutions)
-        ],
-    )
-
-
-def _scale(average: bool) -> float:
-    return 0.5 if average else 1.0
+        ]
+        return gradients_of(inputs, grad_x, grad_z, found)
 
 
 # Convolutions
@@ -149,7 +153,7 @@ def _convolve(x: Tensor, weights: Sequence[Direction]) -> list[Tensor]:
 
     us = [x.new_empty(x.shape) for _ in weights]
     ways = tuple(
-        _Way(array(w.conv_weight), array(w.conv_bias), array(u))
+        _Way(weight=array(w.conv_weight), bias=array(w.conv_bias), out=array(u))
         for w, u in zip(weights, us)
     )
     batch, length, channels = x.shape
@@ -158,7 +162,13 @@ def _convolve(x: Tensor, weights: Sequence[Direction]) -> list[Tensor]:
     with runtime.on_device_of(x):
         triton_kernels.conv_forward_kernel[
             (batch * -(-channels // tile.channels) * blocks,)
-        ](array(x), ways, tuple(x.shape), blocks, **_constants(weights, tile))
+        ](
+            x=array(x),
+            ways=ways,
+            shape=tuple(x.shape),
+            parts=blocks,
+            **_constants(weights, tile),
+        )
     return us
 
 
@@ -182,8 +192,8 @@ def _convolve_backward(
     grad_x = torch.empty_like(x)
     ways = tuple(
         _Way(
-            array(w.conv_weight),
-            array(w.conv_bias),
+            weight=array(w.conv_weight),
+            bias=array(w.conv_bias),
             grads=tuple(array(grad) for grad in grads),
             sums=x.new_empty(shape, dtype=torch.float32),
         )
@@ -193,7 +203,12 @@ def _convolve_backward(
         triton_kernels.conv_backward_kernel[
             (batch * -(-channels // tile.channels) * parts,)
         ](
-            *(array(x), array(grad_x), ways, tuple(x.shape), parts, repeats),
+            x=array(x),
+            grad_x=array(grad_x),
+            ways=ways,
+            shape=tuple(x.shape),
+            parts=parts,
+            repeats=repeats,
             **_constants(weights, tile),
         )
     sums = [way.sums.sum((0, 1)) for way in ways]
@@ -219,8 +234,15 @@ def _scan_inputs(
     dt, B, C = projected.split((rank, states, states), dim=2)
     delta, delta_weight = low_rank_steps(dt, weights.dt_proj_weight, states)
     return Inputs(
-        *(u.mT, delta, weights.A, B.mT.unsqueeze(1), C.mT.unsqueeze(1), weights.D),
-        *(None if z is None else z.mT, weights.dt_proj_bias, delta_weight),
+        u=u.mT,
+        delta=delta,
+        A=weights.A,
+        B=B.mT.unsqueeze(1),
+        C=C.mT.unsqueeze(1),
+        D=weights.D,
+        z=None if z is None else z.mT,
+        delta_bias=weights.dt_proj_bias,
+        delta_weight=delta_weight,
     )
 
 

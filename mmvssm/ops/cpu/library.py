@@ -14,17 +14,17 @@ Environment variables, read when the library is first used:
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mmvssm.ops import structures
-from mmvssm.ops.structures import structure
+from mmvssm.ops import kernel_args
+from mmvssm.ops.kernel_args import structure
 
 ISA_VARIABLE = 'MMVSSM_CPU_ISA'
 LIBRARY_VARIABLE = 'MMVSSM_CPU_LIBRARY'
@@ -34,7 +34,7 @@ _DONE, _FOUND_NAN, _OUT_OF_MEMORY = range(3)
 _forced: list[str] = []
 
 
-class Array(structures.Array):
+class Array(kernel_args.Array):
     """A tensor of up to four axes, as in problem.h."""
 
     dtypes: ClassVar[dict[torch.dtype, int]] = {torch.float32: 0, torch.bfloat16: 1}
@@ -238,22 +238,30 @@ def strips(channels: int) -> int:
     return _library().mmvssm_strips(c_int32(_ISAS.index(isa())), c_int64(channels))
 
 
-def call(function: str, problem: ctypes.Structure) -> bool:
-    """Run a kernel.
+def kernel(function: str) -> Callable[..., bool]:
+    """A kernel, to be called with a pointer to its arguments and :func:`parallel_for`.
+
+    It says whether a forward kernel met NaN.
 
     Args:
         function: Its name in entry.cpp, without ``mmvssm_``.
-        problem: The structure that it takes.
-
-    Returns:
-        Whether a forward kernel met NaN.
 
     Raises:
-        MemoryError: There is none for its buffers.
+        MemoryError: (By the kernel) There is none for its buffers.
     """
-    status = getattr(_library(), f'mmvssm_{function}')(
-        c_int32(_ISAS.index(isa())), ctypes.byref(problem), parallel_for()
-    )
+    return partial(_kernel(function), _ISAS.index(isa()))
+
+
+@cache
+def _kernel(function: str) -> Any:
+    found = getattr(_library(), f'mmvssm_{function}')
+    found.argtypes = (c_int32, c_void_p, c_void_p)
+    found.restype = c_int32
+    found.errcheck = _found_nan
+    return found
+
+
+def _found_nan(status: int, function: Any, arguments: tuple[Any, ...]) -> bool:
     if status == _OUT_OF_MEMORY:
         raise MemoryError('the scan found no memory for its buffers')
     return status == _FOUND_NAN

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmvssm.ops.cache import cache_folder
 from mmvssm.ops.cuda import build
-from mmvssm.ops.structures import Array, structure
+from mmvssm.ops.kernel_args import Array, structure
 
 LIBRARY_VARIABLE = 'MMVSSM_CUDA_LIBRARY'
 # Positions from one saved state to the next, as in problem.h.

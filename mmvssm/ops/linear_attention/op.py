@@ -3,12 +3,28 @@
 import torch
 from torch import Tensor
 
-from mmvssm.ops import autocast
-from mmvssm.ops.backends import choose_backend
-from mmvssm.ops.linear_attention.linear import linear_attention_linear
-from mmvssm.ops.linear_attention.reference import linear_attention_reference
+from mmvssm.ops import autocast, backends
+from mmvssm.ops.linear_attention.declaration import (
+    LINEAR_ATTENTION,
+    AttentionInputs,
+    AttentionOptions,
+)
+from mmvssm.ops.linear_attention.linear_form import LinearForm
+from mmvssm.ops.linear_attention.reference import ReferenceAttention
+from mmvssm.ops.operator import Call
+
+LINEAR_ATTENTION.supply(
+    LinearForm(backends.TORCH),
+    ReferenceAttention(),
+    composed=lambda name: LinearForm(backends.suppliers[name]),
+)
 
 
+def _result(outputs: tuple[Tensor, ...], options: AttentionOptions) -> Tensor:
+    return outputs[0]
+
+
+@LINEAR_ATTENTION.public(finish=_result)
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -19,7 +35,7 @@ def linear_attention(
     normalise: bool = True,
     eps: float = 1e-6,
     backend: str | None = None,
-) -> Tensor:
+) -> Call:
     r"""Attend to all positions at once (arXiv 2006.16236, as in arXiv 2405.16605).
 
     With :math:`\phi(x) = \mathrm{elu}(x) + 1` and the rotation :math:`R_i` of
@@ -62,18 +78,15 @@ def linear_attention(
         ValueError: A shape does not fit.
     """
     _check(q, k, v, heads, rotary)
-    name = choose_backend(v.device.type, v.dtype, backend)
     dtype = torch.float32
     for x in (q, k, v):
         dtype = torch.promote_types(dtype, x.dtype)
     out_dtype = dtype if autocast.is_enabled(v) else v.dtype
+    tables = (None, None)
     if rotary is not None:
-        rotary = tuple(table.detach().to(dtype) for table in rotary)
-    reference = name == 'reference'
-    compute = linear_attention_reference if reference else linear_attention_linear
-    with autocast.disabled(v):
-        y = compute(q, k, v, heads, rotary, normalise, eps, dtype)
-    return y.to(out_dtype)
+        tables = tuple(table.detach().to(dtype) for table in rotary)
+    options = AttentionOptions(heads, normalise, eps, dtype, out_dtype)
+    return Call(AttentionInputs(q, k, v, *tables), options, backend)
 
 
 def _check(

@@ -1,36 +1,39 @@
 """Linear attention as it is defined, with a weight for every two positions."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmvssm.ops import backends
+from mmvssm.ops.linear_attention.declaration import AttentionInputs, AttentionOptions
+from mmvssm.ops.operator import Composed, Result
 from mmvssm.ops.rotary import rotate
 
 
-def linear_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    rotary: tuple[Tensor, Tensor] | None,
-    normalise: bool,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The formula of :func:`mmvssm.ops.linear_attention`, whose arguments it has.
+class ReferenceAttention(Composed):
+    """The formula of :func:`mmvssm.ops.linear_attention`.
 
-    It makes the (B, heads, L, L) matrix of weights. ``dtype`` is that of the
-    result, and of everything on the way.
+    It makes the (B, heads, L, L) matrix of weights.
     """
-    length = q.shape[1]
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    q, k = F.elu(q) + 1, F.elu(k) + 1
-    turned = (q, k) if rotary is None else (rotate(x, *rotary) for x in (q, k))
-    weights = _products(*turned, heads) / length
-    if normalise:
-        weights = weights / (_products(q, k, heads).mean(-1, keepdim=True) + eps)
-    v = v.unflatten(2, (heads, -1)).transpose(1, 2)
-    return (weights @ v).transpose(1, 2).flatten(2)
+
+    supplier = backends.REFERENCE
+
+    def forward(
+        self, inputs: AttentionInputs, options: AttentionOptions, keep: bool
+    ) -> Result:
+        """See :func:`mmvssm.ops.linear_attention`."""
+        q, k, v = (x.to(options.dtype) for x in inputs[:3])
+        cos, sin, heads = inputs.cos, inputs.sin, options.heads
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        turned = (q, k)
+        if cos is not None and sin is not None:
+            turned = (rotate(q, cos, sin), rotate(k, cos, sin))
+        weights = _products(*turned, heads) / q.shape[1]
+        if options.normalise:
+            mean = _products(q, k, heads).mean(-1, keepdim=True)
+            weights = weights / (mean + options.eps)
+        v = v.unflatten(2, (heads, -1)).transpose(1, 2)
+        y = (weights @ v).transpose(1, 2).flatten(2)
+        return Result((y.to(options.out_dtype),), has_nan=False)
 
 
 def _products(q: Tensor, k: Tensor, heads: int) -> Tensor:

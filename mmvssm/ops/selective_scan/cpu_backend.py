@@ -4,137 +4,131 @@ Only the states before every tile of positions are kept for the backward pass,
 which recomputes the rest. See ``mmvssm/ops/cpu/`` for the kernels.
 """
 
+from ctypes import byref
+
 import torch
 from torch import Tensor
 
+from mmvssm.ops import backends
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import Array, ScanProblem
-from mmvssm.ops.gradients import like_inputs
-from mmvssm.ops.structures import pointer
+from mmvssm.ops.kernel_args import parameter, pointer, readable
+from mmvssm.ops.operator import Accepting, Result
+from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions, outputs_like
+
+
+class CpuScan(Accepting):
+    """Channel blocks side by side, tiles of positions one after the other."""
+
+    supplier = backends.CPU
+
+    def forward(self, inputs: ScanInputs, options: ScanOptions, keep: bool) -> Result:
+        """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L)."""
+        out, last_state = outputs_like(inputs, options)
+        saved = self.saved_like(inputs, options) if keep else ()
+        read = _read(inputs)
+        args = ScanProblem(
+            **_described(read, options),
+            out=Array.of(out),
+            last_state=pointer(last_state),
+            saved=pointer(saved[0]) if keep else None,
+        )
+        has_nan = library.kernel('scan_forward')(byref(args), library.parallel_for())
+        return Result((out, last_state), saved, has_nan)
+
+    def saved_like(
+        self, inputs: ScanInputs, options: ScanOptions
+    ) -> tuple[Tensor, ...]:
+        """The state before each tile but the first, (tiles - 1, B, N, D)."""
+        batch, channels, length = inputs.u.shape
+        shape = saved_states_shape(batch, length, inputs.A.shape[1], channels)
+        return (inputs.u.new_empty(shape, dtype=torch.float32),)
+
+    def backward(
+        self,
+        inputs: ScanInputs,
+        options: ScanOptions,
+        saved: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+        wanted: ScanInputs,
+    ) -> ScanInputs:
+        """All gradients, in one pass from the last tile to the first."""
+        grad_out, grad_last_state = readable(grads[0], Array), parameter(grads[1])
+        if grad_out is None:
+            grad_out = torch.zeros_like(inputs.u)
+        read = _read(inputs)
+        u, delta, _, B, _, _, z, _ = read
+        (batch, channels, length), groups, states = u.shape, *B.shape[1:3]
+
+        def sums(*shape: int) -> Tensor:
+            return u.new_empty(shape, dtype=torch.float32)
+
+        by_u, by_delta = torch.empty_like(u), torch.empty_like(delta)
+        by_z = None if z is None else torch.empty_like(z)
+        strips = library.strips(channels // groups)
+        by_B, by_C = (sums(strips, batch, groups, length, states) for _ in 'BC')
+        by_A = sums(batch, states, channels)
+        by_D, by_bias = sums(batch, channels), sums(batch, channels)
+        args = ScanProblem(
+            **_described(read, options),
+            saved=pointer(saved[0]),
+            grad_out=Array.of(grad_out),
+            grad_last_state=pointer(grad_last_state),
+            grad_u=Array.of(by_u),
+            grad_delta=Array.of(by_delta),
+            grad_z=Array.of(by_z),
+            grad_B=pointer(by_B),
+            grad_C=pointer(by_C),
+            grad_A=pointer(by_A),
+            grad_D=pointer(by_D),
+            grad_bias=pointer(by_bias),
+        )
+        library.kernel('scan_backward')(byref(args), library.parallel_for())
+        return ScanInputs(
+            u=by_u,
+            delta=by_delta,
+            A=by_A.sum(0).T,
+            B=by_B.sum(0).mT,
+            C=by_C.sum(0).mT,
+            D=by_D.sum(0),
+            z=by_z,
+            delta_bias=by_bias.sum(0),
+        )
 
 
 def saved_states_shape(
     batch: int, length: int, states: int, channels: int
 ) -> tuple[int, int, int, int]:
-    """Shape of what forward keeps: the state before each tile but the first."""
+    """Shape of the states before the tiles of a scan but the first."""
     return (-(-length // library.tile()) - 1, batch, states, channels)
 
 
-def _native(x: Tensor | None) -> Tensor | None:
-    """The tensor in a dtype that the kernels read."""
-    if x is None or x.dtype in (torch.float32, torch.bfloat16):
-        return x
-    return x.float()
-
-
-def _parameter(x: Tensor | None) -> Tensor | None:
-    """The tensor as contiguous float32."""
-    return None if x is None else x.float().contiguous()
-
-
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    out_dtype: torch.dtype,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L).
-
-    Returns:
-        The output (B, D, L) with u's strides, the last state (B, D, N), with
-        ``keep_states`` the states before the tiles (tiles - 1, B, N, D), and
-        whether there is NaN.
-    """
-    batch, channels, length = u.shape
-    states = A.shape[1]
-    out = torch.empty_like(u, dtype=out_dtype)
-    last_state = u.new_empty(batch, channels, states, dtype=torch.float32)
-    saved = None
-    if keep_states:
-        shape = saved_states_shape(batch, length, states, channels)
-        saved = u.new_empty(shape, dtype=torch.float32)
-    delta, B, C, z = (_native(x) for x in (delta, B, C, z))
-    A, D, delta_bias = (_parameter(x) for x in (A, D, delta_bias))
-    problem = ScanProblem(
-        *(batch, channels, length, states, B.shape[1], delta_softplus),
-        *(Array.of(x) for x in (u, delta, z, B, C)),
-        *(pointer(x) for x in (A, D, delta_bias)),
-        Array.of(out),
-        *(pointer(x) for x in (last_state, saved)),
+def _read(inputs: ScanInputs) -> ScanInputs:
+    """The inputs as the kernels read them."""
+    u, delta, A, B, C, D, z, delta_bias = inputs
+    return ScanInputs(
+        *(readable(u, Array), readable(delta, Array), parameter(A)),
+        *(readable(B, Array), readable(C, Array), parameter(D)),
+        *(readable(z, Array), parameter(delta_bias)),
     )
-    has_nan = library.call('scan_forward', problem)
-    return out, last_state, saved, has_nan
 
 
-def backward(
-    grad_out: Tensor | None,
-    grad_last_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    saved: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z and delta_bias.
-
-    Args:
-        grad_out: Gradient of the output (B, D, L), None for zero.
-        grad_last_state: Gradient of the last state (B, D, N), None for zero.
-        saved: The third result of :func:`forward`.
-    """
-    batch, channels, length = u.shape
-    groups, states = B.shape[1], A.shape[1]
-    if grad_out is None:
-        grad_out = torch.zeros_like(u)
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
-    grad_out, delta, B, C, z = (_native(x) for x in (grad_out, delta, B, C, z))
-    A, D, delta_bias, grad_last_state = (
-        _parameter(x) for x in (A, D, delta_bias, grad_last_state)
+def _described(inputs: ScanInputs, options: ScanOptions) -> dict[str, object]:
+    """What both passes are told."""
+    batch, channels, length = inputs.u.shape
+    return dict(
+        batch=batch,
+        channels=channels,
+        length=length,
+        states=inputs.A.shape[1],
+        groups=inputs.B.shape[1],
+        softplus=options.delta_softplus,
+        u=Array.of(inputs.u),
+        delta=Array.of(inputs.delta),
+        z=Array.of(inputs.z),
+        B=Array.of(inputs.B),
+        C=Array.of(inputs.C),
+        A=pointer(inputs.A),
+        D=pointer(inputs.D),
+        bias=pointer(inputs.delta_bias),
     )
-    grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
-    grad_z = None if z is None else torch.empty_like(z)
-
-    def sums(*shape: int) -> Tensor:
-        return u.new_empty(shape, dtype=torch.float32)
-
-    strips = library.strips(channels // groups)
-    grad_B, grad_C = (sums(strips, batch, groups, length, states) for _ in 'BC')
-    grad_A = sums(batch, states, channels)
-    grad_D, grad_bias = sums(batch, channels), sums(batch, channels)
-    library.call(
-        'scan_backward',
-        ScanProblem(
-            *(batch, channels, length, states, groups, delta_softplus),
-            *(Array.of(x) for x in (u, delta, z, B, C)),
-            *(pointer(x) for x in (A, D, delta_bias)),
-            Array(),
-            *(None, pointer(saved)),
-            Array.of(grad_out),
-            pointer(grad_last_state),
-            *(Array.of(x) for x in (grad_u, grad_delta, grad_z)),
-            *(pointer(x) for x in (grad_B, grad_C, grad_A, grad_D, grad_bias)),
-        ),
-    )
-    found = (
-        grad_u,
-        grad_delta,
-        grad_A.sum(0).T,
-        grad_B.sum(0).mT,
-        grad_C.sum(0).mT,
-        grad_D.sum(0),
-        grad_z,
-        grad_bias.sum(0),
-    )
-    return like_inputs(found, inputs)

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mmvssm.ops import checks
+from mmvssm.ops import backends
 from mmvssm.ops.cuda import library
 from mmvssm.ops.cuda.library import CHUNK, ScanProblem
-from mmvssm.ops.gradients import like_inputs
-from mmvssm.ops.structures import Array, pointer
+from mmvssm.ops.kernel_args import Array, parameter, pointer, readable
+from mmvssm.ops.operator import Accepting, Result
+from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions, outputs_like
 
 # A sequence is cut until there are so many blocks, if that leaves each stretch
 # so many positions.
@@ -29,11 +30,6 @@ def saved_states_shape(
 ) -> tuple[int, int, int, int]:
     """Shape of what forward keeps: the state before each chunk but the first."""
     return (-(-length // CHUNK) - 1, batch, channels, states)
-
-
-def _parameter(x: Tensor | None) -> Tensor | None:
-    """The tensor as contiguous float32."""
-    return None if x is None else x.float().contiguous()
 
 
 @dataclass
@@ -105,7 +101,7 @@ class Scan:
         for name in ('u', 'delta', 'z', 'features', 'B', 'C'):
             setattr(problem, name, self._array(getattr(self, name)))
         for name in ('weight', 'A', 'D', 'bias'):
-            setattr(problem, name, self._pointer(_parameter(getattr(self, name))))
+            setattr(problem, name, self._pointer(parameter(getattr(self, name))))
         problem.table = self._pointer(self.table)
         if problem.stretches > 1:
             problem.edges = self._pointer(self.of_stretches(problem, states))
@@ -189,7 +185,7 @@ def scan_backward(
     grad_D, grad_bias = (
         None if x is None else scan.of_stretches(problem) for x in (scan.D, scan.bias)
     )
-    grad_last_state = _parameter(grad_last_state)
+    grad_last_state = parameter(grad_last_state)
     problem.saved, problem.grad_last_state = pointer(saved), pointer(grad_last_state)
     problem.grad_out = Array.of(grad_out)
     names = ('grad_u', 'grad_delta', 'grad_z')
@@ -204,73 +200,66 @@ def scan_backward(
     return grad_A.sum((0, 1)), grad_B.sum(0), grad_C.sum(0), *stretched
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    out_dtype: torch.dtype,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L).
+class CudaScan(Accepting):
+    """Stretches side by side, in each the positions one after the other."""
 
-    Returns:
-        The output (B, D, L) with u's strides, the last state (B, D, N), with
-        ``keep_states`` the states before the chunks (chunks - 1, B, D, N), and
-        whether there is NaN.
-    """
-    batch, channels, length = u.shape
-    states = A.shape[1]
-    out = torch.empty_like(u, dtype=out_dtype)
-    last_state = u.new_empty(batch, channels, states, dtype=torch.float32)
-    saved = None
-    if keep_states:
-        shape = saved_states_shape(batch, length, states, channels)
-        saved = u.new_empty(shape, dtype=torch.float32)
-    delta, B, C, z = (_native(x) for x in (delta, B, C, z))
-    scan = Scan(u, A, B, C, delta, D, z, delta_bias, softplus=delta_softplus)
-    scan_forward(scan, out, last_state, saved)
-    return out, last_state, saved, checks.has_nan(out, last_state)
+    supplier = backends.CUDA
 
+    def forward(self, inputs: ScanInputs, options: ScanOptions, keep: bool) -> Result:
+        """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L)."""
+        out, last_state = outputs_like(inputs, options)
+        saved = self.saved_like(inputs, options) if keep else (None,)
+        scan_forward(_scan(inputs, options), out, last_state, saved[0])
+        return Result((out, last_state), saved if keep else ())
 
-def backward(
-    grad_out: Tensor | None,
-    grad_last_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    saved: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z and delta_bias.
+    def saved_like(
+        self, inputs: ScanInputs, options: ScanOptions
+    ) -> tuple[Tensor, ...]:
+        """The state before each chunk but the first, (chunks - 1, B, D, N)."""
+        batch, channels, length = inputs.u.shape
+        shape = saved_states_shape(batch, length, inputs.A.shape[1], channels)
+        return (inputs.u.new_empty(shape, dtype=torch.float32),)
 
-    Args:
-        grad_out: Gradient of the output (B, D, L), None for zero.
-        grad_last_state: Gradient of the last state (B, D, N), None for zero.
-        saved: The third result of :func:`forward`.
-    """
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
-    if grad_out is None:
-        grad_out = u.new_zeros(()).expand_as(u)
-    delta, B, C, z = (_native(x) for x in (delta, B, C, z))
-    rows = tuple(None if x is None else torch.empty_like(x) for x in (u, delta, z))
-    scan = Scan(u, A, B, C, delta, D, z, delta_bias, softplus=delta_softplus)
-    sums = scan_backward(scan, saved, grad_out, grad_last_state, rows)
-    grad_A, grad_B, grad_C, grad_D, grad_bias = sums
-    found = (*rows[:2], grad_A, grad_B.mT, grad_C.mT, grad_D, rows[2], grad_bias)
-    return like_inputs(found, inputs)
+    def backward(
+        self,
+        inputs: ScanInputs,
+        options: ScanOptions,
+        saved: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+        wanted: ScanInputs,
+    ) -> ScanInputs:
+        """All gradients, stretch by stretch from the last chunk to the first."""
+        grad_out, grad_last_state = readable(grads[0], Array), grads[1]
+        if grad_out is None:
+            grad_out = inputs.u.new_zeros(()).expand_as(inputs.u)
+        scan = _scan(inputs, options)
+        rows = tuple(
+            None if x is None else torch.empty_like(x)
+            for x in (scan.u, scan.delta, scan.z)
+        )
+        sums = scan_backward(scan, saved[0], grad_out, grad_last_state, rows)
+        by_A, by_B, by_C, by_D, by_bias = sums
+        return ScanInputs(
+            u=rows[0],
+            delta=rows[1],
+            A=by_A,
+            B=by_B.mT,
+            C=by_C.mT,
+            D=by_D,
+            z=rows[2],
+            delta_bias=by_bias,
+        )
 
 
-def _native(x: Tensor | None) -> Tensor | None:
-    """The tensor in a dtype that the kernels read."""
-    return x if x is None or x.dtype in Array.dtypes else x.float()
+def _scan(inputs: ScanInputs, options: ScanOptions) -> Scan:
+    return Scan(
+        u=inputs.u,
+        A=inputs.A,
+        B=readable(inputs.B, Array),
+        C=readable(inputs.C, Array),
+        delta=readable(inputs.delta, Array),
+        D=inputs.D,
+        z=readable(inputs.z, Array),
+        bias=inputs.delta_bias,
+        softplus=options.delta_softplus,
+    )

@@ -7,49 +7,85 @@ does not promise the same bits; it is never chosen unasked, nor in torch's
 deterministic mode. They know no gradient of the last state.
 """
 
+import contextlib
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmvssm.ops import checks
+from mmvssm.ops import backends, bypass
 from mmvssm.ops.mamba_ssm import scan_function
+from mmvssm.ops.operator import Accepting, Result
+from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions
 
 
-def saved_states_shape(
-    batch: int, length: int, states: int, channels: int
-) -> tuple[int]:
-    """Shape of what :func:`forward` keeps: nothing."""
-    return (0,)
+class MambaSsmScan(Accepting):
+    """``selective_scan_fn`` of that package."""
+
+    supplier = backends.MAMBA_SSM
+
+    @property
+    def differentiable(self) -> bool:  # type: ignore[override]
+        """By its own autograd function, which keeps what its backward pass needs.
+
+        torch.compile and the like cannot see into that.
+        """
+        return bypass.unobserved()
+
+    def forward(self, inputs: ScanInputs, options: ScanOptions, keep: bool) -> Result:
+        """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L)."""
+        _warn_if_deterministic()
+        with torch.no_grad() if keep else contextlib.nullcontext():
+            out, last_state = _call(_as_kernels_read(inputs, options), options)
+            out = out.to(options.out_dtype)
+            if out.stride() != inputs.u.stride():
+                out = torch.empty_like(inputs.u, dtype=out.dtype).copy_(out)
+            last_state = _LastState.apply(last_state)
+        if keep:
+            # An op of torch.library may return no view of something else.
+            last_state = last_state.clone(memory_format=torch.contiguous_format)
+        return Result((out, last_state))
+
+    def saved_like(
+        self, inputs: ScanInputs, options: ScanOptions
+    ) -> tuple[Tensor, ...]:
+        """Nothing: what mamba_ssm keeps is not to be had from outside."""
+        return ()
+
+    def backward(
+        self,
+        inputs: ScanInputs,
+        options: ScanOptions,
+        saved: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+        wanted: ScanInputs,
+    ) -> ScanInputs:
+        """All gradients, by another forward pass; under torch.compile and the like.
+
+        Raises:
+            RuntimeError: There is a gradient of the last state.
+        """
+        grad_out, grad_last_state = grads
+        if grad_last_state is not None:
+            raise RuntimeError(_NO_GRADIENT)
+        # Inside an op of torch.library torch records nothing; what mamba_ssm's own
+        # autograd function takes and returns must therefore be left as it is.
+        leaves = [
+            None if x is None else x.detach().requires_grad_()
+            for x in _as_kernels_read(inputs, options)
+        ]
+        with torch.enable_grad():
+            out, _ = _call(ScanInputs(*leaves), options)
+        there = [x for x in leaves if x is not None]
+        found = iter(torch.autograd.grad(out, there, grad_out.to(out.dtype)))
+        return ScanInputs(*(None if x is None else next(found) for x in leaves))
 
 
-def scan_with_gradients(
-    inputs: tuple[Tensor | None, ...], delta_softplus: bool, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The scan, differentiated by mamba_ssm's own autograd function.
-
-    Args:
-        inputs: u, delta, A, B, C, D, z, delta_bias of
-            :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L).
-
-    Returns:
-        The output (B, D, L) with u's strides, and the last state (B, D, N).
-    """
-    _warn_if_deterministic()
-    u = inputs[0]
-    out, last_state = _call(_as_kernels_read(inputs, out_dtype), delta_softplus)
-    out = out.to(out_dtype)
-    if out.stride() != u.stride():
-        out = torch.empty_like(u, dtype=out_dtype).copy_(out)
-    return out, _LastState.apply(last_state)
-
-
-def _as_kernels_read(
-    inputs: tuple[Tensor | None, ...], out_dtype: torch.dtype
-) -> list[Tensor | None]:
+def _as_kernels_read(inputs: ScanInputs, options: ScanOptions) -> ScanInputs:
     """All activations in one dtype, the widest of theirs; the weights in float32."""
     u, delta, A, B, C, D, z, delta_bias = inputs
-    dtype = out_dtype
+    dtype = options.out_dtype
     for x in (u, delta, B, C, z):
         if x is not None:
             dtype = torch.promote_types(dtype, x.dtype)
@@ -57,82 +93,14 @@ def _as_kernels_read(
         dtype = torch.float32
     u, delta, B, C, z = (x if x is None else x.to(dtype) for x in (u, delta, B, C, z))
     A, D, delta_bias = (x if x is None else x.float() for x in (A, D, delta_bias))
-    return [u, delta, A, B, C, D, z, delta_bias]
+    return ScanInputs(u, delta, A, B, C, D, z, delta_bias)
 
 
-def _call(inputs: list[Tensor | None], delta_softplus: bool) -> tuple[Tensor, Tensor]:
-    return scan_function()(
-        *inputs, delta_softplus=delta_softplus, return_last_state=True
+def _call(inputs: ScanInputs, options: ScanOptions) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = scan_function()(
+        *inputs, delta_softplus=options.delta_softplus, return_last_state=True
     )
-
-
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    out_dtype: torch.dtype,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L).
-
-    Returns:
-        The output (B, D, L) with u's strides, the last state (B, D, N), with
-        ``keep_states`` an empty tensor, and whether there is NaN.
-    """
-    with torch.no_grad():
-        out, last_state = scan_with_gradients(
-            (u, delta, A, B, C, D, z, delta_bias), delta_softplus, out_dtype
-        )
-    saved = out.new_empty(0, dtype=torch.float32) if keep_states else None
-    # As an op of torch.library it may return no view of something else.
-    last_state = last_state.clone(memory_format=torch.contiguous_format)
-    return out, last_state, saved, checks.has_nan(out, last_state)
-
-
-def backward(
-    grad_out: Tensor | None,
-    grad_last_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    saved: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z and delta_bias.
-
-    Used under torch.compile and the like alone: what mamba_ssm keeps for its
-    backward pass is not to be had from outside, so its forward pass runs again.
-
-    Raises:
-        RuntimeError: There is a gradient of the last state.
-    """
-    if grad_last_state is not None:
-        raise RuntimeError(_NO_GRADIENT)
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
-    # Inside an op of torch.library torch records nothing; what mamba_ssm's own
-    # autograd function takes and returns must therefore be left as it is.
-    leaves = [
-        None if x is None else x.detach().requires_grad_()
-        for x in _as_kernels_read(inputs, grad_out.dtype)
-    ]
-    with torch.enable_grad():
-        out, _ = _call(leaves, delta_softplus)
-    wanted = [x for x in leaves if x is not None]
-    found = iter(torch.autograd.grad(out, wanted, grad_out.to(out.dtype)))
-    return tuple(
-        None if x is None else torch.empty_like(x).copy_(next(found)) for x in inputs
-    )
+    return found
 
 
 _NO_GRADIENT = (
@@ -145,12 +113,12 @@ class _LastState(torch.autograd.Function):
     """Passes the last state on, and refuses the gradient its kernel would drop."""
 
     @staticmethod
-    def forward(ctx, last_state: Tensor) -> Tensor:
+    def forward(ctx: Any, last_state: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         return last_state.view_as(last_state)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None) -> Tensor | None:
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         if grad is not None:
             raise RuntimeError(_NO_GRADIENT)
         return None

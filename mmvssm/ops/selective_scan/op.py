@@ -1,30 +1,41 @@
-"""The public selective scan: checks, choice of a backend, registration."""
+"""The public selective scan."""
 
 import torch
 from torch import Tensor
 
-from mmvssm.ops import autocast, checks, direct
-from mmvssm.ops.backends import choose_backend
-from mmvssm.ops.selective_scan import (
-    cpu_backend,
-    cuda_backend,
-    mamba_ssm_backend,
-    torch_backend,
-    triton_backend,
+from mmvssm.ops import autocast, backends
+from mmvssm.ops.operator import Call
+from mmvssm.ops.selective_scan.cpu_backend import CpuScan
+from mmvssm.ops.selective_scan.cuda_backend import CudaScan
+from mmvssm.ops.selective_scan.declaration import (
+    SELECTIVE_SCAN,
+    ScanInputs,
+    ScanOptions,
 )
-from mmvssm.ops.selective_scan.reference import selective_scan_reference
+from mmvssm.ops.selective_scan.mamba_ssm_backend import MambaSsmScan
+from mmvssm.ops.selective_scan.reference import ReferenceScan
+from mmvssm.ops.selective_scan.torch_backend import TorchScan
+from mmvssm.ops.selective_scan.triton_backend import TritonScan
 
-# Every backend but the reference, whose gradients are autograd's, supplies
-# forward, backward and saved_states_shape.
-_IMPLEMENTATIONS = {
-    'cpu': cpu_backend,
-    'triton': triton_backend,
-    'cuda': cuda_backend,
-    'mamba_ssm': mamba_ssm_backend,
-    'torch': torch_backend,
-}
+SELECTIVE_SCAN.supply(
+    CpuScan(),
+    TritonScan(),
+    CudaScan(),
+    MambaSsmScan(),
+    TorchScan(backends.TORCH),
+    ReferenceScan(),
+    composed=lambda name: TorchScan(backends.suppliers[name]),
+)
 
 
+def _result(
+    outputs: tuple[Tensor, ...], options: ScanOptions
+) -> Tensor | tuple[Tensor, Tensor]:
+    out, last_state = outputs
+    return (out, last_state) if options.return_last_state else out
+
+
+@SELECTIVE_SCAN.public(finish=_result)
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -38,7 +49,7 @@ def selective_scan(
     *,
     return_last_state: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Call:
     r"""Selective scan of Mamba (`arXiv 2312.00752`_, section 3.2).
 
     With Δ = softplus(delta + delta_bias) (the softplus optional), for every
@@ -82,86 +93,26 @@ def selective_scan(
 
     .. _arXiv 2312.00752: https://arxiv.org/abs/2312.00752
     """
-    out, last_state = scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend=backend
-    )
-    return (out, last_state) if return_last_state else out
-
-
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    *,
-    float32_out: bool = False,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`selective_scan`, if need be with float32 output, and the last state."""
-    _check(u, delta, A, B, C, D, z, delta_bias)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias)
+    _check(inputs)
     out_dtype = u.dtype
-    if float32_out or autocast.is_enabled(u):
+    if autocast.is_enabled(u):
         out_dtype = torch.promote_types(u.dtype, torch.float32)
-    name = choose_backend(u.device.type, u.dtype, backend, states=A.shape[1])
     if B.ndim == 3:
-        B, C = B.unsqueeze(1), C.unsqueeze(1)
-    if name == 'reference':
-        with autocast.disabled(u):
-            out, last_state = selective_scan_reference(
-                u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype
-            )
-        if not torch.compiler.is_compiling() and checks.has_nan(out, last_state):
-            inputs = (u, delta, A, B, C, D, z, delta_bias)
-            checks.refuse_nan('selective_scan', dict(zip(_NAMES, inputs)))
-        return out, last_state
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
-    if name == 'mamba_ssm' and direct.unobserved(*inputs):
-        # Its own autograd function keeps what its backward pass needs.
-        with autocast.disabled(u):
-            return mamba_ssm_backend.scan_with_gradients(
-                inputs, delta_softplus, out_dtype
-            )
-    if direct.possible(*inputs):
-        out, last_state, _ = _forward(
-            inputs, delta_softplus, out_dtype, name, keep_states=False
-        )
-    else:
-        out, last_state, _ = _forward_op(*inputs, delta_softplus, out_dtype, name)
-    return out, last_state
-
-
-def _forward(
-    inputs: tuple[Tensor | None, ...],
-    delta_softplus: bool,
-    out_dtype: torch.dtype,
-    backend: str,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The output, the last state and, if asked for, what backward needs."""
-    with autocast.disabled(inputs[0]):
-        out, last_state, saved, has_nan = _IMPLEMENTATIONS[backend].forward(
-            *inputs, delta_softplus, out_dtype, keep_states
-        )
-    if has_nan:
-        checks.refuse_nan('selective_scan', dict(zip(_NAMES, inputs)))
-    return out, last_state, saved
+        inputs = inputs._replace(B=B.unsqueeze(1), C=C.unsqueeze(1))
+    options = ScanOptions(delta_softplus, out_dtype, return_last_state)
+    return Call(inputs, options, backend, states=A.shape[1])
 
 
 # The checks
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NAMES = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias')
 
 
-def _check(*inputs: Tensor | None) -> None:
+def _check(inputs: ScanInputs) -> None:
     u, delta, A, B, C, D, z, delta_bias = inputs
-    for name, x in zip(_NAMES, inputs):
+    for name, x in inputs._asdict().items():
         if x is None and name in ('D', 'z', 'delta_bias'):
             continue
         if not isinstance(x, Tensor):
@@ -230,115 +181,3 @@ def _check_weights(
             f'selective_scan: {groups} groups of B and C do not '
             f'divide the {channels} channels of u'
         )
-
-
-# Registration with torch.library
-
-
-@torch.library.custom_op('mmvssm::selective_scan', mutates_args=())
-def _forward_op(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
-    return _forward(inputs, delta_softplus, out_dtype, backend, keep_states=True)
-
-
-@_forward_op.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, backend):
-    batch, channels, length = u.shape
-    states = A.shape[1]
-    state_dtype = torch.promote_types(u.dtype, torch.float32)
-    saved = _IMPLEMENTATIONS[backend].saved_states_shape(
-        batch, length, states, channels
-    )
-    return (
-        torch.empty_like(u, dtype=out_dtype),
-        u.new_empty(batch, channels, states, dtype=state_dtype),
-        u.new_empty(saved, dtype=state_dtype),
-    )
-
-
-@torch.library.custom_op('mmvssm::selective_scan_backward', mutates_args=())
-def _backward_op(
-    grad_out: Tensor | None,
-    grad_last_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    saved: Tensor,
-    delta_softplus: bool,
-    backend: str,
-) -> list[Tensor]:
-    with autocast.disabled(u):
-        grads = _IMPLEMENTATIONS[backend].backward(
-            grad_out,
-            grad_last_state,
-            u,
-            delta,
-            A,
-            B,
-            C,
-            D,
-            z,
-            delta_bias,
-            saved,
-            delta_softplus,
-        )
-    return [g for g in grads if g is not None]
-
-
-@_backward_op.register_fake
-def _(
-    grad_out,
-    grad_last_state,
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    delta_bias,
-    saved,
-    delta_softplus,
-    backend,
-):
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
-    return [torch.empty_like(x) for x in inputs if x is not None]
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_out, grad_last_state, _):
-    tensors = ctx.saved_tensors
-    if grad_out is None and grad_last_state is None:
-        return (None,) * 11
-    found = iter(
-        _backward_op(
-            grad_out, grad_last_state, *tensors, ctx.delta_softplus, ctx.backend
-        )
-    )
-    grads = [None if x is None else next(found) for x in tensors[:-1]]
-    return (*grads, None, None, None)
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -24,7 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvssm.ops import checks, deterministic_math
+from mmvssm.ops import backends, deterministic_math
+from mmvssm.ops.operator import Accepting, Result
+from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions, outputs_like
 
 # Elements of one (batch, position, state, channel) work array: a segment's few
 # arrays stay in the cache.
@@ -36,14 +38,6 @@ _STEP_ELEMENTS = 2**15
 def segment_length(batch: int, length: int, states: int, channels: int) -> int:
     """Positions of one segment."""
     return min(length, max(16, _SEGMENT_ELEMENTS // (batch * states * channels)))
-
-
-def saved_states_shape(
-    batch: int, length: int, states: int, channels: int
-) -> tuple[int, int, int, int]:
-    """Shape of what forward keeps: the state at each start but the first."""
-    step = segment_length(batch, length, states, channels)
-    return (-(-length // step) - 1, batch, states, channels)
 
 
 def _linear_scan_(a: Tensor, b: Tensor, h: Tensor, reverse: bool = False) -> None:
@@ -141,18 +135,8 @@ class _Segment:
 class _Problem:
     """The inputs of one call, seen channels-last and cut into segments."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-    ) -> None:
+    def __init__(self, inputs: ScanInputs, options: ScanOptions) -> None:
+        u, delta, A, B, C, D, z, delta_bias = inputs
         self.dtype = torch.promote_types(u.dtype, torch.float32)
         self.u, self.delta = u.transpose(1, 2), delta.transpose(1, 2)
         self.z = None if z is None else z.transpose(1, 2)
@@ -160,7 +144,7 @@ class _Problem:
         self.A = A.to(self.dtype).T.contiguous()  # (N, D)
         self.D = None if D is None else D.to(self.dtype)
         self.bias = None if delta_bias is None else delta_bias.to(self.dtype)
-        self.softplus = delta_softplus
+        self.softplus = options.delta_softplus
         self.batch, self.length, self.channels = self.u.shape
         self.states = A.shape[1]
 
@@ -196,57 +180,73 @@ class _Problem:
         return x[:, start:stop].to(self.dtype).contiguous()
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    out_dtype: torch.dtype,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L).
+class TorchScan(Accepting):
+    """Segments that fit the cache, in each many chunks at once."""
 
-    Returns:
-        The output (B, D, L) with u's strides, the last state (B, D, N), with
-        ``keep_states`` the states at the segments' starts (segments - 1, B, N,
-        D), and whether there is NaN.
-    """
-    problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    out = torch.empty_like(u, dtype=out_dtype)
-    out_channels_last = out.transpose(1, 2)
-    h = problem.zero_state()
-    saved = None
-    if keep_states:
-        saved = h.new_empty(
-            saved_states_shape(
-                problem.batch, problem.length, problem.states, problem.channels
-            )
-        )
-    for index, (start, stop) in enumerate(problem.bounds()):
-        if index and keep_states:
-            saved[index - 1] = h
-        segment = problem.segment(start, stop)
-        states = segment.states(h)
-        h = states[:, -1].clone()
-        y = segment.readout(states, problem.D)
-        if segment.z is not None:
-            y.mul_(deterministic_math.silu(segment.z))
-        out_channels_last[:, start:stop] = y
-    last_state = h.transpose(1, 2).contiguous()
-    return out, last_state, saved, checks.has_nan(out, last_state)
+    def __init__(self, supplier: backends.Supplier):
+        self.supplier = supplier
+
+    def forward(self, inputs: ScanInputs, options: ScanOptions, keep: bool) -> Result:
+        """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L)."""
+        problem = _Problem(inputs, options)
+        out, last_state = outputs_like(inputs, options)
+        out_channels_last = out.transpose(1, 2)
+        saved = self.saved_like(inputs, options) if keep else ()
+        h = problem.zero_state()
+        for index, (start, stop) in enumerate(problem.bounds()):
+            if index and keep:
+                saved[0][index - 1] = h
+            segment = problem.segment(start, stop)
+            states = segment.states(h)
+            h = states[:, -1].clone()
+            y = segment.readout(states, problem.D)
+            if segment.z is not None:
+                y.mul_(deterministic_math.silu(segment.z))
+            out_channels_last[:, start:stop] = y
+        last_state.copy_(h.transpose(1, 2))
+        return Result((out, last_state), saved)
+
+    def saved_like(
+        self, inputs: ScanInputs, options: ScanOptions
+    ) -> tuple[Tensor, ...]:
+        """The state at each segment's start but the first, (segments - 1, B, N, D)."""
+        batch, channels, length = inputs.u.shape
+        states = inputs.A.shape[1]
+        step = segment_length(batch, length, states, channels)
+        shape = (-(-length // step) - 1, batch, states, channels)
+        dtype = torch.promote_types(inputs.u.dtype, torch.float32)
+        return (inputs.u.new_empty(shape, dtype=dtype),)
+
+    def backward(
+        self,
+        inputs: ScanInputs,
+        options: ScanOptions,
+        saved: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+        wanted: ScanInputs,
+    ) -> ScanInputs:
+        """All gradients, from the last segment to the first."""
+        grad_out, grad_last_state = grads
+        problem = _Problem(inputs, options)
+        gradients = _Gradients(problem, inputs)
+        carry = problem.zero_state()
+        if grad_last_state is not None:
+            carry += grad_last_state.transpose(1, 2)
+        if grad_out is None:
+            grad_out = torch.zeros_like(inputs.u)
+        grad_out = grad_out.transpose(1, 2)
+        for index, (start, stop) in reversed(list(enumerate(problem.bounds()))):
+            h = saved[0][index - 1] if index else problem.zero_state()
+            piece = grad_out[:, start:stop].to(problem.dtype).contiguous()
+            carry = gradients.add_segment(start, stop, h, carry, piece)
+        return gradients.result()
 
 
 class _Gradients:
     """Gradients of one call, in the working dtype until :meth:`result`."""
 
-    def __init__(self, problem: _Problem, inputs: tuple[Tensor | None, ...]):
+    def __init__(self, problem: _Problem, inputs: ScanInputs) -> None:
         self.problem = problem
-        self.inputs = inputs
         u, delta, A, B, C, D, z, bias = inputs
         self.u, self.delta = torch.empty_like(u), torch.empty_like(delta)
         self.B, self.C = torch.empty_like(B), torch.empty_like(C)
@@ -311,47 +311,15 @@ class _Gradients:
         self.delta.transpose(1, 2)[:, positions] = grad_dt
         return grad_h[:, 0]
 
-    def result(self) -> tuple[Tensor | None, ...]:
-        """In the order, dtypes and strides of the inputs; None where those are."""
-        sums = {2: self.A.T, 5: self.D, 7: self.bias}
-        found = [self.u, self.delta, None, self.B, self.C, None, self.z, None]
-        for index, total in sums.items():
-            if total is not None:
-                found[index] = torch.empty_like(self.inputs[index]).copy_(total)
-        return tuple(found)
-
-
-def backward(
-    grad_out: Tensor | None,
-    grad_last_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    saved: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z and delta_bias.
-
-    Args:
-        grad_out: Gradient of the output (B, D, L), None for zero.
-        grad_last_state: Gradient of the last state (B, D, N), None for zero.
-        saved: The third result of :func:`forward`.
-    """
-    problem = _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    gradients = _Gradients(problem, (u, delta, A, B, C, D, z, delta_bias))
-    carry = problem.zero_state()
-    if grad_last_state is not None:
-        carry += grad_last_state.transpose(1, 2)
-    if grad_out is None:
-        grad_out = torch.zeros_like(u)
-    grad_out = grad_out.transpose(1, 2)
-    for index, (start, stop) in reversed(list(enumerate(problem.bounds()))):
-        h = saved[index - 1] if index else problem.zero_state()
-        piece = grad_out[:, start:stop].to(problem.dtype).contiguous()
-        carry = gradients.add_segment(start, stop, h, carry, piece)
-    return gradients.result()
+    def result(self) -> ScanInputs:
+        """In any dtypes and strides."""
+        return ScanInputs(
+            u=self.u,
+            delta=self.delta,
+            A=self.A.T,
+            B=self.B,
+            C=self.C,
+            D=self.D,
+            z=self.z,
+            delta_bias=self.bias,
+        )

@@ -11,42 +11,59 @@ parts that are added in a fixed order, so the same inputs give the same bits.
 import torch
 from torch import Tensor
 
-from mmvssm.ops import checks
-from mmvssm.ops.gradients import like_inputs
+from mmvssm.ops import backends
+from mmvssm.ops.operator import Accepting, Result
+from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions, outputs_like
 from mmvssm.ops.selective_scan.triton_plan import Inputs, Plan, saved_states_shape
 from mmvssm.ops.triton import runtime
 from mmvssm.ops.triton.arrays import array
 
-__all__ = ['backward', 'forward', 'saved_states_shape']
 
+class TritonScan(Accepting):
+    """Stretches side by side, in each the positions one after the other."""
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    out_dtype: torch.dtype,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L).
+    supplier = backends.TRITON
 
-    Returns:
-        The output (B, D, L) with u's strides, the last state (B, D, N), with
-        ``keep_states`` the states before the chunks (chunks - 1, B, D, N), and
-        whether there is NaN.
-    """
-    inputs = Inputs(u, delta, A, B, C, D, z, delta_bias)
-    plan = Plan.of(inputs, delta_softplus)
-    out = torch.empty_like(u, dtype=out_dtype)
-    last_state = plan.new_state(u)
-    saved = plan.new_saved(u) if keep_states else None
-    scan_forward(plan, inputs, out, last_state=last_state, saved=saved)
-    return out, last_state, saved, checks.has_nan(out, last_state)
+    def forward(self, inputs: ScanInputs, options: ScanOptions, keep: bool) -> Result:
+        """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L)."""
+        out, last_state = outputs_like(inputs, options)
+        saved = self.saved_like(inputs, options) if keep else (None,)
+        scan = Inputs(*inputs)
+        plan = Plan.of(scan, options.delta_softplus)
+        scan_forward(plan, scan, out, last_state=last_state, saved=saved[0])
+        return Result((out, last_state), saved if keep else ())
+
+    def saved_like(
+        self, inputs: ScanInputs, options: ScanOptions
+    ) -> tuple[Tensor, ...]:
+        """The state before each chunk but the first, (chunks - 1, B, D, N)."""
+        batch, channels, length = inputs.u.shape
+        shape = saved_states_shape(batch, length, inputs.A.shape[1], channels)
+        return (inputs.u.new_empty(shape, dtype=torch.float32),)
+
+    def backward(
+        self,
+        inputs: ScanInputs,
+        options: ScanOptions,
+        saved: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+        wanted: ScanInputs,
+    ) -> ScanInputs:
+        """All gradients, stretch by stretch from the last chunk to the first."""
+        u, z = inputs.u, inputs.z
+        grad_out, grad_last_state = grads
+        if grad_out is None:
+            grad_out = u.new_zeros(()).expand_as(u)
+        scan = Inputs(*inputs)
+        plan = Plan.of(scan, options.delta_softplus, backward=True)
+        found = scan_backward(
+            *(plan, scan, saved[0], grad_out),
+            grad_u=torch.empty_like(u),
+            grad_delta=torch.empty_like(inputs.delta),
+            grad_z=None if z is None else torch.empty_like(z),
+            grad_last_state=grad_last_state,
+        )
+        return ScanInputs(*found[: len(inputs)])
 
 
 def scan_forward(
@@ -77,50 +94,25 @@ def scan_forward(
         if plan.work.stretches > 1:
             starts, steps = plan.new_states(out), plan.new_totals(out)
             triton_kernels.forward_ends_kernel[grid](
-                *(arrays, plan.work, starts, steps), **plan.constants()
+                inputs=arrays,
+                work=plan.work,
+                ends=starts,
+                steps=steps,
+                **plan.constants(),
             )
             _join(plan, arrays, starts, steps, None, reverse=False)
         triton_kernels.forward_kernel[grid](
-            *(arrays, plan.work, array(out), array(added), array(total)),
-            *(last_state, saved, starts),
+            inputs=arrays,
+            work=plan.work,
+            out=array(out),
+            added=array(added),
+            total=array(total),
+            last_state=last_state,
+            saved=saved,
+            starts=starts,
             **plan.constants(),
             SCALE=plan.scale,
         )
-
-
-def backward(
-    grad_out: Tensor | None,
-    grad_last_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    saved: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z and delta_bias.
-
-    Args:
-        grad_out: Gradient of the output (B, D, L), None for zero.
-        grad_last_state: Gradient of the last state (B, D, N), None for zero.
-        saved: The third result of :func:`forward`.
-    """
-    inputs = Inputs(u, delta, A, B, C, D, z, delta_bias)
-    plan = Plan.of(inputs, delta_softplus, backward=True)
-    if grad_out is None:
-        grad_out = u.new_zeros(()).expand_as(u)
-    found = scan_backward(
-        *(plan, inputs, saved, grad_out),
-        grad_u=torch.empty_like(u),
-        grad_delta=torch.empty_like(delta),
-        grad_z=None if z is None else torch.empty_like(z),
-        grad_last_state=grad_last_state,
-    )
-    return like_inputs(found[:8], inputs[:8])
 
 
 def scan_backward(
@@ -172,9 +164,14 @@ def scan_backward(
     arrays = inputs.arrays()
     with runtime.on_device_of(grad_out):
         triton_kernels.backward_kernel[plan.grid()](
-            *(arrays, work, saved, array(grad_out)),
-            _carries(plan, arrays, grad_out, grad_last_state),
-            *(array(added), array(total), grads._replace(**rows)),
+            inputs=arrays,
+            work=work,
+            saved=saved,
+            grad_out=array(grad_out),
+            carries=_carries(plan, arrays, grad_out, grad_last_state),
+            added=array(added),
+            total=array(total),
+            grads=grads._replace(**rows),
             **plan.constants(),
             SCALE=plan.scale,
             PART=plan.tile.part,
@@ -200,7 +197,11 @@ def _carries(
         return grad_last_state
     carries, steps = plan.new_states(grad_out), plan.new_totals(grad_out)
     triton_kernels.backward_ends_kernel[plan.grid()](
-        *(arrays, plan.work, array(grad_out), carries, steps),
+        inputs=arrays,
+        work=plan.work,
+        grad_out=array(grad_out),
+        ends=carries,
+        steps=steps,
         **plan.constants(),
         SCALE=plan.scale,
     )
@@ -221,8 +222,12 @@ def _join(
 
     grid = (plan.grid()[0] // plan.work.stretches,)
     triton_kernels.join_kernel[grid](
-        *(arrays, plan.work._replace(stretches=1), plan.work.stretches),
-        *(ends, steps, start),
+        inputs=arrays,
+        work=plan.work._replace(stretches=1),
+        stretches=plan.work.stretches,
+        ends=ends,
+        steps=steps,
+        start=start,
         **plan.state_block(),
         REVERSE=reverse,
     )

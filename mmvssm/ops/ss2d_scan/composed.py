@@ -1,63 +1,85 @@
 """SS2D's core out of the other ops: the scan orders, a scan, the merge."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from mmvssm.ops import autocast
+from mmvssm.ops.backends import Supplier
 from mmvssm.ops.cross_scan import cross_merge, take_routes
 from mmvssm.ops.deterministic_math import product
-from mmvssm.ops.scan_orders import DEFAULT, Orders, is_cross
+from mmvssm.ops.linear.declaration import LINEAR
+from mmvssm.ops.linear.op import deterministic_call
+from mmvssm.ops.operator import Call, Composed, Result
+from mmvssm.ops.scan_orders import Orders, is_cross
 from mmvssm.ops.scan_orders.gather import merge_orders, read_orders
-from mmvssm.ops.selective_scan.op import scan
-from mmvssm.ops.ss2d_scan.project import project_map
+from mmvssm.ops.scan_orders.tables import orders_of
+from mmvssm.ops.selective_scan.declaration import (
+    SELECTIVE_SCAN,
+    ScanInputs,
+    ScanOptions,
+)
+from mmvssm.ops.ss2d_scan.declaration import Ss2dInputs, Ss2dOptions
 
 
-def ss2d_scan_composed(
-    x: Tensor,
-    x_proj_weight: Tensor,
-    dt_projs_weight: Tensor,
-    dt_projs_bias: Tensor,
-    A: Tensor,
-    Ds: Tensor,
-    backend: str,
-    orders: Orders = DEFAULT,
-) -> Tensor:
-    """See :func:`mmvssm.ops.ss2d_scan`; ``backend`` is that of the scan."""
-    count, channels, rank = dt_projs_weight.shape
-    size, states = x.shape[2:], A.shape[1]
+@dataclass(frozen=True)
+class ComposedSs2d(Composed):
+    """Sequences along the scan orders, a selective scan, the merge."""
+
+    supplier: Supplier
+
+    def forward(self, inputs: Ss2dInputs, options: Ss2dOptions, keep: bool) -> Result:
+        """See :func:`mmvssm.ops.ss2d_scan`."""
+        x, count = inputs.x, len(inputs.dt_projs_weight)
+        maps, dtype = x.permute(0, 2, 3, 1), options.projected_dtype
+        # The projections are smaller than x: they are what is read along the orders.
+        weight = inputs.x_proj_weight.flatten(0, 1).to(dtype)
+        call = deterministic_call(maps.to(dtype), weight)
+        function, arguments = LINEAR.route(call)
+        (projected,) = LINEAR.outputs(call, function(*arguments))
+        call = _scan_call(inputs, options, projected, self.supplier.name)
+        function, arguments = SELECTIVE_SCAN.route(call)
+        ys, _ = SELECTIVE_SCAN.outputs(call, function(*arguments))
+        ys = ys.unflatten(1, (count, x.shape[1]))
+        return Result((_merge(ys, options, x.shape[2:]),), has_nan=False)
+
+
+def _scan_call(
+    inputs: Ss2dInputs, options: Ss2dOptions, projected: Tensor, backend: str
+) -> Call:
+    """The selective scan along all orders."""
+    x, _, dt_projs_weight, dt_projs_bias, A, Ds = inputs
+    count, _, rank = dt_projs_weight.shape
+    states, orders = A.shape[1], orders_of(options.orders)
     maps = x.permute(0, 2, 3, 1)
-
-    # The projections are smaller than x: they are what is read along the orders.
-    # At padded places they are zero, as those of a map of zeros are.
-    projected = project_map(maps, x_proj_weight).unflatten(-1, (count, -1))
+    # At padded places projections are zero, as those of a map of zeros are.
+    projected = projected.unflatten(-1, (count, -1))
     sequences = _read(projected.unbind(3), orders)  # (B, L, K, R + 2N)
     dt, B, C = sequences.split((rank, states, states), dim=-1)
-    delta = _step_sizes(dt, dt_projs_weight)
-    ys, _ = scan(
-        _read([maps] * count, orders).permute(0, 2, 3, 1).flatten(1, 2),
-        delta.flatten(1, 2),
-        A,
-        B.permute(0, 2, 3, 1),
-        C.permute(0, 2, 3, 1),
-        Ds,
-        None,
-        dt_projs_bias.flatten(),
-        True,
-        float32_out=True,
-        backend=backend,
+    weight = dt_projs_weight.to(options.projected_dtype)
+    scan = ScanInputs(
+        u=_read([maps] * count, orders).permute(0, 2, 3, 1).flatten(1, 2),
+        delta=_step_sizes(dt, weight).flatten(1, 2),
+        A=A,
+        B=B.permute(0, 2, 3, 1),
+        C=C.permute(0, 2, 3, 1),
+        D=Ds,
+        delta_bias=dt_projs_bias.flatten(),
     )
-    ys = ys.unflatten(1, (count, channels))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return Call(scan, ScanOptions(True, wide), backend, states)
+
+
+def _merge(ys: Tensor, options: Ss2dOptions, size: tuple[int, int]) -> Tensor:
+    """The merged map of sequences (B, K, C, L)."""
+    orders = orders_of(options.orders)
     y = cross_merge(ys, size) if is_cross(orders) else merge_orders(ys, orders, size)
-    if not autocast.is_enabled(x):
-        y = y.to(x.dtype)
-    return y.unflatten(2, size)
+    return y.to(options.out_dtype).unflatten(2, size)
 
 
 def _step_sizes(low_rank: Tensor, weight: Tensor) -> Tensor:
     """Step sizes (B, K, C, L) of a low rank (B, L, K, R), by weights (K, C, R)."""
-    if autocast.is_enabled(low_rank):
-        weight = weight.to(low_rank.dtype)
     rows = low_rank.permute(2, 0, 1, 3).flatten(1, 2)
     steps = product(rows, weight.mT)  # (K, B L, C)
     return steps.unflatten(1, low_rank.shape[:2]).permute(1, 0, 3, 2)

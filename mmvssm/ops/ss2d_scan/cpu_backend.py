@@ -1,140 +1,139 @@
 """SS2D's core by compiled CPU kernels: all scans and their merge in one pass."""
 
-from ctypes import Array, c_int32
+import ctypes
+from ctypes import byref, c_int32
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from mmvssm.ops import backends
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import Ss2dProblem
+from mmvssm.ops.kernel_args import pointer
+from mmvssm.ops.operator import Accepting, Result
 from mmvssm.ops.scan_orders import KernelOrders
-from mmvssm.ops.structures import pointer
+from mmvssm.ops.ss2d_scan.declaration import (
+    KernelInputs,
+    Ss2dInputs,
+    Ss2dOptions,
+    gradients_of,
+    projected_like,
+    walked_orders,
+)
 
 # Of the map and its projections.
-DTYPES = (torch.float32,)
+_DTYPES = (torch.float32,)
 
 
-def saved_states_shape(
-    orders: int, batch: int, positions: int, states: int, channels: int
-) -> tuple[int, int, int, int, int]:
-    """Shape of what forward keeps: of each scan the states before its tiles."""
-    return (orders, -(-positions // library.tile()) - 1, batch, states, channels)
+class CpuSs2d(Accepting):
+    """Channel blocks side by side, all scans over each one after the other."""
+
+    supplier = backends.CPU
+
+    def forward(self, inputs: Ss2dInputs, options: Ss2dOptions, keep: bool) -> Result:
+        """See :func:`mmvssm.ops.ss2d_scan`."""
+        read, orders = (
+            KernelInputs.of(inputs, options, _DTYPES),
+            walked_orders(inputs, options),
+        )
+        states = _states_like(inputs, orders) if keep else None
+        out = torch.empty_like(read.x)
+        args = _args(read, orders, out=out, saved=states)
+        has_nan = library.kernel('ss2d_forward')(byref(args), library.parallel_for())
+        saved = (
+            ()
+            if states is None
+            else (read.projected.to(options.projected_dtype), states)
+        )
+        return Result((out.permute(0, 3, 1, 2).to(options.out_dtype),), saved, has_nan)
+
+    def saved_like(
+        self, inputs: Ss2dInputs, options: Ss2dOptions
+    ) -> tuple[Tensor, ...]:
+        """The projections, and of each scan the states before its tiles."""
+        states = _states_like(inputs, walked_orders(inputs, options))
+        return projected_like(inputs, options), states
+
+    def backward(
+        self,
+        inputs: Ss2dInputs,
+        options: Ss2dOptions,
+        saved: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+        wanted: Ss2dInputs,
+    ) -> Ss2dInputs:
+        """All gradients, in one pass from the last tiles to the first."""
+        orders = walked_orders(inputs, options)
+        read = KernelInputs.of(inputs, options, _DTYPES, projected=saved[0])
+        grad_out = grads[0].permute(0, 2, 3, 1).float().contiguous()
+        x = read.x
+        batch, height, width, channels = x.shape
+        count, _, rank = read.dt_weight.shape
+        states = read.A.shape[1]
+        columns = count * (rank + 2 * states)
+        grad_x = torch.empty_like(x)
+        by_projected = x.new_empty(
+            library.strips(channels), batch, height, width, columns
+        )
+        by_weight = x.new_empty(batch, count, rank, channels)
+        by_bias, by_D = (x.new_empty(batch, count, channels) for _ in range(2))
+        by_A = x.new_empty(batch, count, states, channels)
+        args = _args(
+            read,
+            orders,
+            saved=saved[1],
+            grad_out=grad_out,
+            grad_x=grad_x,
+            grad_projected=by_projected,
+            grad_dt_weight=by_weight,
+            grad_dt_bias=by_bias,
+            grad_A=by_A,
+            grad_D=by_D,
+        )
+        library.kernel('ss2d_backward')(byref(args), library.parallel_for())
+        return gradients_of(
+            *(inputs, options, grad_x, by_projected.sum(0)),
+            *(by_weight.sum(0).mT, by_bias.sum(0)),
+            *(by_A.sum(0).mT.reshape(read.A.shape), by_D.sum(0).flatten()),
+        )
 
 
-def _problem(
-    x: Tensor,
-    projected: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    Ds: Tensor,
-    orders: KernelOrders,
-    **results: Tensor | None,
+def _states_like(inputs: Ss2dInputs, orders: KernelOrders) -> Tensor:
+    batch, channels, height, width = inputs.x.shape
+    tiles = -(-orders.positions(height * width) // library.tile())
+    shape = (len(orders.routes), tiles - 1, batch, inputs.A.shape[1], channels)
+    return inputs.x.new_empty(shape, dtype=torch.float32)
+
+
+def _args(
+    inputs: KernelInputs, orders: KernelOrders, **results: Tensor | None
 ) -> Ss2dProblem:
     """What the kernels are told of a call; its tensors must outlive it."""
-    batch, height, width, channels = x.shape
+    batch, height, width, channels = inputs.x.shape
     return Ss2dProblem(
         batch=batch,
         channels=channels,
         height=height,
         width=width,
-        states=A.shape[1],
-        rank=dt_weight.shape[2],
+        states=inputs.A.shape[1],
+        rank=inputs.dt_weight.shape[2],
         orders=len(orders.routes),
         positions=orders.positions(height * width),
         routes=_numbers(orders.routes),
         table=pointer(orders.table),
-        x=pointer(x),
-        projected=pointer(projected),
-        projected_stride=projected.stride(2),
-        dt_weight=pointer(dt_weight),
-        dt_bias=pointer(dt_bias),
-        A=pointer(A),
-        D=pointer(Ds),
+        x=pointer(inputs.x),
+        projected=pointer(inputs.projected),
+        projected_stride=inputs.projected.stride(2),
+        dt_weight=pointer(inputs.dt_weight),
+        dt_bias=pointer(inputs.dt_bias),
+        A=pointer(inputs.A),
+        D=pointer(inputs.Ds),
         **{name: pointer(x) for name, x in results.items()},
     )
 
 
 @lru_cache
-def _numbers(routes: tuple[int, ...]) -> Array:
+def _numbers(routes: tuple[int, ...]) -> 'ctypes.Array[c_int32]':
     """As an array of C."""
     return (c_int32 * len(routes))(*routes)
-
-
-def forward(
-    x: Tensor,
-    projected: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    Ds: Tensor,
-    orders: KernelOrders,
-    out_dtype: torch.dtype,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor | None, bool]:
-    """See :func:`mmvssm.ops.ss2d_scan.fused.ss2d_scan_fused`.
-
-    Returns:
-        The merged map (B, H, W, C), with ``keep_states`` the states before the
-        tiles, and whether there is NaN.
-    """
-    batch, height, width, channels = x.shape
-    out = torch.empty_like(x, dtype=out_dtype)
-    saved = None
-    if keep_states:
-        positions = orders.positions(height * width)
-        sizes = (len(dt_weight), batch, positions, A.shape[1], channels)
-        saved = x.new_empty(saved_states_shape(*sizes))
-    inputs = (x, projected, dt_weight, dt_bias, A, Ds)
-    problem = _problem(*inputs, orders, out=out, saved=saved)
-    return out, saved, library.call('ss2d_forward', problem)
-
-
-def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    projected: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    Ds: Tensor,
-    orders: KernelOrders,
-    saved: Tensor,
-) -> list[Tensor]:
-    """Gradients of the inputs of :func:`forward`, contiguous.
-
-    Args:
-        grad_out: Gradient of the merged map (B, H, W, C), contiguous.
-        saved: The second result of :func:`forward`.
-    """
-    batch, height, width, channels = x.shape
-    count, _, rank = dt_weight.shape
-    states = A.shape[1]
-    strips = library.strips(channels)
-    columns = count * (rank + 2 * states)
-    grad_x = torch.empty_like(x)
-    grad_projected = x.new_empty(strips, batch, height, width, columns)
-    grad_weight = x.new_empty(batch, count, rank, channels)
-    grad_bias, grad_D = (x.new_empty(batch, count, channels) for _ in range(2))
-    grad_A = x.new_empty(batch, count, states, channels)
-    problem = _problem(
-        *(x, projected, dt_weight, dt_bias, A, Ds, orders),
-        saved=saved,
-        grad_out=grad_out,
-        grad_x=grad_x,
-        grad_projected=grad_projected,
-        grad_dt_weight=grad_weight,
-        grad_dt_bias=grad_bias,
-        grad_A=grad_A,
-        grad_D=grad_D,
-    )
-    library.call('ss2d_backward', problem)
-    return [
-        grad_x,
-        grad_projected.sum(0),
-        grad_weight.sum(0).mT.contiguous(),
-        grad_bias.sum(0),
-        grad_A.sum(0).mT.reshape(A.shape),
-        grad_D.sum(0).flatten(),
-    ]

@@ -13,12 +13,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mmvssm.ops import checks
+from mmvssm.ops import backends
 from mmvssm.ops.cuda import library
 from mmvssm.ops.deterministic_math import linear_product
+from mmvssm.ops.operator import Accepting, Result
 from mmvssm.ops.scan_orders import KernelOrders
-from mmvssm.ops.selective_scan import cuda_backend as scan
-from mmvssm.ops.selective_scan.cuda_backend import Scan
+from mmvssm.ops.selective_scan.cuda_backend import (
+    Scan,
+    saved_states_shape,
+    scan_backward,
+    scan_forward,
+)
+from mmvssm.ops.ss2d_scan.declaration import (
+    KernelInputs,
+    Ss2dInputs,
+    Ss2dOptions,
+    gradients_of,
+    projected_like,
+    walked_orders,
+)
 from mmvssm.ops.ss2d_scan.per_order import (
     OrderGradients,
     OrderInputs,
@@ -28,103 +41,102 @@ from mmvssm.ops.ss2d_scan.per_order import (
 )
 
 # Of the map and its projections.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def saved_states_shape(
-    orders: int, batch: int, positions: int, states: int, channels: int
-) -> tuple[int, ...]:
-    """Shape of what forward keeps: of each scan the states before its chunks."""
-    return (orders, *scan.saved_states_shape(batch, positions, states, channels))
+class CudaSs2d(Accepting):
+    """The scans of the selective scan's kernels, each adding to the merged map."""
+
+    supplier = backends.CUDA
+
+    def forward(self, inputs: Ss2dInputs, options: Ss2dOptions, keep: bool) -> Result:
+        """See :func:`mmvssm.ops.ss2d_scan`."""
+        orders = walked_orders(inputs, options)
+        read = KernelInputs.of(inputs, options, _DTYPES)
+        rank, states = read.dt_weight.shape[2], read.A.shape[1]
+        out = torch.empty_like(read.x, dtype=torch.float32)
+        kept = _states_like(inputs, orders) if keep else None
+        low_rank = rank <= library.MAX_RANK and states <= library.MAX_RANK_STATES
+        for k, (scan, _) in enumerate(_scans(read, orders, low_rank)):
+            to = None if kept is None else kept[k]
+            scan_forward(scan, sequence(out), saved=to, add=k > 0)
+        saved = (
+            () if kept is None else (read.projected.to(options.projected_dtype), kept)
+        )
+        return Result((out.permute(0, 3, 1, 2).to(options.out_dtype),), saved)
+
+    def saved_like(
+        self, inputs: Ss2dInputs, options: Ss2dOptions
+    ) -> tuple[Tensor, ...]:
+        """The projections, and of each scan the states before its chunks."""
+        states = _states_like(inputs, walked_orders(inputs, options))
+        return projected_like(inputs, options), states
+
+    def backward(
+        self,
+        inputs: Ss2dInputs,
+        options: Ss2dOptions,
+        saved: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+        wanted: Ss2dInputs,
+    ) -> Ss2dInputs:
+        """All gradients, one scan after the other."""
+        orders = walked_orders(inputs, options)
+        read = KernelInputs.of(inputs, options, _DTYPES, projected=saved[0])
+        grad_out = sequence(grads[0].permute(0, 2, 3, 1).contiguous())
+        grad_x = torch.empty_like(read.x, dtype=torch.float32)
+        found = []
+        for k, (scan, own) in enumerate(_scans(read, orders, low_rank=False)):
+            grad_delta = torch.empty_like(scan.delta)
+            by_A, by_B, by_C, by_D, by_bias = scan_backward(
+                *(scan, saved[1][k], grad_out, None),
+                rows=(sequence(grad_x), grad_delta, None),
+                add=k > 0,
+            )
+            dt = own.dt.float().flatten(0, 1)
+            by_weight = linear_product(grad_delta.transpose(0, 1).flatten(1), dt.t())
+            found.append(
+                OrderGradients(
+                    dt=linear_product(grad_delta.mT, own.weight.t()),
+                    B=by_B[:, 0],
+                    C=by_C[:, 0],
+                    weight=by_weight,
+                    bias=by_bias,
+                    A=by_A,
+                    D=by_D,
+                )
+            )
+        rest = join_gradients(read.projected, found)
+        return gradients_of(inputs, options, grad_x, *rest)
+
+
+def _states_like(inputs: Ss2dInputs, orders: KernelOrders) -> Tensor:
+    batch, channels, height, width = inputs.x.shape
+    positions = orders.positions(height * width)
+    shape = saved_states_shape(batch, positions, inputs.A.shape[1], channels)
+    shape = (len(orders.routes), *shape)
+    return inputs.x.new_empty(shape, dtype=torch.float32)
 
 
 def _scans(
-    inputs: tuple[Tensor, ...], orders: KernelOrders, low_rank: bool
+    inputs: KernelInputs, orders: KernelOrders, low_rank: bool
 ) -> Iterator[tuple[Scan, OrderInputs]]:
     """Of every order the inputs of its scan."""
-    width = inputs[0].shape[2]
+    width = inputs.x.shape[2]
     for k, own in enumerate(split_orders(*inputs)):
         scan_inputs = Scan(
-            *(own.u, own.A, own.B, own.C),
-            **dict(D=own.D, bias=own.bias, width=width),
-            **dict(route=orders.route(k), table=orders.row(k)),
+            u=own.u,
+            A=own.A,
+            B=own.B,
+            C=own.C,
+            D=own.D,
+            bias=own.bias,
+            width=width,
+            route=orders.route(k),
+            table=orders.row(k),
         )
         if low_rank:
             scan_inputs.features, scan_inputs.weight = own.dt.mT, own.weight
         else:
             scan_inputs.delta = linear_product(own.dt.float(), own.weight).mT
         yield scan_inputs, own
-
-
-def forward(
-    x: Tensor,
-    projected: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    Ds: Tensor,
-    orders: KernelOrders,
-    out_dtype: torch.dtype,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor | None, bool]:
-    """See :func:`mmvssm.ops.ss2d_scan.fused.ss2d_scan_fused`.
-
-    Returns:
-        The merged map (B, H, W, C), with ``keep_states`` the states before the
-        chunks, and whether there is NaN.
-    """
-    batch, height, width, channels = x.shape
-    rank, states = dt_weight.shape[2], A.shape[1]
-    out = torch.empty_like(x, dtype=torch.float32)
-    saved = None
-    if keep_states:
-        positions = orders.positions(height * width)
-        sizes = (len(dt_weight), batch, positions, states, channels)
-        saved = x.new_empty(saved_states_shape(*sizes), dtype=torch.float32)
-    low_rank = rank <= library.MAX_RANK and states <= library.MAX_RANK_STATES
-    scans = _scans((x, projected, dt_weight, dt_bias, A, Ds), orders, low_rank)
-    for k, (inputs, _) in enumerate(scans):
-        kept = None if saved is None else saved[k]
-        scan.scan_forward(inputs, sequence(out), saved=kept, add=k > 0)
-    return out.to(out_dtype), saved, checks.has_nan(out)
-
-
-def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    projected: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    Ds: Tensor,
-    orders: KernelOrders,
-    saved: Tensor,
-) -> list[Tensor]:
-    """Gradients of the inputs of :func:`forward`, contiguous.
-
-    Args:
-        grad_out: Gradient of the merged map (B, H, W, C), contiguous.
-        saved: The second result of :func:`forward`.
-    """
-    grad_x = torch.empty_like(x, dtype=torch.float32)
-    gradients = []
-    given = (x, projected, dt_weight, dt_bias, A, Ds)
-    scans = _scans(given, orders, low_rank=False)
-    for k, (inputs, (_, dt, _, _, weight, *_)) in enumerate(scans):
-        grad_delta = torch.empty_like(inputs.delta)
-        grad_A, grad_B, grad_C, grad_D, grad_bias = scan.scan_backward(
-            *(inputs, saved[k], sequence(grad_out), None),
-            rows=(sequence(grad_x), grad_delta, None),
-            add=k > 0,
-        )
-        grad_weight = linear_product(
-            grad_delta.transpose(0, 1).flatten(1), dt.float().flatten(0, 1).t()
-        )
-        gradients.append(
-            OrderGradients(
-                linear_product(grad_delta.mT, weight.t()),
-                *(grad_B[:, 0], grad_C[:, 0]),
-                *(grad_weight, grad_bias, grad_A, grad_D),
-            )
-        )
-    return [grad_x.to(x.dtype), *join_gradients(projected, gradients)]

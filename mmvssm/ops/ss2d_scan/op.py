@@ -1,15 +1,33 @@
 """The core of VMamba's SS2D as one op (arXiv 2401.10166, section 4.3)."""
 
+import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
-from mmvssm.ops import autocast
-from mmvssm.ops.backends import choose_backend
+from mmvssm.ops import autocast, backends
+from mmvssm.ops.operator import Call
 from mmvssm.ops.scan_orders import DEFAULT, Orders, count_orders
-from mmvssm.ops.ss2d_scan.composed import ss2d_scan_composed
-from mmvssm.ops.ss2d_scan.fused import is_fused, ss2d_scan_fused
+from mmvssm.ops.scan_orders.tables import order_word
+from mmvssm.ops.ss2d_scan.composed import ComposedSs2d
+from mmvssm.ops.ss2d_scan.cpu_backend import CpuSs2d
+from mmvssm.ops.ss2d_scan.cuda_backend import CudaSs2d
+from mmvssm.ops.ss2d_scan.declaration import SS2D_SCAN, Ss2dInputs, Ss2dOptions
+from mmvssm.ops.ss2d_scan.reference import ReferenceSs2d
+from mmvssm.ops.ss2d_scan.triton_backend import TritonSs2d
+
+SS2D_SCAN.supply(
+    CpuSs2d(),
+    TritonSs2d(),
+    CudaSs2d(),
+    ReferenceSs2d(),
+    composed=lambda name: ComposedSs2d(backends.suppliers[name]),
+)
 
 
+def _result(outputs: tuple[Tensor, ...], options: Ss2dOptions) -> Tensor:
+    return outputs[0]
+
+
+@SS2D_SCAN.public(finish=_result)
 def ss2d_scan(
     x: Tensor,
     x_proj_weight: Tensor,
@@ -20,7 +38,7 @@ def ss2d_scan(
     *,
     orders: Orders = DEFAULT,
     backend: str | None = None,
-) -> Tensor:
+) -> Call:
     """Scan a map along several orders with weights that depend on the input.
 
     Every one k of K scans projects the map to step sizes and to B and C, runs a
@@ -55,28 +73,18 @@ def ss2d_scan(
             than x outside autocast; ``orders`` is of no such type.
         ValueError: A shape does not fit, or there is no such scan order.
     """
-    inputs = (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
-    if has_torch_function(inputs):
-        # The FLOPs counter sees one op here, however it is computed.
-        return handle_torch_function(
-            ss2d_scan, inputs, *inputs, orders=orders, backend=backend
-        )
-    _check(*inputs, orders)
-    name = choose_backend(x.device.type, x.dtype, backend, states=A.shape[1])
-    if is_fused(name):
-        return ss2d_scan_fused(*inputs, name, orders)
-    return ss2d_scan_composed(*inputs, name, orders)
+    inputs = Ss2dInputs(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)
+    _check(inputs, orders)
+    out_dtype = projected_dtype = x.dtype
+    if autocast.is_enabled(x):
+        out_dtype = torch.promote_types(x.dtype, torch.float32)
+        projected_dtype = torch.get_autocast_dtype(x.device.type)
+    options = Ss2dOptions(order_word(orders), out_dtype, projected_dtype)
+    return Call(inputs, options, backend, states=A.shape[1])
 
 
-def _check(
-    x: Tensor,
-    x_proj_weight: Tensor,
-    dt_projs_weight: Tensor,
-    dt_projs_bias: Tensor,
-    A: Tensor,
-    Ds: Tensor,
-    orders: Orders,
-) -> None:
+def _check(inputs: Ss2dInputs, orders: Orders) -> None:
+    x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds = inputs
     if x.ndim != 4 or x.numel() == 0:
         raise ValueError(
             f'ss2d_scan: x must be (batch, channels, height, width) '

@@ -11,15 +11,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mmvssm.ops import checks
+from mmvssm.ops import backends
+from mmvssm.ops.operator import Accepting, Result
 from mmvssm.ops.scan_orders import KernelOrders
-from mmvssm.ops.selective_scan import triton_plan
 from mmvssm.ops.selective_scan.triton_backend import scan_backward, scan_forward
 from mmvssm.ops.selective_scan.triton_plan import (
     Inputs,
     Plan,
     low_rank_gradients,
     low_rank_steps,
+    saved_states_shape,
+)
+from mmvssm.ops.ss2d_scan.declaration import (
+    KernelInputs,
+    Ss2dInputs,
+    Ss2dOptions,
+    gradients_of,
+    projected_like,
+    walked_orders,
 )
 from mmvssm.ops.ss2d_scan.per_order import (
     OrderGradients,
@@ -30,26 +39,104 @@ from mmvssm.ops.ss2d_scan.per_order import (
 )
 
 # Of the map and its projections.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def saved_states_shape(
-    orders: int, batch: int, positions: int, states: int, channels: int
-) -> tuple[int, ...]:
-    """Shape of what forward keeps: of each scan the states before its chunks."""
-    shape = triton_plan.saved_states_shape(batch, positions, states, channels)
-    return (orders, *shape)
+class TritonSs2d(Accepting):
+    """The scans of the selective scan's kernels, each adding to the merged map."""
+
+    supplier = backends.TRITON
+
+    def forward(self, inputs: Ss2dInputs, options: Ss2dOptions, keep: bool) -> Result:
+        """See :func:`mmvssm.ops.ss2d_scan`."""
+        orders = walked_orders(inputs, options)
+        read = KernelInputs.of(inputs, options, _DTYPES)
+        states = _states_like(inputs, orders) if keep else None
+        written = options.out_dtype if options.out_dtype in _DTYPES else torch.float32
+        out = torch.empty_like(read.x, dtype=written)
+        sums = _running_sum(out, orders)
+        for k, (plan, scan, _) in enumerate(_scans(read, orders, backward=False)):
+            added = None if k == 0 else sums[k - 1]
+            kept = None if states is None else states[k]
+            scan_forward(plan, scan, sums[k], added=added, saved=kept)
+        saved = (
+            ()
+            if states is None
+            else (read.projected.to(options.projected_dtype), states)
+        )
+        return Result((out.permute(0, 3, 1, 2).to(options.out_dtype),), saved)
+
+    def saved_like(
+        self, inputs: Ss2dInputs, options: Ss2dOptions
+    ) -> tuple[Tensor, ...]:
+        """The projections, and of each scan the states before its chunks."""
+        states = _states_like(inputs, walked_orders(inputs, options))
+        return projected_like(inputs, options), states
+
+    def backward(
+        self,
+        inputs: Ss2dInputs,
+        options: Ss2dOptions,
+        saved: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+        wanted: Ss2dInputs,
+    ) -> Ss2dInputs:
+        """All gradients, one scan after the other."""
+        orders = walked_orders(inputs, options)
+        read = KernelInputs.of(inputs, options, _DTYPES, projected=saved[0])
+        grad_out = sequence(grads[0].permute(0, 2, 3, 1))
+        x = read.x
+        grad_x = torch.empty_like(x)
+        sums = _running_sum(grad_x, orders)
+        found = []
+        for k, (plan, scan, own) in enumerate(_scans(read, orders, backward=True)):
+            dt, weight = own.dt, own.weight
+            by_scan = scan_backward(
+                *(plan, scan, saved[1][k], grad_out),
+                grad_u=sums[k],
+                grad_delta=x.new_empty(dt.shape[:2] + x.shape[3:], dtype=dt.dtype).mT,
+                added=None if k == 0 else sums[k - 1],
+            )
+            by_dt, by_weight = low_rank_gradients(by_scan.delta, dt, weight)
+            found.append(
+                OrderGradients(
+                    dt=by_dt,
+                    B=by_scan.B[:, 0].mT,
+                    C=by_scan.C[:, 0].mT,
+                    weight=by_weight,
+                    bias=by_scan.delta_bias,
+                    A=by_scan.A,
+                    D=by_scan.D,
+                )
+            )
+        rest = join_gradients(read.projected, found)
+        return gradients_of(inputs, options, grad_x, *rest)
+
+
+def _states_like(inputs: Ss2dInputs, orders: KernelOrders) -> Tensor:
+    batch, channels, height, width = inputs.x.shape
+    positions = orders.positions(height * width)
+    shape = saved_states_shape(batch, positions, inputs.A.shape[1], channels)
+    shape = (len(orders.routes), *shape)
+    return inputs.x.new_empty(shape, dtype=torch.float32)
 
 
 def _scans(
-    inputs: tuple[Tensor, ...], orders: KernelOrders, backward: bool
+    inputs: KernelInputs, orders: KernelOrders, backward: bool
 ) -> Iterator[tuple[Plan, Inputs, OrderInputs]]:
     """Of every order the plan and the inputs of its scan."""
-    height, states = inputs[0].shape[1], inputs[4].shape[1]
+    height, states = inputs.x.shape[1], inputs.A.shape[1]
     for k, own in enumerate(split_orders(*inputs)):
         delta, weight = low_rank_steps(own.dt, own.weight, states)
         scan = Inputs(
-            *(own.u, delta, own.A, own.B, own.C, own.D, None, own.bias), weight
+            u=own.u,
+            delta=delta,
+            A=own.A,
+            B=own.B,
+            C=own.C,
+            D=own.D,
+            delta_bias=own.bias,
+            delta_weight=weight,
         )
         walked = dict(height=height, route=orders.route(k), table=orders.row(k))
         yield Plan.of(scan, True, backward=backward, **walked), scan, own
@@ -61,74 +148,3 @@ def _running_sum(out: Tensor, orders: KernelOrders) -> list[Tensor]:
     if out.dtype != torch.float32:
         sums = torch.empty_like(out, dtype=torch.float32)
     return [sequence(sums)] * (len(orders.routes) - 1) + [sequence(out)]
-
-
-def forward(
-    x: Tensor,
-    projected: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    Ds: Tensor,
-    orders: KernelOrders,
-    out_dtype: torch.dtype,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor | None, bool]:
-    """See :func:`mmvssm.ops.ss2d_scan.fused.ss2d_scan_fused`.
-
-    Returns:
-        The merged map (B, H, W, C), with ``keep_states`` the states before the
-        chunks, and whether there is NaN.
-    """
-    batch, height, width, channels = x.shape
-    out = torch.empty_like(x, dtype=out_dtype)
-    saved = None
-    if keep_states:
-        positions = orders.positions(height * width)
-        sizes = (len(dt_weight), batch, positions, A.shape[1], channels)
-        saved = x.new_empty(saved_states_shape(*sizes), dtype=torch.float32)
-    sums = _running_sum(out, orders)
-    scans = _scans((x, projected, dt_weight, dt_bias, A, Ds), orders, backward=False)
-    for k, (plan, inputs, _) in enumerate(scans):
-        added = None if k == 0 else sums[k - 1]
-        kept = None if saved is None else saved[k]
-        scan_forward(plan, inputs, sums[k], added=added, saved=kept)
-    return out, saved, checks.has_nan(out)
-
-
-def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    projected: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    Ds: Tensor,
-    orders: KernelOrders,
-    saved: Tensor,
-) -> list[Tensor]:
-    """Gradients of the inputs of :func:`forward`, contiguous.
-
-    Args:
-        grad_out: Gradient of the merged map (B, H, W, C), contiguous.
-        saved: The second result of :func:`forward`.
-    """
-    grad_x = torch.empty_like(x)
-    sums = _running_sum(grad_x, orders)
-    gradients = []
-    scans = _scans((x, projected, dt_weight, dt_bias, A, Ds), orders, backward=True)
-    for k, (plan, inputs, (_, dt, _, _, weight, *_)) in enumerate(scans):
-        grads = scan_backward(
-            *(plan, inputs, saved[k], sequence(grad_out)),
-            grad_u=sums[k],
-            grad_delta=x.new_empty(dt.shape[:2] + x.shape[3:], dtype=dt.dtype).mT,
-            added=None if k == 0 else sums[k - 1],
-        )
-        by_dt, by_weight = low_rank_gradients(grads.delta, dt, weight)
-        gradients.append(
-            OrderGradients(
-                *(by_dt, grads.B[:, 0].mT, grads.C[:, 0].mT),
-                *(by_weight, grads.delta_bias, grads.A, grads.D),
-            )
-        )
-    return [grad_x, *join_gradients(projected, gradients)]

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmvssm.ops import add_rms_norm, direct, linear, selective_scan, ss2d_scan
+from mmvssm.ops import add_rms_norm, bypass, linear, selective_scan, ss2d_scan
 
 from . import bidirectional_inputs
 from .backends_under_test import FAST_BACKENDS, on_backends
@@ -83,18 +83,18 @@ def test_same_bits_around_projections(op, backend):
 
 
 def test_gradients_need_the_dispatcher(x):
-    assert direct.possible(x, None)
+    assert bypass.possible(x, None)
     weight = torch.nn.Parameter(x)
-    assert not direct.possible(x, weight)
+    assert not bypass.possible(x, weight)
     with torch.no_grad():
-        assert direct.possible(x, weight)
+        assert bypass.possible(x, weight)
     with torch.inference_mode():
-        assert direct.possible(x, weight)
+        assert bypass.possible(x, weight)
 
 
 def test_other_kinds_of_tensors(x):
-    assert not direct.possible(x, x.as_subclass(Subclass))
-    assert not direct.possible(x.to('meta'))
+    assert not bypass.possible(x, x.as_subclass(Subclass))
+    assert not bypass.possible(x.to('meta'))
 
 
 @pytest.mark.parametrize(
@@ -103,15 +103,15 @@ def test_other_kinds_of_tensors(x):
 )
 def test_watched(x, watcher):
     with watcher():
-        assert not direct.possible(x)
-    assert direct.possible(x)
+        assert not bypass.possible(x)
+    assert bypass.possible(x)
 
 
 def test_transformed(x):
     found = []
 
     def function(x):
-        found.append(direct.possible(x))
+        found.append(bypass.possible(x))
         return x * 2
 
     torch.func.vmap(function)(x)
@@ -122,7 +122,7 @@ def test_transformed(x):
 
 def test_compiled(x):
     function = torch.compile(
-        lambda x: x + 1 if direct.possible(x) else x - 1,
+        lambda x: x + 1 if bypass.possible(x) else x - 1,
         fullgraph=True,
         backend='eager',
     )

@@ -20,6 +20,15 @@ def possible(*inputs: Tensor | None) -> bool:
     return unobserved(*inputs)
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work.
+
+    They go through what torch knows, not through ops of torch.library.
+    """
+    level = torch._C._functorch.maybe_current_level()
+    return level is not None or forward_ad._current_level >= 0
+
+
 def unobserved(*inputs: Tensor | None) -> bool:
     """Whether nothing but the result, and perhaps its gradient, is wanted."""
     tensors = [x for x in inputs if x is not None]

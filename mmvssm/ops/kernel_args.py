@@ -39,3 +39,13 @@ def structure(name: str, *fields: tuple[type, str]) -> type[ctypes.Structure]:
 def pointer(x: Tensor | None) -> int | None:
     """Address of a tensor's memory, None for None."""
     return None if x is None else x.data_ptr()
+
+
+def readable(x: Tensor | None, array: type[Array]) -> Tensor | None:
+    """The tensor in a dtype that the kernels read from an array."""
+    return x if x is None or x.dtype in array.dtypes else x.float()
+
+
+def parameter(x: Tensor | None) -> Tensor | None:
+    """The tensor as contiguous float32, which pointers are to."""
+    return None if x is None else x.float().contiguous()

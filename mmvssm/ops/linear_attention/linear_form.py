@@ -11,11 +11,35 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import autocast, deterministic_math
+from mmvssm.ops.backends import Supplier
 from mmvssm.ops.deterministic_math import matmul
+from mmvssm.ops.linear_attention.declaration import AttentionInputs, AttentionOptions
+from mmvssm.ops.operator import Composed, Result
 from mmvssm.ops.rotary import rotate
 
 # Values of one tensor in a block: half a megabyte in float32.
 _BLOCK = 2**17
+
+
+class LinearForm(Composed):
+    """Time and memory linear in the length; nothing but the inputs is kept."""
+
+    def __init__(self, supplier: Supplier):
+        self.supplier = supplier
+
+    def forward(
+        self, inputs: AttentionInputs, options: AttentionOptions, keep: bool
+    ) -> Result:
+        """See :func:`mmvssm.ops.linear_attention`."""
+        q, k, v, cos, sin = inputs
+        tables = _Options(
+            *(cos, sin, options.heads, options.normalise, options.eps, options.dtype)
+        )
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            y = _LinearAttention.apply(q, k, v, *tables)
+        else:
+            y = _forward(q, k, v, tables)
+        return Result((y.to(options.out_dtype),), has_nan=False)
 
 
 class _Options(NamedTuple):
@@ -25,26 +49,6 @@ class _Options(NamedTuple):
     normalise: bool
     eps: float
     dtype: torch.dtype
-
-
-def linear_attention_linear(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    rotary: tuple[Tensor, Tensor] | None,
-    normalise: bool,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """See :func:`mmvssm.ops.linear_attention`; ``dtype`` is that of the result.
-
-    Nothing but the inputs is kept for the backward pass.
-    """
-    options = _Options(*(rotary or (None, None)), heads, normalise, eps, dtype)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return _LinearAttention.apply(q, k, v, *options)
-    return _forward(q, k, v, options)
 
 
 class _LinearAttention(torch.autograd.Function):

@@ -1,0 +1,153 @@
+"""The bidirectional scan as an op: what goes in, what comes out."""
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmvssm.ops.bidirectional_scan.direction import Direction
+from mmvssm.ops.operator import Flops, Op
+from mmvssm.ops.selective_scan.declaration import scan_flops
+
+
+class BidirectionalInputs(NamedTuple):
+    """Inputs of a bidirectional scan, or their gradients.
+
+    Attributes:
+        x: Sequence (B, D, L).
+        z: Gate of x's shape.
+        forward: Weights of the direction that starts at position 0.
+        backward: Weights of the direction that starts at the end.
+    """
+
+    x: Tensor
+    z: Tensor
+    forward: Direction
+    backward: Direction
+
+
+class BidirectionalOptions(NamedTuple):
+    """Options of a bidirectional scan.
+
+    Attributes:
+        average: Halve the result.
+        out_dtype: Of the output.
+        projected_dtype: In which projections are computed.
+    """
+
+    average: bool
+    out_dtype: torch.dtype
+    projected_dtype: torch.dtype
+
+    @property
+    def scale(self) -> float:
+        """Factor of the result."""
+        return 0.5 if self.average else 1.0
+
+
+def outputs_like(
+    inputs: BidirectionalInputs, options: BidirectionalOptions
+) -> tuple[Tensor]:
+    """Memory for the output (B, D, L), channels-last."""
+    batch, channels, length = inputs.x.shape
+    return (inputs.x.new_empty(batch, length, channels, dtype=options.out_dtype).mT,)
+
+
+def _flops(shapes: BidirectionalInputs, options: BidirectionalOptions) -> list[Flops]:
+    batch, channels, length = shapes.x
+    positions, ways = batch * length, (shapes.forward, shapes.backward)
+    taps = sum(prod(way.conv_weight) for way in ways)
+    weights = sum(prod(way.x_proj_weight) + prod(way.dt_proj_weight) for way in ways)
+    scans = scan_flops(batch, 2 * channels, length, shapes.forward.A[1])
+    return [
+        Flops(positions * taps, part='convolutions'),
+        Flops(positions * weights, part='projections'),
+        Flops(0, scans + positions * channels, part='scans'),
+    ]
+
+
+BIDIRECTIONAL_SCAN = Op(
+    'bidirectional_scan',
+    BidirectionalInputs,
+    BidirectionalOptions,
+    returns=('y',),
+    outputs_like=outputs_like,
+    flops=_flops,
+)
+
+
+class KernelInputs(NamedTuple):
+    """The inputs as kernels read them.
+
+    Attributes:
+        x, z: (B, L, D), of a dtype that they read.
+        weights: Of both directions, contiguous: matrices in the dtype of projections,
+            all else in float32; convolutions with the same number of taps.
+    """
+
+    x: Tensor
+    z: Tensor
+    weights: tuple[Direction, Direction]
+
+    @classmethod
+    def of(
+        cls,
+        inputs: BidirectionalInputs,
+        options: BidirectionalOptions,
+        dtypes: tuple[torch.dtype, ...],
+    ) -> 'KernelInputs':
+        """For kernels that read these dtypes."""
+        ways = (inputs.forward, inputs.backward)
+        taps = max(way.conv_weight.shape[1] for way in ways)
+        first, second = (_as_read(way, taps, options.projected_dtype) for way in ways)
+        x, z = (t if t.dtype in dtypes else t.float() for t in inputs[:2])
+        return cls(x.mT, z.mT, (first, second))
+
+
+def _as_read(weights: Direction, taps: int, dtype: torch.dtype) -> Direction:
+    matrices = ('x_proj_weight', 'dt_proj_weight')
+    found = {
+        name: tensor.to(dtype if name in matrices else torch.float32)
+        for name, tensor in weights._asdict().items()
+    }
+    missing = taps - weights.conv_weight.shape[1]
+    if missing:
+        found['conv_weight'] = F.pad(found['conv_weight'], (missing, 0))
+    return Direction(**{name: tensor.contiguous() for name, tensor in found.items()})
+
+
+def gradients_of(
+    inputs: BidirectionalInputs,
+    grad_x: Tensor,
+    grad_z: Tensor,
+    grads: list[Direction],
+) -> BidirectionalInputs:
+    """Gradients of the inputs from those of what the kernels read."""
+    ways = (inputs.forward, inputs.backward)
+    first, second = (
+        grad._replace(conv_weight=grad.conv_weight[:, -way.conv_weight.shape[1] :])
+        for way, grad in zip(ways, grads)
+    )
+    return BidirectionalInputs(grad_x.mT, grad_z.mT, first, second)
+
+
+def saved_like(
+    inputs: BidirectionalInputs,
+    options: BidirectionalOptions,
+    states: tuple[int, ...],
+) -> tuple[Tensor, ...]:
+    """Memory for the sum before the gate, projections and states of both directions.
+
+    Args:
+        states: Shape of the states of one direction.
+    """
+    x = inputs.x
+    batch, channels, length = x.shape
+    projected = [
+        x.new_empty(batch, length, rows, dtype=options.projected_dtype)
+        for rows in (len(way.x_proj_weight) for way in inputs[2:])
+    ]
+    y = x.new_empty(batch, length, channels, dtype=torch.float32)
+    return (y, *projected, x.new_empty(2, *states, dtype=torch.float32))

@@ -1,0 +1,52 @@
+"""The linear layer as an op: what goes in, what comes out."""
+
+from math import prod
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mmvssm.ops.operator import Flops, Op
+
+
+class LinearInputs(NamedTuple):
+    """Inputs of a linear layer.
+
+    Attributes:
+        x: (..., K).
+        weight: (N, K).
+        bias: (N,) or None.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class LinearOptions(NamedTuple):
+    """Options of a linear layer.
+
+    Attributes:
+        deterministic: Whether the bits may not depend on the number of threads in any
+            dtype, even where that is slower.
+    """
+
+    deterministic: bool
+
+
+def _outputs_like(inputs: LinearInputs, options: LinearOptions) -> tuple[Tensor, ...]:
+    x, weight, _ = inputs
+    return (x.new_empty(*x.shape[:-1], weight.shape[0]),)
+
+
+def _flops(shapes: LinearInputs, options: LinearOptions) -> list[Flops]:
+    return [Flops(prod(shapes.x) * shapes.weight[0])]
+
+
+LINEAR = Op(
+    'linear',
+    LinearInputs,
+    LinearOptions,
+    returns=('y',),
+    outputs_like=_outputs_like,
+    flops=_flops,
+)

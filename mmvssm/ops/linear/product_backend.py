@@ -1,0 +1,60 @@
+"""The linear layer on the CPU, with the same bits at any number of threads."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmvssm.ops.backends import Supplier
+from mmvssm.ops.deterministic_math import linear_product, sum_rows
+from mmvssm.ops.linear.declaration import LinearInputs, LinearOptions
+from mmvssm.ops.operator import Result
+
+
+@dataclass(frozen=True)
+class ProductBackend:
+    """Products by oneDNN where it has them, in pieces of fixed length."""
+
+    supplier: Supplier
+    differentiable: bool = False
+
+    def refuses(self, inputs: LinearInputs, options: LinearOptions) -> str | None:
+        """What torch's own linear layer does as well."""
+        if inputs.x.device.type != 'cpu' or inputs.x.ndim < 2:
+            return 'it takes matrices on the CPU'
+        dtypes = {x.dtype for x in inputs if x is not None}
+        if dtypes != {torch.float32} and not options.deterministic:
+            return 'it takes float32'
+        return None
+
+    def forward(
+        self, inputs: LinearInputs, options: LinearOptions, keep: bool
+    ) -> Result:
+        """See :func:`mmvssm.ops.linear`."""
+        return Result((linear_product(*inputs).contiguous(),), has_nan=False)
+
+    def saved_like(
+        self, inputs: LinearInputs, options: LinearOptions
+    ) -> tuple[Tensor, ...]:
+        """Nothing is saved."""
+        return ()
+
+    def backward(
+        self,
+        inputs: LinearInputs,
+        options: LinearOptions,
+        saved: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+        wanted: LinearInputs,
+    ) -> LinearInputs:
+        """Gradients of those inputs that want one."""
+        (grad,) = grads
+        x, weight, _ = inputs
+        rows = grad.flatten(0, -2)
+        return LinearInputs(
+            x=linear_product(grad, weight.t()) if wanted.x else None,
+            weight=linear_product(rows.t(), x.flatten(0, -2).t())
+            if wanted.weight
+            else None,
+            bias=sum_rows(rows.unsqueeze(0)) if wanted.bias else None,
+        )

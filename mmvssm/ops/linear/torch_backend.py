@@ -1,0 +1,22 @@
+"""The linear layer as torch has it."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+from mmvssm.ops.backends import Supplier
+from mmvssm.ops.linear.declaration import LinearInputs, LinearOptions
+from mmvssm.ops.operator import Composed, Result
+
+
+@dataclass(frozen=True)
+class TorchLinear(Composed):
+    """``torch.nn.functional.linear``, which is also the definition."""
+
+    supplier: Supplier
+
+    def forward(
+        self, inputs: LinearInputs, options: LinearOptions, keep: bool
+    ) -> Result:
+        """See :func:`mmvssm.ops.linear`."""
+        return Result((F.linear(*inputs),), has_nan=False)

@@ -1,0 +1,640 @@
+"""An op, declared once.
+
+A declaration says what goes in (a NamedTuple of tensors), what the options are (a
+NamedTuple of plain values), what comes out and what it costs. Backends compute it.
+The rest is made here, for all ops alike:
+
+- the op of ``torch.library`` with its fake kernel, and its gradients to any order;
+- the bypass of torch's dispatcher where nothing but the result is wanted;
+- the rule for autocast: a backend never runs under it, the options say what it asks;
+- the refusal of NaN, by the name of the input that has it;
+- forward-mode derivatives and ``vmap``, by the op's definition;
+- the formula for torch's counter of FLOPs.
+
+A backend is one object of :class:`Backend`, in one file beside the op's definition.
+"""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils.flop_counter import register_flop_formula
+
+from mmvssm.ops import autocast, bypass, checks
+from mmvssm.ops.backends import (
+    OURS,
+    Supplier,
+    add_supplier,
+    choose_backend,
+    remove_supplier,
+)
+
+I = TypeVar('I', bound=tuple[Any, ...])  # noqa: E741
+O = TypeVar('O', bound=tuple[Any, ...])  # noqa: E741
+P = ParamSpec('P')
+R = TypeVar('R')
+Outputs = tuple[Tensor, ...]
+
+
+class Result(NamedTuple):
+    """What a backend's forward pass gives.
+
+    Attributes:
+        outputs: Of the op.
+        saved: What its backward pass needs beside the inputs, if that was asked for.
+        has_nan: Whether there is NaN in the outputs; None if nobody has looked.
+    """
+
+    outputs: Outputs
+    saved: Outputs = ()
+    has_nan: bool | None = None
+
+
+class Backend(Protocol[I, O]):
+    """Computes an op.
+
+    Attributes:
+        supplier: Whose it is: name, devices, dtypes, and whether it can run here.
+        differentiable: Whether torch may differentiate ``forward`` itself. The
+            other two methods of the backward pass are then never called.
+    """
+
+    @property
+    def supplier(self) -> Supplier: ...
+
+    @property
+    def differentiable(self) -> bool: ...
+
+    def refuses(self, inputs: I, options: O) -> str | None:
+        """Why it cannot take this call that its supplier takes, or None."""
+
+    def forward(self, inputs: I, options: O, keep: bool) -> Result:
+        """Compute the op; with ``keep`` also what :meth:`backward` needs."""
+
+    def saved_like(self, inputs: I, options: O) -> Outputs:
+        """Empty tensors like those that ``forward`` saves."""
+
+    def backward(
+        self,
+        inputs: I,
+        options: O,
+        saved: Outputs,
+        grads: tuple[Tensor | None, ...],
+        wanted: I,
+    ) -> I:
+        """Gradients of the inputs.
+
+        Args:
+            inputs: Of the op, or what its declaration keeps in their place.
+            options: Of the op.
+            saved: By ``forward``.
+            grads: Of the outputs, None for zero; any dtype and strides.
+            wanted: Of every input whether its gradient is wanted.
+
+        Returns:
+            In any floating-point dtype and any strides; None where it is not wanted.
+        """
+
+
+class Flops(NamedTuple):
+    """Cost of an op, or of a part of one.
+
+    Attributes:
+        products: Multiply-adds of matrix products and convolutions.
+        others: All other operations that the published tables count.
+        part: Name of the part, empty for the whole.
+    """
+
+    products: int
+    others: int = 0
+    part: str = ''
+
+
+class Call(NamedTuple):
+    """What the function that users call asks of its op.
+
+    Attributes:
+        inputs, options: Of the op.
+        backend: The backend asked for, None for the op's choice.
+        states: Of a channel, where the op has states.
+    """
+
+    inputs: Any
+    options: Any
+    backend: str | None = None
+    states: int | None = None
+
+
+class Composed:
+    """What a backend need not write that torch itself differentiates."""
+
+    differentiable = True
+
+    def refuses(self, inputs: Any, options: Any) -> str | None:
+        """Nothing that its supplier takes."""
+        return None
+
+    def saved_like(self, inputs: Any, options: Any) -> Outputs:
+        """Nothing is saved here."""
+        return ()
+
+    def backward(self, *arguments: Any) -> Any:
+        """Never called."""
+        raise AssertionError('torch differentiates the forward pass itself')
+
+
+class Accepting:
+    """What a backend with a backward pass need not write that refuses nothing."""
+
+    differentiable = False
+
+    def refuses(self, inputs: Any, options: Any) -> str | None:
+        """Nothing that its supplier takes."""
+        return None
+
+
+class Op(Generic[I, O]):
+    """An op of this package.
+
+    Args:
+        name: In ``mmvssm.ops`` and in torch's namespace ``mmvssm``.
+        inputs: NamedTuple of the inputs: tensors, optional tensors, or again such
+            NamedTuples. The first one's device and dtype decide on the backend.
+        options: NamedTuple of bool, int, float, str and ``torch.dtype``.
+        returns: Names of the outputs.
+        outputs_like: Empty tensors like the outputs; a backend must return their
+            shapes, dtypes and strides.
+        flops: The cost by parts, from inputs whose tensors are replaced by their
+            shapes.
+        keep: What is kept for the backward pass in place of the inputs, from inputs,
+            outputs and options; the inputs themselves if not given.
+        gradients_like: Tensors that the gradients are to be like, from what is kept;
+            None where there is no gradient.
+        spread: Gradients of the inputs from those of what is kept.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: type[I],
+        options: type[O],
+        *,
+        returns: tuple[str, ...],
+        outputs_like: Callable[[I, O], Outputs],
+        flops: Callable[[I, O], Sequence[Flops]],
+        keep: Callable[[I, Outputs, O], I] | None = None,
+        gradients_like: Callable[[I, O], I] | None = None,
+        spread: Callable[[I, O], I] | None = None,
+    ):
+        self.name, self.returns = name, returns
+        self.flops, self.outputs_like = flops, outputs_like
+        self.names = _names(inputs)
+        self.backends: dict[str, Backend[I, O]] = {}
+        self._composed: Callable[[str], Backend[I, O]] | None = None
+        self._among: Collection[str] = OURS
+        self._inputs, self._options = inputs, options
+        self._keep, self._gradients_like = keep, gradients_like
+        self._spread = spread
+        self.torch_op, self._backward_op = self._register()
+        all_ops[name] = self
+
+    # Backends
+
+    def supply(
+        self,
+        *backends: Backend[I, O],
+        composed: Callable[[str], Backend[I, O]] | None = None,
+    ) -> None:
+        """Add backends.
+
+        Args:
+            backends: One for each supplier that computes this op itself.
+            composed: Makes the backend of every other supplier, and for calls that
+                one refuses, from the supplier's name: out of other ops.
+        """
+        for backend in backends:
+            self.backends[backend.supplier.name] = backend
+        self._composed = composed or self._composed
+        self._among = OURS | set(self.backends)
+
+    def backend(self, name: str, inputs: I, options: O) -> Backend[I, O]:
+        """The backend that serves a call if the supplier ``name`` does."""
+        found = self.backends.get(name)
+        if found is not None and not found.refuses(inputs, options):
+            return found
+        if self._composed is None:
+            reason = found.refuses(inputs, options) if found else 'it has none'
+            raise TypeError(f'{self.name}: not by the backend {name!r}: {reason}')
+        return self._composed(name)
+
+    # Calls
+
+    def public(
+        self, finish: Callable[[Outputs, O], R]
+    ) -> Callable[[Callable[P, Call]], Callable[P, R]]:
+        """Make the function that users call.
+
+        Args:
+            finish: What it returns, from the op's outputs and options.
+
+        Returns:
+            A decorator for a function that checks its arguments and says what it
+            asks of the op. Its docstring is the public one.
+        """
+
+        def decorate(prepare: Callable[P, Call]) -> Callable[P, R]:
+            @functools.wraps(prepare)
+            def public_op(*args: P.args, **kwargs: P.kwargs) -> R:
+                tensors = list(_tensors_in((args, tuple(kwargs.values()))))
+                if has_torch_function(tensors):
+                    # A mode or a subclass sees the op as a whole.
+                    found: R = handle_torch_function(
+                        public_op, tensors, *args, **kwargs
+                    )
+                    return found
+                call = prepare(*args, **kwargs)
+                with autocast.disabled(call.inputs[0]):
+                    function, arguments = self.route(call)
+                    outputs = self.outputs(call, function(*arguments))
+                return finish(outputs, call.options)
+
+            signature = inspect.signature(prepare)
+            returned = inspect.signature(finish).return_annotation
+            public_op.__signature__ = signature.replace(  # type: ignore[attr-defined]
+                return_annotation=returned
+            )
+            public_ops[public_op] = self
+            return public_op
+
+        return decorate
+
+    def route(self, call: Call) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The function that serves a call, and its arguments.
+
+        A caller runs it and hands what comes back to :meth:`outputs`. So no frame
+        of ours stands between the two, whichever way the call takes.
+
+        Raises:
+            ValueError: The backend asked for is unknown.
+            BackendUnavailableError: It cannot run.
+        """
+        inputs, options, backend, states = call
+        x = inputs[0]
+        name = choose_backend(
+            x.device.type, x.dtype, backend, states=states, among=self._among
+        )
+        chosen = self.backend(name, inputs, options)
+        tensors = tuple(_leaves(inputs))
+        if not torch.compiler.is_compiling() and bypass.transformed():
+            # The definition is made of what torch can transform.
+            chosen = self.backends['reference']
+        elif not chosen.differentiable:
+            if bypass.possible(*tensors):
+                return chosen.forward, (inputs, options, False)
+            return self.torch_op, (*tensors, *options, name)
+        return chosen.forward, (inputs, options, False)
+
+    def outputs(self, call: Call, computed: Result | list[Tensor]) -> Outputs:
+        """The outputs of the op, from what the function of :meth:`route` gave.
+
+        Raises:
+            NaNInputError: (On the CPU) an input has NaN.
+        """
+        if not isinstance(computed, Result):
+            # The op of torch.library has looked for NaN itself.
+            return tuple(computed[: len(self.returns)])
+        if not torch.compiler.is_compiling():
+            self._refuse_nan(call.inputs, computed)
+        return computed.outputs
+
+    def _refuse_nan(self, inputs: I, result: Result) -> None:
+        tensors = dict(zip(self.names, _leaves(inputs)))
+        found = result.has_nan
+        if found is None and not bypass.transformed():
+            found = checks.has_nan(*result.outputs)
+        if found:
+            checks.refuse_nan(self.name, tensors)
+
+    # Registration with torch
+
+    def _register(self) -> tuple[Any, Any]:
+        types = typing.get_type_hints(self._options).values()
+        options = [
+            f'{_SCHEMA_TYPES[kind]} {name}'
+            for name, kind in zip(self._options._fields, types)
+        ]
+        optional = _optional(self._inputs)
+        tensors = [
+            f'Tensor{"?" if may else ""} {name}'
+            for name, may in zip(self.names, optional)
+        ]
+        kept = [f'Tensor? {name}' for name in self.names]
+        forward = torch.library.custom_op(
+            f'mmvssm::{self.name}',
+            self._forward,
+            mutates_args=(),
+            schema=_schema(*tensors, *options, 'str backend'),
+        )
+        forward.register_fake(self._forward_fake)
+        forward.register_autograd(self._gradient, setup_context=self._remember)
+        backward = torch.library.custom_op(
+            f'mmvssm::{self.name}_backward',
+            self._backward,
+            mutates_args=(),
+            schema=_schema(
+                *(f'Tensor? grad_{name}' for name in self.returns),
+                *(*kept, 'Tensor[] saved', 'bool[] wanted'),
+                *(*options, 'str backend'),
+            ),
+        )
+        backward.register_fake(self._backward_fake)
+        backward.register_autograd(
+            self._second_gradient, setup_context=self._remember_all
+        )
+        namespace = torch.ops.mmvssm
+        ops = [
+            getattr(namespace, self.name),
+            getattr(namespace, f'{self.name}_backward'),
+        ]
+        register_flop_formula(ops[0])(self._forward_flops)
+        register_flop_formula(ops[1])(self._backward_flops)
+        return tuple(op.default for op in ops)
+
+    def pack(self, tensors: Sequence[Any], options: Sequence[Any]) -> tuple[I, O]:
+        """Inputs and options from what torch's op takes, in order."""
+        return _pack(self._inputs, iter(tensors)), self._options(*options)
+
+    def _unpack(self, arguments: Sequence[Any]) -> tuple[I, O, str]:
+        """Inputs, options and the backend's name from the arguments of torch's op."""
+        width = len(self.names)
+        *options, name = arguments[width:]
+        return (*self.pack(arguments[:width], options), name)
+
+    def _forward(self, *arguments: Any) -> list[Tensor]:
+        inputs, options, name = self._unpack(arguments)
+        with autocast.disabled(inputs[0]):
+            result = self.backend(name, inputs, options).forward(inputs, options, True)
+        self._refuse_nan(inputs, result)
+        return [*result.outputs, *result.saved]
+
+    def _forward_fake(self, *arguments: Any) -> list[Tensor]:
+        inputs, options, name = self._unpack(arguments)
+        backend = self.backend(name, inputs, options)
+        outputs = self.outputs_like(inputs, options)
+        return [*outputs, *backend.saved_like(inputs, options)]
+
+    def _remember(self, ctx: Any, inputs: Sequence[Any], output: list[Tensor]) -> None:
+        taken, options, ctx.backend = self._unpack(inputs)
+        count = len(self.returns)
+        if self._keep is not None:
+            taken = self._keep(taken, tuple(output[:count]), options)
+        ctx.options = options
+        ctx.save_for_backward(*_leaves(taken), *output[count:])
+        ctx.set_materialize_grads(False)
+
+    def _gradient(self, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        none = (None,) * (len(ctx.options) + 1)
+        width, grads = len(self.names), grads[: len(self.returns)]
+        if all(grad is None for grad in grads):
+            return (*(None,) * width, *none)
+        tensors = ctx.saved_tensors
+        # Gradients that are spread over several inputs are wanted for any of them.
+        wanted = [
+            self._spread is not None or needed
+            for needed in ctx.needs_input_grad[:width]
+        ]
+        found = self._backward_op(
+            *(*grads, *tensors[:width], list(tensors[width:]), wanted),
+            *(*ctx.options, ctx.backend),
+        )
+        kept = _pack(self._inputs, iter(tensors[:width]))
+        like = _leaves(self._like(kept, ctx.options))
+        rest = iter(found)
+        by_kept = _pack(
+            self._inputs,
+            (next(rest) if w and x is not None else None for x, w in zip(like, wanted)),
+        )
+        if self._spread is not None:
+            by_kept = self._spread(by_kept, ctx.options)
+        return (*_leaves(by_kept), *none)
+
+    def _like(self, kept: I, options: O) -> I:
+        if self._gradients_like is None:
+            return kept
+        return self._gradients_like(kept, options)
+
+    def _unpack_backward(
+        self, arguments: Sequence[Any]
+    ) -> tuple[list[Tensor | None], I, list[Tensor], list[bool], O, str]:
+        count, width = len(self.returns), len(self.names)
+        kept = _pack(self._inputs, iter(arguments[count : count + width]))
+        saved, wanted, *options, name = arguments[count + width :]
+        grads = list(arguments[:count])
+        return grads, kept, saved, wanted, self._options(*options), name
+
+    def _backward(self, *arguments: Any) -> list[Tensor]:
+        grads, kept, saved, wanted, options, name = self._unpack_backward(arguments)
+        with autocast.disabled(kept[0]):
+            found = self.backend(name, kept, options).backward(
+                *(kept, options, tuple(saved), tuple(grads)),
+                _pack(self._inputs, iter(wanted)),
+            )
+        like = _leaves(self._like(kept, options))
+        return [
+            _as(gradient, x)
+            for gradient, x, w in zip(_leaves(found), like, wanted)
+            if w and x is not None
+        ]
+
+    def _backward_fake(self, *arguments: Any) -> list[Tensor]:
+        _, kept, _, wanted, options, _ = self._unpack_backward(arguments)
+        like = _leaves(self._like(kept, options))
+        return [
+            torch.empty_like(x) for x, w in zip(like, wanted) if w and x is not None
+        ]
+
+    # Gradients of gradients, by the op's definition
+
+    def _remember_all(
+        self, ctx: Any, inputs: Sequence[Any], output: list[Tensor]
+    ) -> None:
+        grads, kept, saved, wanted, options, _ = self._unpack_backward(inputs)
+        ctx.options, ctx.wanted, ctx.saved = options, wanted, len(saved)
+        ctx.save_for_backward(*grads, *_leaves(kept))
+
+    def _second_gradient(
+        self, ctx: Any, second: Sequence[Tensor | None]
+    ) -> tuple[Any, ...]:
+        count = len(self.returns)
+        with torch.enable_grad():
+            leaves = [
+                None if x is None else x.detach().requires_grad_()
+                for x in ctx.saved_tensors
+            ]
+            grads, kept = leaves[:count], leaves[count:]
+            inputs = _pack(self._inputs, iter(kept))
+            with autocast.disabled(inputs[0]):
+                reference = self.backends['reference']
+                outputs = reference.forward(inputs, ctx.options, False).outputs
+            pairs = [(y, g) for y, g in zip(outputs, grads) if g is not None]
+            like = _leaves(self._like(inputs, ctx.options))
+            asked = [
+                x for x, y, w in zip(kept, like, ctx.wanted) if w and y is not None
+            ]
+            first = torch.autograd.grad(
+                *([y for y, _ in pairs], asked, [g.to(y.dtype) for y, g in pairs]),
+                create_graph=True,
+                allow_unused=True,
+            )
+            pairs = [
+                (a, b) for a, b in zip(first, second) if a is not None and b is not None
+            ]
+            there = [x for x in leaves if x is not None]
+            every: Iterator[Tensor | None] = iter([None] * len(there))
+            if pairs:
+                values = [b.to(a.dtype) for a, b in pairs]
+                heads = [a for a, _ in pairs]
+                every = iter(
+                    torch.autograd.grad(heads, there, values, allow_unused=True)
+                )
+        found = [None if x is None else next(every) for x in leaves]
+        none = (None,) * (len(ctx.options) + 2)
+        return (*found, [None] * ctx.saved, *none)
+
+    # FLOPs, for torch.utils.flop_counter: a multiply-add is two
+
+    def _forward_flops(self, *shapes: Any, **kwargs: Any) -> int:
+        inputs, options, _ = self._unpack(shapes)
+        return _twice(self.flops(inputs, options))
+
+    def _backward_flops(self, *shapes: Any, **kwargs: Any) -> int:
+        # As torch counts a product's: two of the size of the forward pass.
+        _, kept, _, _, options, _ = self._unpack_backward(shapes)
+        return 2 * _twice(self.flops(kept, options))
+
+
+# Every op by its name, and by the function that users call.
+all_ops: dict[str, Op[Any, Any]] = {}
+public_ops: dict[Callable[..., Any], Op[Any, Any]] = {}
+
+_SCHEMA_TYPES = {
+    bool: 'bool',
+    int: 'SymInt',
+    float: 'float',
+    str: 'str',
+    torch.dtype: 'ScalarType',
+}
+
+
+def _twice(parts: Sequence[Flops]) -> int:
+    return sum(2 * part.products + part.others for part in parts)
+
+
+def _schema(*arguments: str) -> str:
+    return f'({", ".join(arguments)}) -> Tensor[]'
+
+
+def _names(kind: type[tuple[Any, ...]], prefix: str = '') -> tuple[str, ...]:
+    """Names of the tensors in a NamedTuple, those in another one behind its name."""
+    found: list[str] = []
+    for name, hint in typing.get_type_hints(kind).items():
+        nested = isinstance(hint, type) and issubclass(hint, tuple)
+        found += _names(hint, f'{prefix}{name}_') if nested else [f'{prefix}{name}']
+    return tuple(found)
+
+
+def _optional(kind: type[tuple[Any, ...]]) -> tuple[bool, ...]:
+    """Of every tensor in a NamedTuple whether it may be None."""
+    found: list[bool] = []
+    for hint in typing.get_type_hints(kind).values():
+        nested = isinstance(hint, type) and issubclass(hint, tuple)
+        found += _optional(hint) if nested else [type(None) in typing.get_args(hint)]
+    return tuple(found)
+
+
+def _leaves(inputs: Iterable[Any]) -> list[Any]:
+    """The tensors of a NamedTuple in order, and None where there is none."""
+    found: list[Any] = []
+    for x in inputs:
+        if isinstance(x, tuple):
+            found.extend(_leaves(x))
+        else:
+            found.append(x)
+    return found
+
+
+def _pack(kind: type[I], leaves: Iterator[Any]) -> I:
+    """The NamedTuple of these tensors."""
+    found: list[Any] = []
+    for hint in typing.get_type_hints(kind).values():
+        nested = isinstance(hint, type) and issubclass(hint, tuple)
+        found.append(_pack(hint, leaves) if nested else next(leaves))
+    return kind(*found)
+
+
+def shapes_of(inputs: I) -> I:
+    """A NamedTuple of tensors with their shapes in their places."""
+    kind = type(inputs)
+    leaves = _leaves(inputs)
+    return _pack(kind, iter([None if x is None else x.shape for x in leaves]))
+
+
+def _tensors_in(arguments: Iterable[Any]) -> list[Tensor]:
+    return [x for x in _leaves(arguments) if isinstance(x, Tensor)]
+
+
+def _as(gradient: Tensor | None, x: Tensor) -> Tensor:
+    """A gradient with the dtype and strides of a tensor."""
+    if gradient is None:
+        return torch.zeros_like(x)
+    if gradient.dtype == x.dtype and gradient.stride() == x.stride():
+        return gradient
+    return torch.empty_like(x).copy_(gradient)
+
+
+def register_backend(
+    op: str | Callable[..., Any], backend: Backend[Any, Any]
+) -> 'Registration':
+    """Add a backend to an op.
+
+    Its supplier is from now on among :func:`mmvssm.ops.list_backends`, before those
+    that were there. Where the supplier has no backend for an op, that op is composed
+    of the others.
+
+    Args:
+        op: The op's public function, or its name.
+        backend: See :class:`Backend`.
+
+    Returns:
+        Something whose ``remove()`` takes the backend away again.
+
+    Raises:
+        ValueError: There is no such op, or the op has a backend of that name.
+    """
+    known = all_ops.get(op) if isinstance(op, str) else public_ops.get(op)
+    if known is None:
+        raise ValueError(f'{op!r} is no op of mmvssm; there are {sorted(all_ops)}')
+    name = backend.supplier.name
+    if name in known.backends:
+        raise ValueError(f'{known.name} has a backend {name!r} already; name it anew')
+    add_supplier(backend.supplier)
+    known.supply(backend)
+    return Registration(known, name)
+
+
+class Registration(NamedTuple):
+    """A backend that was added to an op."""
+
+    op: Op[Any, Any]
+    name: str
+
+    def remove(self) -> None:
+        """Take the backend away, and its supplier with the last one."""
+        del self.op.backends[self.name]
+        if not any(self.name in op.backends for op in all_ops.values()):
+            remove_supplier(self.name)

@@ -1,0 +1,150 @@
+"""SS2D's core as an op: what goes in, what comes out."""
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmvssm.ops.deterministic_math import linear_product
+from mmvssm.ops.operator import Flops, Op
+from mmvssm.ops.scan_orders import KernelOrders, kernel_orders
+from mmvssm.ops.scan_orders.tables import orders_of
+from mmvssm.ops.selective_scan.declaration import scan_flops
+
+
+class Ss2dInputs(NamedTuple):
+    """Inputs of SS2D's core, or their gradients.
+
+    Attributes:
+        x: Map (B, C, H, W).
+        x_proj_weight: (K, R + 2N, C).
+        dt_projs_weight: (K, C, R).
+        dt_projs_bias: (K, C).
+        A: (K C, N).
+        Ds: (K C,).
+    """
+
+    x: Tensor
+    x_proj_weight: Tensor
+    dt_projs_weight: Tensor
+    dt_projs_bias: Tensor
+    A: Tensor
+    Ds: Tensor
+
+
+class Ss2dOptions(NamedTuple):
+    """Options of SS2D's core.
+
+    Attributes:
+        orders: The scan orders, as the word that ``order_word`` has for them.
+        out_dtype: Of the merged map.
+        projected_dtype: In which the map is projected.
+    """
+
+    orders: str
+    out_dtype: torch.dtype
+    projected_dtype: torch.dtype
+
+
+def outputs_like(inputs: Ss2dInputs, options: Ss2dOptions) -> tuple[Tensor]:
+    """Memory for the merged map (B, C, H, W), channels-last."""
+    batch, channels, height, width = inputs.x.shape
+    out = inputs.x.new_empty(batch, height, width, channels, dtype=options.out_dtype)
+    return (out.permute(0, 3, 1, 2),)
+
+
+def _flops(shapes: Ss2dInputs, options: Ss2dOptions) -> list[Flops]:
+    batch, channels, height, width = shapes.x
+    length, count = height * width, shapes.x_proj_weight[0]
+    weights = prod(shapes.x_proj_weight) + prod(shapes.dt_projs_weight)
+    scans = scan_flops(batch, count * channels, length, shapes.A[1])
+    return [
+        Flops(batch * length * weights, part='projections'),
+        Flops(0, scans, part='scan'),
+    ]
+
+
+SS2D_SCAN = Op(
+    'ss2d_scan',
+    Ss2dInputs,
+    Ss2dOptions,
+    returns=('y',),
+    outputs_like=outputs_like,
+    flops=_flops,
+)
+
+
+class KernelInputs(NamedTuple):
+    """The inputs as kernels read them that go along the scan orders themselves.
+
+    A position's projections do not depend on the order that leads to it, so one
+    matrix product in the order of the image makes them all.
+
+    Attributes:
+        x: Map (B, H, W, C), contiguous, of a dtype that they read.
+        projected: (B, H, W, K (R + 2N)), of such a dtype, perhaps a view with some
+            more columns in memory.
+        dt_weight, dt_bias, A, Ds: As the inputs, contiguous float32.
+    """
+
+    x: Tensor
+    projected: Tensor
+    dt_weight: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    Ds: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Ss2dInputs,
+        options: Ss2dOptions,
+        dtypes: tuple[torch.dtype, ...],
+        projected: Tensor | None = None,
+    ) -> 'KernelInputs':
+        """For kernels that read these dtypes; ``projected`` if it is there already."""
+        maps = inputs.x.permute(0, 2, 3, 1)
+        if projected is None:
+            weight = inputs.x_proj_weight.flatten(0, 1).to(options.projected_dtype)
+            projected = linear_product(maps.to(options.projected_dtype), weight)
+        x, projected = (
+            t if t.dtype in dtypes else t.float() for t in (maps, projected)
+        )
+        weights = (t.float().contiguous() for t in inputs[2:])
+        return cls(x.contiguous(), projected, *weights)
+
+
+def walked_orders(inputs: Ss2dInputs, options: Ss2dOptions) -> KernelOrders:
+    """The scan orders as kernels take them."""
+    x = inputs.x
+    return kernel_orders(orders_of(options.orders), *x.shape[2:], x.device)
+
+
+def projected_like(inputs: Ss2dInputs, options: Ss2dOptions) -> Tensor:
+    """Memory like the projections that :class:`KernelInputs` makes."""
+    batch, _, height, width = inputs.x.shape
+    columns = prod(inputs.x_proj_weight.shape[:2])
+    shape = (batch, height, width, columns)
+    return inputs.x.new_empty(shape, dtype=options.projected_dtype)
+
+
+def gradients_of(
+    inputs: Ss2dInputs,
+    options: Ss2dOptions,
+    grad_x: Tensor,
+    grad_projected: Tensor,
+    *others: Tensor,
+) -> Ss2dInputs:
+    """Gradients of the inputs from those of :class:`KernelInputs`."""
+    dtype = options.projected_dtype
+    weight = inputs.x_proj_weight.flatten(0, 1).to(dtype)
+    rows = grad_projected.flatten(0, 2).to(dtype)
+    maps = inputs.x.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)
+    through = linear_product(rows, weight.t()).view(grad_x.shape)
+    by_weight = linear_product(rows.t(), maps.t())
+    return Ss2dInputs(
+        (grad_x + through).permute(0, 3, 1, 2),
+        by_weight.reshape(inputs.x_proj_weight.shape),
+        *others,
+    )
