@@ -164,6 +164,8 @@ def test_infer_skips_and_names_a_broken_image(trained, work):
 def test_inferencer_of_mmseg_gives_the_same(trained, work, by, monkeypatch):
     from mmseg.apis import MMSegInferencer
 
+    import mmvssm.engine  # noqa: F401  makes models known by name
+
     image = work / 'ade/images/validation/0.jpg'
     arguments = ('--config', 'tiny.py', '--checkpoint', trained / 'iter_2.pth')
     run('infer.py', image, *arguments, '--out-dir', f'by {by}', cwd=work)
