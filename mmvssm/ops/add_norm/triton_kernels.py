@@ -4,21 +4,22 @@ A program owns whole rows, BLOCK_R at a time. Matrices are arrays (rows,
 channels) with their strides, ``shape`` is theirs.
 """
 
-import triton
+from typing import Any
+
 import triton.language as tl
 
-from mmvssm.ops.triton.functions import load
+from mmvssm.ops.triton.functions import jit, load
 
 
-@triton.jit
-def _places(x, rows, columns):
+@jit
+def _places(x: tl.tuple, rows: tl.tensor, columns: tl.tensor) -> Any:
     """Pointers to (BLOCK_R, BLOCK_C) elements."""
     by_row, by_column = x.strides
     return x.pointer + rows[:, None] * by_row + columns[None, :] * by_column
 
 
-@triton.jit
-def _load(x, rows, columns, mask):
+@jit
+def _load(x: tl.tuple, rows: tl.tensor, columns: tl.tensor, mask: tl.tensor) -> Any:
     """Elements in float32, zeros for None."""
     if x is None:
         return tl.zeros(mask.shape, tl.float32)
@@ -26,33 +27,35 @@ def _load(x, rows, columns, mask):
         return load(_places(x, rows, columns), mask)
 
 
-@triton.jit
-def _store(x, rows, columns, values, mask):
+@jit
+def _store(
+    x: tl.tuple, rows: tl.tensor, columns: tl.tensor, values: tl.tensor, mask: tl.tensor
+) -> None:
     """Store elements in the dtype of the array, nothing for None."""
     if x is not None:
         values = values.to(x.pointer.dtype.element_ty)
         tl.store(_places(x, rows, columns), values, mask)
 
 
-@triton.jit
-def _inverse_root(total, shape, eps):
+@jit
+def _inverse_root(total: tl.tensor, shape: tl.tuple, eps: tl.tensor) -> Any:
     """1 / root of the mean square of each row, (BLOCK_R, 1)."""
     mean_square = tl.sum(total * total, axis=1) / shape[1]
     return (1.0 / tl.sqrt(mean_square + eps))[:, None]
 
 
-@triton.jit
+@jit
 def forward_kernel(
-    x,
-    residual,
-    weight,
-    total,
-    out,
-    shape,
-    eps,
+    x: tl.tuple,
+    residual: tl.tuple,
+    weight: tl.tensor,
+    total: tl.tuple,
+    out: tl.tuple,
+    shape: tl.tuple,
+    eps: tl.tensor,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     """The sum of x and residual (None for zero), and its norm."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_C)
@@ -64,21 +67,21 @@ def forward_kernel(
     _store(out, rows, columns, y, mask)
 
 
-@triton.jit
+@jit
 def backward_kernel(
-    x,
-    residual,
-    weight,
-    grad_out,
-    grad_total,
-    grads,
-    by_weight,
-    shape,
-    repeats,
-    eps,
+    x: tl.tuple,
+    residual: tl.tuple,
+    weight: tl.tensor,
+    grad_out: tl.tuple,
+    grad_total: tl.tuple,
+    grads: tl.tuple,
+    by_weight: tl.tensor,
+    shape: tl.tuple,
+    repeats: tl.tensor,
+    eps: tl.tensor,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+) -> None:
     """Gradients of the sum, in the dtype of each of ``grads``, and of the weight.
 
     A program takes ``repeats`` times BLOCK_R rows and leaves the gradient of the

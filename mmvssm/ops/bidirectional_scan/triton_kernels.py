@@ -13,10 +13,9 @@ direction feeds starts before it.
 
 from typing import Any, NamedTuple
 
-import triton
 import triton.language as tl
 
-from mmvssm.ops.triton.functions import load, sigmoid
+from mmvssm.ops.triton.functions import jit, load, nothing, sigmoid
 
 
 class Tile(NamedTuple):
@@ -33,8 +32,8 @@ class Tile(NamedTuple):
     valid: Any
 
 
-@triton.jit
-def _tile(shape, parts, BLOCK_D: tl.constexpr):
+@jit
+def _tile(shape: tl.tuple, parts: tl.tensor, BLOCK_D: tl.constexpr) -> Tile:
     """The tile of this program, one of ``parts`` along the sequence."""
     index = tl.program_id(0).to(tl.int64)
     number = index % parts
@@ -44,55 +43,64 @@ def _tile(shape, parts, BLOCK_D: tl.constexpr):
     return Tile(index // tiles, number, channels, channels < shape[2])
 
 
-@triton.jit
-def _places(x, tile, t):
+@jit
+def _places(x: tl.tuple, tile: Tile, t: tl.tensor) -> Any:
     """Pointers to the channels (BLOCK_D,) at position t."""
     here = x.pointer + tile.batch * x.strides[0] + t * x.strides[1]
     return here + tile.channels * x.strides[2]
 
 
-@triton.jit
-def _load(x, tile, t, length):
+@jit
+def _load(x: tl.tuple, tile: Tile, t: tl.tensor, length: tl.tensor) -> Any:
     """The channels at position t, zero outside the sequence."""
     return load(_places(x, tile, t), tile.valid & (t >= 0) & (t < length))
 
 
-@triton.jit
-def _store(x, tile, t, values, length):
+@jit
+def _store(
+    x: tl.tuple, tile: Tile, t: tl.tensor, values: tl.tensor, length: tl.tensor
+) -> None:
     """Store the channels at position t, nothing behind the sequence."""
     values = values.to(x.pointer.dtype.element_ty)
     tl.store(_places(x, tile, t), values, tile.valid & (t < length))
 
 
-@triton.jit
-def _load_weights(way, tile, TAPS: tl.constexpr):
+@jit
+def _load_weights(way: tl.tuple, tile: Tile, TAPS: tl.constexpr) -> Any:
     """The columns of the weight and then the bias, a tuple of (BLOCK_D,)."""
     by_channel, by_tap = way.weight.strides
     row = way.weight.pointer + tile.channels * by_channel
-    found = ()
+    found = nothing()
     for k in tl.static_range(TAPS):
         found = found + (load(row + k * by_tap, tile.valid),)
     bias = way.bias.pointer + tile.channels * way.bias.strides[0]
     return found + (load(bias, tile.valid),)
 
 
-@triton.jit
-def _window(x, tile, first, length, TAPS: tl.constexpr, BLOCK_L: tl.constexpr):
+@jit
+def _window(
+    x: tl.tuple,
+    tile: Tile,
+    first: tl.tensor,
+    length: tl.tensor,
+    TAPS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+) -> Any:
     """A block and TAPS - 1 positions on either side, a tuple of (BLOCK_D,)."""
-    found = ()
+    found = nothing()
     for j in tl.static_range(BLOCK_L + 2 * (TAPS - 1)):
         found = found + (_load(x, tile, first - (TAPS - 1) + j, length),)
     return found
 
 
-@triton.jit
+@jit
 def _convolve(
-    window,
-    weights,
+    window: tl.tuple,
+    weights: tl.tuple,
     START: tl.constexpr,
     FROM_END: tl.constexpr,
     TAPS: tl.constexpr,
-):
+) -> Any:
     """The convolution, before its SiLU, of TAPS positions of the window."""
     y = weights[TAPS]
     for k in tl.static_range(TAPS):
@@ -100,16 +108,16 @@ def _convolve(
     return y
 
 
-@triton.jit
+@jit
 def conv_forward_kernel(
-    x,
-    ways,
-    shape,
-    parts,
+    x: tl.tuple,
+    ways: tl.tuple,
+    shape: tl.tuple,
+    parts: tl.tensor,
     TAPS: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+) -> None:
     """SiLU(conv(x)) of both ways; a part of the sequence is one block."""
     tile = _tile(shape, parts, BLOCK_D)
     first = tile.number * BLOCK_L
@@ -121,20 +129,20 @@ def conv_forward_kernel(
             _store(ways[i].out, tile, first + j, y * sigmoid(y), shape[1])
 
 
-@triton.jit
+@jit
 def _load_gradients(
-    way,
-    window,
-    weights,
-    tile,
-    first,
-    length,
+    way: tl.tuple,
+    window: tl.tuple,
+    weights: tl.tuple,
+    tile: Tile,
+    first: tl.tensor,
+    length: tl.tensor,
     FROM_END: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_L: tl.constexpr,
-):
+) -> Any:
     """Gradients of the convolution before its SiLU at all that a block feeds."""
-    found = ()
+    found = nothing()
     for j in tl.static_range(BLOCK_L + TAPS - 1):
         t = first + (j - (TAPS - 1) if FROM_END else j)
         grad = _load(way.grads[0], tile, t, length)
@@ -145,19 +153,19 @@ def _load_gradients(
     return found
 
 
-@triton.jit
+@jit
 def _add_up(
-    sums,
-    grads,
-    window,
+    sums: tl.tuple,
+    grads: tl.tuple,
+    window: tl.tuple,
     FROM_END: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_L: tl.constexpr,
-):
+) -> Any:
     """Add a block's gradients of the weights and the bias to their sums."""
     # Where the block starts in ``grads``.
     OWN: tl.constexpr = TAPS - 1 if FROM_END else 0
-    found = ()
+    found = nothing()
     for k in tl.static_range(TAPS):
         total = sums[k]
         for j in tl.static_range(OWN, OWN + BLOCK_L):
@@ -169,16 +177,16 @@ def _add_up(
     return found + (total,)
 
 
-@triton.jit
+@jit
 def _fed_gradients(
-    grads,
-    weights,
+    grads: tl.tuple,
+    weights: tl.tuple,
     FROM_END: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_L: tl.constexpr,
-):
+) -> Any:
     """Gradients of the positions of a block by what they feed."""
-    found = ()
+    found = nothing()
     for j in tl.static_range(BLOCK_L):
         total = weights[0] * grads[j + (0 if FROM_END else TAPS - 1)]
         for k in tl.static_range(1, TAPS):
@@ -187,32 +195,32 @@ def _fed_gradients(
     return found
 
 
-@triton.jit
+@jit
 def conv_backward_kernel(
-    x,
-    grad_x,
-    ways,
-    shape,
-    parts,
-    repeats,
+    x: tl.tuple,
+    grad_x: tl.tuple,
+    ways: tl.tuple,
+    shape: tl.tuple,
+    parts: tl.tensor,
+    repeats: tl.tensor,
     TAPS: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+) -> None:
     """Gradients of x and, in parts to be summed, of the weights.
 
     A part of the sequence is ``repeats`` blocks. ``way.sums`` is contiguous
     (batch, parts, TAPS + 1, channels): the bias comes last.
     """
     tile = _tile(shape, parts, BLOCK_D)
-    zeros = ()
+    zeros = nothing()
     for _ in tl.static_range(TAPS + 1):
         zeros = zeros + (tl.zeros((BLOCK_D,), tl.float32),)
     sums = zeros, zeros
     for number in range(repeats):
         first = (tile.number * repeats + number) * BLOCK_L
         window = _window(x, tile, first, shape[1], TAPS, BLOCK_L)
-        added, fed = (), ()
+        added, fed = nothing(), nothing()
         for i in tl.static_range(2):
             weights = _load_weights(ways[i], tile, TAPS)
             grads = _load_gradients(

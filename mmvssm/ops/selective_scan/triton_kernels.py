@@ -22,14 +22,15 @@ in it with ``inputs.delta_weight``.
 
 from typing import Any, NamedTuple
 
-import triton
 import triton.language as tl
 
 from mmvssm.ops.triton.functions import (
     FLOAT32_MAX,
     LN_2,
     LOG2_E,
+    jit,
     load,
+    nothing,
     sigmoid,
     softplus,
 )
@@ -63,15 +64,15 @@ class Tile(NamedTuple):
     factors: Any
 
 
-@triton.jit
+@jit
 def _tile(
-    inputs,
-    work,
+    inputs: tl.tuple,
+    work: tl.tuple,
     STATES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     RANK: tl.constexpr,
-):
+) -> Tile:
     """The tile of this program."""
     index = tl.program_id(0).to(tl.int64)
     stretch = index % work.stretches
@@ -87,7 +88,7 @@ def _tile(
     mask = real[:, None] & valid[None, :]
     by_channel, by_state = inputs.A.strides
     places = channels[None, :] * by_channel + states[:, None] * by_state
-    factors = ()
+    factors = nothing()
     for r in tl.static_range(RANK):
         factors = factors + (_load_vector(inputs.delta_weight, channels, valid, r),)
     return Tile(
@@ -107,8 +108,10 @@ def _tile(
     )
 
 
-@triton.jit
-def _load_vector(x, channels, valid, column):
+@jit
+def _load_vector(
+    x: tl.tuple, channels: tl.tensor, valid: tl.tensor, column: tl.tensor
+) -> Any:
     """A column of a parameter of the channels (BLOCK_D,), zeros for None."""
     if x is None:
         return tl.zeros(channels.shape, tl.float32)
@@ -119,8 +122,8 @@ def _load_vector(x, channels, valid, column):
         return load(places, valid)
 
 
-@triton.jit
-def _place(position, work, ROUTE: tl.constexpr):
+@jit
+def _place(position: tl.tensor, work: tl.tuple, ROUTE: tl.constexpr) -> Any:
     """The place of a position in memory."""
     if work.table is not None:
         inside = position < work.length
@@ -134,8 +137,10 @@ def _place(position, work, ROUTE: tl.constexpr):
     return position
 
 
-@triton.jit
-def _next(t, position, work, ROUTE: tl.constexpr):
+@jit
+def _next(
+    t: tl.tensor, position: tl.tensor, work: tl.tuple, ROUTE: tl.constexpr
+) -> Any:
     """The place of a position that follows the one at t, without a division."""
     if work.table is not None:
         return _place(position, work, ROUTE)
@@ -148,11 +153,13 @@ def _next(t, position, work, ROUTE: tl.constexpr):
     return t
 
 
-@triton.jit
-def _walk(first, work, ROUTE: tl.constexpr, COUNT: tl.constexpr):
+@jit
+def _walk(
+    first: tl.tensor, work: tl.tuple, ROUTE: tl.constexpr, COUNT: tl.constexpr
+) -> Any:
     """Places of COUNT positions, of no meaning behind the end of the sequence."""
     t = _place(first, work, ROUTE)
-    found = ()
+    found = nothing()
     for i in tl.static_range(COUNT):
         found = found + (t,)
         if i < COUNT - 1:
@@ -160,16 +167,16 @@ def _walk(first, work, ROUTE: tl.constexpr, COUNT: tl.constexpr):
     return found
 
 
-@triton.jit
-def _there(t, inside, work):
+@jit
+def _there(t: tl.tensor, inside: tl.tensor, work: tl.tuple) -> Any:
     """Whether a position inside has a place."""
     if work.table is not None:
         inside = (t >= 0) & inside
     return inside
 
 
-@triton.jit
-def _places(x, tile, t):
+@jit
+def _places(x: tl.tuple, tile: Tile, t: tl.tensor) -> Any:
     """Pointers to the channels (BLOCK_D,) at position t.
 
     What is not of the channels stays a scalar: it takes no register of a thread.
@@ -178,24 +185,32 @@ def _places(x, tile, t):
     return here + tile.channels * x.strides[1]
 
 
-@triton.jit
-def _store(x, tile, t, values, mask):
+@jit
+def _store(
+    x: tl.tuple, tile: Tile, t: tl.tensor, values: tl.tensor, mask: tl.tensor
+) -> None:
     """Store the channels at position t in the dtype of the array."""
     tl.store(_places(x, tile, t), values.to(x.pointer.dtype.element_ty), mask)
 
 
-@triton.jit
-def _load_weights(x, tile, t, there):
+@jit
+def _load_weights(x: tl.tuple, tile: Tile, t: tl.tensor, there: tl.tensor) -> Any:
     """B or C at place t, (BLOCK_N,)."""
     by_batch, by_group, by_state, by_position = x.strides
     here = x.pointer + tile.batch * by_batch + tile.group * by_group + t * by_position
     return load(here + tile.states * by_state, tile.real & there)
 
 
-@triton.jit
+@jit
 def _load_steps(
-    inputs, tile, t, inside, there, SOFTPLUS: tl.constexpr, RANK: tl.constexpr
-):
+    inputs: tl.tuple,
+    tile: Tile,
+    t: tl.tensor,
+    inside: tl.tensor,
+    there: tl.tensor,
+    SOFTPLUS: tl.constexpr,
+    RANK: tl.constexpr,
+) -> Any:
     """Step sizes before the softplus, and after it zero outside."""
     raw = tile.shift
     if RANK == 0:
@@ -209,31 +224,43 @@ def _load_steps(
     return raw, tl.where(tile.valid & inside, dt, 0.0)
 
 
-@triton.jit
+@jit
 def _load_fed(
-    inputs, tile, t, inside, there, SOFTPLUS: tl.constexpr, RANK: tl.constexpr
-):
+    inputs: tl.tuple,
+    tile: Tile,
+    t: tl.tensor,
+    inside: tl.tensor,
+    there: tl.tensor,
+    SOFTPLUS: tl.constexpr,
+    RANK: tl.constexpr,
+) -> Any:
     """What feeds the state: u, the steps before and after softplus, B."""
     x = load(_places(inputs.u, tile, t), tile.valid & there)
     raw, dt = _load_steps(inputs, tile, t, inside, there, SOFTPLUS, RANK)
     return x, raw, dt, _load_weights(inputs.B, tile, t, there)
 
 
-@triton.jit
-def _advance(h, tile, x, dt, B):
+@jit
+def _advance(
+    h: tl.tensor, tile: Tile, x: tl.tensor, dt: tl.tensor, B: tl.tensor
+) -> Any:
     """The recurrence: exp(Δ A) h + Δ B x."""
     return tl.exp2(dt[None, :] * tile.rates) * h + B[:, None] * (dt * x)[None, :]
 
 
-@triton.jit
-def _state_places(x, index, tile, work, STATES: tl.constexpr):
+@jit
+def _state_places(
+    x: tl.tensor, index: tl.tensor, tile: Tile, work: tl.tuple, STATES: tl.constexpr
+) -> Any:
     """Pointers into contiguous states (index, batch, channels, STATES)."""
     row = (index * work.batch + tile.batch) * (work.groups * work.group_size)
     return x + (row + tile.channels[None, :]) * STATES + tile.states[:, None]
 
 
-@triton.jit
-def _load_state(x, index, tile, work, STATES: tl.constexpr):
+@jit
+def _load_state(
+    x: tl.tensor, index: tl.tensor, tile: Tile, work: tl.tuple, STATES: tl.constexpr
+) -> Any:
     """The state (BLOCK_N, BLOCK_D) number ``index``, zero below 0 or for None."""
     if x is None:
         return tl.zeros(tile.mask.shape, tl.float32)
@@ -243,37 +270,44 @@ def _load_state(x, index, tile, work, STATES: tl.constexpr):
         )
 
 
-@triton.jit
-def _store_state(x, index, tile, work, h, STATES: tl.constexpr):
+@jit
+def _store_state(
+    x: tl.tensor,
+    index: tl.tensor,
+    tile: Tile,
+    work: tl.tuple,
+    h: tl.tensor,
+    STATES: tl.constexpr,
+) -> None:
     """Store the state number ``index``, nothing below 0."""
     places = _state_places(x, index, tile, work, STATES)
     tl.store(places, h, tile.mask & (index >= 0))
 
 
-@triton.jit
-def _totals(x, stretch, tile, work):
+@jit
+def _totals(x: tl.tensor, stretch: tl.tensor, tile: Tile, work: tl.tuple) -> Any:
     """Pointers into numbers of the channels (stretches, batch, channels)."""
     row = (stretch * work.batch + tile.batch) * (work.groups * work.group_size)
     return x + row + tile.channels
 
 
-@triton.jit
-def _ends(tile, work):
+@jit
+def _ends(tile: Tile, work: tl.tuple) -> Any:
     """First position of the stretch, and the first one behind it."""
     begin = tile.stretch * work.stretch_length
     return begin, tl.minimum(begin + work.stretch_length, work.length)
 
 
-@triton.jit
+@jit
 def forward_kernel(
-    inputs,
-    work,
-    out,
-    added,
-    total,
-    last_state,
-    saved,
-    starts,
+    inputs: tl.tuple,
+    work: tl.tuple,
+    out: tl.tuple,
+    added: tl.tuple,
+    total: tl.tuple,
+    last_state: tl.tensor,
+    saved: tl.tensor,
+    starts: tl.tensor,
     ROUTE: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -282,7 +316,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
-):
+) -> None:
     """Outputs and, unless None, the last state and the states before the chunks.
 
     ``added`` is added to what the scan gives, ``total`` (None for nowhere)
@@ -319,12 +353,12 @@ def forward_kernel(
         tl.store(places, h, tile.mask & (end == work.length))
 
 
-@triton.jit
+@jit
 def forward_ends_kernel(
-    inputs,
-    work,
-    ends,
-    steps,
+    inputs: tl.tuple,
+    work: tl.tuple,
+    ends: tl.tensor,
+    steps: tl.tensor,
     ROUTE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     RANK: tl.constexpr,
@@ -332,7 +366,7 @@ def forward_ends_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
-):
+) -> None:
     """States after the stretches from zero states, and their sums of steps."""
     tile = _tile(inputs, work, STATES, BLOCK_N, BLOCK_D, RANK)
     h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -352,19 +386,19 @@ def forward_ends_kernel(
     tl.store(_totals(steps, tile.stretch, tile, work), total, tile.valid)
 
 
-@triton.jit
+@jit
 def join_kernel(
-    inputs,
-    work,
-    stretches,
-    ends,
-    steps,
-    start,
+    inputs: tl.tuple,
+    work: tl.tuple,
+    stretches: tl.tensor,
+    ends: tl.tensor,
+    steps: tl.tensor,
+    start: tl.tensor,
     REVERSE: tl.constexpr,
     STATES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+) -> None:
     """Turn what each stretch adds to a zero state into what each one starts from.
 
     In place of ``ends``, one stretch after the other, the other way round with
@@ -385,13 +419,13 @@ def join_kernel(
         h = decay * h + added
 
 
-@triton.jit
+@jit
 def backward_ends_kernel(
-    inputs,
-    work,
-    grad_out,
-    ends,
-    steps,
+    inputs: tl.tuple,
+    work: tl.tuple,
+    grad_out: tl.tuple,
+    ends: tl.tensor,
+    steps: tl.tensor,
     ROUTE: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -400,7 +434,7 @@ def backward_ends_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
-):
+) -> None:
     """Gradients of the states before the stretches, if nothing came behind them."""
     tile = _tile(inputs, work, STATES, BLOCK_N, BLOCK_D, RANK)
     carry = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -428,16 +462,16 @@ def backward_ends_kernel(
     tl.store(_totals(steps, tile.stretch, tile, work), total, tile.valid)
 
 
-@triton.jit
+@jit
 def backward_kernel(
-    inputs,
-    work,
-    saved,
-    grad_out,
-    carries,
-    added,
-    total,
-    grads,
+    inputs: tl.tuple,
+    work: tl.tuple,
+    saved: tl.tensor,
+    grad_out: tl.tuple,
+    carries: tl.tensor,
+    added: tl.tuple,
+    total: tl.tuple,
+    grads: tl.tuple,
     ROUTE: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -447,7 +481,7 @@ def backward_kernel(
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
     PART: tl.constexpr,
-):
+) -> None:
     """All gradients; those of A, B, C, D and the bias in parts to be summed.
 
     Chunks, and parts of PART positions in them, run backwards. For every part
@@ -477,7 +511,7 @@ def backward_kernel(
             x, raw, dt, B = _load_fed(inputs, tile, t, True, there, SOFTPLUS, RANK)
             h = _advance(h, tile, x, dt, B)
             t = _next(t, start + i + 1, work, ROUTE)
-        before = ()
+        before = nothing()
         ts = _walk(first, work, ROUTE, PART)
         for i in tl.static_range(PART):
             before = before + (h,)
