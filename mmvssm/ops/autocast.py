@@ -12,7 +12,7 @@ def is_enabled(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def disabled(x: Tensor) -> contextlib.AbstractContextManager:
+def disabled(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which nothing on the device of ``x`` is cast."""
     if not is_enabled(x):
         return contextlib.nullcontext()

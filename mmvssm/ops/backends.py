@@ -8,7 +8,7 @@ argument of an op, by :func:`use_backend` and by the environment variable
 
 import contextlib
 import os
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,7 @@ class Supplier:
     unavailable: Callable[[], str | None] = lambda: None
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] = _FLOATS
-    states: Container[int] | None = None
+    states: Collection[int] | None = None
     deterministic: bool = True
     automatic: bool = True
 
@@ -65,7 +65,7 @@ class Supplier:
         if dtype not in self.dtypes:
             known = ', '.join(str(d).removeprefix('torch.') for d in self.dtypes)
             return f'it takes {known}, not {str(dtype).removeprefix("torch.")}'
-        if None not in (self.states, states) and states not in self.states:
+        if not (self.states is None or states is None or states in self.states):
             return f'it takes {_numbers(self.states)} states, not {states}'
         if not self.deterministic and _only_deterministic():
             return (
@@ -294,7 +294,7 @@ def _only_deterministic() -> bool:
     )
 
 
-def _numbers(numbers: Container[int]) -> str:
+def _numbers(numbers: Collection[int]) -> str:
     if isinstance(numbers, range):
         return f'{numbers.start} to {numbers[-1]}'
     return '/'.join(map(str, numbers))

@@ -7,8 +7,11 @@ as much as the scan itself.
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from mmvssm.ops.typed import is_tracing
 
 
 def possible(*inputs: Tensor | None) -> bool:
@@ -40,6 +43,6 @@ def unobserved(*inputs: Tensor | None) -> bool:
         # torch.func, forward-mode differentiation, torch.jit.trace, the profiler.
         or torch._C._functorch.maybe_current_level() is not None
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-        or torch.autograd._profiler_enabled()
+        or is_tracing()
+        or _profiler_enabled()
     )

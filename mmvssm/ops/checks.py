@@ -24,7 +24,7 @@ def refuse_nan(op: str, inputs: dict[str, Tensor | None]) -> None:
     """
     for name, x in inputs.items():
         bad = 0 if x is None else int(x.isnan().sum())
-        if bad:
+        if x is not None and bad:
             raise NaNInputError(
                 f'{op}: {bad} of {x.numel()} values of {name} are NaN; '
                 f'look for their source before the scan '

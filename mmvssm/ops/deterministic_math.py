@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mmvssm.ops.typed import apply, is_tracing
+
 # Terms of the longest sum that is left to a library. Sums seen to be cut among
 # threads: by MKL from 192 terms on, by oneDNN from 512 in 16 bits and for a single
 # row, else from 20,000.
@@ -84,12 +86,10 @@ def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     if x.dtype == torch.float32 and _has_onednn():
-        out = None
-        for terms in _pieces(x.shape[-1], ONEDNN_TERMS):
-            part = _onednn_product(
-                rows[:, terms], weight[:, terms], None if terms.start else bias
-            )
-            out = part if out is None else out.add_(part)
+        first, *others = list(_pieces(x.shape[-1], ONEDNN_TERMS))
+        out = _onednn_product(rows[:, first], weight[:, first], bias)
+        for terms in others:
+            out.add_(_onednn_product(rows[:, terms], weight[:, terms], None))
     else:
         out = _blas_product(rows, weight, bias)
     return out.unflatten(0, x.shape[:-1]) if x.ndim != 2 else out
@@ -102,9 +102,10 @@ def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if len(weight) == 1:
         bias = None if bias is None else bias.expand(2)
         return _onednn_product(x, weight.expand(2, -1), bias)[:, :1]
-    return torch.ops.mkldnn._linear_pointwise(
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(
         _dense(x), _dense(weight), bias, 'none', [], ''
     )
+    return found
 
 
 def _blas_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -143,11 +144,10 @@ class _Product(torch.autograd.Function):
 def product(a: Tensor, b: Tensor) -> Tensor:
     """:func:`matmul` with gradients."""
     # Tracers record products, and know no autograd function.
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or is_tracing()
     if a.device.type != 'cpu' or traced:
         return a @ b
-    found: Tensor = _Product.apply(a, b)
-    return found
+    return apply(_Product, a, b)
 
 
 def _short_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _has_onednn() -> bool:
-    return (
+    return bool(
         torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, '_linear_pointwise')

@@ -2,10 +2,12 @@
 
 import ctypes
 from ctypes import c_int64, c_void_p
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from mmvssm.ops.typed import MaybeTensor
 
 
 class Array(ctypes.Structure):
@@ -30,10 +32,9 @@ class Array(ctypes.Structure):
         return cls(x.data_ptr(), cls.dtypes[x.dtype], x.stride())
 
 
-def structure(name: str, *fields: tuple[type, str]) -> type[ctypes.Structure]:
-    """A structure by the types of its fields, with the names of each type's."""
-    pairs = [(field, kind) for kind, names in fields for field in names.split()]
-    return type(name, (ctypes.Structure,), {'_fields_': pairs})
+def fields(*kinds: tuple[type[Any], str]) -> list[tuple[str, type[Any]]]:
+    """Fields of a structure, from their types with the names of each type's."""
+    return [(field, kind) for kind, names in kinds for field in names.split()]
 
 
 def pointer(x: Tensor | None) -> int | None:
@@ -41,11 +42,11 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def readable(x: Tensor | None, array: type[Array]) -> Tensor | None:
+def readable(x: MaybeTensor, array: type[Array]) -> MaybeTensor:
     """The tensor in a dtype that the kernels read from an array."""
     return x if x is None or x.dtype in array.dtypes else x.float()
 
 
-def parameter(x: Tensor | None) -> Tensor | None:
+def parameter(x: MaybeTensor) -> MaybeTensor:
     """The tensor as contiguous float32, which pointers are to."""
     return None if x is None else x.float().contiguous()

@@ -8,8 +8,11 @@ its own: releases since 2.3.2 install it only when built with
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
+
+from mmvssm.ops.typed import assume_constant_result
 
 _HOW = (
     'MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation --no-binary '
@@ -18,7 +21,7 @@ _HOW = (
 
 
 @cache
-def scan_function() -> Callable:
+def scan_function() -> Callable[..., Any]:
     """``selective_scan_fn`` of mamba_ssm.
 
     Raises:
@@ -49,7 +52,8 @@ def scan_function() -> Callable:
         ) from error
     try:
         interface = import_module('mamba_ssm.ops.selective_scan_interface')
-        return interface.selective_scan_fn
+        found: Callable[..., Any] = interface.selective_scan_fn
+        return found
     except Exception as error:
         raise ImportError(
             f'mamba_ssm has no selective_scan_fn to import: {error}'
@@ -57,7 +61,7 @@ def scan_function() -> Callable:
 
 
 # torch.compile asks once and does not trace what follows.
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def unavailable() -> str | None:
     """Why mamba_ssm's scan cannot run here, or None."""
     try:

@@ -16,6 +16,7 @@ from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import Array, NormProblem
 from mmvssm.ops.kernel_args import pointer
 from mmvssm.ops.operator import Result
+from mmvssm.ops.typed import MaybeTensor
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -91,7 +92,7 @@ class CpuNorm:
         return found._replace(weight=by_block.sum(0))
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _rows(x: MaybeTensor) -> MaybeTensor:
     """The tensor as (rows, channels) with its channels next to each other."""
     if x is None:
         return None

@@ -13,6 +13,7 @@ from mmvssm.ops.add_norm.declaration import (
 from mmvssm.ops.operator import Result
 from mmvssm.ops.triton import runtime, tiles
 from mmvssm.ops.triton.arrays import array
+from mmvssm.ops.typed import MaybeTensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -95,7 +96,7 @@ class TritonNorm:
         return found._replace(weight=by_weight.sum(0))
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _rows(x: MaybeTensor) -> MaybeTensor:
     """The tensor as (rows, channels)."""
     return None if x is None else x.reshape(-1, x.shape[-1])
 

@@ -5,13 +5,13 @@ Sequences are (B, L, D) here. Only what the scans cannot do without is kept for
 the backward pass, which computes convolutions and step sizes once more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import byref
 
 import torch
 from torch import Tensor
 
-from mmvssm.ops import backends
+from mmvssm.ops import backends, kernel_args
 from mmvssm.ops.bidirectional_scan.declaration import (
     BidirectionalInputs,
     BidirectionalOptions,
@@ -140,8 +140,8 @@ class CpuBidirectional:
         grad_us = [(scan[0], rest) for scan, rest in zip(scans, rests)]
         grad_x, convolutions = _convolve_backward(x, weights, grad_us)
         found = [
-            grad._replace(conv_weight=by_weight, conv_bias=by_bias)
-            for grad, (by_weight, by_bias) in zip(by_weights, convolutions)
+            Direction(conv_weight=by_weight, conv_bias=by_bias, **others)
+            for others, (by_weight, by_bias) in zip(by_weights, convolutions)
         ]
         return gradients_of(inputs, grad_x, grad_z, found)
 
@@ -230,7 +230,7 @@ def _step_sizes(projected: Tensor, weights: Direction) -> Tensor:
 
 def _project_backward(
     u: Tensor, projected: Tensor, weights: Direction, _: Tensor, *grads: Tensor
-) -> tuple[Tensor, Direction]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """From the gradients of a scan to those of its projections.
 
     Args:
@@ -245,9 +245,7 @@ def _project_backward(
     grad = torch.cat([linear_product(delta, weights.dt_proj_weight.t()), B, C], dim=-1)
     u = u.to(projected.dtype).flatten(0, 1)
     dt = projected[..., :rank].flatten(0, 1)
-    return linear_product(grad, weights.x_proj_weight.t()), Direction(
-        conv_weight=None,
-        conv_bias=None,
+    return linear_product(grad, weights.x_proj_weight.t()), dict(
         x_proj_weight=linear_product(grad.flatten(0, 1).t(), u.t()),
         dt_proj_weight=linear_product(delta.flatten(0, 1).t(), dt.t()),
         dt_proj_bias=bias,
@@ -260,8 +258,12 @@ def _project_backward(
 
 
 def _scan_inputs(
-    view, u: Tensor, delta: Tensor, projected: Tensor, weights: Direction
-) -> dict:
+    view: Callable[[Tensor], kernel_args.Array],
+    u: Tensor,
+    delta: Tensor,
+    projected: Tensor,
+    weights: Direction,
+) -> dict[str, object]:
     """What the scan of a direction reads."""
     batch, length, channels = u.shape
     states = weights.A.shape[1]

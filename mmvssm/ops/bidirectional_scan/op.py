@@ -115,7 +115,7 @@ def _check_direction(x: Tensor, way: str, weights: Direction) -> None:
             )
     channels, width = x.shape[1], weights.conv_weight.shape[1]
     rank, states = weights.dt_proj_weight.shape[1], weights.A.shape[1]
-    expected = Direction(
+    expected: dict[str, tuple[int, ...]] = dict(
         conv_weight=(channels, width),
         conv_bias=(channels,),
         x_proj_weight=(rank + 2 * states, channels),
@@ -124,7 +124,8 @@ def _check_direction(x: Tensor, way: str, weights: Direction) -> None:
         A=(channels, states),
         D=(channels,),
     )
-    for name, tensor, shape in zip(Direction._fields, weights, expected):
+    for name, tensor in zip(Direction._fields, weights):
+        shape = expected[name]
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f'bidirectional_scan: {way}.{name} must be {shape} for {channels} '

@@ -34,6 +34,7 @@ from mmvssm.ops.selective_scan.triton_plan import (
 )
 from mmvssm.ops.triton import runtime, tiles
 from mmvssm.ops.triton.arrays import array
+from mmvssm.ops.typed import sole
 
 # Of sequences and projections.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,19 +77,20 @@ class TritonBidirectional:
         ]
         y = x.new_empty(x.shape, dtype=torch.float32)
         (out,) = outputs_like(inputs, options)
-        kept: Sequence[Tensor | None] = (None, None)
+        kept = None
         if keep:
             states = weights[0].A.shape[1]
             shape = saved_states_shape(batch, length, states, channels)
             kept = x.new_empty(2, *shape, dtype=torch.float32)
+        to, then_to = (None, None) if kept is None else (kept[0], kept[1])
         first = _scan_inputs(us[0], projected[0], weights[0])
         plan = Plan.of(first, True, route=_FROM_START)
-        scan_forward(plan, first, y.mT, saved=kept[0])
+        scan_forward(plan, first, y.mT, saved=to)
         second = _scan_inputs(us[1], projected[1], weights[1], z)
         plan = Plan.of(second, True, route=_FROM_END, scale=options.scale)
-        total = y.mT if keep else None
-        scan_forward(plan, second, out, added=y.mT, total=total, saved=kept[1])
-        saved = (y, *projected, kept) if keep else ()
+        total = None if kept is None else y.mT
+        scan_forward(plan, second, out, added=y.mT, total=total, saved=then_to)
+        saved = () if kept is None else (y, *projected, kept)
         return Result((out,), saved)
 
     def backward(
@@ -104,26 +106,26 @@ class TritonBidirectional:
         y, *projected, states = saved
         us = _convolve(x, weights)
         grad_z = torch.empty_like(z)
-        grad_us, found = [], []
+        grad_us, by_weights = [], []
         for i, (u, p, w) in enumerate(zip(us, projected, weights)):
             scan = _scan_inputs(u, p, w, z)
             route = (_FROM_START, _FROM_END)[i]
             plan = Plan.of(scan, True, backward=True, route=route, scale=options.scale)
             by_scan = scan_backward(
-                *(plan, scan, states[i], grads[0]),
+                *(plan, scan, states[i], sole(grads)),
                 grad_u=torch.empty_like(u).mT,
                 grad_delta=u.new_empty(u.shape, dtype=p.dtype).mT,
                 # Of the gate, which is common, once.
                 grad_z=grad_z.mT if i == 0 else None,
                 total=y.mT,
             )
-            rest, by_weights = _project_backward(u, p, w, by_scan)
+            rest, by_others = _project_backward(u, p, w, by_scan)
             grad_us.append((by_scan.u.mT, rest))
-            found.append(by_weights)
+            by_weights.append(by_others)
         grad_x, convolutions = _convolve_backward(x, weights, grad_us)
         found = [
-            grad._replace(conv_weight=by_weight, conv_bias=by_bias)
-            for grad, (by_weight, by_bias) in zip(found, convolutions)
+            Direction(conv_weight=by_weight, conv_bias=by_bias, **others)
+            for others, (by_weight, by_bias) in zip(by_weights, convolutions)
         ]
         return gradients_of(inputs, grad_x, grad_z, found)
 
@@ -248,24 +250,24 @@ def _scan_inputs(
 
 def _project_backward(
     u: Tensor, projected: Tensor, weights: Direction, grads: Inputs
-) -> tuple[Tensor, Direction]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """From the gradients of a scan to those of its projections.
 
     Returns:
         The gradient of u through the projections and those of the weights,
         the convolution's left out.
     """
+    by_bias, by_D = grads.delta_bias, grads.D
+    assert by_bias is not None and by_D is not None, 'a direction has both'
     dt = projected[..., : weights.dt_proj_weight.shape[1]]
     by_dt, by_weight = low_rank_gradients(grads.delta, dt, weights.dt_proj_weight)
     B, C = (t[:, 0].mT.to(dt.dtype) for t in (grads.B, grads.C))
     grad = torch.cat([by_dt, B, C], dim=-1)
     rows = u.to(dt.dtype).flatten(0, 1)
-    return linear_product(grad, weights.x_proj_weight.t()), Direction(
-        conv_weight=None,
-        conv_bias=None,
+    return linear_product(grad, weights.x_proj_weight.t()), dict(
         x_proj_weight=linear_product(grad.flatten(0, 1).t(), rows.t()),
         dt_proj_weight=by_weight,
-        dt_proj_bias=grads.delta_bias,
+        dt_proj_bias=by_bias,
         A=grads.A,
-        D=grads.D,
+        D=by_D,
     )

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import kernel_args
-from mmvssm.ops.kernel_args import structure
+from mmvssm.ops.kernel_args import fields
+from mmvssm.ops.typed import assume_constant_result
 
 ISA_VARIABLE = 'MMVSSM_CPU_ISA'
 LIBRARY_VARIABLE = 'MMVSSM_CPU_LIBRARY'
@@ -48,55 +49,82 @@ class Array(kernel_args.Array):
         )
 
 
-ScanProblem = structure(
-    'ScanProblem',
-    (c_int64, 'batch channels length states groups softplus'),
-    (Array, 'u delta z B C'),
-    (c_void_p, 'A D bias'),
-    (Array, 'out'),
-    (c_void_p, 'last_state saved'),
-    (Array, 'grad_out'),
-    (c_void_p, 'grad_last_state'),
-    (Array, 'grad_u grad_delta grad_z'),
-    (c_void_p, 'grad_B grad_C grad_A grad_D grad_bias'),
-)
-Ss2dProblem = structure(
-    'Ss2dProblem',
-    (c_int64, 'batch channels height width states rank orders positions'),
-    (POINTER(c_int32), 'routes'),
-    (c_void_p, 'table x projected'),
-    (c_int64, 'projected_stride'),
-    (c_void_p, 'dt_weight dt_bias A D out saved grad_out grad_x grad_projected'),
-    (c_void_p, 'grad_dt_weight grad_dt_bias grad_A grad_D'),
-)
-ScanPair = structure('ScanPair', (ScanProblem * 2, 'ways'))
-ConvWay = structure(
-    'ConvWay',
-    (c_void_p, 'weight bias'),
-    (Array, 'out grad_scan grad_rest'),
-    (c_void_p, 'grad_weight grad_bias'),
-)
-ConvProblem = structure(
-    'ConvProblem',
-    (c_int64, 'batch channels length taps'),
-    (Array, 'x grad_x'),
-    (ConvWay * 2, 'ways'),
-)
-GateProblem = structure(
-    'GateProblem',
-    (c_int64, 'batch channels length'),
-    (c_float, 'scale'),
-    (Array, 'y y_from_end z out grad_out grad_y grad_z'),
-)
-NormProblem = structure(
-    'NormProblem',
-    (c_int64, 'rows channels'),
-    (c_float, 'eps'),
-    (Array, 'x residual total out'),
-    (c_void_p, 'weight'),
-    (Array, 'grad_out grad_total grad_x grad_residual'),
-    (c_void_p, 'grad_weight'),
-)
+class ScanProblem(ctypes.Structure):
+    """A selective scan."""
+
+    _fields_ = fields(
+        (c_int64, 'batch channels length states groups softplus'),
+        (Array, 'u delta z B C'),
+        (c_void_p, 'A D bias'),
+        (Array, 'out'),
+        (c_void_p, 'last_state saved'),
+        (Array, 'grad_out'),
+        (c_void_p, 'grad_last_state'),
+        (Array, 'grad_u grad_delta grad_z'),
+        (c_void_p, 'grad_B grad_C grad_A grad_D grad_bias'),
+    )
+
+
+class Ss2dProblem(ctypes.Structure):
+    """SS2D's core."""
+
+    _fields_ = fields(
+        (c_int64, 'batch channels height width states rank orders positions'),
+        (POINTER(c_int32), 'routes'),
+        (c_void_p, 'table x projected'),
+        (c_int64, 'projected_stride'),
+        (c_void_p, 'dt_weight dt_bias A D out saved grad_out grad_x grad_projected'),
+        (c_void_p, 'grad_dt_weight grad_dt_bias grad_A grad_D'),
+    )
+
+
+class ScanPair(ctypes.Structure):
+    """The scans of both directions."""
+
+    _fields_ = fields((ScanProblem * 2, 'ways'))
+
+
+class ConvWay(ctypes.Structure):
+    """The convolution of one direction."""
+
+    _fields_ = fields(
+        (c_void_p, 'weight bias'),
+        (Array, 'out grad_scan grad_rest'),
+        (c_void_p, 'grad_weight grad_bias'),
+    )
+
+
+class ConvProblem(ctypes.Structure):
+    """The convolutions of both directions."""
+
+    _fields_ = fields(
+        (c_int64, 'batch channels length taps'),
+        (Array, 'x grad_x'),
+        (ConvWay * 2, 'ways'),
+    )
+
+
+class GateProblem(ctypes.Structure):
+    """The gate of both directions."""
+
+    _fields_ = fields(
+        (c_int64, 'batch channels length'),
+        (c_float, 'scale'),
+        (Array, 'y y_from_end z out grad_out grad_y grad_z'),
+    )
+
+
+class NormProblem(ctypes.Structure):
+    """Residual addition and RMS norm."""
+
+    _fields_ = fields(
+        (c_int64, 'rows channels'),
+        (c_float, 'eps'),
+        (Array, 'x residual total out'),
+        (c_void_p, 'weight'),
+        (Array, 'grad_out grad_total grad_x grad_residual'),
+        (c_void_p, 'grad_weight'),
+    )
 
 
 @cache
@@ -140,12 +168,12 @@ def parallel_for() -> c_void_p:
             function = getattr(
                 ctypes.CDLL(str(folder / name)), 'torch_parallel_for', None
             )
-            return ctypes.cast(function, c_void_p)
+            return c_void_p() if function is None else ctypes.cast(function, c_void_p)
     return c_void_p()
 
 
 # torch.compile asks once and does not trace what follows.
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def unavailable() -> str | None:
     """Why the kernels cannot run here, or None."""
     try:
@@ -215,27 +243,28 @@ def use_isa(name: str) -> Iterator[None]:
 
 def lanes() -> int:
     """Floats in a vector of the instruction set in use."""
-    return _library().mmvssm_lanes(_ISAS.index(isa()))
+    return int(_library().mmvssm_lanes(_ISAS.index(isa())))
 
 
 @cache
 def tile() -> int:
     """Positions between two saved states."""
     _library().mmvssm_tile.restype = c_int64
-    return _library().mmvssm_tile()
+    return int(_library().mmvssm_tile())
 
 
 @cache
 def norm_rows() -> int:
     """Rows that add_rms_norm sums the gradient of its weight over at once."""
     _library().mmvssm_norm_rows.restype = c_int64
-    return _library().mmvssm_norm_rows()
+    return int(_library().mmvssm_norm_rows())
 
 
 def strips(channels: int) -> int:
     """How many strips the kernels cut channels into; sums over them are ours."""
     _library().mmvssm_strips.restype = c_int64
-    return _library().mmvssm_strips(c_int32(_ISAS.index(isa())), c_int64(channels))
+    isa_number = c_int32(_ISAS.index(isa()))
+    return int(_library().mmvssm_strips(isa_number, c_int64(channels)))
 
 
 def kernel(function: str) -> Callable[..., bool]:

@@ -62,7 +62,7 @@ def cross_merge(ys: Tensor, size: tuple[int, int]) -> Tensor:
     rows = row + row_back.flip(1)
     columns = column + column_back.flip(1)
     columns = columns.unflatten(1, (width, height)).transpose(1, 2)
-    merged = rows.unflatten(1, (height, width)) + columns
+    merged: Tensor = rows.unflatten(1, (height, width)) + columns
     return merged.flatten(1, 2).transpose(1, 2)
 
 

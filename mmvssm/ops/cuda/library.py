@@ -15,13 +15,15 @@ import os
 from ctypes import c_char_p, c_int32, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmvssm.ops.cache import cache_folder
 from mmvssm.ops.cuda import build
-from mmvssm.ops.kernel_args import Array, structure
+from mmvssm.ops.kernel_args import Array, fields
+from mmvssm.ops.typed import assume_constant_result
 
 LIBRARY_VARIABLE = 'MMVSSM_CUDA_LIBRARY'
 # Positions from one saved state to the next, as in problem.h.
@@ -29,25 +31,31 @@ CHUNK = 16
 # Features that the kernels project to steps, and the states they do it with.
 MAX_RANK, MAX_RANK_STATES = 32, 16
 
-ScanProblem = structure(
-    'ScanProblem',
-    (c_int32, 'device batch groups group_size length places width route states rank'),
-    (c_int32, 'stretches stretch_length softplus add tile'),
-    (c_void_p, 'table'),
-    (Array, 'u delta z features B C'),
-    (c_void_p, 'weight A D bias'),
-    (Array, 'out'),
-    (c_void_p, 'last_state saved edges steps'),
-    (Array, 'grad_out'),
-    (c_void_p, 'grad_last_state'),
-    (Array, 'grad_u grad_delta grad_z'),
-    (c_void_p, 'grad_B grad_C grad_A grad_D grad_bias'),
-)
+
+class ScanProblem(ctypes.Structure):
+    """A selective scan."""
+
+    _fields_ = fields(
+        (c_int32, 'device batch groups group_size length places'),
+        (c_int32, 'width route states rank'),
+        (c_int32, 'stretches stretch_length softplus add tile'),
+        (c_void_p, 'table'),
+        (Array, 'u delta z features B C'),
+        (c_void_p, 'weight A D bias'),
+        (Array, 'out'),
+        (c_void_p, 'last_state saved edges steps'),
+        (Array, 'grad_out'),
+        (c_void_p, 'grad_last_state'),
+        (Array, 'grad_u grad_delta grad_z'),
+        (c_void_p, 'grad_B grad_C grad_A grad_D grad_bias'),
+    )
+
+
 _failure: list[str] = []
 
 
 # torch.compile asks once and does not trace what follows.
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def unavailable() -> str | None:
     """Why the kernels cannot run here, or None; nothing is compiled to find out."""
     if _failure:
@@ -97,7 +105,7 @@ def _load(path: str) -> ctypes.CDLL:
         OSError: It is none, or of another version.
     """
     library = ctypes.CDLL(path)
-    about = getattr(library, 'mmvssm_cuda_digest', lambda: None)
+    about: Any = getattr(library, 'mmvssm_cuda_digest', lambda: None)
     about.restype = c_char_p
     same_sources = about() == build.digest().encode()
     if not same_sources or library.mmvssm_problem_size() != ctypes.sizeof(ScanProblem):
@@ -151,7 +159,7 @@ def _compiled() -> Path:
 def tile(function: str, states: int, group_size: int) -> int:
     """Channels of a block of ``scan_forward`` or ``scan_backward``."""
     find = getattr(_library(), f'mmvssm_{function}_tile')
-    return find(c_int32(states), c_int32(group_size))
+    return int(find(c_int32(states), c_int32(group_size)))
 
 
 def call(function: str, problem: ctypes.Structure, on: Tensor) -> None:

@@ -39,7 +39,8 @@ def _outputs_like(inputs: LinearInputs, options: LinearOptions) -> tuple[Tensor,
 
 
 def _flops(shapes: LinearInputs, options: LinearOptions) -> list[Flops]:
-    return [Flops(prod(shapes.x) * shapes.weight[0])]
+    rows, _ = shapes.weight
+    return [Flops(prod(shapes.x) * rows)]
 
 
 LINEAR = Op(

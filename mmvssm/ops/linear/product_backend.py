@@ -9,6 +9,7 @@ from mmvssm.ops.backends import Supplier
 from mmvssm.ops.deterministic_math import linear_product, sum_rows
 from mmvssm.ops.linear.declaration import LinearInputs, LinearOptions
 from mmvssm.ops.operator import Result
+from mmvssm.ops.typed import sole
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,16 @@ class ProductBackend:
         wanted: LinearInputs,
     ) -> LinearInputs:
         """Gradients of those inputs that want one."""
-        (grad,) = grads
+        grad = sole(grads)
         x, weight, _ = inputs
         rows = grad.flatten(0, -2)
-        return LinearInputs(
-            x=linear_product(grad, weight.t()) if wanted.x else None,
-            weight=linear_product(rows.t(), x.flatten(0, -2).t())
-            if wanted.weight
-            else None,
-            bias=sum_rows(rows.unsqueeze(0)) if wanted.bias else None,
+        # There is nothing where no gradient is wanted, not even for x and weight.
+        return LinearInputs._make(
+            (
+                linear_product(grad, weight.t()) if wanted.x else None,
+                linear_product(rows.t(), x.flatten(0, -2).t())
+                if wanted.weight
+                else None,
+                sum_rows(rows.unsqueeze(0)) if wanted.bias else None,
+            )
         )

@@ -82,9 +82,10 @@ def linear_attention(
     for x in (q, k, v):
         dtype = torch.promote_types(dtype, x.dtype)
     out_dtype = dtype if autocast.is_enabled(v) else v.dtype
-    tables = (None, None)
+    tables: tuple[Tensor | None, Tensor | None] = (None, None)
     if rotary is not None:
-        tables = tuple(table.detach().to(dtype) for table in rotary)
+        cos, sin = rotary
+        tables = cos.detach().to(dtype), sin.detach().to(dtype)
     options = AttentionOptions(heads, normalise, eps, dtype, out_dtype)
     return Call(AttentionInputs(q, k, v, *tables), options, backend)
 

@@ -7,6 +7,7 @@ or in pieces of threads, and the bits are the same at any number of them.
 
 from collections.abc import Sequence
 from operator import index
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mmvssm.ops.scan_orders.registry import Orders
 from mmvssm.ops.scan_orders.tables import device_table
+from mmvssm.ops.typed import apply
 
 
 def read_orders(maps: Sequence[Tensor], orders: Orders) -> Tensor:
@@ -49,10 +51,11 @@ def merge_orders(ys: Tensor, orders: Orders, size: tuple[int, int]) -> Tensor:
         in memory.
     """
     there, back = _tables(orders, ys.new_empty((1, *size, 1)))
-    merged = None
+    merged: Tensor | None = None
     for y, *tables in zip(ys.unbind(1), back, there, strict=True):
         part = _take(y.mT, *tables)
         merged = part if merged is None else merged + part
+    assert merged is not None, 'a scan order has a row at least'
     return merged.mT
 
 
@@ -66,7 +69,7 @@ def _tables(orders: Orders, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _take(x: Tensor, taken: Tensor, inverse: Tensor) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Take.apply(x, taken, inverse)
+        return apply(_Take, x, taken, inverse)
     return _gather(x, taken)
 
 
@@ -88,11 +91,11 @@ class _Take(torch.autograd.Function):
         return _gather(x, taken)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, *tables = inputs
         ctx.save_for_backward(*tables)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         taken, inverse = ctx.saved_tensors
         return _take(grad, inverse, taken), None, None

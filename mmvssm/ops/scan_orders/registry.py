@@ -9,16 +9,18 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from operator import index
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from mmvssm.ops.typed import assume_constant_result
+
 OrderFunction: TypeAlias = Callable[[int, int], Tensor | Sequence[Sequence[int]]]
 Orders: TypeAlias = str | OrderFunction | Sequence[str | OrderFunction]
 # Orders as one value that can be looked up.
-Key: TypeAlias = str | OrderFunction | tuple
+Key: TypeAlias = str | OrderFunction | tuple[Any, ...]
 
 DEFAULT = 'cross'
 # Rows of these four are walked by arithmetic, without a table: VMamba's routes.
@@ -99,7 +101,8 @@ def key_of(orders: Orders) -> Key:
     """The orders as one value that can be looked up."""
     if isinstance(orders, (list, tuple)):
         return tuple(key_of(order) for order in orders)
-    return orders
+    # What else it may be is refused where it is looked up.
+    return cast(Key, orders)
 
 
 def _function(order: str | OrderFunction) -> tuple[str, OrderFunction]:
@@ -195,7 +198,7 @@ def _first(numbers: list[int]) -> str:
 
 
 # torch.compile asks once for each size and does not trace what this does.
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def routes_of(key: Key, height: int, width: int) -> tuple[int, ...]:
     """Of each row which of VMamba's four routes it is, ``NO_ROUTE`` if it is none."""
     return _kept_routes(key, height, width)

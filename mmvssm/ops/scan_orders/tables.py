@@ -17,6 +17,7 @@ from mmvssm.ops.scan_orders.registry import (
     routes_of,
     table_of,
 )
+from mmvssm.ops.typed import assume_constant_result
 
 
 class KernelOrders(NamedTuple):
@@ -42,7 +43,9 @@ class KernelOrders(NamedTuple):
 
     def row(self, k: int) -> Tensor | None:
         """Row k of the table, None for a route."""
-        return self.table[k] if self.routes[k] == NO_ROUTE else None
+        if self.table is None or self.routes[k] != NO_ROUTE:
+            return None
+        return self.table[k]
 
 
 _CROSS = KernelOrders((0, 1, 2, 3), None)
@@ -80,11 +83,13 @@ def device_table(
     key = key_of(orders)
     if torch.compiler.is_dynamo_compiling():
         # As a constant, tables of two sizes would be taken for one of any size.
-        return _table_op(order_word(key), kind, height, width, device)
+        made: Tensor = _table_op(order_word(key), kind, height, width, device)
+        return made
     table = _kept_table(kind, key, height, width, device)
     # Modes that watch torch's dispatcher want to hear of tensors they do not know.
     watched = torch._C._len_torch_dispatch_stack()
-    return torch.ops.aten.lift_fresh(table) if watched else table
+    found: Tensor = torch.ops.aten.lift_fresh(table) if watched else table
+    return found
 
 
 @lru_cache(maxsize=256)
@@ -108,7 +113,7 @@ def _kept_table(
 _keys: dict[str, Key] = {}
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def order_word(orders: Orders) -> str:
     """A word that :func:`orders_of` takes for these orders."""
     key = key_of(orders)
@@ -128,7 +133,7 @@ def _table_op(
 
 
 @_table_op.register_fake
-def _(token, kind, height, width, device):
+def _(token: str, kind: str, height: int, width: int, device: torch.device) -> Tensor:
     table = _kept_table(kind, orders_of(token), height, width, torch.device('cpu'))
     return torch.empty(table.shape, dtype=table.dtype, device=device)
 

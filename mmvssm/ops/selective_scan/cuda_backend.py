@@ -159,7 +159,7 @@ def scan_backward(
     grad_last_state: Tensor | None,
     rows: tuple[Tensor, Tensor, Tensor | None],
     add: bool = False,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Put the kernels of the backward pass onto the stream.
 
     Args:
@@ -196,8 +196,8 @@ def scan_backward(
         setattr(problem, f'grad_{name}', pointer(x))
     problem.add = add
     library.call('scan_backward', problem, on=grad_out)
-    stretched = (None if x is None else x.sum((0, 1)) for x in (grad_D, grad_bias))
-    return grad_A.sum((0, 1)), grad_B.sum(0), grad_C.sum(0), *stretched
+    by_D, by_bias = (None if x is None else x.sum((0, 1)) for x in (grad_D, grad_bias))
+    return grad_A.sum((0, 1)), grad_B.sum(0), grad_C.sum(0), by_D, by_bias
 
 
 class CudaScan(Accepting):
@@ -208,9 +208,10 @@ class CudaScan(Accepting):
     def forward(self, inputs: ScanInputs, options: ScanOptions, keep: bool) -> Result:
         """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L)."""
         out, last_state = outputs_like(inputs, options)
-        saved = self.saved_like(inputs, options) if keep else (None,)
-        scan_forward(_scan(inputs, options), out, last_state, saved[0])
-        return Result((out, last_state), saved if keep else ())
+        saved = self.saved_like(inputs, options) if keep else ()
+        states = saved[0] if keep else None
+        scan_forward(_scan(inputs, options), out, last_state, states)
+        return Result((out, last_state), saved)
 
     def saved_like(
         self, inputs: ScanInputs, options: ScanOptions
@@ -233,20 +234,20 @@ class CudaScan(Accepting):
         if grad_out is None:
             grad_out = inputs.u.new_zeros(()).expand_as(inputs.u)
         scan = _scan(inputs, options)
-        rows = tuple(
-            None if x is None else torch.empty_like(x)
-            for x in (scan.u, scan.delta, scan.z)
+        assert scan.delta is not None, 'steps of low rank are not for this op'
+        by_u, by_delta = torch.empty_like(scan.u), torch.empty_like(scan.delta)
+        by_z = None if scan.z is None else torch.empty_like(scan.z)
+        by_A, by_B, by_C, by_D, by_bias = scan_backward(
+            scan, saved[0], grad_out, grad_last_state, (by_u, by_delta, by_z)
         )
-        sums = scan_backward(scan, saved[0], grad_out, grad_last_state, rows)
-        by_A, by_B, by_C, by_D, by_bias = sums
         return ScanInputs(
-            u=rows[0],
-            delta=rows[1],
+            u=by_u,
+            delta=by_delta,
             A=by_A,
             B=by_B.mT,
             C=by_C.mT,
             D=by_D,
-            z=rows[2],
+            z=by_z,
             delta_bias=by_bias,
         )
 

@@ -18,6 +18,7 @@ from mmvssm.ops import backends, bypass
 from mmvssm.ops.mamba_ssm import scan_function
 from mmvssm.ops.operator import Accepting, Result
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions
+from mmvssm.ops.typed import apply
 
 
 class MambaSsmScan(Accepting):
@@ -41,7 +42,7 @@ class MambaSsmScan(Accepting):
             out = out.to(options.out_dtype)
             if out.stride() != inputs.u.stride():
                 out = torch.empty_like(inputs.u, dtype=out.dtype).copy_(out)
-            last_state = _LastState.apply(last_state)
+            last_state = apply(_LastState, last_state)
         if keep:
             # An op of torch.library may return no view of something else.
             last_state = last_state.clone(memory_format=torch.contiguous_format)
@@ -69,6 +70,7 @@ class MambaSsmScan(Accepting):
         grad_out, grad_last_state = grads
         if grad_last_state is not None:
             raise RuntimeError(_NO_GRADIENT)
+        assert grad_out is not None, 'of two gradients one is there'
         # Inside an op of torch.library torch records nothing; what mamba_ssm's own
         # autograd function takes and returns must therefore be left as it is.
         leaves = [
@@ -76,10 +78,10 @@ class MambaSsmScan(Accepting):
             for x in _as_kernels_read(inputs, options)
         ]
         with torch.enable_grad():
-            out, _ = _call(ScanInputs(*leaves), options)
+            out, _ = _call(ScanInputs._make(leaves), options)
         there = [x for x in leaves if x is not None]
         found = iter(torch.autograd.grad(out, there, grad_out.to(out.dtype)))
-        return ScanInputs(*(None if x is None else next(found) for x in leaves))
+        return ScanInputs._make(None if x is None else next(found) for x in leaves)
 
 
 def _as_kernels_read(inputs: ScanInputs, options: ScanOptions) -> ScanInputs:
@@ -91,9 +93,10 @@ def _as_kernels_read(inputs: ScanInputs, options: ScanOptions) -> ScanInputs:
             dtype = torch.promote_types(dtype, x.dtype)
     if dtype == torch.float64:
         dtype = torch.float32
-    u, delta, B, C, z = (x if x is None else x.to(dtype) for x in (u, delta, B, C, z))
-    A, D, delta_bias = (x if x is None else x.float() for x in (A, D, delta_bias))
-    return ScanInputs(u, delta, A, B, C, D, z, delta_bias)
+    u, delta, B, C = (x.to(dtype) for x in (u, delta, B, C))
+    D, delta_bias = (None if x is None else x.float() for x in (D, delta_bias))
+    z = None if z is None else z.to(dtype)
+    return ScanInputs(u, delta, A.float(), B, C, D, z, delta_bias)
 
 
 def _call(inputs: ScanInputs, options: ScanOptions) -> tuple[Tensor, Tensor]:

@@ -109,7 +109,8 @@ class _Segment:
 
     def grouped(self, x: Tensor) -> Tensor:
         """(..., D) seen as (..., G, D / G)."""
-        return x.unflatten(-1, (self.B.shape[3], -1))
+        found: Tensor = x.unflatten(-1, (self.B.shape[3], -1))
+        return found
 
     def states(self, h: Tensor) -> Tensor:
         """States (B, S + 1, N, D), the first one being ``h`` (B, N, D)."""
@@ -247,17 +248,17 @@ class _Gradients:
 
     def __init__(self, problem: _Problem, inputs: ScanInputs) -> None:
         self.problem = problem
-        u, delta, A, B, C, D, z, bias = inputs
+        u, delta, _, B, C, _, z, _ = inputs
         self.u, self.delta = torch.empty_like(u), torch.empty_like(delta)
         self.B, self.C = torch.empty_like(B), torch.empty_like(C)
         self.z = None if z is None else torch.empty_like(z)
         zeros = torch.zeros_like
         self.A = zeros(problem.A)
-        self.D = None if D is None else zeros(problem.D)
-        self.bias = None if bias is None else zeros(problem.bias)
+        self.D = None if problem.D is None else zeros(problem.D)
+        self.bias = None if problem.bias is None else zeros(problem.bias)
 
     def add_segment(
-        self, start: int, stop: int, h: Tensor, carry: Tensor, grad_out: Tensor | None
+        self, start: int, stop: int, h: Tensor, carry: Tensor, grad_out: Tensor
     ) -> Tensor:
         """Backward through one segment.
 
@@ -273,7 +274,7 @@ class _Gradients:
         positions = slice(start, stop)
         states = s.states(h)
         grad_y = grad_out
-        if s.z is not None:
+        if s.z is not None and self.z is not None:
             gate = deterministic_math.sigmoid(s.z)
             y = s.readout(states, p.D)
             slope = gate * (1 + s.z * (1 - gate))
@@ -302,10 +303,10 @@ class _Gradients:
             # sigmoid(raw) is 1 - exp(-softplus(raw)).
             grad_dt.mul_(torch.expm1(-s.dt).neg_())
         grad_u = grad_dtu.mul_(s.dt)
-        if p.D is not None:
+        if p.D is not None and self.D is not None:
             self.D += deterministic_math.sum_rows(grad_y * s.u)
             grad_u.addcmul_(grad_y, p.D)
-        if p.bias is not None:
+        if self.bias is not None:
             self.bias += deterministic_math.sum_rows(grad_dt)
         self.u.transpose(1, 2)[:, positions] = grad_u
         self.delta.transpose(1, 2)[:, positions] = grad_dt

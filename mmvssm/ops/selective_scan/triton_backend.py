@@ -8,6 +8,8 @@ really start from. Sums over channels, stretches and the batch are made of
 parts that are added in a fixed order, so the same inputs give the same bits.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,11 +29,12 @@ class TritonScan(Accepting):
     def forward(self, inputs: ScanInputs, options: ScanOptions, keep: bool) -> Result:
         """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L)."""
         out, last_state = outputs_like(inputs, options)
-        saved = self.saved_like(inputs, options) if keep else (None,)
+        saved = self.saved_like(inputs, options) if keep else ()
         scan = Inputs(*inputs)
         plan = Plan.of(scan, options.delta_softplus)
-        scan_forward(plan, scan, out, last_state=last_state, saved=saved[0])
-        return Result((out, last_state), saved if keep else ())
+        states = saved[0] if keep else None
+        scan_forward(plan, scan, out, last_state=last_state, saved=states)
+        return Result((out, last_state), saved)
 
     def saved_like(
         self, inputs: ScanInputs, options: ScanOptions
@@ -63,7 +66,7 @@ class TritonScan(Accepting):
             grad_z=None if z is None else torch.empty_like(z),
             grad_last_state=grad_last_state,
         )
-        return ScanInputs(*found[: len(inputs)])
+        return ScanInputs._make(found[: len(inputs)])
 
 
 def scan_forward(
@@ -160,7 +163,9 @@ def scan_backward(
         z=grad_z,
         delta_bias=None if inputs.delta_bias is None else plan.new_totals(grad_out),
     )
-    rows = {name: array(getattr(grads, name)) for name in ('u', 'delta', 'z')}
+    rows: dict[str, Any] = {
+        name: array(getattr(grads, name)) for name in ('u', 'delta', 'z')
+    }
     arrays = inputs.arrays()
     with runtime.on_device_of(grad_out):
         triton_kernels.backward_kernel[plan.grid()](

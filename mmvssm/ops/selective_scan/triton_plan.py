@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
 
     def arrays(self) -> 'Inputs':
         """The same as kernels take them."""
-        return Inputs(*(array(x) for x in self))
+        return Inputs._make(array(x) for x in self)
 
 
 class Work(NamedTuple):

@@ -42,7 +42,7 @@ class ComposedSs2d(Composed):
         function, arguments = SELECTIVE_SCAN.route(call)
         ys, _ = SELECTIVE_SCAN.outputs(call, function(*arguments))
         ys = ys.unflatten(1, (count, x.shape[1]))
-        return Result((_merge(ys, options, x.shape[2:]),), has_nan=False)
+        return Result((_merge(ys, options, (x.shape[2], x.shape[3])),), has_nan=False)
 
 
 def _scan_call(
@@ -75,14 +75,16 @@ def _merge(ys: Tensor, options: Ss2dOptions, size: tuple[int, int]) -> Tensor:
     """The merged map of sequences (B, K, C, L)."""
     orders = orders_of(options.orders)
     y = cross_merge(ys, size) if is_cross(orders) else merge_orders(ys, orders, size)
-    return y.to(options.out_dtype).unflatten(2, size)
+    found: Tensor = y.to(options.out_dtype).unflatten(2, size)
+    return found
 
 
 def _step_sizes(low_rank: Tensor, weight: Tensor) -> Tensor:
     """Step sizes (B, K, C, L) of a low rank (B, L, K, R), by weights (K, C, R)."""
     rows = low_rank.permute(2, 0, 1, 3).flatten(1, 2)
     steps = product(rows, weight.mT)  # (K, B L, C)
-    return steps.unflatten(1, low_rank.shape[:2]).permute(1, 0, 3, 2)
+    apart: Tensor = steps.unflatten(1, low_rank.shape[:2])
+    return apart.permute(1, 0, 3, 2)
 
 
 def _read(maps: Sequence[Tensor], orders: Orders) -> Tensor:

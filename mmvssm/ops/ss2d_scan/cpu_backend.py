@@ -21,6 +21,7 @@ from mmvssm.ops.ss2d_scan.declaration import (
     projected_like,
     walked_orders,
 )
+from mmvssm.ops.typed import sole
 
 # Of the map and its projections.
 _DTYPES = (torch.float32,)
@@ -66,7 +67,7 @@ class CpuSs2d(Accepting):
         """All gradients, in one pass from the last tiles to the first."""
         orders = walked_orders(inputs, options)
         read = KernelInputs.of(inputs, options, _DTYPES, projected=saved[0])
-        grad_out = grads[0].permute(0, 2, 3, 1).float().contiguous()
+        grad_out = sole(grads).permute(0, 2, 3, 1).float().contiguous()
         x = read.x
         batch, height, width, channels = x.shape
         count, _, rank = read.dt_weight.shape
@@ -102,7 +103,9 @@ class CpuSs2d(Accepting):
 def _states_like(inputs: Ss2dInputs, orders: KernelOrders) -> Tensor:
     batch, channels, height, width = inputs.x.shape
     tiles = -(-orders.positions(height * width) // library.tile())
-    shape = (len(orders.routes), tiles - 1, batch, inputs.A.shape[1], channels)
+    # Of three axes: torch asks of four or five whether they are channels-last, and so
+    # ties a compiled graph to maps of one tile, whose tensor is empty, or of more.
+    shape = (len(orders.routes), tiles - 1, batch * inputs.A.shape[1] * channels)
     return inputs.x.new_empty(shape, dtype=torch.float32)
 
 

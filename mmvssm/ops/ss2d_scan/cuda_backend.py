@@ -39,6 +39,7 @@ from mmvssm.ops.ss2d_scan.per_order import (
     sequence,
     split_orders,
 )
+from mmvssm.ops.typed import sole
 
 # Of the map and its projections.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -83,16 +84,18 @@ class CudaSs2d(Accepting):
         """All gradients, one scan after the other."""
         orders = walked_orders(inputs, options)
         read = KernelInputs.of(inputs, options, _DTYPES, projected=saved[0])
-        grad_out = sequence(grads[0].permute(0, 2, 3, 1).contiguous())
+        grad_out = sequence(sole(grads).permute(0, 2, 3, 1).contiguous())
         grad_x = torch.empty_like(read.x, dtype=torch.float32)
         found = []
         for k, (scan, own) in enumerate(_scans(read, orders, low_rank=False)):
+            assert scan.delta is not None, 'the backward pass takes whole steps'
             grad_delta = torch.empty_like(scan.delta)
             by_A, by_B, by_C, by_D, by_bias = scan_backward(
                 *(scan, saved[1][k], grad_out, None),
                 rows=(sequence(grad_x), grad_delta, None),
                 add=k > 0,
             )
+            assert by_D is not None and by_bias is not None, 'SS2D has both'
             dt = own.dt.float().flatten(0, 1)
             by_weight = linear_product(grad_delta.transpose(0, 1).flatten(1), dt.t())
             found.append(
@@ -114,8 +117,7 @@ def _states_like(inputs: Ss2dInputs, orders: KernelOrders) -> Tensor:
     batch, channels, height, width = inputs.x.shape
     positions = orders.positions(height * width)
     shape = saved_states_shape(batch, positions, inputs.A.shape[1], channels)
-    shape = (len(orders.routes), *shape)
-    return inputs.x.new_empty(shape, dtype=torch.float32)
+    return inputs.x.new_empty(len(orders.routes), *shape, dtype=torch.float32)
 
 
 def _scans(

@@ -22,13 +22,13 @@ class ReferenceSs2d(Composed):
 
     def forward(self, inputs: Ss2dInputs, options: Ss2dOptions, keep: bool) -> Result:
         """See :func:`mmvssm.ops.ss2d_scan`."""
-        size, device = inputs.x.shape[2:], inputs.x.device
+        height, width = inputs.x.shape[2:]
         dtype = torch.promote_types(inputs.x.dtype, torch.float32)
         x, x_proj, dt_projs, bias, A, Ds = (t.to(dtype) for t in inputs)
         count = len(x_proj)
         orders = orders_of(options.orders)
         places, positions = (
-            device_table(kind, orders, *size, device)
+            device_table(kind, orders, height, width, inputs.x.device)
             for kind in ('places', 'positions')
         )
         # The place of a padded position is one behind the last: it has zeros.
@@ -37,7 +37,7 @@ class ReferenceSs2d(Composed):
         parameters = (x_proj, dt_projs, bias, A.chunk(count), Ds.chunk(count))
         for there, back, *own in zip(places, positions, *parameters):
             y = y + _scan(sequence[:, :, there], *own)[:, :, back]
-        return Result((y.to(options.out_dtype).unflatten(2, size),))
+        return Result((y.to(options.out_dtype).unflatten(2, (height, width)),))
 
 
 def _scan(

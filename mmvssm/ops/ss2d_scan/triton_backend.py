@@ -37,6 +37,7 @@ from mmvssm.ops.ss2d_scan.per_order import (
     sequence,
     split_orders,
 )
+from mmvssm.ops.typed import sole
 
 # Of the map and its projections.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,7 +85,7 @@ class TritonSs2d(Accepting):
         """All gradients, one scan after the other."""
         orders = walked_orders(inputs, options)
         read = KernelInputs.of(inputs, options, _DTYPES, projected=saved[0])
-        grad_out = sequence(grads[0].permute(0, 2, 3, 1))
+        grad_out = sequence(sole(grads).permute(0, 2, 3, 1))
         x = read.x
         grad_x = torch.empty_like(x)
         sums = _running_sum(grad_x, orders)
@@ -97,6 +98,8 @@ class TritonSs2d(Accepting):
                 grad_delta=x.new_empty(dt.shape[:2] + x.shape[3:], dtype=dt.dtype).mT,
                 added=None if k == 0 else sums[k - 1],
             )
+            by_D, by_bias = by_scan.D, by_scan.delta_bias
+            assert by_D is not None and by_bias is not None, 'SS2D has both'
             by_dt, by_weight = low_rank_gradients(by_scan.delta, dt, weight)
             found.append(
                 OrderGradients(
@@ -104,9 +107,9 @@ class TritonSs2d(Accepting):
                     B=by_scan.B[:, 0].mT,
                     C=by_scan.C[:, 0].mT,
                     weight=by_weight,
-                    bias=by_scan.delta_bias,
+                    bias=by_bias,
                     A=by_scan.A,
-                    D=by_scan.D,
+                    D=by_D,
                 )
             )
         rest = join_gradients(read.projected, found)
@@ -117,8 +120,7 @@ def _states_like(inputs: Ss2dInputs, orders: KernelOrders) -> Tensor:
     batch, channels, height, width = inputs.x.shape
     positions = orders.positions(height * width)
     shape = saved_states_shape(batch, positions, inputs.A.shape[1], channels)
-    shape = (len(orders.routes), *shape)
-    return inputs.x.new_empty(shape, dtype=torch.float32)
+    return inputs.x.new_empty(len(orders.routes), *shape, dtype=torch.float32)
 
 
 def _scans(
@@ -138,8 +140,14 @@ def _scans(
             delta_bias=own.bias,
             delta_weight=weight,
         )
-        walked = dict(height=height, route=orders.route(k), table=orders.row(k))
-        yield Plan.of(scan, True, backward=backward, **walked), scan, own
+        plan = Plan.of(
+            *(scan, True),
+            backward=backward,
+            height=height,
+            route=orders.route(k),
+            table=orders.row(k),
+        )
+        yield plan, scan, own
 
 
 def _running_sum(out: Tensor, orders: KernelOrders) -> list[Tensor]:

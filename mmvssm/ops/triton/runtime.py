@@ -28,8 +28,10 @@ def unavailable() -> str | None:
     )
 
 
-def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Context in which kernels are launched on the device of a tensor."""
     if x.device.type == 'cpu':
         return contextlib.nullcontext()
-    return torch.get_device_module(x.device).device(x.device)
+    device = torch.get_device_module(x.device).device
+    context: contextlib.AbstractContextManager[object] = device(x.device)
+    return context

@@ -13,7 +13,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ VMAMBA = {'vmamba_t': 96, 'vmamba_s': 96, 'vmamba_b': 128}
 # Channels of the blocks, whose scan has twice as many.
 PLAIN = {'vim_t': 192, 'vim_s': 384, 'vim_b': 768}
 PLAIN |= {'mambar_t': 192, 'mambar_s': 384, 'mambar_b': 768, 'mambar_l': 1024}
+AnyTile: TypeAlias = tiles.ScanTile | tiles.Tile
 # Results in bfloat16 that differ by more are those of another function.
 _TOLERANCE = 2e-2
 _DEVICE = 'cuda'
@@ -43,7 +44,7 @@ class Task:
         fixed: Numbers of the tile that must stay what they are.
     """
 
-    function: Callable[..., NamedTuple]
+    function: tuning.Tunable[AnyTile]
     sizes: tuple[int, ...]
     inputs: Callable[[], list[Tensor]]
     run: Callable[..., list[Tensor]]
@@ -56,7 +57,7 @@ class Task:
 
 def tasks(models: list[str], image: int, batch: int) -> list[Task]:
     """What the models ask for, each tile once."""
-    found = {}
+    found: dict[tuple[str, tuple[int, ...]], Task] = {}
     for model in models:
         if model in VMAMBA:
             made = _vmamba_tasks(VMAMBA[model], image, batch)
@@ -98,8 +99,11 @@ def scan_task(
         D, bias = (torch.randn(rows, device=_DEVICE) for _ in range(2))
         return [u, delta, A, B, C, D, bias]
 
-    def run(u, delta, A, B, C, D, bias) -> Tensor:
-        return selective_scan(u, delta, A, B, C, D, None, bias, True, backend='triton')
+    def run(*tensors: Tensor) -> Tensor:
+        u, delta, A, B, C, D, bias = tensors
+        out = selective_scan(u, delta, A, B, C, D, None, bias, True, backend='triton')
+        assert isinstance(out, Tensor), 'the last state is not asked for'
+        return out
 
     # The forward pass is the same whatever the tile of the backward pass.
     timed = _both(run) if backward else _forward(run)
@@ -112,16 +116,24 @@ def convolution_task(batch: int, channels: int, length: int) -> Task:
 
     # One state: the scan is to take little of the time.
     rank, states, taps = 8, 1, 4
-    shapes = Direction(
-        *((channels, taps), (channels,), (rank + 2 * states, channels)),
-        *((channels, rank), (channels,), (channels, states), (channels,)),
+    shapes: dict[str, tuple[int, ...]] = dict(
+        conv_weight=(channels, taps),
+        conv_bias=(channels,),
+        x_proj_weight=(rank + 2 * states, channels),
+        dt_proj_weight=(channels, rank),
+        dt_proj_bias=(channels,),
+        A=(channels, states),
+        D=(channels,),
     )
 
     def inputs() -> list[Tensor]:
-        weights = []
+        weights: list[Tensor] = []
         for _ in range(2):
             way = Direction(
-                *(torch.randn(shape, device=_DEVICE) / 8 for shape in shapes)
+                **{
+                    name: torch.randn(shape, device=_DEVICE) / 8
+                    for name, shape in shapes.items()
+                }
             )
             weights += way._replace(
                 A=-way.A.abs(),
@@ -130,7 +142,7 @@ def convolution_task(batch: int, channels: int, length: int) -> Task:
             )
         return [*(_normal(batch, length, channels).mT for _ in 'xz'), *weights]
 
-    def run(x, z, *weights) -> Tensor:
+    def run(x: Tensor, z: Tensor, *weights: Tensor) -> Tensor:
         half = len(weights) // 2
         ways = Direction(*weights[:half]), Direction(*weights[half:])
         return bidirectional_scan(x, z, *ways, backend='triton')
@@ -146,7 +158,7 @@ def norm_task(rows: int, channels: int) -> Task:
         x, weight = _normal(rows, channels), torch.randn(channels, device=_DEVICE)
         return [x, weight, torch.randn(rows, channels, device=_DEVICE)]
 
-    def run(x, weight, residual) -> Tensor:
+    def run(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
         return add_rms_norm(x, weight, residual, backend='triton')[0]
 
     # Its programs own whole rows.
@@ -178,7 +190,7 @@ def _forward(run: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
     return forward
 
 
-def neighbours(tile: NamedTuple, fixed: tuple[str, ...] = ()) -> list[NamedTuple]:
+def neighbours(tile: AnyTile, fixed: tuple[str, ...] = ()) -> list[AnyTile]:
     """Tiles with one or two of the numbers halved or doubled.
 
     Those that would give a thread more than 64 values are left out.
@@ -198,7 +210,7 @@ def neighbours(tile: NamedTuple, fixed: tuple[str, ...] = ()) -> list[NamedTuple
     return found
 
 
-def _fits(tile: NamedTuple) -> bool:
+def _fits(tile: AnyTile) -> bool:
     values = tile.channels * getattr(tile, 'rows', 1)
     return (
         tile.warps <= _MOST_WARPS
@@ -211,14 +223,15 @@ def measure(run: Callable[[], object]) -> float:
     """Seconds of a call on the GPU, the median of many."""
     from triton.testing import do_bench
 
-    return do_bench(run, warmup=10, rep=50, return_mode='median') / 1e3
+    milliseconds: float = do_bench(run, warmup=10, rep=50, return_mode='median')
+    return milliseconds / 1e3
 
 
 def tune(
     task: Task,
     time: Callable[[Callable[[], object]], float] = measure,
     say: Callable[[str], None] = print,
-) -> NamedTuple:
+) -> AnyTile:
     """Find the fastest tile of a task, and keep it.
 
     Beginning with the tile that is chosen without measurements, it goes from the
@@ -240,13 +253,14 @@ def tune(
     with tuning.trying(task.name, task.sizes, default._asdict()):
         want = task.run(*inputs)
         seconds = {default: time(lambda: task.run(*inputs))}
-    best, before = default, None
+    best: AnyTile = default
+    before: AnyTile | None = None
     while best != before:
         before = best
         for tile in neighbours(best, task.fixed):
             if tile not in seconds:
                 seconds[tile] = _try(task, tile, inputs, want, time)
-        best = min(seconds, key=seconds.get)
+        best = min(seconds, key=lambda tile: seconds[tile])
     tuning.record(task.name, task.sizes, best._asdict(), seconds[best])
     gain = seconds[default] / seconds[best]
     say(
@@ -258,7 +272,7 @@ def tune(
 
 def _try(
     task: Task,
-    tile: NamedTuple,
+    tile: AnyTile,
     inputs: list[Tensor],
     want: list[Tensor],
     time: Callable[[Callable[[], object]], float],

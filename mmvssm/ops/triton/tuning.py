@@ -19,14 +19,29 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 
 from mmvssm.ops.cache import cache_folder
 from mmvssm.ops.triton import runtime
 
-_trials: dict[tuple, dict[str, int]] = {}
+# GPU -> function -> sizes -> ``tile`` and ``seconds``.
+Table: TypeAlias = dict[str, dict[str, dict[str, dict[str, Any]]]]
+T_co = TypeVar('T_co', bound=NamedTuple, covariant=True)
+_trials: dict[tuple[str | int, ...], dict[str, int]] = {}
+
+
+class Tunable(Protocol[T_co]):
+    """A function that chooses a tile by integers; ``__wrapped__`` is not tuned."""
+
+    @property
+    def __name__(self) -> str: ...
+
+    @property
+    def __wrapped__(self) -> Callable[..., T_co]: ...
+
+    def __call__(self, *sizes: int) -> T_co: ...
 
 
 def path() -> Path:
@@ -49,11 +64,11 @@ def _key_of(index: int) -> str:
     return f'{gpu.name}, {gpu.major}.{gpu.minor}, Triton {triton.__version__}'
 
 
-def tunable(choose: Callable[..., NamedTuple]) -> Callable[..., NamedTuple]:
+def tunable(choose: Callable[..., T_co]) -> Tunable[T_co]:
     """Let a function that chooses a tile by integers prefer what was measured."""
 
     @functools.wraps(choose)
-    def chosen(*sizes: int) -> NamedTuple:
+    def chosen(*sizes: int) -> T_co:
         default = choose(*sizes)
         name = choose.__name__
         found = _trials.get((name, *sizes)) or measured(name, sizes)
@@ -67,7 +82,7 @@ def tunable(choose: Callable[..., NamedTuple]) -> Callable[..., NamedTuple]:
 @contextlib.contextmanager
 def trying(name: str, sizes: tuple[int, ...], tile: dict[str, int]) -> Iterator[None]:
     """Make a tunable function answer these sizes with a tile, inside ``with``."""
-    key = (name, *sizes)
+    key: tuple[str | int, ...] = (name, *sizes)
     before = _trials.get(key)
     _trials[key] = tile
     try:
@@ -85,11 +100,14 @@ def measured(name: str, sizes: tuple[int, ...]) -> dict[str, int] | None:
     if key is None:
         return None
     entry = table().get(key, {}).get(name, {}).get(_joined(sizes))
-    return None if entry is None else entry['tile']
+    if entry is None:
+        return None
+    tile: dict[str, int] = entry['tile']
+    return tile
 
 
 @functools.cache
-def table() -> dict[str, dict]:
+def table() -> Table:
     """GPU -> function -> sizes -> ``tile`` and ``seconds``; the file is read once."""
     try:
         return _read(path())
@@ -130,14 +148,14 @@ def _joined(sizes: tuple[int, ...]) -> str:
     return ','.join(str(int(size)) for size in sizes)
 
 
-def _read(file: Path) -> dict[str, dict]:
+def _read(file: Path) -> Table:
     """Read the table.
 
     Raises:
         OSError: There is no such file, or it cannot be read.
         ValueError: It has something else in it.
     """
-    found = json.loads(file.read_text(encoding='utf-8'))
+    found: Table = json.loads(file.read_text(encoding='utf-8'))
     try:
         tiles = [
             entry['tile']
@@ -153,7 +171,7 @@ def _read(file: Path) -> dict[str, dict]:
     return found
 
 
-def _write(file: Path, found: dict[str, dict]) -> None:
+def _write(file: Path, found: Table) -> None:
     """Write all of it or nothing: others may be reading."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f'.{os.getpid()}')
