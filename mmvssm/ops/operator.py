@@ -36,6 +36,7 @@ from mmvssm.ops.backends import (
 
 I = TypeVar('I', bound=tuple[Any, ...])  # noqa: E741
 O = TypeVar('O', bound=tuple[Any, ...])  # noqa: E741
+O_contra = TypeVar('O_contra', bound=tuple[Any, ...], contravariant=True)
 P = ParamSpec('P')
 R = TypeVar('R')
 Outputs = tuple[Tensor, ...]
@@ -55,7 +56,7 @@ class Result(NamedTuple):
     has_nan: bool | None = None
 
 
-class Backend(Protocol[I, O]):
+class Backend(Protocol[I, O_contra]):
     """Computes an op.
 
     Attributes:
@@ -70,19 +71,19 @@ class Backend(Protocol[I, O]):
     @property
     def differentiable(self) -> bool: ...
 
-    def refuses(self, inputs: I, options: O) -> str | None:
+    def refuses(self, inputs: I, options: O_contra) -> str | None:
         """Why it cannot take this call that its supplier takes, or None."""
 
-    def forward(self, inputs: I, options: O, keep: bool) -> Result:
+    def forward(self, inputs: I, options: O_contra, keep: bool) -> Result:
         """Compute the op; with ``keep`` also what :meth:`backward` needs."""
 
-    def saved_like(self, inputs: I, options: O) -> Outputs:
+    def saved_like(self, inputs: I, options: O_contra) -> Outputs:
         """Empty tensors like those that ``forward`` saves."""
 
     def backward(
         self,
         inputs: I,
-        options: O,
+        options: O_contra,
         saved: Outputs,
         grads: tuple[Tensor | None, ...],
         wanted: I,
@@ -323,11 +324,8 @@ class Op(Generic[I, O]):
     # Registration with torch
 
     def _register(self) -> tuple[Any, Any]:
-        types = typing.get_type_hints(self._options).values()
-        options = [
-            f'{_SCHEMA_TYPES[kind]} {name}'
-            for name, kind in zip(self._options._fields, types)
-        ]
+        types = typing.get_type_hints(self._options)
+        options = [f'{_SCHEMA_TYPES[kind]} {name}' for name, kind in types.items()]
         optional = _optional(self._inputs)
         tensors = [
             f'Tensor{"?" if may else ""} {name}'

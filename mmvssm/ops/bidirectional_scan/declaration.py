@@ -60,7 +60,8 @@ def _flops(shapes: BidirectionalInputs, options: BidirectionalOptions) -> list[F
     positions, ways = batch * length, (shapes.forward, shapes.backward)
     taps = sum(prod(way.conv_weight) for way in ways)
     weights = sum(prod(way.x_proj_weight) + prod(way.dt_proj_weight) for way in ways)
-    scans = scan_flops(batch, 2 * channels, length, shapes.forward.A[1])
+    _, states = shapes.forward.A
+    scans = scan_flops(batch, 2 * channels, length, states)
     return [
         Flops(positions * taps, part='convolutions'),
         Flops(positions * weights, part='projections'),

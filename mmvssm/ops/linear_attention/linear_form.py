@@ -16,6 +16,7 @@ from mmvssm.ops.deterministic_math import matmul
 from mmvssm.ops.linear_attention.declaration import AttentionInputs, AttentionOptions
 from mmvssm.ops.operator import Composed, Result
 from mmvssm.ops.rotary import rotate
+from mmvssm.ops.typed import apply
 
 # Values of one tensor in a block: half a megabyte in float32.
 _BLOCK = 2**17
@@ -36,7 +37,7 @@ class LinearForm(Composed):
             *(cos, sin, options.heads, options.normalise, options.eps, options.dtype)
         )
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            y = _LinearAttention.apply(q, k, v, *tables)
+            y = apply(_LinearAttention, q, k, v, *tables)
         else:
             y = _forward(q, k, v, tables)
         return Result((y.to(options.out_dtype),), has_nan=False)
@@ -91,7 +92,7 @@ def _backward(
     for block in _blocks(v):
         features, turned = _features(q, block, options)
         grad_y = _split(grad, block, options)
-        grad_features = 0
+        grad_features: Tensor | int = 0
         if options.normalise:
             normaliser = matmul(features, mean) + options.eps
             grad_y = grad_y / normaliser
@@ -121,7 +122,9 @@ def _summarise(k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor]
         Mean product of turned keys and values (B, heads, C / heads, C' / heads),
         and mean key (B, heads, C / heads, 1).
     """
-    state = mean = 0
+    # Numbers until the first block is added, of which there is always one.
+    state: Any = 0
+    mean: Any = 0
     for block in _blocks(v):
         features, turned = _features(k, block, options)
         state = state + matmul(turned.mT, _split(v, block, options))
@@ -143,9 +146,9 @@ def _features(x: Tensor, block: slice, options: _Options) -> tuple[Tensor, Tenso
     """elu + 1 of some positions, and the same turned, split into heads."""
     features = deterministic_math.elu_plus_one(x[:, block].to(options.dtype))
     turned = features
-    if options.cos is not None:
+    if options.cos is not None and options.sin is not None:
         turned = rotate(features, options.cos[block], options.sin[block])
-    return tuple(_to_heads(y, options.heads) for y in (features, turned))
+    return _to_heads(features, options.heads), _to_heads(turned, options.heads)
 
 
 def _slope(features: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ def _slope(features: Tensor) -> Tensor:
 
 def _turn_back(x: Tensor, block: slice, options: _Options) -> Tensor:
     """Gradient of turned features -> gradient of the features, in heads."""
-    if options.cos is None:
+    if options.cos is None or options.sin is None:
         return x
     x = rotate(x.transpose(1, 2).flatten(2), options.cos[block], -options.sin[block])
     return _to_heads(x, options.heads)
@@ -167,7 +170,8 @@ def _split(x: Tensor, block: slice, options: _Options) -> Tensor:
 
 def _to_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, C) -> (B, heads, L, C / heads)."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+    apart: Tensor = x.unflatten(2, (heads, -1))
+    return apart.transpose(1, 2)
 
 
 def _write(out: Tensor, block: slice, x: Tensor) -> None:

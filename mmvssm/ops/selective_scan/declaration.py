@@ -68,7 +68,8 @@ def outputs_like(inputs: ScanInputs, options: ScanOptions) -> tuple[Tensor, Tens
 
 def _flops(shapes: ScanInputs, options: ScanOptions) -> list[Flops]:
     batch, channels, length = shapes.u
-    states, skip, gate = shapes.A[1], shapes.D is not None, shapes.z is not None
+    _, states = shapes.A
+    skip, gate = shapes.D is not None, shapes.z is not None
     return [Flops(0, scan_flops(batch, channels, length, states, skip, gate))]
 
 

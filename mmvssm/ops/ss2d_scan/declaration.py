@@ -56,9 +56,10 @@ def outputs_like(inputs: Ss2dInputs, options: Ss2dOptions) -> tuple[Tensor]:
 
 def _flops(shapes: Ss2dInputs, options: Ss2dOptions) -> list[Flops]:
     batch, channels, height, width = shapes.x
-    length, count = height * width, shapes.x_proj_weight[0]
+    length = height * width
+    (count, _, _), (_, states) = shapes.x_proj_weight, shapes.A
     weights = prod(shapes.x_proj_weight) + prod(shapes.dt_projs_weight)
-    scans = scan_flops(batch, count * channels, length, shapes.A[1])
+    scans = scan_flops(batch, count * channels, length, states)
     return [
         Flops(batch * length * weights, part='projections'),
         Flops(0, scans, part='scan'),
@@ -118,7 +119,8 @@ class KernelInputs(NamedTuple):
 def walked_orders(inputs: Ss2dInputs, options: Ss2dOptions) -> KernelOrders:
     """The scan orders as kernels take them."""
     x = inputs.x
-    return kernel_orders(orders_of(options.orders), *x.shape[2:], x.device)
+    height, width = x.shape[2:]
+    return kernel_orders(orders_of(options.orders), height, width, x.device)
 
 
 def projected_like(inputs: Ss2dInputs, options: Ss2dOptions) -> Tensor:
