@@ -138,10 +138,11 @@ sanitize: install ## Run the tests of the ops under ASan and UBSan (Linux, g++).
 	done
 
 .PHONY: lint
-lint: install ## Check style without changing a file.
+lint: install ## Check style and types without changing a file.
 	@echo '==> lint'
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
 
 .PHONY: format
 format: install ## Sort imports, format, apply ruff's safe fixes.
@@ -150,6 +151,6 @@ format: install ## Sort imports, format, apply ruff's safe fixes.
 
 .PHONY: clean
 clean: ## Remove the virtual environment, builds and caches (work_dirs/ and data/ stay).
-	rm -rf $(VENV) $(ORIGINALS) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ORIGINALS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	rm -f $(KERNELS)/_kernels*.so mmvssm/ops/cuda/_kernels*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
