@@ -145,10 +145,12 @@ class Downsample(nn.Module):
 
 
 def _pad_to_multiple(x: torch.Tensor, side: int) -> torch.Tensor:
-    height, width = x.shape[2:]
-    if height % side == 0 and width % side == 0:
+    # Rounded up rather than by remainders, which make a compiler of all sizes slow.
+    more = [-(-size // side) * side - size for size in x.shape[2:]]
+    # A graph that asked whether to pad would hold for some sizes only.
+    if not torch.compiler.is_compiling() and not any(more):
         return x
-    return F.pad(x, (0, -width % side, 0, -height % side))
+    return F.pad(x, (0, more[1], 0, more[0]))
 
 
 class MLLABlock(nn.Module):

@@ -38,7 +38,8 @@ def token_positions(patches: int, tokens: int, placement: str) -> tuple[int, ...
         step = patches // (tokens + 1) + 1
         return tuple(step * (k + 1) - 1 for k in range(tokens))
     first = patches // 2 if placement == 'middle' else 0
-    return tuple(range(first, first + tokens))
+    # Not range(first, first + tokens), which ties a compiled graph to one size.
+    return tuple(first + k for k in range(tokens))
 
 
 def insert_tokens(patches: Tensor, tokens: Tensor, positions: Sequence[int]) -> Tensor:

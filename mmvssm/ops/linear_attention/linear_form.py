@@ -135,9 +135,11 @@ def _summarise(k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor]
 def _blocks(x: Tensor) -> Iterator[slice]:
     """Positions of a sequence (B, L, C), some at a time."""
     batch, length, channels = x.shape
-    size = length
-    if x.device.type == 'cpu' and not torch.compiler.is_compiling():
-        size = max(64, _BLOCK // (batch * channels))
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        # Said without the length: counting up to it ties a graph to one size.
+        yield slice(None)
+        return
+    size = max(64, _BLOCK // (batch * channels))
     for start in range(0, length, size):
         yield slice(start, start + size)
 
