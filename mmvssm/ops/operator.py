@@ -481,11 +481,17 @@ class Op(Generic[I, O]):
                 outputs = reference.forward(inputs, ctx.options, False).outputs
             pairs = [(y, g) for y, g in zip(outputs, grads) if g is not None]
             like = _leaves(self._like(inputs, ctx.options))
+            # What has a gradient but is not kept is a term of the sum that is, the
+            # first one, and shares its gradient.
             asked = [
-                x for x, y, w in zip(kept, like, ctx.wanted) if w and y is not None
+                inputs[0] if x is None else x
+                for x, y, w in zip(kept, like, ctx.wanted)
+                if w and y is not None
             ]
             first = torch.autograd.grad(
-                *([y for y, _ in pairs], asked, [g.to(y.dtype) for y, g in pairs]),
+                [y for y, _ in pairs],
+                asked,
+                [g.to(y.dtype) for y, g in pairs],
                 create_graph=True,
                 allow_unused=True,
             )

@@ -125,6 +125,24 @@ def test_gradients_in_half_precision(backend, in_fp32):
 
 
 @backends
+def test_second_gradients_with_a_stream_of_another_dtype(backend):
+    """Both terms of the sum get a gradient, and only the sum is kept."""
+    x, weight, residual = make_inputs(2, 5, 8).values()
+    inputs = [x.detach().bfloat16(), weight.detach().float(), residual.detach().float()]
+
+    def second(tensors, backend):
+        tensors = [t.requires_grad_() for t in tensors]
+        y, stream = add_rms_norm(*tensors, residual_in_fp32=True, backend=backend)
+        total = y.square().sum() + stream.square().sum()
+        first = torch.autograd.grad(total, tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+    want = second([t.double() for t in inputs], 'reference')
+    for x, y in zip(second(inputs, backend), want):
+        assert relative_error(x, y) < 2e-2
+
+
+@backends
 def test_any_strides(backend):
     inputs = make_inputs(2, 12, 9, dtype=torch.float32)
     want = add_rms_norm(**inputs, backend=backend)
