@@ -16,11 +16,14 @@ from mmvssm.ops.typed import is_tracing
 
 def possible(*inputs: Tensor | None) -> bool:
     """Whether nothing but the result is wanted of an op on these inputs."""
-    if torch.is_grad_enabled() and any(
+    return not wanted(*inputs) and unobserved(*inputs)
+
+
+def wanted(*inputs: Tensor | None) -> bool:
+    """Whether gradients of the inputs are wanted."""
+    return torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in inputs
-    ):
-        return False
-    return unobserved(*inputs)
+    )
 
 
 def transformed() -> bool:

@@ -16,6 +16,7 @@ A backend is one object of :class:`Backend`, in one file beside the op's definit
 
 import functools
 import inspect
+import itertools
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
@@ -34,7 +35,7 @@ from mmvssm.ops.backends import (
     remove_supplier,
 )
 
-I = TypeVar('I', bound=tuple[Any, ...])  # noqa: E741
+I = TypeVar('I', bound=NamedTuple)  # noqa: E741
 O = TypeVar('O', bound=tuple[Any, ...])  # noqa: E741
 O_contra = TypeVar('O_contra', bound=tuple[Any, ...], contravariant=True)
 P = ParamSpec('P')
@@ -168,6 +169,7 @@ class Op(Generic[I, O]):
             NamedTuples. The first one's device and dtype decide on the backend.
         options: NamedTuple of bool, int, float, str and ``torch.dtype``.
         returns: Names of the outputs.
+        saves: Tensors that a backend may save for its backward pass, at most.
         outputs_like: Empty tensors like the outputs; a backend must return their
             shapes, dtypes and strides.
         flops: The cost by parts, from inputs whose tensors are replaced by their
@@ -186,22 +188,24 @@ class Op(Generic[I, O]):
         options: type[O],
         *,
         returns: tuple[str, ...],
+        saves: int = 0,
         outputs_like: Callable[[I, O], Outputs],
         flops: Callable[[I, O], Sequence[Flops]],
         keep: Callable[[I, Outputs, O], I] | None = None,
         gradients_like: Callable[[I, O], I] | None = None,
         spread: Callable[[I, O], I] | None = None,
     ):
-        self.name, self.returns = name, returns
+        self.name, self.returns, self._saves = name, returns, saves
         self.flops, self.outputs_like = flops, outputs_like
         self.names = _names(inputs)
+        self.labels = _names(inputs, between='.')
         self.backends: dict[str, Backend[I, O]] = {}
         self._composed: Callable[[str], Backend[I, O]] | None = None
         self._among: Collection[str] = OURS
         self._inputs, self._options = inputs, options
         self._keep, self._gradients_like = keep, gradients_like
         self._spread = spread
-        self.torch_op, self._backward_op = self._register()
+        self.torch_op, self.torch_backward_op = self._register()
         all_ops[name] = self
 
     # Backends
@@ -251,9 +255,9 @@ class Op(Generic[I, O]):
         def decorate(prepare: Callable[P, Call]) -> Callable[P, R]:
             @functools.wraps(prepare)
             def public_op(*args: P.args, **kwargs: P.kwargs) -> R:
-                tensors = list(_tensors_in((args, tuple(kwargs.values()))))
-                if has_torch_function(tensors):
+                if has_torch_function((*args, *kwargs.values())):
                     # A mode or a subclass sees the op as a whole.
+                    tensors = _tensors_in((*args, *kwargs.values()))
                     found: R = handle_torch_function(
                         public_op, tensors, *args, **kwargs
                     )
@@ -295,31 +299,34 @@ class Op(Generic[I, O]):
             # The definition is made of what torch can transform.
             chosen = self.backends['reference']
         elif not chosen.differentiable:
-            if bypass.possible(*tensors):
-                return chosen.forward, (inputs, options, False)
-            return self.torch_op, (*tensors, *options, name)
+            if not bypass.unobserved(*tensors):
+                return self.torch_op, (*tensors, *options, name)
+            if bypass.wanted(*tensors):
+                return _Bypass.apply, (self, options, name, *tensors)
         return chosen.forward, (inputs, options, False)
 
-    def outputs(self, call: Call, computed: Result | list[Tensor]) -> Outputs:
+    def outputs(self, call: Call, computed: Result | Tensor | Outputs) -> Outputs:
         """The outputs of the op, from what the function of :meth:`route` gave.
 
         Raises:
             NaNInputError: (On the CPU) an input has NaN.
         """
+        if isinstance(computed, Tensor):
+            return (computed,)
         if not isinstance(computed, Result):
             # The op of torch.library has looked for NaN itself.
-            return tuple(computed[: len(self.returns)])
+            return computed[: len(self.returns)]
         if not torch.compiler.is_compiling():
-            self._refuse_nan(call.inputs, computed)
+            self.refuse_nan(call.inputs, computed)
         return computed.outputs
 
-    def _refuse_nan(self, inputs: I, result: Result) -> None:
-        tensors = dict(zip(self.names, _leaves(inputs)))
+    def refuse_nan(self, inputs: I, result: Result) -> None:
+        """Name the input that NaN in a result came from."""
         found = result.has_nan
         if found is None and not bypass.transformed():
             found = checks.has_nan(*result.outputs)
         if found:
-            checks.refuse_nan(self.name, tensors)
+            checks.refuse_nan(self.name, dict(zip(self.labels, _leaves(inputs))))
 
     # Registration with torch
 
@@ -336,18 +343,21 @@ class Op(Generic[I, O]):
             f'mmvssm::{self.name}',
             self._forward,
             mutates_args=(),
-            schema=_schema(*tensors, *options, 'str backend'),
+            schema=_schema(
+                *(*tensors, *options, 'str backend'),
+                returns=len(self.returns) + self._saves,
+            ),
         )
         forward.register_fake(self._forward_fake)
         forward.register_autograd(self._gradient, setup_context=self._remember)
         backward = torch.library.custom_op(
             f'mmvssm::{self.name}_backward',
-            self._backward,
+            self.backward,
             mutates_args=(),
             schema=_schema(
                 *(f'Tensor? grad_{name}' for name in self.returns),
-                *(*kept, 'Tensor[] saved', 'bool[] wanted'),
-                *(*options, 'str backend'),
+                *(*kept, *(f'Tensor saved_{i}' for i in range(self._saves))),
+                *('bool[] wanted', *options, 'str backend'),
             ),
         )
         backward.register_fake(self._backward_fake)
@@ -373,43 +383,79 @@ class Op(Generic[I, O]):
         *options, name = arguments[width:]
         return (*self.pack(arguments[:width], options), name)
 
-    def _forward(self, *arguments: Any) -> list[Tensor]:
+    def _forward(self, *arguments: Any) -> Tensor | Outputs:
         inputs, options, name = self._unpack(arguments)
         with autocast.disabled(inputs[0]):
             result = self.backend(name, inputs, options).forward(inputs, options, True)
-        self._refuse_nan(inputs, result)
-        return [*result.outputs, *result.saved]
+        self.refuse_nan(inputs, result)
+        found = self.returned(result.outputs, result.saved)
+        return found if len(found) > 1 else found[0]
 
-    def _forward_fake(self, *arguments: Any) -> list[Tensor]:
+    def returned(self, outputs: Outputs, saved: Outputs) -> Outputs:
+        """All that torch's op returns: a fixed number of tensors."""
+        missing = self._saves - len(saved)
+        if missing < 0:
+            raise ValueError(
+                f'{self.name}: a backend may save {self._saves} tensors, '
+                f'not {len(saved)}'
+            )
+        x = outputs[0]
+        return (*outputs, *saved, *(x.new_empty(0) for _ in range(missing)))
+
+    def _forward_fake(self, *arguments: Any) -> Tensor | Outputs:
         inputs, options, name = self._unpack(arguments)
         backend = self.backend(name, inputs, options)
         outputs = self.outputs_like(inputs, options)
-        return [*outputs, *backend.saved_like(inputs, options)]
+        found = self.returned(outputs, backend.saved_like(inputs, options))
+        return found if len(found) > 1 else found[0]
 
-    def _remember(self, ctx: Any, inputs: Sequence[Any], output: list[Tensor]) -> None:
-        taken, options, ctx.backend = self._unpack(inputs)
+    def _remember(
+        self, ctx: Any, inputs: Sequence[Any], output: Tensor | Outputs
+    ) -> None:
+        taken, options, name = self._unpack(inputs)
+        output = (output,) if isinstance(output, Tensor) else output
         count = len(self.returns)
+        self.remember(ctx, taken, options, name, output[:count], output[count:])
+
+    def remember(
+        self,
+        ctx: Any,
+        inputs: I,
+        options: O,
+        backend: str,
+        outputs: Outputs,
+        saved: Outputs,
+    ) -> None:
+        """Leave in ``ctx`` what :meth:`gradients` needs."""
         if self._keep is not None:
-            taken = self._keep(taken, tuple(output[:count]), options)
-        ctx.options = options
-        ctx.save_for_backward(*_leaves(taken), *output[count:])
+            inputs = self._keep(inputs, outputs, options)
+        ctx.options, ctx.backend = options, backend
+        ctx.save_for_backward(*_leaves(inputs), *saved)
         ctx.set_materialize_grads(False)
 
-    def _gradient(self, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        none = (None,) * (len(ctx.options) + 1)
-        width, grads = len(self.names), grads[: len(self.returns)]
+    def _gradient(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        width = len(self.names)
+        needed = ctx.needs_input_grad[:width]
+        found = self.gradients(
+            self.torch_backward_op, ctx, grads[: len(self.returns)], needed
+        )
+        return (*found, *(None,) * (len(ctx.options) + 1))
+
+    def gradients(
+        self,
+        backward: Callable[..., list[Tensor]],
+        ctx: Any,
+        grads: tuple[Tensor | None, ...],
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of the inputs, by the backward op or what is behind it."""
+        width = len(self.names)
         if all(grad is None for grad in grads):
-            return (*(None,) * width, *none)
+            return [None] * width
         tensors = ctx.saved_tensors
         # Gradients that are spread over several inputs are wanted for any of them.
-        wanted = [
-            self._spread is not None or needed
-            for needed in ctx.needs_input_grad[:width]
-        ]
-        found = self._backward_op(
-            *(*grads, *tensors[:width], list(tensors[width:]), wanted),
-            *(*ctx.options, ctx.backend),
-        )
+        wanted = [self._spread is not None or bool(need) for need in needed]
+        found = backward(*grads, *tensors, wanted, *ctx.options, ctx.backend)
         kept = _pack(self._inputs, iter(tensors[:width]))
         like = _leaves(self._like(kept, ctx.options))
         rest = iter(found)
@@ -419,7 +465,7 @@ class Op(Generic[I, O]):
         )
         if self._spread is not None:
             by_kept = self._spread(by_kept, ctx.options)
-        return (*_leaves(by_kept), *none)
+        return _leaves(by_kept)
 
     def _like(self, kept: I, options: O) -> I:
         if self._gradients_like is None:
@@ -431,11 +477,14 @@ class Op(Generic[I, O]):
     ) -> tuple[list[Tensor | None], I, list[Tensor], list[bool], O, str]:
         count, width = len(self.returns), len(self.names)
         kept = _pack(self._inputs, iter(arguments[count : count + width]))
-        saved, wanted, *options, name = arguments[count + width :]
+        behind = count + width + self._saves
+        saved = list(arguments[count + width : behind])
+        wanted, *options, name = arguments[behind:]
         grads = list(arguments[:count])
         return grads, kept, saved, wanted, self._options(*options), name
 
-    def _backward(self, *arguments: Any) -> list[Tensor]:
+    def backward(self, *arguments: Any) -> list[Tensor]:
+        """What the backward op of torch does: gradients of what is kept."""
         grads, kept, saved, wanted, options, name = self._unpack_backward(arguments)
         with autocast.disabled(kept[0]):
             found = self.backend(name, kept, options).backward(
@@ -461,8 +510,8 @@ class Op(Generic[I, O]):
     def _remember_all(
         self, ctx: Any, inputs: Sequence[Any], output: list[Tensor]
     ) -> None:
-        grads, kept, saved, wanted, options, _ = self._unpack_backward(inputs)
-        ctx.options, ctx.wanted, ctx.saved = options, wanted, len(saved)
+        grads, kept, _, wanted, options, _ = self._unpack_backward(inputs)
+        ctx.options, ctx.wanted = options, wanted
         ctx.save_for_backward(*grads, *_leaves(kept))
 
     def _second_gradient(
@@ -507,8 +556,7 @@ class Op(Generic[I, O]):
                     torch.autograd.grad(heads, there, values, allow_unused=True)
                 )
         found = [None if x is None else next(every) for x in leaves]
-        none = (None,) * (len(ctx.options) + 2)
-        return (*found, [None] * ctx.saved, *none)
+        return (*found, *(None,) * (self._saves + len(ctx.options) + 2))
 
     # FLOPs, for torch.utils.flop_counter: a multiply-add is two
 
@@ -520,6 +568,31 @@ class Op(Generic[I, O]):
         # As torch counts a product's: two of the size of the forward pass.
         _, kept, _, _, options, _ = self._unpack_backward(shapes)
         return 2 * _twice(self.flops(kept, options))
+
+
+class _Bypass(torch.autograd.Function):
+    """An op with gradients, without an op of torch.library."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, op: Op[Any, Any], options: Any, name: str, *tensors: Tensor | None
+    ) -> Tensor | Outputs:
+        inputs, options = op.pack(tensors, options)
+        result = op.backend(name, inputs, options).forward(inputs, options, True)
+        op.refuse_nan(inputs, result)
+        ctx.op, outputs = op, result.outputs
+        saved = op.returned(outputs, result.saved)[len(outputs) :]
+        op.remember(ctx, inputs, options, name, outputs, saved)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        op = ctx.op
+        # Gradients of gradients need torch's op, which has its own.
+        graph = torch.is_grad_enabled()
+        backward = op.torch_backward_op if graph else op.backward
+        found = op.gradients(backward, ctx, grads, ctx.needs_input_grad[3:])
+        return (None, None, None, *found)
 
 
 # Every op by its name, and by the function that users call.
@@ -539,16 +612,21 @@ def _twice(parts: Sequence[Flops]) -> int:
     return sum(2 * part.products + part.others for part in parts)
 
 
-def _schema(*arguments: str) -> str:
-    return f'({", ".join(arguments)}) -> Tensor[]'
+def _schema(*arguments: str, returns: int | None = None) -> str:
+    """Of an op that returns so many tensors, or a list of them."""
+    found = 'Tensor[]' if returns is None else ', '.join(['Tensor'] * returns)
+    return f'({", ".join(arguments)}) -> ({found})'
 
 
-def _names(kind: type[tuple[Any, ...]], prefix: str = '') -> tuple[str, ...]:
+def _names(
+    kind: type[tuple[Any, ...]], prefix: str = '', between: str = '_'
+) -> tuple[str, ...]:
     """Names of the tensors in a NamedTuple, those in another one behind its name."""
     found: list[str] = []
     for name, hint in typing.get_type_hints(kind).items():
         nested = isinstance(hint, type) and issubclass(hint, tuple)
-        found += _names(hint, f'{prefix}{name}_') if nested else [f'{prefix}{name}']
+        inner = _names(hint, f'{prefix}{name}{between}', between) if nested else ()
+        found += inner or [f'{prefix}{name}']
     return tuple(found)
 
 
@@ -574,11 +652,26 @@ def _leaves(inputs: Iterable[Any]) -> list[Any]:
 
 def _pack(kind: type[I], leaves: Iterator[Any]) -> I:
     """The NamedTuple of these tensors."""
-    found: list[Any] = []
-    for hint in typing.get_type_hints(kind).values():
-        nested = isinstance(hint, type) and issubclass(hint, tuple)
-        found.append(_pack(hint, leaves) if nested else next(leaves))
-    return kind(*found)
+    nested = _inner(kind)
+    if nested is None:
+        # Most are flat, and calls are many.
+        return kind._make(itertools.islice(leaves, len(kind._fields)))
+    return kind._make(
+        next(leaves) if inner is None else _pack(inner, leaves) for inner in nested
+    )
+
+
+@functools.cache
+def _inner(
+    kind: type[tuple[Any, ...]],
+) -> tuple[Any, ...] | None:
+    """The NamedTuples in a NamedTuple, None for each tensor; None if all are."""
+    hints = typing.get_type_hints(kind).values()
+    found = tuple(
+        hint if isinstance(hint, type) and issubclass(hint, tuple) else None
+        for hint in hints
+    )
+    return found if any(found) else None
 
 
 def shapes_of(inputs: I) -> I:

@@ -74,6 +74,7 @@ BIDIRECTIONAL_SCAN = Op(
     BidirectionalInputs,
     BidirectionalOptions,
     returns=('y',),
+    saves=4,
     outputs_like=outputs_like,
     flops=_flops,
 )

@@ -78,6 +78,7 @@ SELECTIVE_SCAN = Op(
     ScanInputs,
     ScanOptions,
     returns=('out', 'last_state'),
+    saves=1,
     outputs_like=outputs_like,
     flops=_flops,
 )

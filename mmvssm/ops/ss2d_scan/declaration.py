@@ -71,6 +71,7 @@ SS2D_SCAN = Op(
     Ss2dInputs,
     Ss2dOptions,
     returns=('y',),
+    saves=2,
     outputs_like=outputs_like,
     flops=_flops,
 )
@@ -146,7 +147,7 @@ def gradients_of(
     through = linear_product(rows, weight.t()).view(grad_x.shape)
     by_weight = linear_product(rows.t(), maps.t())
     return Ss2dInputs(
-        (grad_x + through).permute(0, 3, 1, 2),
+        grad_x.add_(through).permute(0, 3, 1, 2),
         by_weight.reshape(inputs.x_proj_weight.shape),
         *others,
     )
