@@ -26,6 +26,7 @@ class MambaSsmScan(Accepting):
 
     supplier = backends.MAMBA_SSM
 
+    # What is a constant of its base is asked for at each call here.
     @property
     def differentiable(self) -> bool:  # type: ignore[override]
         """By its own autograd function, which keeps what its backward pass needs.
