@@ -270,6 +270,7 @@ class Op(Generic[I, O]):
 
             signature = inspect.signature(prepare)
             returned = inspect.signature(finish).return_annotation
+            # Any function may have it; to mypy it is no attribute of one.
             public_op.__signature__ = signature.replace(  # type: ignore[attr-defined]
                 return_annotation=returned
             )
