@@ -15,14 +15,11 @@ from gpu_op import passes
 from scan_cpu_inputs import ss2d_inputs
 from timing import Effort
 from torch import Tensor
+from unfused import is_fused, unfused
 
 from mmvssm.layers.bimamba import BidirectionalMamba
 from mmvssm.ops import bidirectional_scan, ss2d_scan
-from mmvssm.ops.bidirectional_scan import fused as fused_ways
-from mmvssm.ops.bidirectional_scan.composed import bidirectional_scan_composed
 from mmvssm.ops.bidirectional_scan.direction import Direction
-from mmvssm.ops.ss2d_scan import fused as fused_ss2d
-from mmvssm.ops.ss2d_scan.composed import ss2d_scan_composed
 
 DTYPE = torch.bfloat16
 
@@ -96,11 +93,11 @@ def measure_ss2d(
     names, left_out = gpu_peers.our_backends(device)
     cores = {}
     for name in names:
-        if fused_ss2d.is_fused(name):
+        if is_fused(ss2d_scan, name):
             cores[f'{name} fused'] = functools.partial(ss2d_scan, backend=name)
         else:
             left_out[f'{name} fused'] = 'it has no fused form'
-        cores[f'{name} unfused'] = functools.partial(ss2d_scan_composed, backend=name)
+        cores[f'{name} unfused'] = unfused(ss2d_scan, name)
     try:
         name, core = gpu_peers.published_ss2d()
         cores[f'published ({name})'] = core
@@ -127,11 +124,13 @@ def measure_vim(
     names, left_out = gpu_peers.our_backends(device)
     cores = {}
     for name in names:
-        if fused_ways.is_fused(name, DTYPE):
-            cores[f'{name} fused'] = _two_ways(bidirectional_scan, name)
+        if is_fused(bidirectional_scan, name):
+            cores[f'{name} fused'] = _two_ways(
+                functools.partial(bidirectional_scan, backend=name)
+            )
         else:
             left_out[f'{name} fused'] = 'it has no fused form'
-        cores[f'{name} unfused'] = _two_ways(bidirectional_scan_composed, name)
+        cores[f'{name} unfused'] = _two_ways(unfused(bidirectional_scan, name))
     inner = 2 * shape.channels
     elements = shape.batch * inner * shape.length
     sets = [
@@ -144,13 +143,13 @@ def measure_vim(
     return _measure(device, effort, rates, shape, work, cores, sets, left_out)
 
 
-def _two_ways(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def _two_ways(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A bidirectional scan of flat tensors: x, z and the weights of both ways."""
 
     def core(x: Tensor, z: Tensor, *weights: Tensor) -> Tensor:
         half = len(Direction._fields)
         ways = Direction(*weights[:half]), Direction(*weights[half:])
-        return function(x.mT, z.mT, *ways, average=True, backend=backend)
+        return function(x.mT, z.mT, *ways, average=True)
 
     return core
 

@@ -46,14 +46,21 @@ from scan_cpu_floor import MOVED, Floor, floor_seconds
 from scan_cpu_inputs import op_inputs, ss2d_inputs
 from timing import Effort, interleaved
 from torch import Tensor
+from unfused import unfused
 
 from mmvssm.backbones import VSSM
 from mmvssm.collect_env import collect_env
 from mmvssm.engine import UsageError, run_tool
 from mmvssm.engine.memory import keep_freed_memory
 from mmvssm.heads import ClassificationHead, ImageClassifier
-from mmvssm.ops import backend_status, selective_scan, ss2d_scan, use_backend
-from mmvssm.ops.ss2d_scan.composed import ss2d_scan_composed
+from mmvssm.ops import (
+    backend_status,
+    list_scan_orders,
+    scan_order,
+    selective_scan,
+    ss2d_scan,
+    use_backend,
+)
 
 HERE = Path(__file__).resolve().parent
 # Longest sequence on which the backward pass of the loop, whose time grows
@@ -156,7 +163,13 @@ SCANS = {
 }
 CORES = {
     'fused': functools.partial(ss2d_scan, backend='cpu'),
-    'unfused': functools.partial(ss2d_scan_composed, backend='cpu'),
+    'unfused': unfused(ss2d_scan, 'cpu'),
+}
+# The other scan orders with four sets of weights, fused.
+ORDERS = {
+    name: functools.partial(ss2d_scan, backend='cpu', orders=name)
+    for name in list_scan_orders()
+    if name != 'cross' and len(scan_order(name, 2, 2)) == 4
 }
 
 
@@ -227,13 +240,13 @@ def measure_op(plan: Plan, threads: int) -> list[dict]:
 
 
 def measure_ss2d(plan: Plan, threads: int) -> list[dict]:
-    """Times of SS2D's core, fused and not, in ``seconds[pass][form]``."""
+    """Times of SS2D's core in ``seconds[pass][form]``: fused or not, and by order."""
     rows = []
     for name, shape in plan.ss2d.items():
         inputs = ss2d_inputs(**asdict(shape))
         functions = {
             (which, form): function
-            for form, core in CORES.items()
+            for form, core in {**CORES, **ORDERS}.items()
             for which, function in passes(core, inputs).items()
             if which != 'backward'
         }

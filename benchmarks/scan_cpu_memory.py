@@ -9,6 +9,7 @@ and the peak is the kernel's high-water mark, reset after the inputs are made.
 is one measurement, see :func:`measure`, and prints it as JSON.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -19,9 +20,9 @@ import process_memory
 import torch
 from scan_cpu_inputs import op_inputs, ss2d_inputs
 from torch import Tensor
+from unfused import unfused
 
 from mmvssm.ops import selective_scan, ss2d_scan
-from mmvssm.ops.ss2d_scan.composed import ss2d_scan_composed
 
 # glibc's malloc: what is this large is mapped, so that freeing it unmaps it.
 MALLOC = dict(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')
@@ -53,8 +54,8 @@ def measure(what: str, threads: int, **shape: int) -> dict:
 def _problem(what: str, shape: dict) -> tuple[list[Tensor], Callable[..., Tensor]]:
     if what == 'op':
         return op_inputs(**shape, channels_last=True), _scan
-    function = ss2d_scan if what == 'fused' else ss2d_scan_composed
-    return ss2d_inputs(**shape), lambda *inputs: function(*inputs, backend='cpu')
+    fused = functools.partial(ss2d_scan, backend='cpu')
+    return ss2d_inputs(**shape), fused if what == 'fused' else unfused(ss2d_scan, 'cpu')
 
 
 def _scan(u, delta, A, B, C, D, bias):

@@ -238,7 +238,9 @@ def _rates_table(rows: list[dict]) -> str:
 
 
 def _ss2d_table(rows: list[dict]) -> str:
+    orders = [n for n in rows[0]['seconds']['forward'] if n not in ('fused', 'unfused')]
     lines = [['SS2D, ms', 'threads', 'pass', 'fused', 'unfused', 'unfused / fused']]
+    lines[0] += [f'{name} / fused' for name in orders]
     for row in rows:
         for which, times in row['seconds'].items():
             fused, unfused = (times[form]['median'] for form in ('fused', 'unfused'))
@@ -246,6 +248,7 @@ def _ss2d_table(rows: list[dict]) -> str:
                 [row['name'], str(row['threads']), PASSES[which]]
                 + [_milliseconds(fused), _milliseconds(unfused)]
                 + [short(unfused / fused)]
+                + [short(times[name]['median'] / fused) for name in orders]
             )
     return _align(lines)
 

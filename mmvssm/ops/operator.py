@@ -237,6 +237,28 @@ class Op(Generic[I, O]):
             raise TypeError(f'{self.name}: not by the backend {name!r}: {reason}')
         return self._composed(name)
 
+    def composed(self, name: str) -> Callable[..., Outputs]:
+        """The op out of others, whatever the supplier ``name`` has of its own.
+
+        Returns:
+            A function with the arguments of the public one that gives the outputs.
+
+        Raises:
+            ValueError: It is not composed of others.
+        """
+        if self._composed is None:
+            raise ValueError(f'{self.name} is not composed of other ops')
+        compose = self._composed
+        prepare = next(f for f, op in public_ops.items() if op is self).__wrapped__
+
+        def call(*args: Any, **kwargs: Any) -> Outputs:
+            asked = prepare(*args, **kwargs)
+            with autocast.disabled(asked.inputs[0]):
+                backend = compose(name)
+                return backend.forward(asked.inputs, asked.options, False).outputs
+
+        return call
+
     # Calls
 
     def public(
