@@ -120,9 +120,17 @@ def _blas_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias
 
 
+def without_values(x: Tensor) -> bool:
+    """Whether nothing is computed: a graph is made, or FLOPs are counted.
+
+    FLOPs are those of products, whole.
+    """
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b for (..., M, K) and (..., K, N) with the same leading axes; no gradients."""
-    if a.device.type != 'cpu' or torch.compiler.is_compiling():
+    if a.device.type != 'cpu' or without_values(a):
         return a @ b
     return _in_pieces(_short_matmul, a, b, BLAS_TERMS)
 
@@ -152,10 +160,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def _short_matmul(a: Tensor, b: Tensor) -> Tensor:
     # A product with a vector is another routine of the BLAS, whose last rows come
-    # out otherwise where a thread begins with them. Fake tensors are there to be
-    # counted: FLOPs are those of products.
-    if isinstance(a, FakeTensor):
-        return a @ b
+    # out otherwise where a thread begins with them.
     if b.shape[-1] == 1:
         return (a * b.mT).sum(-1, keepdim=True)
     if a.shape[-2] == 1:

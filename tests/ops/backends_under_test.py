@@ -1,7 +1,7 @@
 """The scan backends that tests run on, and how exact each one is.
 
 They are those for tensors on the CPU; in a process where Triton is interpreted
-(see ``test_triton.py``), Triton.
+(see ``test_triton_interpreted.py``), Triton.
 What cannot run here is skipped with the reason. MMVSSM_REQUIRE_KERNELS=1, which
 also makes a failed build an error, turns the absence of the compiled kernels
 into failures.

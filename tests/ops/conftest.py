@@ -1,11 +1,14 @@
 import dataclasses
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from mmvssm.ops import backends
-from mmvssm.ops.triton import runtime
+from mmvssm.ops.triton import runtime, tiles
+
+from .quick_interpreter import quick_interpreter
 
 if os.environ.get('MMVSSM_TEST_CUDA_ON_CPU') == '1':
     # The CUDA kernels, compiled for the CPU by test_cuda.py, take its tensors.
@@ -34,24 +37,17 @@ def set_threads():
 
 
 @pytest.fixture(autouse=True, scope='session')
-def patch_once_a_launch():
-    """Save half the time of Triton's interpreter.
+def quick_triton():
+    """Where Triton's interpreter runs the kernels, it does so in half the time."""
+    with quick_interpreter() if runtime.INTERPRETED else nullcontext():
+        yield
 
-    It prepares the module ``triton.language`` for a launch, and once more for
-    every call of a function within the kernel, where ours find it prepared.
+
+@pytest.fixture(autouse=True)
+def short_chunks(request, monkeypatch):
+    """Tests of all backends are of few positions, which need not be padded to 16.
+
+    In Triton's interpreter every one takes its time, whether it is there or not.
     """
-    if not runtime.INTERPRETED:
-        yield
-        return
-    from triton.runtime.interpreter import InterpretedFunction
-
-    interpreted = InterpretedFunction.__call__
-
-    def call(self, *args, **kwargs):
-        if self.fn.__module__.startswith('mmvssm.'):
-            return self.rewrite()(*args, **kwargs)
-        return interpreted(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpretedFunction, '__call__', call)
-        yield
+    if runtime.INTERPRETED and request.path.name.startswith('test_'):
+        monkeypatch.setattr(tiles, 'SCAN_CHUNK', 4)

@@ -1,9 +1,9 @@
 """Tests of the Triton backend in Triton's interpreter, without a GPU.
 
-``test_triton.py`` runs them in a process of their own: the interpreter must be
-asked for by TRITON_INTERPRET=1 before Triton is imported. It takes up to half a
-millisecond for each operation of each program, hence the tiny shapes. The
-published numbers of long sequences, which take minutes, are compared only with
+``test_triton_interpreted.py`` runs them in a process of their own: the interpreter
+must be asked for by TRITON_INTERPRET=1 before Triton is imported. It takes up to half
+a millisecond for each operation of each program, hence the tiny shapes. The published
+numbers of long sequences, which take minutes, are compared only with
 MMVSSM_LONG_TESTS=1.
 """
 

@@ -1,6 +1,6 @@
 """Whole models in Triton's interpreter; see triton_interpreted.py.
 
-They are of their true size, on tiny images.
+They are of their true widths, on tiny images, with fewer of their equal blocks.
 """
 
 import pytest
@@ -8,14 +8,16 @@ import torch
 
 from mmvssm import ops
 from mmvssm.backbones import VSSM, MambaR, Vim
+from mmvssm.backbones.plain import ARCH_DEFAULTS
 from mmvssm.ops.triton import tiles
 
 from .scan_inputs import gradients, relative_error
 
+SHALLOW = dict(ARCH_DEFAULTS, embed_dims=192, depth=4)
 MODELS = {
-    'VMamba-T': lambda: VSSM('t_s1l8'),
-    'Vim-T': lambda: Vim('t', 32),
-    'MambaR-T': lambda: MambaR('t', 32),
+    'VMamba-T': lambda: VSSM(dict(depths=(1, 1, 2, 1), dims=96)),
+    'Vim-T': lambda: Vim(SHALLOW, 32),
+    'MambaR-T': lambda: MambaR(dict(SHALLOW, registers=12), 32),
 }
 
 

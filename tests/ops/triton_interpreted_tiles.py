@@ -1,7 +1,7 @@
 """Kernels with other tiles than their own, in Triton's interpreter.
 
-``test_tuning.py`` runs them in a process of their own, as ``test_triton.py`` does
-with ``triton_interpreted.py``.
+``test_tuning.py`` runs them in a process of their own, for the reason that
+``triton_interpreted.py`` names.
 """
 
 import pytest

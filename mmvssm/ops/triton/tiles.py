@@ -3,7 +3,7 @@
 A tile that was measured to be faster on the GPU at hand takes the place of what
 is chosen here (``tuning.py``). What is chosen here has not been measured on a GPU
 yet; it keeps the kernels within the registers of a thread for sm_90
-(``tests/ops/test_triton.py``).
+(``tests/ops/test_triton_compiled.py``).
 """
 
 from typing import NamedTuple
