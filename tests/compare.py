@@ -7,8 +7,8 @@ def relative_error(got, want):
     """Norm of the difference, relative to that of ``want``.
 
     It is infinite where the two cannot be compared: shapes differ, one has NaN, or
-    infinities are not the same ones. So ``relative_error(...) < bound`` fails there, and
-    so does the maximum of many.
+    infinities are not the same ones. So ``relative_error(...) < bound`` fails there,
+    and so does the maximum of many.
     """
     if got is None or want is None or got.shape != want.shape:
         return float('inf')

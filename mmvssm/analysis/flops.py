@@ -33,7 +33,8 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmvssm.ops.operator import Op, all_ops, public_ops, shapes_of
+from mmvssm.ops.leaves import shapes_of
+from mmvssm.ops.operator import Op, all_ops, public_ops
 from mmvssm.ops.selective_scan.declaration import scan_flops
 
 __all__ = ['SCAN_HANDLES', 'Complexity', 'count_flops', 'scan_flops']

@@ -12,17 +12,11 @@ from .backends import (
     use_backend,
 )
 from .bidirectional_scan import Direction, bidirectional_scan
+from .contract import Accepting, Backend, Composed, Result
 from .cross_scan import cross_merge, cross_scan
 from .linear import linear
 from .linear_attention import linear_attention
-from .operator import (
-    Accepting,
-    Backend,
-    Composed,
-    Registration,
-    Result,
-    register_backend,
-)
+from .registration import Registration, register_backend
 from .scan_orders import list_scan_orders, register_scan_order, scan_order
 from .selective_scan import selective_scan
 from .ss2d_scan import ss2d_scan

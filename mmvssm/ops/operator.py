@@ -11,15 +11,15 @@ The rest is made here, for all ops alike:
 - forward-mode derivatives and ``vmap``, by the op's definition;
 - the formula for torch's counter of FLOPs.
 
-A backend is one object of :class:`Backend`, in one file beside the op's definition.
+A backend is one object of :class:`mmvssm.ops.Backend`, in one file beside the op's
+definition.
 """
 
 import functools
 import inspect
-import itertools
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,137 +27,20 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
 from mmvssm.ops import autocast, bypass, checks
-from mmvssm.ops.backends import (
-    OURS,
-    Supplier,
-    add_supplier,
-    choose_backend,
-    remove_supplier,
+from mmvssm.ops.backends import OURS, choose_backend
+from mmvssm.ops.contract import Backend, Call, Flops, Outputs, Result
+from mmvssm.ops.leaves import (
+    leaves_of,
+    names_of,
+    optional_of,
+    pack,
+    tensors_in,
 )
 
 I = TypeVar('I', bound=NamedTuple)  # noqa: E741
 O = TypeVar('O', bound=tuple[Any, ...])  # noqa: E741
-O_contra = TypeVar('O_contra', bound=tuple[Any, ...], contravariant=True)
 P = ParamSpec('P')
 R = TypeVar('R')
-Outputs = tuple[Tensor, ...]
-
-
-class Result(NamedTuple):
-    """What a backend's forward pass gives.
-
-    Attributes:
-        outputs: Of the op.
-        saved: What its backward pass needs beside the inputs, if that was asked for.
-        has_nan: Whether there is NaN in the outputs; None if nobody has looked.
-    """
-
-    outputs: Outputs
-    saved: Outputs = ()
-    has_nan: bool | None = None
-
-
-class Backend(Protocol[I, O_contra]):
-    """Computes an op.
-
-    Attributes:
-        supplier: Whose it is: name, devices, dtypes, and whether it can run here.
-        differentiable: Whether torch may differentiate ``forward`` itself. The
-            other two methods of the backward pass are then never called.
-    """
-
-    @property
-    def supplier(self) -> Supplier: ...
-
-    @property
-    def differentiable(self) -> bool: ...
-
-    def refuses(self, inputs: I, options: O_contra) -> str | None:
-        """Why it cannot take this call that its supplier takes, or None."""
-
-    def forward(self, inputs: I, options: O_contra, keep: bool) -> Result:
-        """Compute the op; with ``keep`` also what :meth:`backward` needs."""
-
-    def saved_like(self, inputs: I, options: O_contra) -> Outputs:
-        """Empty tensors like those that ``forward`` saves."""
-
-    def backward(
-        self,
-        inputs: I,
-        options: O_contra,
-        saved: Outputs,
-        grads: tuple[Tensor | None, ...],
-        wanted: I,
-    ) -> I:
-        """Gradients of the inputs.
-
-        Args:
-            inputs: Of the op, or what its declaration keeps in their place.
-            options: Of the op.
-            saved: By ``forward``.
-            grads: Of the outputs, None for zero; any dtype and strides.
-            wanted: Of every input whether its gradient is wanted.
-
-        Returns:
-            In any floating-point dtype and any strides; None where it is not wanted.
-        """
-
-
-class Flops(NamedTuple):
-    """Cost of an op, or of a part of one.
-
-    Attributes:
-        products: Multiply-adds of matrix products and convolutions.
-        others: All other operations that the published tables count.
-        part: Name of the part, empty for the whole.
-    """
-
-    products: int
-    others: int = 0
-    part: str = ''
-
-
-class Call(NamedTuple):
-    """What the function that users call asks of its op.
-
-    Attributes:
-        inputs, options: Of the op.
-        backend: The backend asked for, None for the op's choice.
-        states: Of a channel, where the op has states.
-    """
-
-    inputs: Any
-    options: Any
-    backend: str | None = None
-    states: int | None = None
-
-
-class Composed:
-    """What a backend need not write that torch itself differentiates."""
-
-    differentiable = True
-
-    def refuses(self, inputs: Any, options: Any) -> str | None:
-        """Nothing that its supplier takes."""
-        return None
-
-    def saved_like(self, inputs: Any, options: Any) -> Outputs:
-        """Nothing is saved here."""
-        return ()
-
-    def backward(self, *arguments: Any) -> Any:
-        """Never called."""
-        raise AssertionError('torch differentiates the forward pass itself')
-
-
-class Accepting:
-    """What a backend with a backward pass need not write that refuses nothing."""
-
-    differentiable = False
-
-    def refuses(self, inputs: Any, options: Any) -> str | None:
-        """Nothing that its supplier takes."""
-        return None
 
 
 class Op(Generic[I, O]):
@@ -197,8 +80,8 @@ class Op(Generic[I, O]):
     ):
         self.name, self.returns, self._saves = name, returns, saves
         self.flops, self.outputs_like = flops, outputs_like
-        self.names = _names(inputs)
-        self.labels = _names(inputs, between='.')
+        self.names = names_of(inputs)
+        self.labels = names_of(inputs, between='.')
         self.backends: dict[str, Backend[I, O]] = {}
         self._composed: Callable[[str], Backend[I, O]] | None = None
         self._among: Collection[str] = OURS
@@ -249,7 +132,7 @@ class Op(Generic[I, O]):
         if self._composed is None:
             raise ValueError(f'{self.name} is not composed of other ops')
         compose = self._composed
-        prepare = next(f for f, op in public_ops.items() if op is self).__wrapped__
+        prepare = inspect.unwrap(next(f for f, op in public_ops.items() if op is self))
 
         def call(*args: Any, **kwargs: Any) -> Outputs:
             asked = prepare(*args, **kwargs)
@@ -279,7 +162,7 @@ class Op(Generic[I, O]):
             def public_op(*args: P.args, **kwargs: P.kwargs) -> R:
                 if has_torch_function((*args, *kwargs.values())):
                     # A mode or a subclass sees the op as a whole.
-                    tensors = _tensors_in((*args, *kwargs.values()))
+                    tensors = tensors_in((*args, *kwargs.values()))
                     found: R = handle_torch_function(
                         public_op, tensors, *args, **kwargs
                     )
@@ -317,7 +200,7 @@ class Op(Generic[I, O]):
             x.device.type, x.dtype, backend, states=states, among=self._among
         )
         chosen = self.backend(name, inputs, options)
-        tensors = tuple(_leaves(inputs))
+        tensors = tuple(leaves_of(inputs))
         if not torch.compiler.is_compiling() and bypass.transformed():
             # The definition is made of what torch can transform.
             chosen = self.backends['reference']
@@ -349,14 +232,14 @@ class Op(Generic[I, O]):
         if found is None and not bypass.transformed():
             found = checks.has_nan(*result.outputs)
         if found:
-            checks.refuse_nan(self.name, dict(zip(self.labels, _leaves(inputs))))
+            checks.refuse_nan(self.name, dict(zip(self.labels, leaves_of(inputs))))
 
     # Registration with torch
 
     def _register(self) -> tuple[Any, Any]:
         types = typing.get_type_hints(self._options)
         options = [f'{_SCHEMA_TYPES[kind]} {name}' for name, kind in types.items()]
-        optional = _optional(self._inputs)
+        optional = optional_of(self._inputs)
         tensors = [
             f'Tensor{"?" if may else ""} {name}'
             for name, may in zip(self.names, optional)
@@ -398,7 +281,7 @@ class Op(Generic[I, O]):
 
     def pack(self, tensors: Sequence[Any], options: Sequence[Any]) -> tuple[I, O]:
         """Inputs and options from what torch's op takes, in order."""
-        return _pack(self._inputs, iter(tensors)), self._options(*options)
+        return pack(self._inputs, iter(tensors)), self._options(*options)
 
     def _unpack(self, arguments: Sequence[Any]) -> tuple[I, O, str]:
         """Inputs, options and the backend's name from the arguments of torch's op."""
@@ -453,7 +336,7 @@ class Op(Generic[I, O]):
         if self._keep is not None:
             inputs = self._keep(inputs, outputs, options)
         ctx.options, ctx.backend = options, backend
-        ctx.save_for_backward(*_leaves(inputs), *saved)
+        ctx.save_for_backward(*leaves_of(inputs), *saved)
         ctx.set_materialize_grads(False)
 
     def _gradient(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -479,16 +362,16 @@ class Op(Generic[I, O]):
         # Gradients that are spread over several inputs are wanted for any of them.
         wanted = [self._spread is not None or bool(need) for need in needed]
         found = backward(*grads, *tensors, wanted, *ctx.options, ctx.backend)
-        kept = _pack(self._inputs, iter(tensors[:width]))
-        like = _leaves(self._like(kept, ctx.options))
+        kept = pack(self._inputs, iter(tensors[:width]))
+        like = leaves_of(self._like(kept, ctx.options))
         rest = iter(found)
-        by_kept = _pack(
+        by_kept = pack(
             self._inputs,
             (next(rest) if w and x is not None else None for x, w in zip(like, wanted)),
         )
         if self._spread is not None:
             by_kept = self._spread(by_kept, ctx.options)
-        return _leaves(by_kept)
+        return leaves_of(by_kept)
 
     def _like(self, kept: I, options: O) -> I:
         if self._gradients_like is None:
@@ -499,7 +382,7 @@ class Op(Generic[I, O]):
         self, arguments: Sequence[Any]
     ) -> tuple[list[Tensor | None], I, list[Tensor], list[bool], O, str]:
         count, width = len(self.returns), len(self.names)
-        kept = _pack(self._inputs, iter(arguments[count : count + width]))
+        kept = pack(self._inputs, iter(arguments[count : count + width]))
         behind = count + width + self._saves
         saved = list(arguments[count + width : behind])
         wanted, *options, name = arguments[behind:]
@@ -512,18 +395,18 @@ class Op(Generic[I, O]):
         with autocast.disabled(kept[0]):
             found = self.backend(name, kept, options).backward(
                 *(kept, options, tuple(saved), tuple(grads)),
-                _pack(self._inputs, iter(wanted)),
+                pack(self._inputs, iter(wanted)),
             )
-        like = _leaves(self._like(kept, options))
+        like = leaves_of(self._like(kept, options))
         return [
             _as(gradient, x)
-            for gradient, x, w in zip(_leaves(found), like, wanted)
+            for gradient, x, w in zip(leaves_of(found), like, wanted)
             if w and x is not None
         ]
 
     def _backward_fake(self, *arguments: Any) -> list[Tensor]:
         _, kept, _, wanted, options, _ = self._unpack_backward(arguments)
-        like = _leaves(self._like(kept, options))
+        like = leaves_of(self._like(kept, options))
         return [
             torch.empty_like(x) for x, w in zip(like, wanted) if w and x is not None
         ]
@@ -535,7 +418,7 @@ class Op(Generic[I, O]):
     ) -> None:
         grads, kept, _, wanted, options, _ = self._unpack_backward(inputs)
         ctx.options, ctx.wanted = options, wanted
-        ctx.save_for_backward(*grads, *_leaves(kept))
+        ctx.save_for_backward(*grads, *leaves_of(kept))
 
     def _second_gradient(
         self, ctx: Any, second: Sequence[Tensor | None]
@@ -547,12 +430,12 @@ class Op(Generic[I, O]):
                 for x in ctx.saved_tensors
             ]
             grads, kept = leaves[:count], leaves[count:]
-            inputs = _pack(self._inputs, iter(kept))
+            inputs = pack(self._inputs, iter(kept))
             with autocast.disabled(inputs[0]):
                 reference = self.backends['reference']
                 outputs = reference.forward(inputs, ctx.options, False).outputs
             pairs = [(y, g) for y, g in zip(outputs, grads) if g is not None]
-            like = _leaves(self._like(inputs, ctx.options))
+            like = leaves_of(self._like(inputs, ctx.options))
             # What has a gradient but is not kept is a term of the sum that is, the
             # first one, and shares its gradient.
             asked = [
@@ -641,73 +524,6 @@ def _schema(*arguments: str, returns: int | None = None) -> str:
     return f'({", ".join(arguments)}) -> ({found})'
 
 
-def _names(
-    kind: type[tuple[Any, ...]], prefix: str = '', between: str = '_'
-) -> tuple[str, ...]:
-    """Names of the tensors in a NamedTuple, those in another one behind its name."""
-    found: list[str] = []
-    for name, hint in typing.get_type_hints(kind).items():
-        nested = isinstance(hint, type) and issubclass(hint, tuple)
-        inner = _names(hint, f'{prefix}{name}{between}', between) if nested else ()
-        found += inner or [f'{prefix}{name}']
-    return tuple(found)
-
-
-def _optional(kind: type[tuple[Any, ...]]) -> tuple[bool, ...]:
-    """Of every tensor in a NamedTuple whether it may be None."""
-    found: list[bool] = []
-    for hint in typing.get_type_hints(kind).values():
-        nested = isinstance(hint, type) and issubclass(hint, tuple)
-        found += _optional(hint) if nested else [type(None) in typing.get_args(hint)]
-    return tuple(found)
-
-
-def _leaves(inputs: Iterable[Any]) -> list[Any]:
-    """The tensors of a NamedTuple in order, and None where there is none."""
-    found: list[Any] = []
-    for x in inputs:
-        if isinstance(x, tuple):
-            found.extend(_leaves(x))
-        else:
-            found.append(x)
-    return found
-
-
-def _pack(kind: type[I], leaves: Iterator[Any]) -> I:
-    """The NamedTuple of these tensors."""
-    nested = _inner(kind)
-    if nested is None:
-        # Most are flat, and calls are many.
-        return kind._make(itertools.islice(leaves, len(kind._fields)))
-    return kind._make(
-        next(leaves) if inner is None else _pack(inner, leaves) for inner in nested
-    )
-
-
-@functools.cache
-def _inner(
-    kind: type[tuple[Any, ...]],
-) -> tuple[Any, ...] | None:
-    """The NamedTuples in a NamedTuple, None for each tensor; None if all are."""
-    hints = typing.get_type_hints(kind).values()
-    found = tuple(
-        hint if isinstance(hint, type) and issubclass(hint, tuple) else None
-        for hint in hints
-    )
-    return found if any(found) else None
-
-
-def shapes_of(inputs: I) -> I:
-    """A NamedTuple of tensors with their shapes in their places."""
-    kind = type(inputs)
-    leaves = _leaves(inputs)
-    return _pack(kind, iter([None if x is None else x.shape for x in leaves]))
-
-
-def _tensors_in(arguments: Iterable[Any]) -> list[Tensor]:
-    return [x for x in _leaves(arguments) if isinstance(x, Tensor)]
-
-
 def _as(gradient: Tensor | None, x: Tensor) -> Tensor:
     """A gradient with the dtype and strides of a tensor."""
     if gradient is None:
@@ -715,46 +531,3 @@ def _as(gradient: Tensor | None, x: Tensor) -> Tensor:
     if gradient.dtype == x.dtype and gradient.stride() == x.stride():
         return gradient
     return torch.empty_like(x).copy_(gradient)
-
-
-def register_backend(
-    op: str | Callable[..., Any], backend: Backend[Any, Any]
-) -> 'Registration':
-    """Add a backend to an op.
-
-    Its supplier is from now on among :func:`mmvssm.ops.list_backends`, before those
-    that were there. Where the supplier has no backend for an op, that op is composed
-    of the others.
-
-    Args:
-        op: The op's public function, or its name.
-        backend: See :class:`Backend`.
-
-    Returns:
-        Something whose ``remove()`` takes the backend away again.
-
-    Raises:
-        ValueError: There is no such op, or the op has a backend of that name.
-    """
-    known = all_ops.get(op) if isinstance(op, str) else public_ops.get(op)
-    if known is None:
-        raise ValueError(f'{op!r} is no op of mmvssm; there are {sorted(all_ops)}')
-    name = backend.supplier.name
-    if name in known.backends:
-        raise ValueError(f'{known.name} has a backend {name!r} already; name it anew')
-    add_supplier(backend.supplier)
-    known.supply(backend)
-    return Registration(known, name)
-
-
-class Registration(NamedTuple):
-    """A backend that was added to an op."""
-
-    op: Op[Any, Any]
-    name: str
-
-    def remove(self) -> None:
-        """Take the backend away, and its supplier with the last one."""
-        del self.op.backends[self.name]
-        if not any(self.name in op.backends for op in all_ops.values()):
-            remove_supplier(self.name)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mmvssm import ops
 from mmvssm.layers import rotary_tables
-from mmvssm.ops.operator import Call, Op, _leaves, public_ops
+from mmvssm.ops.contract import Call
+from mmvssm.ops.leaves import leaves_of
+from mmvssm.ops.operator import Op, public_ops
 
 from . import bidirectional_inputs
 from .scan_inputs import gradients, scan_inputs, ss2d_inputs
@@ -40,7 +42,7 @@ class Case:
     def arguments(self, backend: str) -> tuple:
         """What torch's op takes for this call."""
         call = self.asked(backend)
-        return (*_leaves(call.inputs), *call.options, backend)
+        return (*leaves_of(call.inputs), *call.options, backend)
 
     def asked(self, backend: str) -> Call:
         """What the public function asks of its op."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmvssm import ops
-from mmvssm.ops import operator
+from mmvssm.ops.leaves import leaves_of, pack
 from mmvssm.ops.operator import all_ops, public_ops
 
 from .ops_under_test import SMALL, case_name
@@ -42,13 +42,13 @@ class Toy:
 
     def backward(self, inputs, options, saved, grads, wanted):
         self.passes.append('backward')
-        leaves = operator._leaves(inputs)
+        leaves = leaves_of(inputs)
         reference = self.op.backends['reference']
 
         def outputs(*there):
             there = iter(there)
             filled = (None if x is None else next(there) for x in leaves)
-            given = operator._pack(type(inputs), filled)
+            given = pack(type(inputs), filled)
             computed = reference.forward(given, options, False).outputs
             return tuple(y for y, grad in zip(computed, grads) if grad is not None)
 
@@ -60,7 +60,7 @@ class Toy:
         found = pull_back(tuple(g.to(y.dtype) for g, y in zip(grads, computed)))
         found = iter(self.spoil('gradients', list(found)))
         by_leaf = (None if x is None else next(found) for x in leaves)
-        return operator._pack(type(inputs), by_leaf)
+        return pack(type(inputs), by_leaf)
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from mmvssm.ops.add_norm.declaration import (
     new_gradients,
     outputs_like,
 )
+from mmvssm.ops.contract import Result
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import Array, NormProblem
 from mmvssm.ops.kernel_args import pointer
-from mmvssm.ops.operator import Result
 from mmvssm.ops.typed import MaybeTensor
 
 _DTYPES = (torch.float32, torch.bfloat16)

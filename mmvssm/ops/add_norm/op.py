@@ -9,7 +9,7 @@ from mmvssm.ops.add_norm.declaration import ADD_RMS_NORM, NormInputs, NormOption
 from mmvssm.ops.add_norm.reference import ReferenceNorm
 from mmvssm.ops.add_norm.torch_backend import TorchNorm
 from mmvssm.ops.add_norm.triton_backend import TritonNorm
-from mmvssm.ops.operator import Call
+from mmvssm.ops.contract import Call
 
 ADD_RMS_NORM.supply(
     CpuNorm(),

@@ -4,7 +4,7 @@ import torch
 
 from mmvssm.ops import backends
 from mmvssm.ops.add_norm.declaration import NormInputs, NormOptions
-from mmvssm.ops.operator import Composed, Result
+from mmvssm.ops.contract import Composed, Result
 
 
 class ReferenceNorm(Composed):

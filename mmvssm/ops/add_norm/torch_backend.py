@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from mmvssm.ops.add_norm.declaration import NormInputs, NormOptions
 from mmvssm.ops.backends import Supplier
-from mmvssm.ops.operator import Composed, Result
+from mmvssm.ops.contract import Composed, Result
 
 
 @dataclass(frozen=True)

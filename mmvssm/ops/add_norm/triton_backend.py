@@ -10,7 +10,7 @@ from mmvssm.ops.add_norm.declaration import (
     new_gradients,
     outputs_like,
 )
-from mmvssm.ops.operator import Result
+from mmvssm.ops.contract import Result
 from mmvssm.ops.triton import runtime, tiles
 from mmvssm.ops.triton.arrays import array
 from mmvssm.ops.typed import MaybeTensor

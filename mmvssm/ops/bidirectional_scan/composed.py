@@ -14,9 +14,9 @@ from mmvssm.ops.bidirectional_scan.declaration import (
     BidirectionalOptions,
 )
 from mmvssm.ops.bidirectional_scan.direction import Direction
+from mmvssm.ops.contract import Call, Composed, Result
 from mmvssm.ops.linear.declaration import LINEAR
 from mmvssm.ops.linear.op import deterministic_call
-from mmvssm.ops.operator import Call, Composed, Result
 from mmvssm.ops.selective_scan.declaration import (
     SELECTIVE_SCAN,
     ScanInputs,

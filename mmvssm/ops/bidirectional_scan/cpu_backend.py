@@ -21,6 +21,7 @@ from mmvssm.ops.bidirectional_scan.declaration import (
     saved_like,
 )
 from mmvssm.ops.bidirectional_scan.direction import Direction
+from mmvssm.ops.contract import Result
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import (
     Array,
@@ -32,7 +33,6 @@ from mmvssm.ops.cpu.library import (
 )
 from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.kernel_args import pointer, readable
-from mmvssm.ops.operator import Result
 from mmvssm.ops.selective_scan.cpu_backend import saved_states_shape
 
 # Of sequences and projections.

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvssm.ops.bidirectional_scan.direction import Direction
-from mmvssm.ops.operator import Flops, Op
+from mmvssm.ops.contract import Flops
+from mmvssm.ops.operator import Op
 from mmvssm.ops.selective_scan.declaration import scan_flops
 
 

@@ -14,7 +14,7 @@ from mmvssm.ops.bidirectional_scan.declaration import (
 from mmvssm.ops.bidirectional_scan.direction import Direction
 from mmvssm.ops.bidirectional_scan.reference import ReferenceBidirectional
 from mmvssm.ops.bidirectional_scan.triton_backend import TritonBidirectional
-from mmvssm.ops.operator import Call
+from mmvssm.ops.contract import Call
 
 BIDIRECTIONAL_SCAN.supply(
     CpuBidirectional(),

@@ -10,7 +10,7 @@ from mmvssm.ops.bidirectional_scan.declaration import (
     BidirectionalOptions,
 )
 from mmvssm.ops.bidirectional_scan.direction import Direction
-from mmvssm.ops.operator import Composed, Result
+from mmvssm.ops.contract import Composed, Result
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions
 from mmvssm.ops.selective_scan.reference import ReferenceScan
 

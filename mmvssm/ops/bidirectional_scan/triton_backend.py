@@ -22,8 +22,8 @@ from mmvssm.ops.bidirectional_scan.declaration import (
     saved_like,
 )
 from mmvssm.ops.bidirectional_scan.direction import Direction
+from mmvssm.ops.contract import Result
 from mmvssm.ops.deterministic_math import linear_product
-from mmvssm.ops.operator import Result
 from mmvssm.ops.selective_scan.triton_backend import scan_backward, scan_forward
 from mmvssm.ops.selective_scan.triton_plan import (
     Inputs,

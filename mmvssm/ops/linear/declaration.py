@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mmvssm.ops.operator import Flops, Op
+from mmvssm.ops.contract import Flops
+from mmvssm.ops.operator import Op
 
 
 class LinearInputs(NamedTuple):

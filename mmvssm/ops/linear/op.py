@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import autocast, backends
+from mmvssm.ops.contract import Call
 from mmvssm.ops.linear.declaration import LINEAR, LinearInputs, LinearOptions
 from mmvssm.ops.linear.product_backend import ProductBackend
 from mmvssm.ops.linear.torch_backend import TorchLinear
-from mmvssm.ops.operator import Call
 
 LINEAR.supply(
     ProductBackend(backends.CPU),

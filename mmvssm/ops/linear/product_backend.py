@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops.backends import Supplier
+from mmvssm.ops.contract import Result
 from mmvssm.ops.deterministic_math import linear_product, sum_rows
 from mmvssm.ops.linear.declaration import LinearInputs, LinearOptions
-from mmvssm.ops.operator import Result
 from mmvssm.ops.typed import sole
 
 

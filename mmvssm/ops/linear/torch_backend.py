@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from mmvssm.ops.backends import Supplier
+from mmvssm.ops.contract import Composed, Result
 from mmvssm.ops.linear.declaration import LinearInputs, LinearOptions
-from mmvssm.ops.operator import Composed, Result
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmvssm.ops.operator import Flops, Op
+from mmvssm.ops.contract import Flops
+from mmvssm.ops.operator import Op
 
 
 class AttentionInputs(NamedTuple):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mmvssm.ops import autocast, deterministic_math
 from mmvssm.ops.backends import Supplier
+from mmvssm.ops.contract import Composed, Result
 from mmvssm.ops.deterministic_math import matmul
 from mmvssm.ops.linear_attention.declaration import AttentionInputs, AttentionOptions
-from mmvssm.ops.operator import Composed, Result
 from mmvssm.ops.rotary import rotate
 from mmvssm.ops.typed import apply
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import autocast, backends
+from mmvssm.ops.contract import Call
 from mmvssm.ops.linear_attention.declaration import (
     LINEAR_ATTENTION,
     AttentionInputs,
@@ -11,7 +12,6 @@ from mmvssm.ops.linear_attention.declaration import (
 )
 from mmvssm.ops.linear_attention.linear_form import LinearForm
 from mmvssm.ops.linear_attention.reference import ReferenceAttention
-from mmvssm.ops.operator import Call
 
 LINEAR_ATTENTION.supply(
     LinearForm(backends.TORCH),

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvssm.ops import backends
+from mmvssm.ops.contract import Composed, Result
 from mmvssm.ops.linear_attention.declaration import AttentionInputs, AttentionOptions
-from mmvssm.ops.operator import Composed, Result
 from mmvssm.ops.rotary import rotate
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
+from mmvssm.ops.contract import Accepting, Result
 from mmvssm.ops.cuda import library
 from mmvssm.ops.cuda.library import CHUNK, ScanProblem
 from mmvssm.ops.kernel_args import Array, parameter, pointer, readable
-from mmvssm.ops.operator import Accepting, Result
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions, outputs_like
 
 # A sequence is cut until there are so many blocks, if that leaves each stretch

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends, bypass
+from mmvssm.ops.contract import Accepting, Result
 from mmvssm.ops.mamba_ssm import scan_function
-from mmvssm.ops.operator import Accepting, Result
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions
 from mmvssm.ops.typed import apply
 

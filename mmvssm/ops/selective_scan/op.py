@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import autocast, backends
-from mmvssm.ops.operator import Call
+from mmvssm.ops.contract import Call
 from mmvssm.ops.selective_scan.cpu_backend import CpuScan
 from mmvssm.ops.selective_scan.cuda_backend import CudaScan
 from mmvssm.ops.selective_scan.declaration import (

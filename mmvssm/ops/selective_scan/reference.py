@@ -3,7 +3,7 @@
 import torch
 
 from mmvssm.ops import backends, deterministic_math
-from mmvssm.ops.operator import Composed, Result
+from mmvssm.ops.contract import Composed, Result
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions
 
 

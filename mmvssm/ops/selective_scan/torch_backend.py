@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvssm.ops import backends, deterministic_math
-from mmvssm.ops.operator import Accepting, Result
+from mmvssm.ops.contract import Accepting, Result
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions, outputs_like
 
 # Elements of one (batch, position, state, channel) work array: a segment's few

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
-from mmvssm.ops.operator import Accepting, Result
+from mmvssm.ops.contract import Accepting, Result
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions, outputs_like
 from mmvssm.ops.selective_scan.triton_plan import Inputs, Plan, saved_states_shape
 from mmvssm.ops.triton import runtime

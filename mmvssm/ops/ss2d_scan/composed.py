@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops.backends import Supplier
+from mmvssm.ops.contract import Call, Composed, Result
 from mmvssm.ops.cross_scan import cross_merge, take_routes
 from mmvssm.ops.deterministic_math import product
 from mmvssm.ops.linear.declaration import LINEAR
 from mmvssm.ops.linear.op import deterministic_call
-from mmvssm.ops.operator import Call, Composed, Result
 from mmvssm.ops.scan_orders import Orders, is_cross
 from mmvssm.ops.scan_orders.gather import merge_orders, read_orders
 from mmvssm.ops.scan_orders.tables import orders_of

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
+from mmvssm.ops.contract import Accepting, Result
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import Ss2dProblem
 from mmvssm.ops.kernel_args import pointer
-from mmvssm.ops.operator import Accepting, Result
 from mmvssm.ops.scan_orders import KernelOrders
 from mmvssm.ops.ss2d_scan.declaration import (
     KernelInputs,

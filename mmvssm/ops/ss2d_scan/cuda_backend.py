@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
+from mmvssm.ops.contract import Accepting, Result
 from mmvssm.ops.cuda import library
 from mmvssm.ops.deterministic_math import linear_product
-from mmvssm.ops.operator import Accepting, Result
 from mmvssm.ops.scan_orders import KernelOrders
 from mmvssm.ops.selective_scan.cuda_backend import (
     Scan,

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmvssm.ops.contract import Flops
 from mmvssm.ops.deterministic_math import linear_product
-from mmvssm.ops.operator import Flops, Op
+from mmvssm.ops.operator import Op
 from mmvssm.ops.scan_orders import KernelOrders, kernel_orders
 from mmvssm.ops.scan_orders.tables import orders_of
 from mmvssm.ops.selective_scan.declaration import scan_flops

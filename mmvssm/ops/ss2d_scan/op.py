@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import autocast, backends
-from mmvssm.ops.operator import Call
+from mmvssm.ops.contract import Call
 from mmvssm.ops.scan_orders import DEFAULT, Orders, count_orders
 from mmvssm.ops.scan_orders.tables import order_word
 from mmvssm.ops.ss2d_scan.composed import ComposedSs2d

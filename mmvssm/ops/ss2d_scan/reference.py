@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvssm.ops import backends
-from mmvssm.ops.operator import Composed, Result
+from mmvssm.ops.contract import Composed, Result
 from mmvssm.ops.scan_orders.tables import device_table, orders_of
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions
 from mmvssm.ops.selective_scan.reference import ReferenceScan

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
-from mmvssm.ops.operator import Accepting, Result
+from mmvssm.ops.contract import Accepting, Result
 from mmvssm.ops.scan_orders import KernelOrders
 from mmvssm.ops.selective_scan.triton_backend import scan_backward, scan_forward
 from mmvssm.ops.selective_scan.triton_plan import (
