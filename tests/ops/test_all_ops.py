@@ -10,7 +10,12 @@ from torch.library import opcheck
 
 import mmvssm
 from compare import relative_error
+from mmvssm.ops.add_norm.cpu_backend import CpuNorm
+from mmvssm.ops.bidirectional_scan.cpu_backend import CpuBidirectional
+from mmvssm.ops.cpu import library
 from mmvssm.ops.operator import all_ops
+from mmvssm.ops.selective_scan.cpu_backend import CpuScan
+from mmvssm.ops.ss2d_scan.cpu_backend import CpuSs2d
 
 from .backends_under_test import BACKENDS, on, precision, takes
 from .ops_under_test import (
@@ -26,6 +31,7 @@ every = pytest.mark.parametrize(
 )
 every_op = pytest.mark.parametrize('make', OPS, ids=case_name)
 CODE = str(Path(mmvssm.__file__).parent)
+COMPILED = (CpuScan, CpuSs2d, CpuBidirectional, CpuNorm)
 
 
 def make_case(make, backend, **options):
@@ -237,30 +243,46 @@ def test_func_grad(backend, make):
 # The way from the public function to the launch.
 
 
+def functions_under_way():
+    """How many functions of the package are on the stack of the caller's caller."""
+    frame, count = sys._getframe(2), 0
+    while frame is not None:
+        count += frame.f_code.co_filename.startswith(CODE)
+        frame = frame.f_back
+    return count
+
+
 @every
 @pytest.mark.parametrize('gradients', [False, True])
 def test_four_functions_to_the_launch(backend, make, gradients, monkeypatch):
-    """From the public function, itself among them, to what computes."""
+    """From the public function, itself among them, to a kernel.
+
+    For compiled kernels that is the call of C, for others the backend's forward pass.
+    """
     case = make_case(make, backend)
-    depths = []
-    classes = {
-        type(found)
-        for op in all_ops.values()
-        for found in [*op.backends.values(), op._composed and op._composed(backend)]
-        if found is not None
-    }
-    for cls in classes:
+    counts = []
+    call = case.asked(backend)
+    if isinstance(case.op.backend(backend, call.inputs, call.options), COMPILED):
+        kernel = library._kernel
 
-        def watched(self, *args, _forward=cls.forward, **kwargs):
-            frame, depth = sys._getframe(1), 1
-            while frame is not None:
-                depth += frame.f_code.co_filename.startswith(CODE)
-                frame = frame.f_back
-            depths.append(depth)
-            return _forward(self, *args, **kwargs)
+        def watched(function):
+            def launch(*args):
+                counts.append(functions_under_way())
+                return kernel(function)(*args)
 
-        monkeypatch.setattr(cls, 'forward', watched)
+            return launch
+
+        monkeypatch.setattr(library, '_kernel', watched)
+    else:
+        composed = [op._composed(backend) for op in all_ops.values() if op._composed]
+        own = [found for op in all_ops.values() for found in op.backends.values()]
+        for cls in {type(found) for found in [*composed, *own]}:
+
+            def forward(self, *args, _forward=cls.forward, **kwargs):
+                counts.append(functions_under_way() + 1)
+                return _forward(self, *args, **kwargs)
+
+            monkeypatch.setattr(cls, 'forward', forward)
     with torch.set_grad_enabled(gradients):
         case.call(case.inputs, backend=backend)
-    # The launch itself is a call of the backend's forward pass.
-    assert 2 <= max(depths) <= 4, depths
+    assert 2 <= max(counts) <= 4, counts
