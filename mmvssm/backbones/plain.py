@@ -13,6 +13,7 @@ from mmvssm.layers import (
     AddRMSNorm,
     DropPath,
     MambaBlock,
+    channels_last,
     insert_tokens,
     rotary_angles,
     rotate,
@@ -44,7 +45,7 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(x.contiguous(memory_format=torch.channels_last))
+        return self.proj(channels_last(x))
 
 
 class PlainMamba(Backbone):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvssm.backbones.base import Backbone
-from mmvssm.layers import LayerNorm2d
+from mmvssm.layers import LayerNorm2d, channels_last
 
 
 class Stage(nn.Module):
@@ -113,7 +113,7 @@ class StagedBackbone(Backbone):
             patch.
         """
         self._check_input(x)
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        x = self.patch_embed(channels_last(x))
         outs = []
         for i, stage in enumerate(self.layers):
             out, x = stage(x)

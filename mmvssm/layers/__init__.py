@@ -3,7 +3,7 @@
 from mmvssm.layers.bimamba import BidirectionalMamba, MambaBlock
 from mmvssm.layers.drop_path import DropPath
 from mmvssm.layers.linear_attention import DepthwiseConv2d, LinearAttention2d
-from mmvssm.layers.maps import LayerNorm2d, Linear2d, Mlp2d
+from mmvssm.layers.maps import LayerNorm2d, Linear2d, Mlp2d, channels_last
 from mmvssm.layers.norm import AddRMSNorm
 from mmvssm.layers.position import resize_position
 from mmvssm.layers.rotary import rotary_angles, rotary_tables
@@ -20,6 +20,7 @@ __all__ = [
     'LinearAttention2d',
     'MambaBlock',
     'Mlp2d',
+    'channels_last',
     'insert_tokens',
     'resize_position',
     'rotary_angles',

@@ -14,6 +14,15 @@ from mmvssm.layers.linear import Linear
 from mmvssm.registry import MODELS
 
 
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """A map (B, C, H, W) in channels-last memory, copied if it lies otherwise.
+
+    As ``x.contiguous(memory_format=torch.channels_last)``, which ``torch.func.vmap``
+    does not know.
+    """
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 @MODELS.register_module()
 class LayerNorm2d(nn.LayerNorm):
     """Layer normalisation over the channels of a (B, C, H, W) map.
