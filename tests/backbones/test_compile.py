@@ -73,7 +73,7 @@ def test_training():
 
 
 def test_order_by_table():
-    """A table is made for one size, and so is the graph."""
+    """It is made for one size, and so is the graph; only ``cross`` has none."""
     torch.manual_seed(0)
     arch = dict(depths=(1, 1), dims=16)
     net = VSSM(arch, out_indices=(0,), orders='hilbert').eval()
