@@ -85,7 +85,8 @@ quickstart-det: install-det ## Train, evaluate and draw a small VMamba Mask R-CN
 .PHONY: test
 test: lint $(if $(filter 0,$(DETECTION)),install,install-det) $(TRITON_STAMP) ## Lint, then run every test.
 	@echo '==> tests'
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --durations 40
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	    --durations 40
 
 # Its interpreter checks the GPU's kernels; nothing else on a CPU needs it.
 $(VENV)/.mmvssm-triton-installed: $(STAMP)

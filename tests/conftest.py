@@ -1,0 +1,29 @@
+"""Long files first, for runs in several processes."""
+
+from pathlib import Path
+
+HERE = Path(__file__).parent
+# Those of half a minute or more on one core, the longest first. A process takes one
+# file after the other, in this order with --no-loadscope-reorder; begun last, one of
+# them would go on while the other processes have nothing to do.
+LONG_FILES = (
+    'slurm/test_jobs.py',
+    'ops/test_triton_interpreted.py',
+    'test_packaging.py',
+    'ops/test_cuda.py',
+    'ops/test_triton_compiled.py',
+    'test_benchmarks.py',
+    'benchmarks/test_gpu_suite.py',
+    'test_detection_configs.py',
+    'test_parity.py',
+    'engine/test_recovery.py',
+    'test_builders.py',
+    'backbones/test_compile.py',
+    'test_contracts.py',
+)
+PLACES = {HERE / name: place for place, name in enumerate(LONG_FILES)}
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, 'workerinput'):
+        items.sort(key=lambda item: PLACES.get(item.path, len(PLACES)))
