@@ -12,7 +12,7 @@ from .backends import (
     use_backend,
 )
 from .bidirectional_scan import Direction, bidirectional_scan
-from .contract import Accepting, Backend, Composed, Result
+from .contract import Backend, Composed, KernelBackend, Result
 from .cross_scan import cross_merge, cross_scan
 from .linear import linear
 from .linear_attention import linear_attention
@@ -22,7 +22,7 @@ from .selective_scan import selective_scan
 from .ss2d_scan import ss2d_scan
 
 __all__ = [
-    'Accepting',
+    'KernelBackend',
     'Backend',
     'BackendUnavailableError',
     'Composed',

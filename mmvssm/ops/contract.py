@@ -118,11 +118,18 @@ class Composed:
         raise AssertionError('torch differentiates the forward pass itself')
 
 
-class Accepting:
-    """What a backend with a backward pass need not write that refuses nothing."""
+class KernelBackend:
+    """What a backend with a backward pass of its own need not write.
+
+    It refuses nothing that its supplier takes, and saves nothing but the inputs.
+    """
 
     differentiable = False
 
     def refuses(self, inputs: Any, options: Any) -> str | None:
-        """Nothing that its supplier takes."""
+        """Why it cannot take a call: it can."""
         return None
+
+    def saved_like(self, inputs: Any, options: Any) -> Outputs:
+        """Empty tensors like those that are saved: none."""
+        return ()

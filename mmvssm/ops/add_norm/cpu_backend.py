@@ -12,7 +12,7 @@ from mmvssm.ops.add_norm.declaration import (
     new_gradients,
     outputs_like,
 )
-from mmvssm.ops.contract import Result
+from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import Array, NormProblem
 from mmvssm.ops.kernel_args import pointer
@@ -21,11 +21,10 @@ from mmvssm.ops.typed import MaybeTensor
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-class CpuNorm:
+class CpuNorm(KernelBackend):
     """One pass over the rows each way."""
 
     supplier = backends.CPU
-    differentiable = False
 
     def refuses(self, inputs: NormInputs, options: NormOptions) -> str | None:
         """Nothing to do, or a stream that the kernels do not read."""
@@ -52,12 +51,6 @@ class CpuNorm:
         )
         library.kernel('norm_forward')(byref(args), library.parallel_for())
         return Result((out, total), has_nan=False)
-
-    def saved_like(
-        self, inputs: NormInputs, options: NormOptions
-    ) -> tuple[Tensor, ...]:
-        """Nothing is saved: the op keeps the sum."""
-        return ()
 
     def backward(
         self,

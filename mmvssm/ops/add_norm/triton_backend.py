@@ -10,7 +10,7 @@ from mmvssm.ops.add_norm.declaration import (
     new_gradients,
     outputs_like,
 )
-from mmvssm.ops.contract import Result
+from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.triton import runtime, tiles
 from mmvssm.ops.triton.arrays import array
 from mmvssm.ops.typed import MaybeTensor
@@ -18,11 +18,10 @@ from mmvssm.ops.typed import MaybeTensor
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class TritonNorm:
+class TritonNorm(KernelBackend):
     """One pass over the rows each way."""
 
     supplier = backends.TRITON
-    differentiable = False
 
     def refuses(self, inputs: NormInputs, options: NormOptions) -> str | None:
         """Nothing to do, or a stream that the kernels do not read."""
@@ -52,12 +51,6 @@ class TritonNorm:
                 **_constants(tile),
             )
         return Result((out, total), has_nan=False)
-
-    def saved_like(
-        self, inputs: NormInputs, options: NormOptions
-    ) -> tuple[Tensor, ...]:
-        """Nothing is saved: the op keeps the sum."""
-        return ()
 
     def backward(
         self,

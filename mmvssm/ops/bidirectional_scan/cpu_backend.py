@@ -21,7 +21,7 @@ from mmvssm.ops.bidirectional_scan.declaration import (
     saved_like,
 )
 from mmvssm.ops.bidirectional_scan.direction import Direction
-from mmvssm.ops.contract import Result
+from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import (
     Array,
@@ -41,11 +41,10 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _VIEWS = (Array.of, Array.from_end)
 
 
-class CpuBidirectional:
+class CpuBidirectional(KernelBackend):
     """Kernels do all but the matrix products."""
 
     supplier = backends.CPU
-    differentiable = False
 
     def refuses(
         self, inputs: BidirectionalInputs, options: BidirectionalOptions

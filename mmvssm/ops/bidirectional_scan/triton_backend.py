@@ -22,7 +22,7 @@ from mmvssm.ops.bidirectional_scan.declaration import (
     saved_like,
 )
 from mmvssm.ops.bidirectional_scan.direction import Direction
-from mmvssm.ops.contract import Result
+from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.selective_scan.triton_backend import scan_backward, scan_forward
 from mmvssm.ops.selective_scan.triton_plan import (
@@ -42,11 +42,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FROM_START, _FROM_END = 0, 2
 
 
-class TritonBidirectional:
+class TritonBidirectional(KernelBackend):
     """Kernels do all but the matrix products."""
 
     supplier = backends.TRITON
-    differentiable = False
 
     def refuses(
         self, inputs: BidirectionalInputs, options: BidirectionalOptions

@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops.backends import Supplier
-from mmvssm.ops.contract import Result
+from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.deterministic_math import linear_product, sum_rows
 from mmvssm.ops.linear.declaration import LinearInputs, LinearOptions
 from mmvssm.ops.typed import sole
 
 
 @dataclass(frozen=True)
-class ProductBackend:
+class ProductBackend(KernelBackend):
     """Products by oneDNN where it has them, in pieces of fixed length."""
 
     supplier: Supplier
-    differentiable: bool = False
 
     def refuses(self, inputs: LinearInputs, options: LinearOptions) -> str | None:
         """What torch's own linear layer does as well."""
@@ -33,12 +32,6 @@ class ProductBackend:
     ) -> Result:
         """See :func:`mmvssm.ops.linear`."""
         return Result((linear_product(*inputs).contiguous(),), has_nan=False)
-
-    def saved_like(
-        self, inputs: LinearInputs, options: LinearOptions
-    ) -> tuple[Tensor, ...]:
-        """Nothing is saved."""
-        return ()
 
     def backward(
         self,

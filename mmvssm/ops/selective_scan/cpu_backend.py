@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
-from mmvssm.ops.contract import Accepting, Result
+from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import Array, ScanProblem
 from mmvssm.ops.kernel_args import parameter, pointer, readable
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions, outputs_like
 
 
-class CpuScan(Accepting):
+class CpuScan(KernelBackend):
     """Channel blocks side by side, tiles of positions one after the other."""
 
     supplier = backends.CPU

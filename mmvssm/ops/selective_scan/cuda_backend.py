@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
-from mmvssm.ops.contract import Accepting, Result
+from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.cuda import library
 from mmvssm.ops.cuda.library import CHUNK, ScanProblem
 from mmvssm.ops.kernel_args import Array, parameter, pointer, readable
@@ -200,7 +200,7 @@ def scan_backward(
     return grad_A.sum((0, 1)), grad_B.sum(0), grad_C.sum(0), by_D, by_bias
 
 
-class CudaScan(Accepting):
+class CudaScan(KernelBackend):
     """Stretches side by side, in each the positions one after the other."""
 
     supplier = backends.CUDA

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends, bypass
-from mmvssm.ops.contract import Accepting, Result
+from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.mamba_ssm import scan_function
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions
 from mmvssm.ops.typed import apply
 
 
-class MambaSsmScan(Accepting):
+class MambaSsmScan(KernelBackend):
     """``selective_scan_fn`` of that package."""
 
     supplier = backends.MAMBA_SSM
@@ -48,12 +48,6 @@ class MambaSsmScan(Accepting):
             # An op of torch.library may return no view of something else.
             last_state = last_state.clone(memory_format=torch.contiguous_format)
         return Result((out, last_state))
-
-    def saved_like(
-        self, inputs: ScanInputs, options: ScanOptions
-    ) -> tuple[Tensor, ...]:
-        """Nothing: what mamba_ssm keeps is not to be had from outside."""
-        return ()
 
     def backward(
         self,

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvssm.ops import backends, deterministic_math
-from mmvssm.ops.contract import Accepting, Result
+from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions, outputs_like
 
 # Elements of one (batch, position, state, channel) work array: a segment's few
@@ -181,7 +181,7 @@ class _Problem:
         return x[:, start:stop].to(self.dtype).contiguous()
 
 
-class TorchScan(Accepting):
+class TorchScan(KernelBackend):
     """Segments that fit the cache, in each many chunks at once."""
 
     def __init__(self, supplier: backends.Supplier):

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
-from mmvssm.ops.contract import Accepting, Result
+from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions, outputs_like
 from mmvssm.ops.selective_scan.triton_plan import Inputs, Plan, saved_states_shape
 from mmvssm.ops.triton import runtime
 from mmvssm.ops.triton.arrays import array
 
 
-class TritonScan(Accepting):
+class TritonScan(KernelBackend):
     """Stretches side by side, in each the positions one after the other."""
 
     supplier = backends.TRITON

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
-from mmvssm.ops.contract import Accepting, Result
+from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import Ss2dProblem
 from mmvssm.ops.kernel_args import pointer
@@ -27,7 +27,7 @@ from mmvssm.ops.typed import sole
 _DTYPES = (torch.float32,)
 
 
-class CpuSs2d(Accepting):
+class CpuSs2d(KernelBackend):
     """Channel blocks side by side, all scans over each one after the other."""
 
     supplier = backends.CPU

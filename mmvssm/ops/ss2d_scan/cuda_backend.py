@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
-from mmvssm.ops.contract import Accepting, Result
+from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.cuda import library
 from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.scan_orders import KernelOrders
@@ -45,7 +45,7 @@ from mmvssm.ops.typed import sole
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class CudaSs2d(Accepting):
+class CudaSs2d(KernelBackend):
     """The scans of the selective scan's kernels, each adding to the merged map."""
 
     supplier = backends.CUDA

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
-from mmvssm.ops.contract import Accepting, Result
+from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.scan_orders import KernelOrders
 from mmvssm.ops.selective_scan.triton_backend import scan_backward, scan_forward
 from mmvssm.ops.selective_scan.triton_plan import (
@@ -43,7 +43,7 @@ from mmvssm.ops.typed import sole
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class TritonSs2d(Accepting):
+class TritonSs2d(KernelBackend):
     """The scans of the selective scan's kernels, each adding to the merged map."""
 
     supplier = backends.TRITON
