@@ -68,7 +68,7 @@ def describe(state: Mapping[str, torch.Tensor]) -> str:
     first = 'layers.0.blocks.0.op.'
     try:
         inner, states = (
-            state[first + 'Ds'].numel() // 4,
+            state[first + 'dt_projs_bias'].shape[1],
             state[first + 'A_logs'].shape[1],
         )
         rows, dims = state[first + 'in_proj.weight'].shape[:2]
