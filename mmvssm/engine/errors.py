@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import distributed
+
 from mmvssm.checkpoints import CheckpointError
 
 from .memory import keep_freed_memory
@@ -39,4 +41,8 @@ def run_tool(main: Callable[[], int | None]) -> None:
         if rank == '0':
             print(f'error: {error}', file=sys.stderr)
         code = 2
+    if distributed.is_available() and distributed.is_initialized():
+        # Left to the end of the interpreter, the threads of a process group may
+        # abort the process there, after all is done.
+        distributed.destroy_process_group()
     sys.exit(code)

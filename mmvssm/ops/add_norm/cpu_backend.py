@@ -7,32 +7,24 @@ from torch import Tensor
 
 from mmvssm.ops import backends
 from mmvssm.ops.add_norm.declaration import (
+    FusedNorm,
     NormInputs,
     NormOptions,
     new_gradients,
     outputs_like,
 )
-from mmvssm.ops.contract import KernelBackend, Result
+from mmvssm.ops.contract import Result
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import Array, NormProblem
 from mmvssm.ops.kernel_args import pointer
 from mmvssm.ops.typed import MaybeTensor
 
-_DTYPES = (torch.float32, torch.bfloat16)
 
-
-class CpuNorm(KernelBackend):
+class CpuNorm(FusedNorm):
     """One pass over the rows each way."""
 
     supplier = backends.CPU
-
-    def refuses(self, inputs: NormInputs, options: NormOptions) -> str | None:
-        """Nothing to do, or a stream that the kernels do not read."""
-        if not inputs.x.numel():
-            return 'there is nothing to norm'
-        if options.residual_dtype not in _DTYPES:
-            return f'it reads no stream of {options.residual_dtype}'
-        return None
+    dtypes = (torch.float32, torch.bfloat16)
 
     def forward(self, inputs: NormInputs, options: NormOptions, keep: bool) -> Result:
         """See :func:`mmvssm.ops.add_rms_norm`."""

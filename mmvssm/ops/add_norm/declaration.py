@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmvssm.ops.contract import KernelBackend
 from mmvssm.ops.operator import Op
 
 
@@ -87,3 +88,21 @@ ADD_RMS_NORM = Op(
     gradients_like=new_gradients,
     spread=_spread,
 )
+
+
+class FusedNorm(KernelBackend):
+    """What backends share whose kernels add and norm in one.
+
+    Attributes:
+        dtypes: Of x and the stream, those that the kernels read.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+
+    def refuses(self, inputs: NormInputs, options: NormOptions) -> str | None:
+        """Nothing to do, or a stream that the kernels do not read."""
+        if not inputs.x.numel():
+            return 'there is nothing to norm'
+        if options.residual_dtype not in self.dtypes:
+            return f'it reads no stream of {options.residual_dtype}'
+        return None

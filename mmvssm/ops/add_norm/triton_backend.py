@@ -5,31 +5,23 @@ from torch import Tensor
 
 from mmvssm.ops import backends
 from mmvssm.ops.add_norm.declaration import (
+    FusedNorm,
     NormInputs,
     NormOptions,
     new_gradients,
     outputs_like,
 )
-from mmvssm.ops.contract import KernelBackend, Result
+from mmvssm.ops.contract import Result
 from mmvssm.ops.triton import runtime, tiles
 from mmvssm.ops.triton.arrays import array
 from mmvssm.ops.typed import MaybeTensor
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-class TritonNorm(KernelBackend):
+class TritonNorm(FusedNorm):
     """One pass over the rows each way."""
 
     supplier = backends.TRITON
-
-    def refuses(self, inputs: NormInputs, options: NormOptions) -> str | None:
-        """Nothing to do, or a stream that the kernels do not read."""
-        if not inputs.x.numel():
-            return 'there is nothing to norm'
-        if options.residual_dtype not in _DTYPES:
-            return f'it reads no stream of {options.residual_dtype}'
-        return None
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def forward(self, inputs: NormInputs, options: NormOptions, keep: bool) -> Result:
         """See :func:`mmvssm.ops.add_rms_norm`."""

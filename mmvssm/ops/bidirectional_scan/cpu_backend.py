@@ -15,13 +15,13 @@ from mmvssm.ops import backends, kernel_args
 from mmvssm.ops.bidirectional_scan.declaration import (
     BidirectionalInputs,
     BidirectionalOptions,
+    FusedBidirectional,
     KernelInputs,
     gradients_of,
     outputs_like,
-    saved_like,
 )
 from mmvssm.ops.bidirectional_scan.direction import Direction
-from mmvssm.ops.contract import KernelBackend, Result
+from mmvssm.ops.contract import Result
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import (
     Array,
@@ -35,38 +35,27 @@ from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.kernel_args import pointer, readable
 from mmvssm.ops.selective_scan.cpu_backend import saved_states_shape
 
-# Of sequences and projections.
-_DTYPES = (torch.float32, torch.bfloat16)
 # How the scan of each direction sees a tensor.
 _VIEWS = (Array.of, Array.from_end)
 
 
-class CpuBidirectional(KernelBackend):
+class CpuBidirectional(FusedBidirectional):
     """Kernels do all but the matrix products."""
 
     supplier = backends.CPU
+    dtypes = (torch.float32, torch.bfloat16)
 
-    def refuses(
-        self, inputs: BidirectionalInputs, options: BidirectionalOptions
-    ) -> str | None:
-        """Projections that the kernels do not read."""
-        if options.projected_dtype not in _DTYPES:
-            return f'it reads no projections of {options.projected_dtype}'
-        return None
-
-    def saved_like(
-        self, inputs: BidirectionalInputs, options: BidirectionalOptions
-    ) -> tuple[Tensor, ...]:
-        """The sum before the gate, projections and states of both directions."""
-        batch, channels, length = inputs.x.shape
-        shape = saved_states_shape(batch, length, inputs.forward.A.shape[1], channels)
-        return saved_like(inputs, options, shape)
+    def states_shape(
+        self, batch: int, length: int, states: int, channels: int
+    ) -> tuple[int, ...]:
+        """Of the states before each tile but the first."""
+        return saved_states_shape(batch, length, states, channels)
 
     def forward(
         self, inputs: BidirectionalInputs, options: BidirectionalOptions, keep: bool
     ) -> Result:
         """See :func:`mmvssm.ops.bidirectional_scan`."""
-        x, z, weights = KernelInputs.of(inputs, options, _DTYPES)
+        x, z, weights = KernelInputs.of(inputs, options, self.dtypes)
         batch, length, channels = x.shape
         states = weights[0].A.shape[1]
         us = _convolve(x, weights)
@@ -111,7 +100,7 @@ class CpuBidirectional(KernelBackend):
         wanted: BidirectionalInputs,
     ) -> BidirectionalInputs:
         """All gradients; convolutions and step sizes are computed once more."""
-        x, z, weights = KernelInputs.of(inputs, options, _DTYPES)
+        x, z, weights = KernelInputs.of(inputs, options, self.dtypes)
         y, *projected, states = saved
         batch, length, channels = x.shape
         grad_out = readable(grads[0], Array)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvssm.ops.bidirectional_scan.direction import Direction
-from mmvssm.ops.contract import Flops
+from mmvssm.ops.contract import Flops, KernelBackend
 from mmvssm.ops.operator import Op
 from mmvssm.ops.selective_scan.declaration import scan_flops
 
@@ -136,21 +136,40 @@ def gradients_of(
     return BidirectionalInputs(grad_x.mT, grad_z.mT, first, second)
 
 
-def saved_like(
-    inputs: BidirectionalInputs,
-    options: BidirectionalOptions,
-    states: tuple[int, ...],
-) -> tuple[Tensor, ...]:
-    """Memory for the sum before the gate, projections and states of both directions.
+class FusedBidirectional(KernelBackend):
+    """What backends share whose kernels run both directions on the sequence as it is.
 
-    Args:
-        states: Shape of the states of one direction.
+    Attributes:
+        dtypes: Of the sequence and its projections, those that the kernels read.
     """
-    x = inputs.x
-    batch, channels, length = x.shape
-    projected = [
-        x.new_empty(batch, length, rows, dtype=options.projected_dtype)
-        for rows in (len(way.x_proj_weight) for way in inputs[2:])
-    ]
-    y = x.new_empty(batch, length, channels, dtype=torch.float32)
-    return (y, *projected, x.new_empty(2, *states, dtype=torch.float32))
+
+    dtypes: tuple[torch.dtype, ...]
+
+    def refuses(
+        self, inputs: BidirectionalInputs, options: BidirectionalOptions
+    ) -> str | None:
+        """Projections that the kernels do not read."""
+        if options.projected_dtype not in self.dtypes:
+            return f'it reads no projections of {options.projected_dtype}'
+        return None
+
+    def states_shape(
+        self, batch: int, length: int, states: int, channels: int
+    ) -> tuple[int, ...]:
+        """Shape of the states that are saved of one direction."""
+        raise NotImplementedError
+
+    def saved_like(
+        self, inputs: BidirectionalInputs, options: BidirectionalOptions
+    ) -> tuple[Tensor, ...]:
+        """The sum before the gate, projections and states of both directions."""
+        x = inputs.x
+        batch, channels, length = x.shape
+        projected = [
+            x.new_empty(batch, length, rows, dtype=options.projected_dtype)
+            for rows in (len(way.x_proj_weight) for way in inputs[2:])
+        ]
+        states = inputs.forward.A.shape[1]
+        shape = (2, *self.states_shape(batch, length, states, channels))
+        y = x.new_empty(batch, length, channels, dtype=torch.float32)
+        return (y, *projected, x.new_empty(shape, dtype=torch.float32))

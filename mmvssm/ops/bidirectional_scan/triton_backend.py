@@ -16,13 +16,13 @@ from mmvssm.ops import backends
 from mmvssm.ops.bidirectional_scan.declaration import (
     BidirectionalInputs,
     BidirectionalOptions,
+    FusedBidirectional,
     KernelInputs,
     gradients_of,
     outputs_like,
-    saved_like,
 )
 from mmvssm.ops.bidirectional_scan.direction import Direction
-from mmvssm.ops.contract import KernelBackend, Result
+from mmvssm.ops.contract import Result
 from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.selective_scan.triton_backend import scan_backward, scan_forward
 from mmvssm.ops.selective_scan.triton_plan import (
@@ -36,38 +36,27 @@ from mmvssm.ops.triton import runtime, tiles
 from mmvssm.ops.triton.arrays import array
 from mmvssm.ops.typed import sole
 
-# Of sequences and projections.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Orders of the positions, see selective_scan/triton_kernels.py.
 _FROM_START, _FROM_END = 0, 2
 
 
-class TritonBidirectional(KernelBackend):
+class TritonBidirectional(FusedBidirectional):
     """Kernels do all but the matrix products."""
 
     supplier = backends.TRITON
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
-    def refuses(
-        self, inputs: BidirectionalInputs, options: BidirectionalOptions
-    ) -> str | None:
-        """Projections that the kernels do not read."""
-        if options.projected_dtype not in _DTYPES:
-            return f'it reads no projections of {options.projected_dtype}'
-        return None
-
-    def saved_like(
-        self, inputs: BidirectionalInputs, options: BidirectionalOptions
-    ) -> tuple[Tensor, ...]:
-        """The sum before the gate, projections and states of both directions."""
-        batch, channels, length = inputs.x.shape
-        shape = saved_states_shape(batch, length, inputs.forward.A.shape[1], channels)
-        return saved_like(inputs, options, shape)
+    def states_shape(
+        self, batch: int, length: int, states: int, channels: int
+    ) -> tuple[int, ...]:
+        """Of the states before each chunk but the first."""
+        return saved_states_shape(batch, length, states, channels)
 
     def forward(
         self, inputs: BidirectionalInputs, options: BidirectionalOptions, keep: bool
     ) -> Result:
         """See :func:`mmvssm.ops.bidirectional_scan`."""
-        x, z, weights = KernelInputs.of(inputs, options, _DTYPES)
+        x, z, weights = KernelInputs.of(inputs, options, self.dtypes)
         batch, length, channels = x.shape
         us = _convolve(x, weights)
         projected = [
@@ -101,7 +90,7 @@ class TritonBidirectional(KernelBackend):
         wanted: BidirectionalInputs,
     ) -> BidirectionalInputs:
         """All gradients; convolutions and step sizes are computed once more."""
-        x, z, weights = KernelInputs.of(inputs, options, _DTYPES)
+        x, z, weights = KernelInputs.of(inputs, options, self.dtypes)
         y, *projected, states = saved
         us = _convolve(x, weights)
         grad_z = torch.empty_like(z)

@@ -8,53 +8,48 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
-from mmvssm.ops.contract import KernelBackend, Result
+from mmvssm.ops.contract import Result
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import Ss2dProblem
 from mmvssm.ops.kernel_args import pointer
 from mmvssm.ops.scan_orders import KernelOrders
 from mmvssm.ops.ss2d_scan.declaration import (
+    FusedSs2d,
     KernelInputs,
     Ss2dInputs,
     Ss2dOptions,
     gradients_of,
-    projected_like,
     walked_orders,
 )
 from mmvssm.ops.typed import sole
 
-# Of the map and its projections.
-_DTYPES = (torch.float32,)
 
-
-class CpuSs2d(KernelBackend):
+class CpuSs2d(FusedSs2d):
     """Channel blocks side by side, all scans over each one after the other."""
 
     supplier = backends.CPU
+    dtypes = (torch.float32,)
+
+    def states_shape(
+        self, batch: int, positions: int, states: int, channels: int
+    ) -> tuple[int, ...]:
+        """Of the states before each tile but the first."""
+        # Of all axes but the first in one: torch asks of four or five whether they are
+        # channels-last, and so ties a compiled graph to maps of one tile, whose tensor
+        # is empty, or of more.
+        tiles = -(-positions // library.tile())
+        return (tiles - 1, batch * states * channels)
 
     def forward(self, inputs: Ss2dInputs, options: Ss2dOptions, keep: bool) -> Result:
         """See :func:`mmvssm.ops.ss2d_scan`."""
-        read, orders = (
-            KernelInputs.of(inputs, options, _DTYPES),
-            walked_orders(inputs, options),
-        )
-        states = _states_like(inputs, orders) if keep else None
+        orders = walked_orders(inputs, options)
+        read = KernelInputs.of(inputs, options, self.dtypes)
+        states = self.states_like(inputs, orders) if keep else None
         out = torch.empty_like(read.x)
         args = _args(read, orders, out=out, saved=states)
         has_nan = library.kernel('ss2d_forward')(byref(args), library.parallel_for())
-        saved = (
-            ()
-            if states is None
-            else (read.projected.to(options.projected_dtype), states)
-        )
+        saved = () if states is None else (read.kept(options), states)
         return Result((out.permute(0, 3, 1, 2).to(options.out_dtype),), saved, has_nan)
-
-    def saved_like(
-        self, inputs: Ss2dInputs, options: Ss2dOptions
-    ) -> tuple[Tensor, ...]:
-        """The projections, and of each scan the states before its tiles."""
-        states = _states_like(inputs, walked_orders(inputs, options))
-        return projected_like(inputs, options), states
 
     def backward(
         self,
@@ -66,7 +61,7 @@ class CpuSs2d(KernelBackend):
     ) -> Ss2dInputs:
         """All gradients, in one pass from the last tiles to the first."""
         orders = walked_orders(inputs, options)
-        read = KernelInputs.of(inputs, options, _DTYPES, projected=saved[0])
+        read = KernelInputs.of(inputs, options, self.dtypes, projected=saved[0])
         grad_out = sole(grads).permute(0, 2, 3, 1).float().contiguous()
         x = read.x
         batch, height, width, channels = x.shape
@@ -98,15 +93,6 @@ class CpuSs2d(KernelBackend):
             *(by_weight.sum(0).mT, by_bias.sum(0)),
             *(by_A.sum(0).mT.reshape(read.A.shape), by_D.sum(0).flatten()),
         )
-
-
-def _states_like(inputs: Ss2dInputs, orders: KernelOrders) -> Tensor:
-    batch, channels, height, width = inputs.x.shape
-    tiles = -(-orders.positions(height * width) // library.tile())
-    # Of three axes: torch asks of four or five whether they are channels-last, and so
-    # ties a compiled graph to maps of one tile, whose tensor is empty, or of more.
-    shape = (len(orders.routes), tiles - 1, batch * inputs.A.shape[1] * channels)
-    return inputs.x.new_empty(shape, dtype=torch.float32)
 
 
 def _args(

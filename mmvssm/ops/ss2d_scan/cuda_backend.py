@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
-from mmvssm.ops.contract import KernelBackend, Result
+from mmvssm.ops.contract import Result
 from mmvssm.ops.cuda import library
 from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.scan_orders import KernelOrders
@@ -25,11 +25,11 @@ from mmvssm.ops.selective_scan.cuda_backend import (
     scan_forward,
 )
 from mmvssm.ops.ss2d_scan.declaration import (
+    FusedSs2d,
     KernelInputs,
     Ss2dInputs,
     Ss2dOptions,
     gradients_of,
-    projected_like,
     walked_orders,
 )
 from mmvssm.ops.ss2d_scan.per_order import (
@@ -41,37 +41,32 @@ from mmvssm.ops.ss2d_scan.per_order import (
 )
 from mmvssm.ops.typed import sole
 
-# Of the map and its projections.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-class CudaSs2d(KernelBackend):
+class CudaSs2d(FusedSs2d):
     """The scans of the selective scan's kernels, each adding to the merged map."""
 
     supplier = backends.CUDA
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def states_shape(
+        self, batch: int, positions: int, states: int, channels: int
+    ) -> tuple[int, ...]:
+        """Of the states before each chunk but the first."""
+        return saved_states_shape(batch, positions, states, channels)
 
     def forward(self, inputs: Ss2dInputs, options: Ss2dOptions, keep: bool) -> Result:
         """See :func:`mmvssm.ops.ss2d_scan`."""
         orders = walked_orders(inputs, options)
-        read = KernelInputs.of(inputs, options, _DTYPES)
+        read = KernelInputs.of(inputs, options, self.dtypes)
         rank, states = read.dt_weight.shape[2], read.A.shape[1]
         out = torch.empty_like(read.x, dtype=torch.float32)
-        kept = _states_like(inputs, orders) if keep else None
+        kept = self.states_like(inputs, orders) if keep else None
         low_rank = rank <= library.MAX_RANK and states <= library.MAX_RANK_STATES
         for k, (scan, _) in enumerate(_scans(read, orders, low_rank)):
             to = None if kept is None else kept[k]
             scan_forward(scan, sequence(out), saved=to, add=k > 0)
-        saved = (
-            () if kept is None else (read.projected.to(options.projected_dtype), kept)
-        )
+        saved = () if kept is None else (read.kept(options), kept)
         return Result((out.permute(0, 3, 1, 2).to(options.out_dtype),), saved)
-
-    def saved_like(
-        self, inputs: Ss2dInputs, options: Ss2dOptions
-    ) -> tuple[Tensor, ...]:
-        """The projections, and of each scan the states before its chunks."""
-        states = _states_like(inputs, walked_orders(inputs, options))
-        return projected_like(inputs, options), states
 
     def backward(
         self,
@@ -83,7 +78,7 @@ class CudaSs2d(KernelBackend):
     ) -> Ss2dInputs:
         """All gradients, one scan after the other."""
         orders = walked_orders(inputs, options)
-        read = KernelInputs.of(inputs, options, _DTYPES, projected=saved[0])
+        read = KernelInputs.of(inputs, options, self.dtypes, projected=saved[0])
         grad_out = sequence(sole(grads).permute(0, 2, 3, 1).contiguous())
         grad_x = torch.empty_like(read.x, dtype=torch.float32)
         found = []
@@ -111,13 +106,6 @@ class CudaSs2d(KernelBackend):
             )
         rest = join_gradients(read.projected, found)
         return gradients_of(inputs, options, grad_x, *rest)
-
-
-def _states_like(inputs: Ss2dInputs, orders: KernelOrders) -> Tensor:
-    batch, channels, height, width = inputs.x.shape
-    positions = orders.positions(height * width)
-    shape = saved_states_shape(batch, positions, inputs.A.shape[1], channels)
-    return inputs.x.new_empty(len(orders.routes), *shape, dtype=torch.float32)
 
 
 def _scans(

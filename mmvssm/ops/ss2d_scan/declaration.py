@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmvssm.ops.contract import Flops
+from mmvssm.ops.contract import Flops, KernelBackend
 from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.operator import Op
 from mmvssm.ops.scan_orders import KernelOrders, kernel_orders
@@ -117,6 +117,10 @@ class KernelInputs(NamedTuple):
         weights = (t.float().contiguous() for t in inputs[2:])
         return cls(x.contiguous(), projected, *weights)
 
+    def kept(self, options: Ss2dOptions) -> Tensor:
+        """The projections as they are saved for the backward pass."""
+        return self.projected.to(options.projected_dtype).contiguous()
+
 
 def walked_orders(inputs: Ss2dInputs, options: Ss2dOptions) -> KernelOrders:
     """The scan orders as kernels take them."""
@@ -125,12 +129,37 @@ def walked_orders(inputs: Ss2dInputs, options: Ss2dOptions) -> KernelOrders:
     return kernel_orders(orders_of(options.orders), height, width, x.device)
 
 
-def projected_like(inputs: Ss2dInputs, options: Ss2dOptions) -> Tensor:
-    """Memory like the projections that :class:`KernelInputs` makes."""
-    batch, _, height, width = inputs.x.shape
-    columns = prod(inputs.x_proj_weight.shape[:2])
-    shape = (batch, height, width, columns)
-    return inputs.x.new_empty(shape, dtype=options.projected_dtype)
+class FusedSs2d(KernelBackend):
+    """What backends share whose kernels go along the scan orders themselves.
+
+    Attributes:
+        dtypes: Of the map and its projections, those that the kernels read.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+
+    def states_shape(
+        self, batch: int, positions: int, states: int, channels: int
+    ) -> tuple[int, ...]:
+        """Shape of the states that are saved of one scan."""
+        raise NotImplementedError
+
+    def states_like(self, inputs: Ss2dInputs, orders: KernelOrders) -> Tensor:
+        """Memory for the states that are saved of all scans."""
+        batch, channels, height, width = inputs.x.shape
+        positions = orders.positions(height * width)
+        shape = self.states_shape(batch, positions, inputs.A.shape[1], channels)
+        return inputs.x.new_empty(len(orders.routes), *shape, dtype=torch.float32)
+
+    def saved_like(
+        self, inputs: Ss2dInputs, options: Ss2dOptions
+    ) -> tuple[Tensor, ...]:
+        """The projections, and the states of all scans."""
+        batch, _, height, width = inputs.x.shape
+        columns = prod(inputs.x_proj_weight.shape[:2])
+        shape = (batch, height, width, columns)
+        projected = inputs.x.new_empty(shape, dtype=options.projected_dtype)
+        return projected, self.states_like(inputs, walked_orders(inputs, options))
 
 
 def gradients_of(

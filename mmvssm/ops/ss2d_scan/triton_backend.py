@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
-from mmvssm.ops.contract import KernelBackend, Result
+from mmvssm.ops.contract import Result
 from mmvssm.ops.scan_orders import KernelOrders
 from mmvssm.ops.selective_scan.triton_backend import scan_backward, scan_forward
 from mmvssm.ops.selective_scan.triton_plan import (
@@ -23,11 +23,11 @@ from mmvssm.ops.selective_scan.triton_plan import (
     saved_states_shape,
 )
 from mmvssm.ops.ss2d_scan.declaration import (
+    FusedSs2d,
     KernelInputs,
     Ss2dInputs,
     Ss2dOptions,
     gradients_of,
-    projected_like,
     walked_orders,
 )
 from mmvssm.ops.ss2d_scan.per_order import (
@@ -39,40 +39,35 @@ from mmvssm.ops.ss2d_scan.per_order import (
 )
 from mmvssm.ops.typed import sole
 
-# Of the map and its projections.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-class TritonSs2d(KernelBackend):
+class TritonSs2d(FusedSs2d):
     """The scans of the selective scan's kernels, each adding to the merged map."""
 
     supplier = backends.TRITON
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def states_shape(
+        self, batch: int, positions: int, states: int, channels: int
+    ) -> tuple[int, ...]:
+        """Of the states before each chunk but the first."""
+        return saved_states_shape(batch, positions, states, channels)
 
     def forward(self, inputs: Ss2dInputs, options: Ss2dOptions, keep: bool) -> Result:
         """See :func:`mmvssm.ops.ss2d_scan`."""
         orders = walked_orders(inputs, options)
-        read = KernelInputs.of(inputs, options, _DTYPES)
-        states = _states_like(inputs, orders) if keep else None
-        written = options.out_dtype if options.out_dtype in _DTYPES else torch.float32
+        read = KernelInputs.of(inputs, options, self.dtypes)
+        states = self.states_like(inputs, orders) if keep else None
+        written = (
+            options.out_dtype if options.out_dtype in self.dtypes else torch.float32
+        )
         out = torch.empty_like(read.x, dtype=written)
         sums = _running_sum(out, orders)
         for k, (plan, scan, _) in enumerate(_scans(read, orders, backward=False)):
             added = None if k == 0 else sums[k - 1]
             kept = None if states is None else states[k]
             scan_forward(plan, scan, sums[k], added=added, saved=kept)
-        saved = (
-            ()
-            if states is None
-            else (read.projected.to(options.projected_dtype), states)
-        )
+        saved = () if states is None else (read.kept(options), states)
         return Result((out.permute(0, 3, 1, 2).to(options.out_dtype),), saved)
-
-    def saved_like(
-        self, inputs: Ss2dInputs, options: Ss2dOptions
-    ) -> tuple[Tensor, ...]:
-        """The projections, and of each scan the states before its chunks."""
-        states = _states_like(inputs, walked_orders(inputs, options))
-        return projected_like(inputs, options), states
 
     def backward(
         self,
@@ -84,7 +79,7 @@ class TritonSs2d(KernelBackend):
     ) -> Ss2dInputs:
         """All gradients, one scan after the other."""
         orders = walked_orders(inputs, options)
-        read = KernelInputs.of(inputs, options, _DTYPES, projected=saved[0])
+        read = KernelInputs.of(inputs, options, self.dtypes, projected=saved[0])
         grad_out = sequence(sole(grads).permute(0, 2, 3, 1))
         x = read.x
         grad_x = torch.empty_like(x)
@@ -114,13 +109,6 @@ class TritonSs2d(KernelBackend):
             )
         rest = join_gradients(read.projected, found)
         return gradients_of(inputs, options, grad_x, *rest)
-
-
-def _states_like(inputs: Ss2dInputs, orders: KernelOrders) -> Tensor:
-    batch, channels, height, width = inputs.x.shape
-    positions = orders.positions(height * width)
-    shape = saved_states_shape(batch, positions, inputs.A.shape[1], channels)
-    return inputs.x.new_empty(len(orders.routes), *shape, dtype=torch.float32)
 
 
 def _scans(
