@@ -263,6 +263,8 @@ def test_other_tiles_compute_the_same():
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    passed, _, _ = done.stdout.strip().splitlines()[-1].partition(' passed')
+    assert int(passed) > 0, done.stdout
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
