@@ -114,12 +114,28 @@ class Plan:
         stretch_length = -(-length // (stretches * chunk)) * chunk
         stretches = -(-length // stretch_length)
         work = Work(
-            *(batch, groups, group_size, count, stretches),
-            *(length, stretch_length, height, places // height, table),
+            batch=batch,
+            groups=groups,
+            group_size=group_size,
+            tiles=count,
+            stretches=stretches,
+            length=length,
+            stretch_length=stretch_length,
+            height=height,
+            width=places // height,
+            table=table,
         )
         weight = inputs.delta_weight
         rank = 0 if weight is None else weight.shape[1]
-        return cls(work, states, tile, softplus, rank, route, scale)
+        return cls(
+            work=work,
+            states=states,
+            tile=tile,
+            softplus=softplus,
+            rank=rank,
+            route=route,
+            scale=scale,
+        )
 
     @property
     def channels(self) -> int:
