@@ -12,7 +12,7 @@ constexpr int kForwardPart = kLanes > 8                   ? 16
                                                           : 8;
 
 // Blocks that a multiprocessor has room for. It bounds the registers of a thread: as
-// many blocks as go without spilling (tests/ops/test_cuda_build.py).
+// many blocks as go without spilling (tests/ops/test_cuda.py).
 template <int kStates, int kRank>
 constexpr int kForwardBlocks = kRank > 8 && kStates > 1 ? 3
                                : kRank > 0              ? 4

@@ -164,11 +164,6 @@ class Plan:
             ROUTE=self.route,
         )
 
-    def new_state(self, like: Tensor) -> Tensor:
-        """Memory for a state, (B, D, N)."""
-        shape = (self.work.batch, self.channels, self.states)
-        return like.new_empty(shape, dtype=torch.float32)
-
     def new_states(self, like: Tensor) -> Tensor:
         """Memory for a state of every stretch, (stretches, B, D, N)."""
         shape = (self.work.stretches, self.work.batch, self.channels, self.states)
@@ -177,12 +172,6 @@ class Plan:
     def new_totals(self, like: Tensor) -> Tensor:
         """Memory for a number of every stretch and channel, (stretches, B, D)."""
         shape = (self.work.stretches, self.work.batch, self.channels)
-        return like.new_empty(shape, dtype=torch.float32)
-
-    def new_saved(self, like: Tensor) -> Tensor:
-        """Memory for what forward keeps, see :func:`saved_states_shape`."""
-        work = self.work
-        shape = saved_states_shape(work.batch, work.length, self.states, self.channels)
         return like.new_empty(shape, dtype=torch.float32)
 
 
