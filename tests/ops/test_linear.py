@@ -87,3 +87,21 @@ def test_without_onednn(monkeypatch):
     module = sys.modules[linear_product.__module__]
     monkeypatch.setattr(module, '_has_onednn', lambda: False)
     assert torch.equal(linear_product(*inputs), F.linear(*inputs))
+
+
+@pytest.mark.parametrize('backend', [None, 'cpu', 'torch', 'reference'])
+@pytest.mark.parametrize(
+    ('shapes', 'dtype', 'message'),
+    [
+        (((2, 4), (3, 5), None), torch.float32, r'\(2, 4\) and \(3, 5\)'),
+        (((2, 4), (4,), None), torch.float32, r'weight \(N, K\)'),
+        (((), (3, 4), None), torch.float32, r'linear: x must be'),
+        (((2, 4), (3, 4), (2,)), torch.float32, r'bias must be \(3,\)'),
+        (((2, 4), (3, 4), (1, 3)), torch.float32, r'bias must be \(3,\)'),
+        (((2, 4), (3, 4), None), torch.float64, 'dtype of x'),
+    ],
+)
+def test_what_does_not_fit_is_refused(shapes, dtype, message, backend):
+    x, weight, bias = (None if s is None else torch.randn(s) for s in shapes)
+    with pytest.raises(ValueError, match=message):
+        linear(x, weight.to(dtype), bias, backend=backend)

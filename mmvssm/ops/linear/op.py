@@ -41,12 +41,35 @@ def linear(
 
     Returns:
         (..., N).
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit together.
     """
     if autocast.is_enabled(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         bias = None if bias is None else bias.to(dtype)
         x, weight = x.to(dtype), weight.to(dtype)
+    _check(x, weight, bias)
     return Call(LinearInputs(x, weight, bias), LinearOptions(False), backend)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    # oneDNN does not look, and reads past the end of what is too short.
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            'linear: x must be (..., K) and weight (N, K), '
+            f'got {tuple(x.shape)} and {tuple(weight.shape)}'
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f'linear: bias must be ({weight.shape[0]},) as weight is {tuple(weight.shape)}, '
+            f'got {tuple(bias.shape)}'
+        )
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise ValueError(
+            f'linear: weight and bias must have the dtype of x, {x.dtype}, '
+            f'got {weight.dtype} and {None if bias is None else bias.dtype}'
+        )
 
 
 def deterministic_call(x: Tensor, weight: Tensor) -> Call:
