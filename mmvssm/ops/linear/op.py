@@ -62,8 +62,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f'linear: bias must be ({weight.shape[0]},) as weight is {tuple(weight.shape)}, '
-            f'got {tuple(bias.shape)}'
+            f'linear: bias must be ({weight.shape[0]},) as weight is '
+            f'{tuple(weight.shape)}, got {tuple(bias.shape)}'
         )
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         raise ValueError(
