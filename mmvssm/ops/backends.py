@@ -34,7 +34,7 @@ class Supplier:
         name: What ``backend=`` and ``MMVSSM_SCAN_BACKEND`` call it.
         summary: One line for ``python -m mmvssm.collect_env``.
         unavailable: Returns why this machine cannot run it, or None.
-        devices: Device types it takes, None for all.
+        devices: Device types it takes, or a function that gives them; None for all.
         dtypes: Activation dtypes it takes.
         states: Numbers of states it takes, None for any.
         deterministic: Whether the same inputs give the same bits.
@@ -44,7 +44,7 @@ class Supplier:
     name: str
     summary: str
     unavailable: Callable[[], str | None] = lambda: None
-    devices: tuple[str, ...] | None = None
+    devices: tuple[str, ...] | Callable[[], tuple[str, ...]] | None = None
     dtypes: tuple[torch.dtype, ...] = _FLOATS
     states: Collection[int] | None = None
     deterministic: bool = True
@@ -60,8 +60,9 @@ class Supplier:
             dtype: Of the activations.
             states: Of a channel, None for an op that has none.
         """
-        if self.devices is not None and device_type not in self.devices:
-            return f'it takes {"/".join(self.devices)} tensors, not {device_type}'
+        devices = self.devices() if callable(self.devices) else self.devices
+        if devices is not None and device_type not in devices:
+            return f'it takes {"/".join(devices)} tensors, not {device_type}'
         if dtype not in self.dtypes:
             known = ', '.join(str(d).removeprefix('torch.') for d in self.dtypes)
             return f'it takes {known}, not {str(dtype).removeprefix("torch.")}'

@@ -1,15 +1,117 @@
 // What the kernels need of CUDA. Tests give the same names for the CPU.
 #pragma once
 
+#ifndef __CUDACC__
+#include "emulator.h"
+#else
+
+#ifdef __CUDACC_RTC__
+using int32_t = int;
+using int64_t = long long;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+using uintptr_t = unsigned long long;
+#else
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#endif
 
 #define MMVSSM_DEVICE __device__ __forceinline__
 // By value and never copied to a thread's own memory.
 #define MMVSSM_PARAMETER const __grid_constant__
+// Defines a kernel of `threads` threads a CTA, of which a multiprocessor is to hold
+// `ctas`; it takes one structure, by the name `p`.
+#define MMVSSM_KERNEL(entry, Args, threads, ctas)            \
+  extern "C" __global__ void __launch_bounds__(threads, ctas) \
+      entry(MMVSSM_PARAMETER Args p)
 
 namespace mmvssm {
+
+// Dynamic shared memory of the CTA, aligned for copies of 16 bytes.
+MMVSSM_DEVICE char* shared_memory() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+
+// Waits for all threads of the CTA, and for those of the warp. The name is for tests,
+// which take one away at a time.
+#define sync_cta(name) __syncthreads()
+#define sync_warp(name) __syncwarp()
+
+// Asynchronous copies from global to shared memory, both aligned to their size. Those
+// up to a copy_commit are a group; copy_wait leaves the latest kGroups of this thread
+// under way. Other threads see them after a sync_cta behind that.
+template <int kBytes>
+MMVSSM_DEVICE void copy_async(void* shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "as the hardware has them");
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global),
+                 "n"(kBytes)
+                 : "memory");
+}
+MMVSSM_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+MMVSSM_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// d += a b for a (16, 16) and b (16, 8) in 16 bits and d (16, 8) in float32, one warp.
+// With g = lane / 4 and c = lane % 4 * 2 a lane has, two columns of a or rows of b in
+// a register, the lower one in the lower half:
+//   a: (g, c), (g + 8, c), (g, c + 8), (g + 8, c + 8);  b: (c, g), (c + 8, g);
+//   d: (g, c), (g, c + 1), (g + 8, c), (g + 8, c + 1).
+template <bool kIsBfloat16>
+MMVSSM_DEVICE void mma_16816(float (&d)[4], const uint32_t (&a)[4],
+                             const uint32_t (&b)[2]) {
+  if constexpr (kIsBfloat16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
+        "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, "
+        "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// A number that says by itself whether it is there: other CTAs read it until it is not
+// what its memory was filled with. Each is written and read as a whole.
+MMVSSM_DEVICE void publish(uint64_t* to, uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+MMVSSM_DEVICE uint64_t read_published(const uint64_t* from) {
+  uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+// In a loop that waits for another CTA.
+MMVSSM_DEVICE void spin_pause() {}
+
+MMVSSM_DEVICE float rcp_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MMVSSM_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+MMVSSM_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+// Two floats rounded to 16 bits, the first in the lower half.
+MMVSSM_DEVICE uint32_t to_bfloat16x2(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+MMVSSM_DEVICE uint32_t to_half2(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
 
 MMVSSM_DEVICE float exp2_fast(float x) {
   float y;
@@ -62,6 +164,7 @@ MMVSSM_DEVICE float shuffle_xor(float x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 
+#ifndef __CUDACC_RTC__
 template <typename Kernel, typename Problem>
 int launch(Kernel kernel, int64_t blocks, int threads, void* stream,
            const Problem& problem) {
@@ -73,5 +176,8 @@ int launch(Kernel kernel, int64_t blocks, int threads, void* stream,
            static_cast<cudaStream_t>(stream)>>>(problem);
   return cudaGetLastError();
 }
+#endif
 
 }  // namespace mmvssm
+
+#endif  // __CUDACC__
