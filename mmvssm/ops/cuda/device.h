@@ -94,6 +94,10 @@ MMVSSM_DEVICE uint64_t read_published(const uint64_t* from) {
 // In a loop that waits for another CTA.
 MMVSSM_DEVICE void spin_pause() {}
 
+// A condition that seldom holds, as that a chunk is the last one. Where instructions
+// are counted (benchmarks/sass_model.py), what it guards is left out.
+MMVSSM_DEVICE bool rarely(bool condition) { return __builtin_expect(condition, 0); }
+
 MMVSSM_DEVICE float rcp_fast(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

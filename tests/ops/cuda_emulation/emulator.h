@@ -308,6 +308,7 @@ inline void publish(uint64_t* to, uint64_t value) { *to = value; }
 inline uint64_t read_published(const uint64_t* from) { return *from; }
 
 inline float exp2_fast(float x) { return exp2f(x); }
+inline bool rarely(bool condition) { return condition; }
 inline float rcp_fast(float x) { return 1.0f / x; }
 inline float divide_fast(float x, float y) { return x / y; }
 inline int fresh_zero() { return 0; }
