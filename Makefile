@@ -17,7 +17,6 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.mmvssm-installed
 DET_STAMP := $(VENV)/.mmvssm-detection-installed
-TRITON_STAMP := $(if $(filter Linux,$(shell uname)),$(VENV)/.mmvssm-triton-installed)
 DETECTION ?= 1
 KERNELS := mmvssm/ops/cpu
 
@@ -83,16 +82,10 @@ quickstart-det: install-det ## Train, evaluate and draw a small VMamba Mask R-CN
 	    --work-dir work_dirs/quickstart_det
 
 .PHONY: test
-test: lint $(if $(filter 0,$(DETECTION)),install,install-det) $(TRITON_STAMP) ## Lint, then run every test.
+test: lint $(if $(filter 0,$(DETECTION)),install,install-det) ## Lint, then run every test.
 	@echo '==> tests'
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
 	    --durations 40
-
-# Its interpreter checks the GPU's kernels; nothing else on a CPU needs it.
-$(VENV)/.mmvssm-triton-installed: $(STAMP)
-	@echo '==> triton'
-	@$(INSTALL) -q triton
-	@touch $@
 
 # The forks have the import names of the originals: they share no environment.
 ORIGINALS := .venv-originals

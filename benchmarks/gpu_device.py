@@ -137,7 +137,6 @@ class Device:
             device=platform.processor() or platform.machine(),
             python=platform.python_version(),
             torch=torch.__version__,
-            triton=_version('triton'),
             mamba_ssm=_version('mamba-ssm'),
             timm=_version('timm'),
             nvcc=_last_line('nvcc', '--version'),

@@ -22,6 +22,7 @@ of Vim (with convolution, SiLU and gate) only what any implementation must do is
 counted: reading the map and writing the merged one; projections are left out.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,8 +31,19 @@ from gpu_device import Device
 from timing import Effort
 
 EFFORT = Effort(rounds=10, turn=0.0, limit=0.5)
-# Values that are copied, and values in registers with turns of 16 operations.
-_COPIED, _HELD, _TURNS = 2**29, 2**22, 256
+# Values that are copied, values in registers, and operations on each of these.
+_COPIED, _HELD, _OPERATIONS = 2**29, 2**22, 4096
+# What a GPU does to a value, over and over. torch compiles it by NVRTC.
+_KERNEL = """
+template <typename T>
+T floor_{name}(T x) {{
+  const T factor = x;
+#pragma unroll 16
+  for (int i = 0; i < {operations}; ++i) x = {expression};
+  return x;
+}}
+"""
+_EXPRESSIONS = dict(exp2='exp2f(-x)', fma='fmaf(x, factor, 0.5f)')
 
 
 @dataclass(frozen=True)
@@ -103,9 +115,9 @@ def measure_rates(device: Device, quick: bool = False) -> dict[str, float | None
     functions = {'copy': lambda: target.copy_(source)}
     counts = {'copy': 2 * source.nbytes}
     held = torch.rand(2**14 if quick else _HELD, device=device.name)
-    arithmetic, operations = _arithmetic(device, held, 1 if quick else _TURNS)
-    functions |= arithmetic
-    counts |= dict.fromkeys(arithmetic, operations)
+    operations = (16 if quick else _OPERATIONS) if device.is_cuda else 1
+    functions |= _arithmetic(device, held, operations)
+    counts |= dict.fromkeys(_EXPRESSIONS, held.numel() * operations)
     found = device.measure(functions, EFFORT)
     return {
         name: counts[name] / found[name]['median']
@@ -115,22 +127,23 @@ def measure_rates(device: Device, quick: bool = False) -> dict[str, float | None
     }
 
 
+def kernel_source(name: str, operations: int) -> str:
+    """A function of one value that does nothing but ``exp2`` or ``fma``."""
+    return _KERNEL.format(
+        name=name, operations=operations, expression=_EXPRESSIONS[name]
+    )
+
+
 def _arithmetic(
-    device: Device, held: torch.Tensor, turns: int
-) -> tuple[dict[str, Callable[[], object]], int]:
-    """Functions that only calculate, and how many operations each does."""
+    device: Device, held: torch.Tensor, operations: int
+) -> dict[str, Callable[[], object]]:
+    """Functions that only calculate, so many times on each value."""
     if not device.is_cuda:
         # A stand-in that shows that the rest works.
-        return dict(
-            exp2=lambda: torch.exp2(-held), fma=lambda: held * held + 0.5
-        ), held.numel()
-    try:
-        import gpu_floor_kernels as kernels
-    except ImportError:
-        return {}, 0
-    constants = dict(BLOCK=kernels.BLOCK, UNROLLED=kernels.UNROLLED)
-    grid = (held.numel() // kernels.BLOCK,)
-    return dict(
-        exp2=lambda: kernels.exp2_kernel[grid](held, turns, **constants),
-        fma=lambda: kernels.fma_kernel[grid](held, turns, **constants),
-    ), held.numel() * turns * kernels.UNROLLED
+        return dict(exp2=lambda: torch.exp2(-held), fma=lambda: held * held + 0.5)
+    return {
+        name: functools.partial(
+            torch.cuda.jiterator._create_jit_fn(kernel_source(name, operations)), held
+        )
+        for name in _EXPRESSIONS
+    }

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmvssm.ops import backend_status, choose_backend, mamba_ssm, selective_scan
 
 # Backends of ours that are made for a GPU, and what stands for them on a CPU.
-OURS = {True: ('triton', 'cuda'), False: ('cpu', 'torch')}
+OURS = {True: ('cuda',), False: ('cpu', 'torch')}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections import defaultdict
 COMPILED = ', compiled torch'
 
 # Times of ours are compared with these.
-_OURS = ('cuda', 'triton', 'cpu', 'torch', 'ours')
+_OURS = ('cuda', 'cpu', 'torch', 'ours')
 
 
 def table(parts: dict[str, dict]) -> str:
@@ -17,10 +17,7 @@ def table(parts: dict[str, dict]) -> str:
         None,
     )
     if hardware:
-        lines.append(
-            f'{hardware["device"]}, torch {hardware["torch"]}, '
-            f'Triton {hardware["triton"]}'
-        )
+        lines.append(f'{hardware["device"]}, torch {hardware["torch"]}')
     if 'tests' in parts:
         lines.append(_tests(parts['tests']))
     for part, make in (('op', _op), ('blocks', _blocks), ('models', _models)):

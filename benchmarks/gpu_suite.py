@@ -62,7 +62,7 @@ def run_tests(args: argparse.Namespace, seconds: float) -> int:
     }
     command = ['-m', 'pytest', '-q', '-p', 'no:cacheprovider']
     # The time may run out.
-    files = ('selective_scan', 'ops', 'models', 'tuning')
+    files = ('selective_scan', 'ops', 'models')
     command += [f'tests/gpu/test_{name}.py' for name in files]
     # Most of the time goes into compiling kernels, for which one core is few.
     workers = min(6, (os.cpu_count() or 1) // 2)

@@ -27,7 +27,6 @@ from mmvssm.ops.backends import (
 from mmvssm.ops.cache import CACHE_VARIABLE, cache_folder
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cuda import library as cuda_library
-from mmvssm.ops.triton import tuning
 
 # Import name -> the distributions that supply it; one at most may be there.
 _DISTRIBUTIONS = {
@@ -36,7 +35,6 @@ _DISTRIBUTIONS = {
     'mmseg': ('onedl-mmsegmentation', 'mmsegmentation'),
     'mmdet': ('onedl-mmdetection', 'mmdet'),
     'mamba_ssm': ('mamba-ssm',),
-    'triton': ('triton', 'triton-windows'),
     'torchvision': ('torchvision',),
     'numpy': ('numpy',),
     'safetensors': ('safetensors',),
@@ -71,7 +69,6 @@ def collect_env() -> dict[str, dict[str, str]]:
         'CPU kernels': _kernels(),
         'CUDA kernels': {'compiled into': str(cache_folder())}
         | _variables(cuda_library.LIBRARY_VARIABLE, CACHE_VARIABLE),
-        'Triton kernels': {'measured tiles': _tiles()},
         'Backend a tensor gets': {device: _choice(device) for device in ('cpu', 'cuda')}
         | _variables(ENV_VARIABLE),
     }
@@ -220,14 +217,6 @@ def _kernels() -> dict[str, str]:
         'instruction set': f'{library.isa()} (there are {names})',
         'threads': threads,
     } | variables
-
-
-def _tiles() -> str:
-    """What ``python -m mmvssm.ops.triton.tune`` has measured on this GPU."""
-    key = tuning.device_key()
-    tiles = tuning.table().get(key, {}).values() if key else ()
-    count = sum(map(len, tiles))
-    return f'{count} of this GPU, in {tuning.path()}' if count else 'none'
 
 
 def _variables(*names: str) -> dict[str, str]:

@@ -8,10 +8,8 @@ HERE = Path(__file__).parent
 # them would go on while the other processes have nothing to do.
 LONG_FILES = (
     'slurm/test_jobs.py',
-    'ops/test_triton_interpreted.py',
     'test_packaging.py',
     'ops/test_cuda.py',
-    'ops/test_triton_compiled.py',
     'test_benchmarks.py',
     'benchmarks/test_gpu_suite.py',
     'test_detection_configs.py',

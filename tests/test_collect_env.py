@@ -9,9 +9,7 @@ import mmvssm
 from mmvssm import collect_env as module
 from mmvssm.ops import backend_status
 from mmvssm.ops.backends import ENV_VARIABLE
-from mmvssm.ops.cache import CACHE_VARIABLE
 from mmvssm.ops.cpu import library
-from mmvssm.ops.triton import tuning
 
 
 @pytest.fixture
@@ -32,7 +30,7 @@ def installed(monkeypatch):
 def test_report_names_versions_and_every_backend(capsys):
     module.main()
     report = capsys.readouterr().out
-    for text in (mmvssm.__version__, torch.__version__, 'mmseg', 'mmdet', 'triton'):
+    for text in (mmvssm.__version__, torch.__version__, 'mmseg', 'mmdet'):
         assert text in report
     backends = module.collect_env()['Scan backends']
     assert list(backends) == list(backend_status())
@@ -63,18 +61,6 @@ def test_backend_that_cannot_run_says_why(monkeypatch):
     backends = module.collect_env()['Scan backends']
     assert backends['torch'].startswith('can run')
     assert backends['reference'] == 'cannot run: no reason at all'
-
-
-def test_measured_tiles_are_counted(monkeypatch, tmp_path):
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(tuning, 'device_key', lambda: 'a chip')
-    tuning.table.cache_clear()
-    assert module.collect_env()['Triton kernels']['measured tiles'] == 'none'
-    for sizes in ((1, 2), (3, 4)):
-        tuning.record('scan_tile', sizes, dict(channels=8), 1e-3)
-    text = module.collect_env()['Triton kernels']['measured tiles']
-    tuning.table.cache_clear()
-    assert text == f'2 of this GPU, in {tmp_path / "triton_tiles.json"}'
 
 
 def test_choice_follows_the_environment_variable(monkeypatch):
@@ -138,7 +124,7 @@ def test_missing_packages_are_reported_with_their_use(installed):
     installed({})
     packages = module.collect_env()['Packages']
     assert packages['mmdet'] == 'not installed (needed for detection)'
-    assert packages['triton'] == 'not installed'
+    assert packages['mamba_ssm'] == 'not installed'
 
 
 def test_fork_beside_original_is_a_conflict(installed):

@@ -45,7 +45,7 @@ _RUNNERS = (
     'yapf.yapflib.yapf_api',
 )
 # Who reads them does so when it starts or is imported.
-_READ_AT_START = ('PYTHON', 'LD_', 'MALLOC_', 'TRITON_')
+_READ_AT_START = ('PYTHON', 'LD_', 'MALLOC_')
 
 
 def run(command, *, cwd=None, env=None, timeout=None, merge=False):

@@ -16,7 +16,6 @@ import torch
 from mmvssm.ops import mamba_ssm
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cuda import library as cuda_library
-from mmvssm.ops.triton import runtime
 
 ENV_VARIABLE = 'MMVSSM_SCAN_BACKEND'
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -83,17 +82,6 @@ CPU = Supplier(
     devices=('cpu',),
     dtypes=(torch.float32, torch.bfloat16),
 )
-TRITON = Supplier(
-    'triton',
-    'compiled for the GPU by Triton'
-    + (', here run by its interpreter' if runtime.INTERPRETED else ''),
-    unavailable=runtime.unavailable,
-    devices=('cuda', 'cpu') if runtime.INTERPRETED else ('cuda',),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    states=range(1, 257),
-    # Checked in the interpreter, but not yet run on a GPU.
-    automatic=False,
-)
 CUDA = Supplier(
     'cuda',
     'own CUDA kernels',
@@ -122,8 +110,7 @@ REFERENCE = Supplier(
 
 # By name, in order of preference.
 suppliers: dict[str, Supplier] = {
-    supplier.name: supplier
-    for supplier in (CPU, TRITON, CUDA, MAMBA_SSM, TORCH, REFERENCE)
+    supplier.name: supplier for supplier in (CPU, CUDA, MAMBA_SSM, TORCH, REFERENCE)
 }
 # Those of this package.
 OURS = frozenset(suppliers)

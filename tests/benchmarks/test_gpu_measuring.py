@@ -1,12 +1,13 @@
 """What gpu_suite.sh measures with: times, peak memory, the floor of the card."""
 
 import json
-import os
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from mmvssm.ops.cuda import nvrtc
 
 
 def test_measure_keeps_every_repetition(load, device):
@@ -177,24 +178,22 @@ def test_rates_on_this_machine(load, device):
     assert set(rates) == {'copy', 'exp2', 'fma'} and min(rates.values()) > 1e3
 
 
-def test_floor_kernels_do_what_they_count(load):
+@pytest.mark.parametrize(
+    'name,instruction', [('exp2', 'ex2.approx'), ('fma', 'fma.rn.f32')]
+)
+def test_floor_kernels_do_what_they_count(load, tmp_path, name, instruction):
     """Compiled for a GPU: one instruction for each operation."""
-    triton = pytest.importorskip('triton')
-    if os.environ.get('TRITON_INTERPRET') == '1':
-        pytest.skip('the interpreter leaves nothing to compile')
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernels = load('gpu_floor_kernels')
-    constants = {(2,): kernels.BLOCK, (3,): kernels.UNROLLED}
-    signature = dict(x='*fp32', turns='i32', BLOCK='constexpr', UNROLLED='constexpr')
-    per_thread = kernels.BLOCK * kernels.UNROLLED // 128
-    for kernel, instruction in (
-        (kernels.exp2_kernel, 'ex2.approx'),
-        (kernels.fma_kernel, 'fma.rn.f32'),
-    ):
-        source = ASTSource(kernel, signature, constants)
-        compiled = triton.compile(
-            source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=4)
-        )
-        assert compiled.asm['ptx'].count(instruction) == per_thread
+    library = nvrtc.find_library()
+    if library is None:
+        pytest.skip('there is no NVRTC')
+    source = load('gpu_floor').kernel_source(name, 4096)
+    # torch says itself that functions are for the device.
+    source = source.replace('\nT floor', '\n__device__ T floor')
+    file = tmp_path / 'floor.cu'
+    file.write_text(
+        f'{source}extern "C" __global__ void kernel(float* x)'
+        f' {{ *x = floor_{name}(*x); }}'
+    )
+    ptx = nvrtc.Nvrtc(library).compile(file, {}, 'compute_90').decode()
+    # The loop is unrolled 16 times, and counts by 16.
+    assert ptx.count(instruction) == 16 and ', 16;' in ptx and ', 4096;' in ptx

@@ -110,12 +110,12 @@ def parts():
         name='shape, bf16',
         floor=dict(forward=1e-3, both=4e-3),
         contenders={
-            'triton': dict(
+            'cuda': dict(
                 forward=times(2e-3, 2**20),
                 both=times(8e-3, 2**22),
                 error=dict(output=1e-3, gradients=2e-3),
             ),
-            'cuda': dict(failed_early=None, error=dict(output=0, gradients=0)),
+            'torch': dict(failed_early=None, error=dict(output=0, gradients=0)),
             'mamba_ssm': dict(forward=times(5e-3), both=times(40e-3), error={}),
         },
         left_out={'oflex': 'not installed'},
@@ -133,8 +133,8 @@ def parts():
             shape=dict(depth=depth),
             floor=dict(forward=1e-3, both=2e-3),
             contenders={
-                'triton fused': dict(forward=times(2e-3, 2**20), both=times(6e-3)),
-                'triton unfused': dict(forward=times(6e-3), both=times(12e-3)),
+                'cuda fused': dict(forward=times(2e-3, 2**20), both=times(6e-3)),
+                'cuda unfused': dict(forward=times(6e-3), both=times(12e-3)),
                 'published (oflex)': dict(forward=times(10e-3), both=times(30e-3)),
             },
             left_out={},
@@ -144,14 +144,14 @@ def parts():
         name='net, 8x8, b4, bf16, eager',
         case=dict(batch=4),
         contenders={
-            'triton': dict(inference=times(2e-2), training=times(8e-2)),
+            'cuda': dict(inference=times(2e-2), training=times(8e-2)),
             'mamba_ssm': dict(inference=times(4e-2), training=times(8e-2)),
             'deit_t, fused': dict(inference=times(1e-2), training=times(4e-2)),
             'deit_t, unfused': dict(inference=times(3e-2), training=times(9e-2)),
         },
         left_out={},
     )
-    hardware = dict(device='Chip', torch='9.9', triton='8.8')
+    hardware = dict(device='Chip', torch='9.9')
     return dict(
         tests={'passed': 12, 'failed': 1, 'failures': ['t.py::a'], 'why': None},
         op=dict(runs=[dict(hardware=hardware)], rows=[op, compiled], left_out=['x']),
@@ -163,14 +163,14 @@ def parts():
 def test_table(load):
     report = load('gpu_report')
     lines = report.table(parts()).splitlines()
-    assert lines[0] == 'Chip, torch 9.9, Triton 8.8'
+    assert lines[0] == 'Chip, torch 9.9'
     assert lines[1] == 'tests: 12 passed, 1 failed' and lines[2] == '  t.py::a'
     text = '\n'.join(' '.join(line.split()) for line in lines)
-    assert 'shape, bf16 f triton 2.000 2.00x 2.50x - 11.00x 1 1.0e-03' in text
-    assert 'shape, bf16 f+b triton 8.000 2.00x 5.00x - - 4 2.0e-03' in text
+    assert 'shape, bf16 f cuda 2.000 2.00x 2.50x - 11.00x 1 1.0e-03' in text
+    assert 'shape, bf16 f+b cuda 8.000 2.00x 5.00x - - 4 2.0e-03' in text
     # Twice 2 ms and three times 2 ms.
-    assert 'net (2 stages) f triton fused 10.000 2.00x 3.00x 5.00x 1 -' in text
-    assert 'b4, bf16, eager inference triton 200.0 2.00x 0.50x 1.50x' in text
+    assert 'net (2 stages) f cuda fused 10.000 2.00x 3.00x 5.00x 1 -' in text
+    assert 'b4, bf16, eager inference cuda 200.0 2.00x 0.50x 1.50x' in text
     assert 'op: oflex left out: not installed (1 of 2 rows)' in text
     assert 'op: torch, both: OOM (1 of 2 rows)' in text
     assert 'models: OOM (1 of 2 rows)' in text
@@ -179,10 +179,10 @@ def test_table(load):
 
 def test_ours_is_the_fastest_that_is_whole(load):
     ours_of = load('gpu_report').ours_of
-    medians = {'triton': 2.0, 'cuda': 1.0, 'torch unfused': 0.1, 'mamba_ssm': 0.5}
+    medians = {'torch': 2.0, 'cuda': 1.0, 'torch unfused': 0.1, 'mamba_ssm': 0.5}
     assert ours_of(list(medians), medians) == 'cuda'
     assert ours_of(['mamba_ssm'], medians) is None
-    assert ours_of(['triton'], dict(triton=None)) is None
+    assert ours_of(['cuda'], dict(cuda=None)) is None
 
 
 # The suite

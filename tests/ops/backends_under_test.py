@@ -1,10 +1,8 @@
 """The scan backends that tests run on, and how exact each one is.
 
-They are those for tensors on the CPU; in a process where Triton is interpreted
-(see ``test_triton_interpreted.py``), Triton.
-What cannot run here is skipped with the reason. MMVSSM_REQUIRE_KERNELS=1, which
-also makes a failed build an error, turns the absence of the compiled kernels
-into failures.
+They are those for tensors on the CPU. What cannot run here is skipped with the
+reason. MMVSSM_REQUIRE_KERNELS=1, which also makes a failed build an error, turns
+the absence of the compiled kernels into failures.
 """
 
 import os
@@ -14,18 +12,13 @@ import torch
 
 from mmvssm.ops import backend_status, backends, list_backends
 from mmvssm.ops.cpu import library
-from mmvssm.ops.triton import runtime
 
-BACKENDS = (
-    ['triton']
-    if runtime.INTERPRETED
-    else [
-        name
-        for name in list_backends()
-        if backends.suppliers[name].devices is None
-        or backends.suppliers[name].devices == ('cpu',)
-    ]
-)
+BACKENDS = [
+    name
+    for name in list_backends()
+    if backends.suppliers[name].devices is None
+    or backends.suppliers[name].devices == ('cpu',)
+]
 FAST_BACKENDS = [name for name in BACKENDS if name != 'reference']
 ISAS = ('baseline', 'avx2', 'avx512')
 _KERNELS_REQUIRED = os.environ.get('MMVSSM_REQUIRE_KERNELS', '0') not in ('', '0')
@@ -41,14 +34,6 @@ def precision(backend: str) -> tuple[torch.dtype, float]:
     if takes(backend, torch.float64):
         return torch.float64, 1e-12
     return torch.float32, 2e-6
-
-
-def half_precision(backend: str) -> torch.dtype:
-    """A dtype of 16 bits to which the backend rounds as it should.
-
-    Triton's interpreter cuts bfloat16 off.
-    """
-    return torch.float16 if backend == 'triton' else torch.bfloat16
 
 
 def skips(backend: str) -> tuple[pytest.MarkDecorator, ...]:

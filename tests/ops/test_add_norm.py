@@ -7,7 +7,6 @@ from mmvssm.ops import add_rms_norm
 from .backends_under_test import (
     BACKENDS,
     FAST_BACKENDS,
-    half_precision,
     on,
     on_backends,
     precision,
@@ -65,7 +64,7 @@ def test_eps(backend):
     [
         on(backend, dtype)
         for backend in BACKENDS
-        for dtype in {half_precision(backend), torch.float16}
+        for dtype in (torch.bfloat16, torch.float16)
         if takes(backend, dtype)
     ],
 )

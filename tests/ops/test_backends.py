@@ -5,7 +5,6 @@ import torch
 
 from mmvssm import ops
 from mmvssm.ops import backends
-from mmvssm.ops.triton import runtime
 
 from .bidirectional_inputs import call as call_bidirectional
 from .bidirectional_inputs import make_inputs
@@ -65,12 +64,10 @@ def test_unknown_names(monkeypatch):
 
 def test_status_and_reasons(monkeypatch):
     without_kernels(monkeypatch)
-    without_kernels(monkeypatch, 'not installed', name='triton')
     without_kernels(monkeypatch, 'no compiler', name='cuda')
     without_kernels(monkeypatch, 'not installed', name='mamba_ssm')
     assert ops.backend_status() == {
         'cpu': 'not compiled',
-        'triton': 'not installed',
         'cuda': 'no compiler',
         'mamba_ssm': 'not installed',
         'torch': None,
@@ -93,7 +90,7 @@ def test_status_and_reasons(monkeypatch):
     with pytest.raises(ops.BackendUnavailableError, match='cpu tensors, not cuda'):
         ops.choose_backend('cuda', torch.float32, 'cpu')
     with pytest.raises(ops.BackendUnavailableError, match='cuda tensors, not cpu'):
-        ops.choose_backend('cpu', torch.float32, 'triton')
+        ops.choose_backend('cpu', torch.float32, 'cuda')
 
 
 def test_states_of_a_call(monkeypatch):
@@ -101,9 +98,9 @@ def test_states_of_a_call(monkeypatch):
     monkeypatch.setitem(backends.suppliers, 'cpu', few)
     monkeypatch.setitem(
         backends.suppliers,
-        'triton',
+        'cuda',
         dataclasses.replace(
-            backends.suppliers['triton'], devices=None, unavailable=lambda: None
+            backends.suppliers['cuda'], devices=None, unavailable=lambda: None
         ),
     )
     without_kernels(monkeypatch, None)
@@ -112,9 +109,9 @@ def test_states_of_a_call(monkeypatch):
     assert ops.choose_backend('cpu', torch.float32, states=4) == 'torch'
     with pytest.raises(ops.BackendUnavailableError, match='takes 1/8/16 states, not 4'):
         ops.choose_backend('cpu', torch.float32, 'cpu', states=4)
-    assert ops.choose_backend('cpu', torch.float32, 'triton', states=256) == 'triton'
+    assert ops.choose_backend('cpu', torch.float32, 'cuda', states=256) == 'cuda'
     with pytest.raises(ops.BackendUnavailableError, match='1 to 256 states, not 257'):
-        ops.choose_backend('cpu', torch.float32, 'triton', states=257)
+        ops.choose_backend('cpu', torch.float32, 'cuda', states=257)
 
 
 @pytest.mark.parametrize('op', ['selective_scan', 'ss2d_scan', 'bidirectional_scan'])
@@ -135,11 +132,9 @@ def test_ops_tell_their_states(monkeypatch, op):
 
 def test_explanation(monkeypatch):
     without_kernels(monkeypatch, None)
-    without_kernels(monkeypatch, 'not installed', name='triton')
     without_kernels(monkeypatch, 'not installed', name='mamba_ssm')
     assert ops.explain_backend('cpu', torch.float32, states=16) == {
         'cpu': 'chosen: the first that takes it unasked',
-        'triton': 'cannot run: it takes cuda tensors, not cpu',
         'cuda': 'cannot run: it takes cuda tensors, not cpu',
         'mamba_ssm': 'cannot run: it takes cuda tensors, not cpu',
         'torch': 'not needed: cpu is taken',
@@ -148,7 +143,7 @@ def test_explanation(monkeypatch):
     assert list(ops.explain_backend('cpu', torch.float32)) == ops.list_backends()
     found = ops.explain_backend('cuda', torch.float32, states=257)
     assert found['torch'].startswith('chosen')
-    assert found['triton'] == 'cannot run: it takes 1 to 256 states, not 257'
+    assert found['cuda'] == 'cannot run: it takes 1 to 256 states, not 257'
     torch.use_deterministic_algorithms(True)
     found = ops.explain_backend('cuda', torch.float32, states=16)
     assert 'torch.use_deterministic_algorithms' in found['mamba_ssm']
@@ -164,15 +159,4 @@ def test_explanation(monkeypatch):
         found = ops.explain_backend('cpu', torch.float32, 'cpu')
         assert found['cpu'] == 'chosen: asked for by backend='
     with pytest.raises(ops.BackendUnavailableError, match='not cpu'):
-        ops.explain_backend('cpu', torch.float32, 'triton')
-
-
-@pytest.mark.parametrize(
-    'installed,cuda,reason',
-    [(False, True, 'pip install triton'), (True, False, 'no CUDA'), (True, True, None)],
-)
-def test_what_triton_needs(monkeypatch, installed, cuda, reason):
-    monkeypatch.setattr(runtime, '_INSTALLED', installed)
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
-    found = ops.backend_status()['triton']
-    assert found is None if reason is None else reason in found
+        ops.explain_backend('cpu', torch.float32, 'cuda')

@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmvssm.ops import BackendUnavailableError, backend_status, selective_scan
+from mmvssm.ops import (
+    BackendUnavailableError,
+    backend_status,
+    choose_backend,
+    selective_scan,
+)
 from mmvssm.ops.cache import CACHE_VARIABLE
 from mmvssm.ops.cuda import build, library
 
@@ -226,6 +231,17 @@ def test_no_compiler(fresh, monkeypatch):
 def test_no_gpu(fresh, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert 'sees no CUDA device' in backend_status()['cuda']
+
+
+def test_rocm(fresh, monkeypatch):
+    """Its tensors are on devices of the type 'cuda', too."""
+    monkeypatch.setattr(torch.version, 'cuda', None)
+    monkeypatch.setattr(torch.version, 'hip', '6.4')
+    reason = "AMD GPUs (ROCm) are served by the backend 'torch'"
+    assert backend_status()['cuda'] == reason
+    with pytest.raises(BackendUnavailableError, match="'cuda' cannot run: AMD GPUs"):
+        choose_backend('cuda', torch.float32, 'cuda')
+    assert choose_backend('cuda', torch.float32) == 'torch'
 
 
 def test_old_gpu(fresh, monkeypatch):

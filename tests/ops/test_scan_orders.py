@@ -20,7 +20,6 @@ from mmvssm.ops import (
 from mmvssm.ops.cpu import library
 from mmvssm.ops.scan_orders import kernel_orders
 from mmvssm.ops.scan_orders.gather import merge_orders, read_orders
-from mmvssm.ops.triton import runtime
 from parity import Case
 
 from .backends_under_test import (
@@ -38,8 +37,6 @@ NAMES = [
     *('windows2', 'windows7', 'zigzag'),
 ]
 SIZES = [(5, 7), (1, 6), (6, 1), (4, 4)]
-# Triton's interpreter takes its time, and its kernels read any table alike.
-SCANNED = [(3, 2)] if runtime.INTERPRETED else SIZES
 DOCS = Path(__file__).parents[2] / 'docs' / 'scan_orders.md'
 CPU = torch.device('cpu')
 names = pytest.mark.parametrize('name', NAMES)
@@ -281,7 +278,7 @@ def test_number_of_parameters_is_checked():
 
 
 @backends
-@pytest.mark.parametrize('size', SCANNED)
+@pytest.mark.parametrize('size', SIZES)
 @names
 def test_matches_the_definition(name, size, backend):
     check(name, (2, 5, *size), backend)

@@ -8,12 +8,10 @@ from mmvssm.ops.add_norm.cpu_backend import CpuNorm
 from mmvssm.ops.add_norm.declaration import ADD_RMS_NORM, NormInputs, NormOptions
 from mmvssm.ops.add_norm.reference import ReferenceNorm
 from mmvssm.ops.add_norm.torch_backend import TorchNorm
-from mmvssm.ops.add_norm.triton_backend import TritonNorm
 from mmvssm.ops.contract import Call
 
 ADD_RMS_NORM.supply(
     CpuNorm(),
-    TritonNorm(),
     ReferenceNorm(),
     composed=lambda name: TorchNorm(backends.suppliers[name]),
 )

@@ -13,12 +13,10 @@ from mmvssm.ops.bidirectional_scan.declaration import (
 )
 from mmvssm.ops.bidirectional_scan.direction import Direction
 from mmvssm.ops.bidirectional_scan.reference import ReferenceBidirectional
-from mmvssm.ops.bidirectional_scan.triton_backend import TritonBidirectional
 from mmvssm.ops.contract import Call
 
 BIDIRECTIONAL_SCAN.supply(
     CpuBidirectional(),
-    TritonBidirectional(),
     ReferenceBidirectional(),
     composed=lambda name: ComposedBidirectional(backends.suppliers[name]),
 )

@@ -58,6 +58,8 @@ _failure: list[str] = []
 @assume_constant_result
 def unavailable() -> str | None:
     """Why the kernels cannot run here, or None; nothing is compiled to find out."""
+    if torch.version.hip is not None:
+        return "AMD GPUs (ROCm) are served by the backend 'torch'"
     if _failure:
         return _failure[0]
     path = os.environ.get(LIBRARY_VARIABLE)

@@ -1,10 +1,10 @@
 """The selective scan by own CUDA kernels, forward and backward.
 
-As the Triton backend does it: the states before every chunk of positions are
-kept for the backward pass, which recomputes the rest; where batch and channels
-alone would leave most of a GPU idle, the sequence is cut into stretches that
-run side by side; sums are made of parts that are added in a fixed order, so the
-same inputs give the same bits. See ``mmvssm/ops/cuda/`` for the kernels.
+The states before every chunk of positions are kept for the backward pass, which
+recomputes the rest; where batch and channels alone would leave most of a GPU idle,
+the sequence is cut into stretches that run side by side; sums are made of parts
+that are added in a fixed order, so the same inputs give the same bits. See
+``mmvssm/ops/cuda/`` for the kernels.
 """
 
 from dataclasses import dataclass, field

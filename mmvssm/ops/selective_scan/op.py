@@ -15,11 +15,9 @@ from mmvssm.ops.selective_scan.declaration import (
 from mmvssm.ops.selective_scan.mamba_ssm_backend import MambaSsmScan
 from mmvssm.ops.selective_scan.reference import ReferenceScan
 from mmvssm.ops.selective_scan.torch_backend import TorchScan
-from mmvssm.ops.selective_scan.triton_backend import TritonScan
 
 SELECTIVE_SCAN.supply(
     CpuScan(),
-    TritonScan(),
     CudaScan(),
     MambaSsmScan(),
     TorchScan(backends.TORCH),

@@ -12,11 +12,9 @@ from mmvssm.ops.ss2d_scan.cpu_backend import CpuSs2d
 from mmvssm.ops.ss2d_scan.cuda_backend import CudaSs2d
 from mmvssm.ops.ss2d_scan.declaration import SS2D_SCAN, Ss2dInputs, Ss2dOptions
 from mmvssm.ops.ss2d_scan.reference import ReferenceSs2d
-from mmvssm.ops.ss2d_scan.triton_backend import TritonSs2d
 
 SS2D_SCAN.supply(
     CpuSs2d(),
-    TritonSs2d(),
     CudaSs2d(),
     ReferenceSs2d(),
     composed=lambda name: ComposedSs2d(backends.suppliers[name]),

@@ -1,1 +1,0 @@
-"""What the Triton backends of the ops share."""
