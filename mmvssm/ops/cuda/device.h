@@ -55,6 +55,21 @@ MMVSSM_DEVICE void copy_async(void* shared, const void* global) {
                  "n"(kBytes)
                  : "memory");
 }
+// The same, or zeros where `there` is false; nothing is read then.
+template <int kBytes>
+MMVSSM_DEVICE void copy_async_or_zero(void* shared, const void* global, bool there) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "as the hardware has them");
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int bytes = there ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+                 "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global),
+                 "n"(kBytes), "r"(bytes)
+                 : "memory");
+}
 MMVSSM_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroups>
 MMVSSM_DEVICE void copy_wait() {
@@ -79,6 +94,34 @@ MMVSSM_DEVICE void mma_16816(float (&d)[4], const uint32_t (&a)[4],
         "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// d = a b + c, which may be another matrix.
+template <bool kIsBfloat16>
+MMVSSM_DEVICE void mma_16816(float (&d)[4], const uint32_t (&a)[4],
+                             const uint32_t (&b)[2], const float (&c)[4]) {
+  if constexpr (kIsBfloat16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
+        "{%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]),
+          "f"(c[1]), "f"(c[2]), "f"(c[3]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, "
+        "{%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]),
+          "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// The operand a of mma_16816 from shared memory: lane i gives the address of row i % 16
+// at column i / 16 * 8, aligned to 16 bytes.
+MMVSSM_DEVICE void load_matrix(uint32_t (&a)[4], const void* shared) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(from)
+               : "memory");
 }
 
 // A number that says by itself whether it is there: other CTAs read it until it is not

@@ -290,6 +290,11 @@ void copy_async(void* to, const void* from) {
   Fiber* fiber = machine.fiber;
   fiber->copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), kBytes, fiber->group});
 }
+template <int kBytes>
+void copy_async_or_zero(void* to, const void* from, bool there) {
+  alignas(16) static const char zeros[16] = {};
+  copy_async<kBytes>(to, there ? from : zeros);
+}
 inline void copy_commit() { ++machine.fiber->group; }
 template <int kGroups>
 void copy_wait() {
@@ -366,6 +371,32 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     }
   }
 }
+
+template <bool kIsBfloat16>
+void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+               const float (&c)[4]) {
+  memcpy(d, c, sizeof d);
+  mma_16816<kIsBfloat16>(d, a, b);
+}
+
+inline void load_matrix(uint32_t (&a)[4], const void* from) {
+  const auto address = reinterpret_cast<uintptr_t>(from);
+  if (address % 16) {
+    std::fprintf(stderr, "a row of a matrix is not aligned\n");
+    std::abort();
+  }
+  const uint32_t values[2] = {static_cast<uint32_t>(address),
+                              static_cast<uint32_t>(address >> 32)};
+  unsigned turn;
+  const Fiber* const* lanes = exchange(values, &turn);
+  const int own = machine.thread.x % kLanesOfWarp;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t* row = lanes[i * 8 + own / 4]->offered[turn];
+    const uintptr_t start = row[0] | static_cast<uintptr_t>(row[1]) << 32;
+    memcpy(&a[i], reinterpret_cast<const char*>(start) + own % 4 * 4, 4);
+  }
+}
+
 
 }  // namespace mmvssm
 
