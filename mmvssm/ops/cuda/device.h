@@ -185,6 +185,16 @@ MMVSSM_DEVICE uint16_t to_bfloat16(float x) {
   return bits;
 }
 
+// base + x y bytes, in one instruction; in global memory.
+MMVSSM_DEVICE const char* global_address(const char* base, int x, int y) {
+  uint64_t found;
+  asm("mad.wide.s32 %0, %1, %2, %3;"
+      : "=l"(found)
+      : "r"(x), "r"(y), "l"(reinterpret_cast<uint64_t>(base)));
+  // Generic addresses of global memory are these numbers; now the compiler knows.
+  return static_cast<const char*>(__cvta_global_to_generic(found));
+}
+
 // base + x y bytes, in one instruction.
 MMVSSM_DEVICE char* address(char* base, int x, int y) {
   uint64_t found;

@@ -39,8 +39,10 @@ struct ScanPointers {
   float* saved;               // states before the chunks but the first, or null:
                               // (chunks - 1, batch, channel)
   float* last_state;          // (batch, channel), or null
-  const int32_t* order;       // (length), -1 for a padded place; null for a route
-  int64_t route;
+  const int32_t* order;  // (length), -1 for a padded place; null for a route:
+  int32_t start, step;   // position t is number start + step t, 1 or -1, of the rows
+  int32_t columns;       // or of the columns of a map
+  int32_t unused;
 };
 
 constexpr int kScans = 4;  // of a launch, at most
@@ -92,13 +94,18 @@ struct Chain {
 MMVSSM_DEVICE int place_of(const Args& p, const ScanPointers& scan, int t) {
   if (t >= p.length) return -1;
   if (scan.order != nullptr) return scan.order[t];
-  if (scan.route >= 2) t = p.length - 1 - t;
-  if (scan.route % 2 == 1) {
+  t = scan.start + scan.step * t;
+  if (scan.columns) {
     const uint64_t product = static_cast<uint64_t>(2u * t) * p.height_inverse;
     const int column = static_cast<uint32_t>(product >> 32) >> p.height_shift;
     t = (t - column * p.height) * p.width + column;
   }
   return t;
+}
+
+// Where a place is in a row of an array; the stride, in bytes, is one of 32 bits.
+MMVSSM_DEVICE const char* at(const char* row, int place, int64_t stride) {
+  return global_address(row, place, static_cast<int>(stride));
 }
 
 // Values as they are in memory, and what they stand for
@@ -154,17 +161,26 @@ MMVSSM_DEVICE void load_channels(const char* from, float (&x)[kWidth]) {
     unpack<kDtype>(*reinterpret_cast<const uint32_t*>(from), x[0], x[1]);
   }
 }
+
+// The same as they are in memory.
+template <int kDtype>
+MMVSSM_DEVICE auto pack_channels(const float (&x)[kWidth]) {
+  if constexpr (kDtype == kFloat32 && kWidth == 4)
+    return float4{x[0], x[1], x[2], x[3]};
+  else if constexpr (kDtype == kFloat32)
+    return float2{x[0], x[1]};
+  else if constexpr (kWidth == 4)
+    return uint2{pack<kDtype>(x[0], x[1]), pack<kDtype>(x[2], x[3])};
+  else
+    return pack<kDtype>(x[0], x[1]);
+}
+template <typename Packed>
+MMVSSM_DEVICE void store_packed(char* to, Packed x) {
+  *reinterpret_cast<Packed*>(to) = x;
+}
 template <int kDtype>
 MMVSSM_DEVICE void store_channels(char* to, const float (&x)[kWidth]) {
-  if constexpr (kDtype == kFloat32 && kWidth == 4)
-    *reinterpret_cast<float4*>(to) = float4{x[0], x[1], x[2], x[3]};
-  else if constexpr (kDtype == kFloat32)
-    *reinterpret_cast<float2*>(to) = float2{x[0], x[1]};
-  else if constexpr (kWidth == 4)
-    *reinterpret_cast<uint2*>(to) =
-        uint2{pack<kDtype>(x[0], x[1]), pack<kDtype>(x[2], x[3])};
-  else
-    *reinterpret_cast<uint32_t*>(to) = pack<kDtype>(x[0], x[1]);
+  store_packed(to, pack_channels<kDtype>(x));
 }
 
 // The channels of this thread among those of the CTA.
@@ -185,30 +201,22 @@ struct Own {
       x[c] = from != nullptr && c < count ? from[channel + c] : 0.0f;
   }
 
-  // In an array whose next channel is `stride` bytes on. With VECTOR either all
-  // channels of a thread are there or none.
+  // In an array whose next channel is `stride` bytes on, if there is such a place. With
+  // VECTOR either all channels of a thread are there or none.
   template <int kDtype>
-  MMVSSM_DEVICE void store(char* to, int64_t stride, const float (&x)[kWidth]) const {
+  MMVSSM_DEVICE void store(char* to, int64_t stride, bool there,
+                           const float (&x)[kWidth]) const {
     if constexpr (VECTOR) {
-      if (count > 0) store_channels<kDtype>(to, x);
+      const auto packed = pack_channels<kDtype>(x);
+      if (there && count > 0) store_packed(to, packed);
     } else {
 #pragma unroll
       for (int c = 0; c < kWidth; ++c)
-        if (c < count) store_one<kDtype>(to + c * stride, x[c]);
-    }
-  }
-  template <int kDtype>
-  MMVSSM_DEVICE void fetch(const char* from, int64_t stride, float (&x)[kWidth]) const {
-    if constexpr (VECTOR) {
-      if (count > 0) load_channels<kDtype>(from, x);
-    } else {
-#pragma unroll
-      for (int c = 0; c < kWidth; ++c)
-        if (c < count) x[c] = to_float<kDtype>(load_bits<kDtype>(from + c * stride));
+        if (there && c < count) store_one<kDtype>(to + c * stride, x[c]);
     }
   }
   MMVSSM_DEVICE void store_states(float* to, const float (&x)[kWidth]) const {
-    store<kFloat32>(reinterpret_cast<char*>(to + channel), 4, x);
+    store<kFloat32>(reinterpret_cast<char*>(to + channel), 4, true, x);
   }
 };
 

@@ -44,14 +44,13 @@ struct Step {
   }
 };
 
-// The steps of the teams. With a rank they lie where each team has read its step sizes.
+// The steps of the teams.
 struct TeamSteps {
-  static constexpr int kRow = (kProjects ? kDtPitch : kChannels) * 4;
-  static constexpr int kTeam = (kProjects ? kOwn : 2) * kRow;
+  static constexpr int kRow = kChannels * 4, kTeam = 2 * kRow;
   char* base;  // of own channels
 
   MMVSSM_DEVICE TeamSteps(char* smem, const Own& own)
-      : base(smem + Layout::kDt + own.channel * 4) {}
+      : base(smem + Layout::kSteps + own.channel * 4) {}
   MMVSSM_DEVICE void put(int team, Step& step) const {
     step.limit();
     step.put(base + team * kTeam, kRow);

@@ -27,11 +27,25 @@ struct Recurrence {
                            u);
   }
 
+  // B (0) or C (1) at own positions.
+  static MMVSSM_DEVICE void read_weights(const char* smem, const Own& own, int buffer,
+                                         int which, float (&x)[kOwn]) {
+    const float4* from = reinterpret_cast<const float4*>(
+        smem + Layout::kWeights +
+        ((2 * buffer + which) * kPositions + own.team * kOwn) * 4);
+#pragma unroll
+    for (int i = 0; i < kOwn / 4; ++i) {
+      const float4 four = from[i];
+      x[4 * i] = four.x, x[4 * i + 1] = four.y;
+      x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+    }
+  }
+
   // From zero; returns the step of all own positions.
   MMVSSM_DEVICE Step start(const char* smem, const StepSizes& sizes, const Own& own,
                            const Parameters& parameters, int buffer, int left) {
-    const float2* weights = reinterpret_cast<const float2*>(smem + Layout::kWeights) +
-                            buffer * kPositions + own.team * kOwn;
+    float B[kOwn];
+    read_weights(smem, own, buffer, 0, B);
     Step step;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -39,11 +53,10 @@ struct Recurrence {
       sizes.read(buffer, i, dt);
       sizes.finish(i, left, dt);
       read_u(smem, own, buffer, i, u);
-      const float B = weights[i].x;
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
         a[i][c] = exp2_fast(parameters.rate[c] * dt[c]);
-        b[i][c] = dt[c] * u[c] * B;
+        b[i][c] = dt[c] * u[c] * B[i];
         step.added[c] = i == 0 ? b[i][c] : a[i][c] * step.added[c] + b[i][c];
         step.decay[c] = i == 0 ? a[i][c] : a[i][c] * step.decay[c];
       }
@@ -60,34 +73,41 @@ MMVSSM_DEVICE float silu(float z) {
 struct Outputs {
   char* to;
   const char* add;
+  char* sums;  // own places in shared memory
   int places[kOwn];
-  float sums[kOwn][kWidth];
 
   MMVSSM_DEVICE Outputs(const Args& p, const ScanPointers& scan, const Chain& chain,
-                        const Own& own) {
+                        const Own& own, char* smem) {
     to = scan.out + chain.batch * p.out_strides.batch +
          (chain.channel + own.channel) * p.out_strides.channel;
     add = reinterpret_cast<const char*>(scan.add) + chain.batch * p.add_strides.batch +
           (chain.channel + own.channel) * p.add_strides.channel;
+    sums = smem + Layout::kDt + (own.team * kOwn * kDtPitch + own.channel) * 4;
   }
 
-  // Looks up the places, and begins to load what is to be added there.
-  MMVSSM_DEVICE void begin(const Args& p, const ScanPointers& scan, const char* smem,
-                           const Own& own, int buffer) {
+  // Looks up the places, and begins to bring in what is to be added there. No other
+  // thread has to do with that, and the step sizes that lay there have been read.
+  MMVSSM_DEVICE void begin(const Args& p, const char* smem, const Own& own, int buffer) {
+    const int* from = reinterpret_cast<const int*>(smem + Layout::kPlaces) +
+                      buffer * kPositions + own.team * kOwn;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-      places[i] = reinterpret_cast<const int*>(
-          smem + Layout::kPlaces)[buffer * kPositions + own.team * kOwn + i];
+    for (int i = 0; i < kOwn; ++i) places[i] = from[i];
     if constexpr (ADD) {
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
+        const char* row = at(add, places[i], p.add_strides.position);
+        float* sum = reinterpret_cast<float*>(sums + i * kDtPitch * 4);
+        if constexpr (VECTOR) {
+          copy_async_or_zero<kWidth * 4>(sum, row, places[i] >= 0 && own.count > 0);
+        } else {
 #pragma unroll
-        for (int c = 0; c < kWidth; ++c) sums[i][c] = 0.0f;
-        if (scan.add != nullptr && places[i] >= 0)
-          own.fetch<kFloat32>(address(const_cast<char*>(add), places[i],
-                                      static_cast<int>(p.add_strides.position)),
-                              p.add_strides.channel, sums[i]);
+          for (int c = 0; c < kWidth; ++c)
+            sum[c] = places[i] >= 0 && c < own.count ? *reinterpret_cast<const float*>(
+                                           row + c * p.add_strides.channel)
+                                     : 0.0f;
+        }
       }
+      copy_commit();
     }
   }
 
@@ -95,17 +115,17 @@ struct Outputs {
   MMVSSM_DEVICE void finish(const Args& p, const char* smem, const Own& own,
                             const Parameters& parameters, const Recurrence& recurrence,
                             int buffer, float (&h)[kWidth]) {
-    const float2* weights = reinterpret_cast<const float2*>(smem + Layout::kWeights) +
-                            buffer * kPositions + own.team * kOwn;
+    float C[kOwn];
+    Recurrence::read_weights(smem, own, buffer, 1, C);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      float u[kWidth], y[kWidth];
+      float u[kWidth], y[kWidth] = {};
       Recurrence::read_u(smem, own, buffer, i, u);
-      const float C = weights[i].y;
+      if constexpr (ADD) load_channels<kFloat32>(sums + i * kDtPitch * 4, y);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
         h[c] = recurrence.a[i][c] * h[c] + recurrence.b[i][c];
-        y[c] = ADD ? C * h[c] + sums[i][c] : C * h[c];
+        y[c] = ADD ? C[i] * h[c] + y[c] : C[i] * h[c];
         y[c] = parameters.skip[c] * u[c] + y[c];
       }
       if constexpr (GATE) {
@@ -117,10 +137,9 @@ struct Outputs {
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) y[c] *= silu(z[c]);
       }
-      if (places[i] >= 0)
-        own.store<OUT_DTYPE>(
-            address(to, places[i], static_cast<int>(p.out_strides.position)),
-            p.out_strides.channel, y);
+      own.store<OUT_DTYPE>(
+          const_cast<char*>(at(to, places[i], p.out_strides.position)),
+          p.out_strides.channel, places[i] >= 0, y);
     }
   }
 };
@@ -137,7 +156,7 @@ MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, (511 + THREADS) / THREAD
   const StepSizes sizes(scan, chain, own, smem);
   const TeamSteps teams(smem, own);
   float* carry = reinterpret_cast<float*>(smem + Layout::kCarry) + own.channel;
-  Outputs outputs(p, scan, chain, own);
+  Outputs outputs(p, scan, chain, own, smem);
   Supply supply(p, chain);
   Held held;
   if constexpr (kProjects) {
@@ -151,6 +170,7 @@ MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, (511 + THREADS) / THREAD
     store_channels<kFloat32>(reinterpret_cast<char*>(carry), zeros);
   }
 
+  float* saved = scan.saved + (static_cast<int64_t>(chain.batch) * (p.chunks - 1)) * p.groups * p.group_size + chain.channel;
   int buffer = 0;
 #pragma unroll 1
   for (int chunk = chain.begin; chunk < chain.end; ++chunk) {
@@ -163,29 +183,35 @@ MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, (511 + THREADS) / THREAD
       project(smem);
       sync_cta("dt");
     }
-    if (scan.last_state != nullptr && left < kOwn) sizes.hide(buffer, left);
+    if (rarely(left < kOwn && scan.last_state != nullptr)) {
+      sizes.hide(buffer, left);
+    }
     Recurrence recurrence;
     Step step = recurrence.start(smem, sizes, own, parameters, buffer, left);
     teams.put(own.team, step);
-    outputs.begin(p, scan, smem, own, buffer);
+    outputs.begin(p, smem, own, buffer);
     sync_cta("exchange");
     if (more) supply.put(smem, buffer ^ 1, held);
     float h[kWidth];
-    if (p.published != nullptr)
+    load_channels<kFloat32>(reinterpret_cast<char*>(carry + buffer * kChannels), h);
+    if (rarely(p.published != nullptr)) {
       look_back(p, smem, own, chunk, teams, h);
-    else
-      load_channels<kFloat32>(reinterpret_cast<char*>(carry + buffer * kChannels), h);
+    }
     if (scan.saved != nullptr && own.team == 0 && chunk > 0)
-      own.store_states(scan.saved + chain.row(p, chunk - 1), h);
+      own.store_states(saved + static_cast<int64_t>(chunk - 1) * (p.groups * p.group_size), h);
     teams.walk(own.team, h);
+    if constexpr (ADD) copy_wait<0>();
     outputs.finish(p, smem, own, parameters, recurrence, buffer, h);
     buffer ^= 1;
-    if (own.team == kTeams - 1) {
+    if (own.team == kTeams - 1)
       store_channels<kFloat32>(reinterpret_cast<char*>(carry + buffer * kChannels), h);
-      if (p.published != nullptr && chunk % kLookBack == kLookBack - 1)
-        Published(p, own).put_state(chunk, h);
-      if (scan.last_state != nullptr && chunk + 1 == p.chunks)
-        own.store_states(scan.last_state + chain.row(p, 0), h);
-    }
+  }
+  if (own.team == kTeams - 1) {
+    float h[kWidth];
+    load_channels<kFloat32>(reinterpret_cast<char*>(carry + buffer * kChannels), h);
+    if (p.published != nullptr && chain.end % kLookBack == 0)
+      Published(p, own).put_state(chain.end - 1, h);
+    if (scan.last_state != nullptr && chain.end == p.chunks)
+      own.store_states(scan.last_state + chain.row(p, 0), h);
   }
 }

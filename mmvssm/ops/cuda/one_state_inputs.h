@@ -39,9 +39,12 @@ struct Layout {
       kLowRank + (kProjects ? kTerms * kPositions * kRankPitch * 2 : 0);
   static constexpr int kBias =
       kFragments + kWeightTerms * kRankTiles * kChannelTiles * 32 * 8;
-  static constexpr int kDt = kBias + (kProjects ? kChannels * 4 : 0);
+  static constexpr int kSteps = kBias + (kProjects ? kChannels * 4 : 0);
+  // Step sizes before the softplus, and then, where they have been read, what is to be
+  // added to the outputs.
+  static constexpr int kDt = kSteps + kTeams * 2 * kChannels * 4;
   static constexpr int kBytes =
-      kDt + (kProjects ? kPositions * kDtPitch : kTeams * 2 * kChannels) * 4;
+      kDt + (kProjects || ADD ? kPositions * kDtPitch * 4 : 0);
 };
 static_assert(Layout::kBytes <= SHARED, "as Python has it");
 
@@ -68,15 +71,15 @@ struct RowCopy {
 
   // Zeros where there is no such place or channel.
   MMVSSM_DEVICE void copy(char* buffer, const Strides& strides, int place) const {
-    const char* row = address(const_cast<char*>(from), place,
-                              static_cast<int>(strides.position));
+    const char* row = at(from, place, strides.position);
     if constexpr (COPY > 0) {
       constexpr int kStep = kHelpers * COPY;
       constexpr int kPieces = kChannels * kSize<kDtype> / kStep;
+      const int there = place >= 0 ? left : 0;
 #pragma unroll
       for (int i = 0; i < kPieces; ++i)
         copy_async_or_zero<COPY>(buffer + to + i * kStep, row + i * kStep,
-                                 place >= 0 && i * kStep < left);
+                                 i * kStep < there);
     } else {
 #pragma unroll 8
       for (int i = 0; i < kChannels / kHelpers; ++i) {
@@ -147,24 +150,19 @@ struct Supply {
       z.copy(smem + Layout::kZ + buffer * kRowsBytes<Z_DTYPE>, p.z_strides, place);
     copy_commit();
     if constexpr (kProjects) fetch_low_rank(p, held);
-    if (helper == 0) {
+    if (helper == 0)
       reinterpret_cast<int*>(smem + Layout::kPlaces)[buffer * kPositions + position] =
           place;
-      held.B = held.C = 0;
-      if (place >= 0) {
-        held.B = load_bits<B_DTYPE>(at(B, p.B_strides));
-        held.C = load_bits<C_DTYPE>(at(C, p.C_strides));
-      }
+    held.B = held.C = 0;
+    if (helper == 0 && place >= 0) {
+      held.B = load_bits<B_DTYPE>(at(B, place, p.B_strides.position));
+      held.C = load_bits<C_DTYPE>(at(C, place, p.C_strides.position));
     }
     place = place_of(p, scan, (chunk + 1) * kPositions + position);
   }
 
-  MMVSSM_DEVICE const char* at(const char* from, const Strides& strides) const {
-    return address(const_cast<char*>(from), place, static_cast<int>(strides.position));
-  }
-
   MMVSSM_DEVICE void fetch_low_rank(const Args& p, Held& held) const {
-    const char* row = at(low_rank, p.delta_strides);
+    const char* row = at(low_rank, place, p.delta_strides.position);
     const int64_t next = PAIRS ? kSize<DELTA_DTYPE> : p.delta_strides.channel;
 #pragma unroll
     for (int i = 0; i < Held::kPairs; ++i) {
@@ -192,9 +190,12 @@ struct Supply {
         if (helper + i * kHelpers < kRankPairs)
           put_pair(smem, helper + i * kHelpers, held.low[i], held.high[i]);
     }
-    if (helper == 0)
-      reinterpret_cast<float2*>(smem + Layout::kWeights)[buffer * kPositions + position] =
-          float2{to_float<B_DTYPE>(held.B) * kLn2, to_float<C_DTYPE>(held.C)};
+    if (helper == 0) {
+      float* weights = reinterpret_cast<float*>(smem + Layout::kWeights) +
+                       buffer * 2 * kPositions + position;
+      weights[0] = to_float<B_DTYPE>(held.B) * kLn2;
+      weights[kPositions] = to_float<C_DTYPE>(held.C);
+    }
   }
 
   MMVSSM_DEVICE void put_pair(char* smem, int pair, uint32_t low, uint32_t high) const {
