@@ -55,6 +55,21 @@ MMVSSM_DEVICE void copy_async(void* shared, const void* global) {
                  "n"(kBytes)
                  : "memory");
 }
+// The same, or zeros where `there` is false; nothing is read then.
+template <int kBytes>
+MMVSSM_DEVICE void copy_async_or_zero(void* shared, const void* global, bool there) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "as the hardware has them");
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int bytes = there ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+                 "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global),
+                 "n"(kBytes), "r"(bytes)
+                 : "memory");
+}
 MMVSSM_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroups>
 MMVSSM_DEVICE void copy_wait() {

@@ -290,6 +290,11 @@ void copy_async(void* to, const void* from) {
   Fiber* fiber = machine.fiber;
   fiber->copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), kBytes, fiber->group});
 }
+template <int kBytes>
+void copy_async_or_zero(void* to, const void* from, bool there) {
+  alignas(16) static const char zeros[16] = {};
+  copy_async<kBytes>(to, there ? from : zeros);
+}
 inline void copy_commit() { ++machine.fiber->group; }
 template <int kGroups>
 void copy_wait() {

@@ -1,0 +1,47 @@
+"""What the CUDA kernels of the selective scan are told."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Scan:
+    """Inputs of the selective scan of a map along one order.
+
+    Attributes:
+        u: (B, D, L), in the order of the image.
+        A: (D, N).
+        B, C: (B, G, N, L).
+        delta: (B, D, L), or None with ``dt_low_rank``.
+        D, bias: (D,) or None.
+        z: (B, D, L) or None.
+        dt_low_rank: Low-rank form of delta (B, R, L), or None with ``delta``.
+        dt_weight: From it to delta (D, R).
+        softplus: Whether delta goes through softplus.
+        width: Of the map; 0 for a plain sequence.
+        route: The order of the positions: 0 row by row (so is a plain sequence), 1
+            column by column, 2 and 3 the same from the end.
+        order: int32 (length,), contiguous: the order in place of a route, with -1
+            for a padded place, or None.
+    """
+
+    u: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    delta: Tensor | None = None
+    D: Tensor | None = None
+    z: Tensor | None = None
+    bias: Tensor | None = None
+    dt_low_rank: Tensor | None = None
+    dt_weight: Tensor | None = None
+    softplus: bool = True
+    width: int = 0
+    route: int = 0
+    order: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Positions, padded ones too."""
+        return self.u.shape[2] if self.order is None else len(self.order)
