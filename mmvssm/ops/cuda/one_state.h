@@ -50,8 +50,8 @@ constexpr int kScans = 4;  // of a launch, at most
 struct Args {
   ScanPointers scans[kScans];
   const char *u, *z;  // (batch, channel, place); z is null without GATE
-  Strides u_strides, z_strides, delta_strides, B_strides, C_strides, out_strides,
-      add_strides;
+  Strides u_strides, z_strides, delta_strides;
+  Strides B_strides, C_strides, out_strides, add_strides;
   uint64_t* published;  // of CTAs that look back, see one_state_exchange.h
   int32_t batch, groups, group_size;  // channels are groups * group_size
   int32_t blocks;                     // of CHANNELS channels in a group

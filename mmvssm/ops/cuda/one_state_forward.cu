@@ -130,9 +130,9 @@ struct Outputs {
       }
       if constexpr (GATE) {
         float z[kWidth];
-        load_channels<Z_DTYPE>(smem + Layout::kZ + buffer * kRowsBytes<Z_DTYPE> +
-                                   (own.team * kOwn + i) * kPitch<Z_DTYPE> +
-                                   own.channel * kSize<Z_DTYPE>,
+        load_channels<U_DTYPE>(smem + Layout::kZ + buffer * kRowsBytes<U_DTYPE> +
+                                   (own.team * kOwn + i) * kPitch<U_DTYPE> +
+                                   own.channel * kSize<U_DTYPE>,
                                z);
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) y[c] *= silu(z[c]);

@@ -31,7 +31,7 @@ struct Layout {
   static constexpr int kU = 0;
   static constexpr int kDelta = kU + 2 * kRowsBytes<U_DTYPE>;
   static constexpr int kZ = kDelta + (kProjects ? 0 : 2 * kRowsBytes<DELTA_DTYPE>);
-  static constexpr int kPlaces = kZ + (GATE ? 2 * kRowsBytes<Z_DTYPE> : 0);
+  static constexpr int kPlaces = kZ + (GATE ? 2 * kRowsBytes<U_DTYPE> : 0);
   static constexpr int kWeights = kPlaces + 2 * kPositions * 4;  // B and C
   static constexpr int kCarry = kWeights + 2 * kPositions * 8;
   static constexpr int kLowRank = kCarry + 2 * kChannels * 4;
@@ -46,7 +46,7 @@ struct Layout {
   static constexpr int kBytes =
       kDt + (kProjects || ADD ? kPositions * kDtPitch * 4 : 0);
 };
-static_assert(Layout::kBytes <= SHARED, "as Python has it");
+static_assert(Layout::kBytes == SHARED, "as Python has it");
 
 // The part of one thread in bringing in rows of an array (batch, channel, place).
 template <int kDtype>
@@ -120,7 +120,7 @@ struct Supply {
   int place;  // of the position in the chunk that is next to be fetched
   RowCopy<U_DTYPE> u;
   RowCopy<kProjects ? kFloat32 : DELTA_DTYPE> delta;
-  RowCopy<Z_DTYPE> z;
+  RowCopy<U_DTYPE> z;
   const char *low_rank, *B, *C;
   const ScanPointers& scan;
 
@@ -147,7 +147,7 @@ struct Supply {
       delta.copy(smem + Layout::kDelta + buffer * kRowsBytes<DELTA_DTYPE>,
                  p.delta_strides, place);
     if constexpr (GATE)
-      z.copy(smem + Layout::kZ + buffer * kRowsBytes<Z_DTYPE>, p.z_strides, place);
+      z.copy(smem + Layout::kZ + buffer * kRowsBytes<U_DTYPE>, p.z_strides, place);
     copy_commit();
     if constexpr (kProjects) fetch_low_rank(p, held);
     if (helper == 0)
@@ -156,7 +156,7 @@ struct Supply {
     held.B = held.C = 0;
     if (helper == 0 && place >= 0) {
       held.B = load_bits<B_DTYPE>(at(B, place, p.B_strides.position));
-      held.C = load_bits<C_DTYPE>(at(C, place, p.C_strides.position));
+      held.C = load_bits<B_DTYPE>(at(C, place, p.C_strides.position));
     }
     place = place_of(p, scan, (chunk + 1) * kPositions + position);
   }
@@ -194,7 +194,7 @@ struct Supply {
       float* weights = reinterpret_cast<float*>(smem + Layout::kWeights) +
                        buffer * 2 * kPositions + position;
       weights[0] = to_float<B_DTYPE>(held.B) * kLn2;
-      weights[kPositions] = to_float<C_DTYPE>(held.C);
+      weights[kPositions] = to_float<B_DTYPE>(held.C);
     }
   }
 
