@@ -9,9 +9,8 @@ namespace mmvssm {
 constexpr int kWarpTiles = kChannelTiles / (kThreads / 32);  // of 8 channels
 static_assert(kWarpTiles * (kThreads / 32) == kChannelTiles, "no rest");
 
-// Puts the weights into shared memory as mma_16816 wants them, and the bias, both
-// times log2(e).
-MMVSSM_DEVICE void prepare_weights(const ScanPointers& scan, const Chain& chain,
+// Puts the weights into shared memory as mma_16816 wants them, times log2(e).
+MMVSSM_DEVICE void put_dt_weight(const ScanPointers& scan, const Chain& chain,
                                    char* smem) {
   constexpr int kCount = kRankTiles * kChannelTiles * 32 * 2;
   uint32_t* fragments = reinterpret_cast<uint32_t*>(smem + Layout::kFragments);
@@ -31,11 +30,6 @@ MMVSSM_DEVICE void prepare_weights(const ScanPointers& scan, const Chain& chain,
 #pragma unroll
     for (int i = 0; i < kWeightTerms; ++i) fragments[i * kCount + index] = terms[i];
   }
-  float* bias = reinterpret_cast<float*>(smem + Layout::kBias);
-  for (int c = threadIdx.x; c < kChannels; c += kThreads)
-    bias[c] = scan.bias != nullptr && c < chain.count
-                  ? scan.bias[chain.channel + c] * kLog2E
-                  : 0.0f;
 }
 
 // The products of the terms of one piece of the rank, the smallest first.
@@ -93,8 +87,8 @@ MMVSSM_DEVICE void project(char* smem) {
   float d[kPositions / 16][kWarpTiles][4], bias[kWarpTiles][4];
 #pragma unroll
   for (int j = 0; j < kWarpTiles; ++j) {
-    const float2 two =
-        *reinterpret_cast<const float2*>(smem + Layout::kBias + (column + 8 * j) * 4);
+    const float2 two = *reinterpret_cast<const float2*>(
+        smem + Layout::kParameters + (kShift * kChannels + column + 8 * j) * 4);
     bias[j][0] = bias[j][2] = two.x;
     bias[j][1] = bias[j][3] = two.y;
   }
@@ -113,23 +107,18 @@ MMVSSM_DEVICE void project(char* smem) {
 // dt of own channels at own positions, log2(e) included.
 struct StepSizes {
   char* from;
-  float shift[kWidth];
 
-  MMVSSM_DEVICE StepSizes(const ScanPointers& scan, const Chain& chain, const Own& own,
-                            char* smem) {
-    if constexpr (kProjects) {
+  MMVSSM_DEVICE StepSizes(const Own& own, char* smem) {
+    if constexpr (kProjects)
       from = smem + Layout::kDt + (own.team * kOwn * kDtPitch + own.channel) * 4;
-    } else {
+    else
       from = smem + Layout::kDelta + own.team * kOwn * kPitch<DELTA_DTYPE> +
              own.channel * kSize<DELTA_DTYPE>;
-      own.load(scan.bias == nullptr ? nullptr : scan.bias + chain.channel, shift);
-#pragma unroll
-      for (int c = 0; c < kWidth; ++c) shift[c] *= kLog2E;
-    }
   }
 
-  // Before the softplus, with the bias.
-  MMVSSM_DEVICE void read(int buffer, int i, float (&x)[kWidth]) const {
+  // Before the softplus, with the bias, which is `shift` where the rank is 0.
+  MMVSSM_DEVICE void read(int buffer, int i, const float (&shift)[kWidth],
+                          float (&x)[kWidth]) const {
     if constexpr (kProjects) {
       load_channels<kFloat32>(from + i * kDtPitch * 4, x);
     } else {

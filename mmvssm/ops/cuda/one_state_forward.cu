@@ -5,15 +5,6 @@
 
 namespace mmvssm {
 
-struct Parameters {
-  float rate[kWidth], skip[kWidth];
-
-  MMVSSM_DEVICE Parameters(const ScanPointers& scan, const Chain& chain, const Own& own) {
-    own.load(scan.A + chain.channel, rate);
-    own.load(scan.D == nullptr ? nullptr : scan.D + chain.channel, skip);
-  }
-};
-
 // Own part of the recurrence, h = a h + b at each position.
 struct Recurrence {
   float a[kOwn][kWidth], b[kOwn][kWidth];
@@ -43,19 +34,21 @@ struct Recurrence {
 
   // From zero; returns the step of all own positions.
   MMVSSM_DEVICE Step start(const char* smem, const StepSizes& sizes, const Own& own,
-                           const Parameters& parameters, int buffer, int left) {
-    float B[kOwn];
+                           int buffer, int left) {
+    float B[kOwn], rate[kWidth], shift[kWidth];
     read_weights(smem, own, buffer, 0, B);
+    get_parameter(smem, kRate, own, rate);
+    get_parameter(smem, kShift, own, shift);
     Step step;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       float dt[kWidth], u[kWidth];
-      sizes.read(buffer, i, dt);
+      sizes.read(buffer, i, shift, dt);
       sizes.finish(i, left, dt);
       read_u(smem, own, buffer, i, u);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        a[i][c] = exp2_fast(parameters.rate[c] * dt[c]);
+        a[i][c] = exp2_fast(rate[c] * dt[c]);
         b[i][c] = dt[c] * u[c] * B[i];
         step.added[c] = i == 0 ? b[i][c] : a[i][c] * step.added[c] + b[i][c];
         step.decay[c] = i == 0 ? a[i][c] : a[i][c] * step.decay[c];
@@ -73,8 +66,7 @@ MMVSSM_DEVICE float silu(float z) {
 struct Outputs {
   char* to;
   const char* add;
-  char* sums;  // own places in shared memory
-  int places[kOwn];
+  char* sums;  // in shared memory
 
   MMVSSM_DEVICE Outputs(const Args& p, const ScanPointers& scan, const Chain& chain,
                         const Own& own, char* smem) {
@@ -85,14 +77,21 @@ struct Outputs {
     sums = smem + Layout::kDt + (own.team * kOwn * kDtPitch + own.channel) * 4;
   }
 
-  // Looks up the places, and begins to bring in what is to be added there. No other
-  // thread has to do with that, and the step sizes that lay there have been read.
-  MMVSSM_DEVICE void begin(const Args& p, const char* smem, const Own& own, int buffer) {
+  static MMVSSM_DEVICE void read_places(const char* smem, const Own& own, int buffer,
+                                        int (&places)[kOwn]) {
     const int* from = reinterpret_cast<const int*>(smem + Layout::kPlaces) +
                       buffer * kPositions + own.team * kOwn;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) places[i] = from[i];
+  }
+
+  // Begins to bring in what is to be added. No other thread has to do with that, and
+  // the step sizes that lay there have been read.
+  MMVSSM_DEVICE void begin(const Args& p, const char* smem, const Own& own,
+                           int buffer) const {
     if constexpr (ADD) {
+      int places[kOwn];
+      read_places(smem, own, buffer, places);
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
         const char* row = at(add, places[i], p.add_strides.position);
@@ -113,9 +112,12 @@ struct Outputs {
 
   // From the state before own positions, which becomes that behind them.
   MMVSSM_DEVICE void finish(const Args& p, const char* smem, const Own& own,
-                            const Parameters& parameters, const Recurrence& recurrence,
-                            int buffer, float (&h)[kWidth]) {
-    float C[kOwn];
+                            const Recurrence& recurrence, int buffer,
+                            float (&h)[kWidth]) const {
+    float C[kOwn], skip[kWidth];
+    int places[kOwn];
+    read_places(smem, own, buffer, places);
+    get_parameter(smem, kSkip, own, skip);
     Recurrence::read_weights(smem, own, buffer, 1, C);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -126,7 +128,7 @@ struct Outputs {
       for (int c = 0; c < kWidth; ++c) {
         h[c] = recurrence.a[i][c] * h[c] + recurrence.b[i][c];
         y[c] = ADD ? C[i] * h[c] + y[c] : C[i] * h[c];
-        y[c] = parameters.skip[c] * u[c] + y[c];
+        y[c] = skip[c] * u[c] + y[c];
       }
       if constexpr (GATE) {
         float z[kWidth];
@@ -152,15 +154,15 @@ MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, (511 + THREADS) / THREAD
   const Chain chain(p);
   const Own own(chain);
   const ScanPointers& scan = p.scans[chain.scan];
-  const Parameters parameters(scan, chain, own);
-  const StepSizes sizes(scan, chain, own, smem);
+  const StepSizes sizes(own, smem);
   const TeamSteps teams(smem, own);
   float* carry = reinterpret_cast<float*>(smem + Layout::kCarry) + own.channel;
-  Outputs outputs(p, scan, chain, own, smem);
+  const Outputs outputs(p, scan, chain, own, smem);
   Supply supply(p, chain);
   Held held;
+  put_parameters(scan, chain, smem);
   if constexpr (kProjects) {
-    prepare_weights(scan, chain, smem);
+    put_dt_weight(scan, chain, smem);
     supply.pad_low_rank(smem);
   }
   supply.fetch(p, smem, chain.begin, 0, held);
@@ -187,7 +189,7 @@ MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, (511 + THREADS) / THREAD
       sizes.hide(buffer, left);
     }
     Recurrence recurrence;
-    Step step = recurrence.start(smem, sizes, own, parameters, buffer, left);
+    Step step = recurrence.start(smem, sizes, own, buffer, left);
     teams.put(own.team, step);
     outputs.begin(p, smem, own, buffer);
     sync_cta("exchange");
@@ -201,7 +203,7 @@ MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, (511 + THREADS) / THREAD
       own.store_states(saved + static_cast<int64_t>(chunk - 1) * (p.groups * p.group_size), h);
     teams.walk(own.team, h);
     if constexpr (ADD) copy_wait<0>();
-    outputs.finish(p, smem, own, parameters, recurrence, buffer, h);
+    outputs.finish(p, smem, own, recurrence, buffer, h);
     buffer ^= 1;
     if (own.team == kTeams - 1)
       store_channels<kFloat32>(reinterpret_cast<char*>(carry + buffer * kChannels), h);

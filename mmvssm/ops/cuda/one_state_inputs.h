@@ -34,19 +34,41 @@ struct Layout {
   static constexpr int kPlaces = kZ + (GATE ? 2 * kRowsBytes<U_DTYPE> : 0);
   static constexpr int kWeights = kPlaces + 2 * kPositions * 4;  // B and C
   static constexpr int kCarry = kWeights + 2 * kPositions * 8;
-  static constexpr int kLowRank = kCarry + 2 * kChannels * 4;
+  static constexpr int kParameters = kCarry + 2 * kChannels * 4;
+  static constexpr int kSteps = kParameters + 3 * kChannels * 4;
+  static constexpr int kLowRank = kSteps + kTeams * 2 * kChannels * 4;
   static constexpr int kFragments =
       kLowRank + (kProjects ? kTerms * kPositions * kRankPitch * 2 : 0);
-  static constexpr int kBias =
-      kFragments + kWeightTerms * kRankTiles * kChannelTiles * 32 * 8;
-  static constexpr int kSteps = kBias + (kProjects ? kChannels * 4 : 0);
   // Step sizes before the softplus, and then, where they have been read, what is to be
   // added to the outputs.
-  static constexpr int kDt = kSteps + kTeams * 2 * kChannels * 4;
+  static constexpr int kDt =
+      kFragments + kWeightTerms * kRankTiles * kChannelTiles * 32 * 8;
   static constexpr int kBytes =
       kDt + (kProjects || ADD ? kPositions * kDtPitch * 4 : 0);
 };
 static_assert(Layout::kBytes == SHARED, "as Python has it");
+
+// What belongs to a channel: kept in shared memory to save registers.
+enum Parameter { kRate, kSkip, kShift };
+
+// A, D, and the bias in the log2 domain.
+MMVSSM_DEVICE void put_parameters(const ScanPointers& scan, const Chain& chain,
+                                  char* smem) {
+  float* to = reinterpret_cast<float*>(smem + Layout::kParameters);
+#pragma unroll 1
+  for (int c = threadIdx.x; c < kChannels; c += kThreads) {
+    const bool there = c < chain.count;
+    to[kRate * kChannels + c] = there ? scan.A[chain.channel + c] : 0.0f;
+    to[kSkip * kChannels + c] = there && scan.D != nullptr ? scan.D[chain.channel + c] : 0.0f;
+    to[kShift * kChannels + c] =
+        there && scan.bias != nullptr ? scan.bias[chain.channel + c] * kLog2E : 0.0f;
+  }
+}
+MMVSSM_DEVICE void get_parameter(const char* smem, Parameter which, const Own& own,
+                                 float (&x)[kWidth]) {
+  load_channels<kFloat32>(
+      smem + Layout::kParameters + (which * kChannels + own.channel) * 4, x);
+}
 
 // The part of one thread in bringing in rows of an array (batch, channel, place).
 template <int kDtype>

@@ -106,9 +106,7 @@ class CudaSs2d(FusedSs2d):
         return gradients_of(inputs, options, grad_x, *rest)
 
 
-def _forward_in_turn(
-    scans: Sequence[Scan], out: Tensor, saved: Tensor | None
-) -> None:
+def _forward_in_turn(scans: Sequence[Scan], out: Tensor, saved: Tensor | None) -> None:
     """Scans of several states, each adding to the sum of those before it."""
     total = torch.empty_like(out, dtype=torch.float32)
     forward = kernels_for(scans[0].A.shape[1]).forward
