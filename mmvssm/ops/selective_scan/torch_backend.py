@@ -44,8 +44,8 @@ class Sizes:
         quarters: Of u's elements; so many it may have in any case.
         beside: Work arrays without states count as so many states.
         positions: Fewest of a chunk.
-        step: Elements of one step of the recurrence that are worth a call, so that
-            no more pieces are needed.
+        step: Elements that one step of the recurrence should have to be worth its
+            call. Where two positions have more, there are no pieces.
     """
 
     work: int
@@ -88,7 +88,8 @@ def _linear_scan_(
     """
     length = b.shape[1]
     pieces, rest = divmod(length, _PIECE)
-    if pieces < 2 or 2 * h.numel() > step:
+    # Every piece is run through twice, so a few of them save no call.
+    if pieces < 4 or 2 * h.numel() > step:
         _run_steps(_steps(a, reverse), _steps(b, reverse), h)
         return
     # The positions that fill no piece come last in the direction of the scan.
