@@ -215,6 +215,19 @@ struct Own {
         if (there && c < count) store_one<kDtype>(to + c * stride, x[c]);
     }
   }
+  // The same of float32 numbers that are read; zero where there is none.
+  MMVSSM_DEVICE void fetch(const char* from, int64_t stride, bool there,
+                           float (&x)[kWidth]) const {
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) x[c] = 0.0f;
+    if constexpr (VECTOR) {
+      if (there && count > 0) load_channels<kFloat32>(from, x);
+    } else {
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c)
+        if (there && c < count) x[c] = *reinterpret_cast<const float*>(from + c * stride);
+    }
+  }
   MMVSSM_DEVICE void store_states(float* to, const float (&x)[kWidth]) const {
     store<kFloat32>(reinterpret_cast<char*>(to + channel), 4, true, x);
   }

@@ -209,8 +209,8 @@ def shared_bytes(constants: Constants) -> int:
         return 2 * CHUNK * padded * (2 if constants[dtype] else 4)
 
     found = rows('U_DTYPE') * (1 + constants['GATE'])
-    # Places, B and C; states from chunk to chunk, parameters, steps of the teams.
-    found += 2 * CHUNK * 3 * 4 + (2 + 3 + CHUNK // OWN * 2) * channels * 4
+    # Places, B and C; states from chunk to chunk, and parameters.
+    found += 2 * CHUNK * 3 * 4 + (2 + 3) * channels * 4
     if rank:
         terms, of_weight = (1, 2) if constants['DELTA_DTYPE'] else (3, 3)
         tiles = -(-rank // 16)
@@ -218,8 +218,8 @@ def shared_bytes(constants: Constants) -> int:
         found += of_weight * tiles * channels // 8 * 32 * 8
     else:
         found += rows('DELTA_DTYPE')
-    if rank or constants['ADD']:
-        found += CHUNK * (channels + 8) * 4
+    rows_of_team = OWN if rank or constants['ADD'] else 2
+    found += CHUNK // OWN * rows_of_team * (channels + 8) * 4
     return found
 
 

@@ -44,13 +44,13 @@ struct Step {
   }
 };
 
-// The steps of the teams.
+// The steps of the teams, in the first two rows of Layout::kDt that each has.
 struct TeamSteps {
-  static constexpr int kRow = kChannels * 4, kTeam = 2 * kRow;
+  static constexpr int kRow = kDtPitch * 4, kTeam = Layout::kDtRows * kRow;
   char* base;  // of own channels
 
   MMVSSM_DEVICE TeamSteps(char* smem, const Own& own)
-      : base(smem + Layout::kSteps + own.channel * 4) {}
+      : base(smem + Layout::kDt + own.channel * 4) {}
   MMVSSM_DEVICE void put(int team, Step& step) const {
     step.limit();
     step.put(base + team * kTeam, kRow);
@@ -61,7 +61,7 @@ struct TeamSteps {
   // The state before a team from that before the first one.
   MMVSSM_DEVICE void walk(int team, float (&h)[kWidth]) const {
 #pragma unroll 1
-    for (int i = 0; i < team; ++i) {
+    for (int i = 0; i < team; ++i) {  // on average some 4 trips
       Step step;
       get(i, step);
       step.apply(h);
@@ -89,9 +89,11 @@ struct Published {
   MMVSSM_DEVICE void put_step(int chunk, Step& step) const {
     step.limit();
 #pragma unroll
-    for (int c = 0; c < kWidth; ++c)
+    for (int c = 0; c < kWidth; ++c) {
+      const uint64_t added = bits_of(step.added[c]);
       publish(steps + static_cast<int64_t>(chunk) * kChannels + c,
-              bits_of(step.decay[c]) | static_cast<uint64_t>(bits_of(step.added[c])) << 32);
+              bits_of(step.decay[c]) | added << 32);
+    }
   }
   MMVSSM_DEVICE void put_state(int chunk, const float (&h)[kWidth]) const {
 #pragma unroll

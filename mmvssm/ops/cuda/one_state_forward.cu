@@ -64,9 +64,11 @@ MMVSSM_DEVICE float silu(float z) {
 
 // Own part of the outputs.
 struct Outputs {
+  static constexpr int kFirst = 2;
   char* to;
   const char* add;
   char* sums;  // in shared memory
+  float first[kFirst][kWidth];
 
   MMVSSM_DEVICE Outputs(const Args& p, const ScanPointers& scan, const Chain& chain,
                         const Own& own, char* smem) {
@@ -85,26 +87,30 @@ struct Outputs {
     for (int i = 0; i < kOwn; ++i) places[i] = from[i];
   }
 
-  // Begins to bring in what is to be added. No other thread has to do with that, and
-  // the step sizes that lay there have been read.
+  // Begins to bring in what is to be added: that of the first positions to registers,
+  // because the team's step is where they would be, and the others where this thread
+  // alone has had its step sizes.
   MMVSSM_DEVICE void begin(const Args& p, const char* smem, const Own& own,
-                           int buffer) const {
+                           int buffer) {
     if constexpr (ADD) {
       int places[kOwn];
       read_places(smem, own, buffer, places);
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
+        const bool there = places[i] >= 0 && own.count > 0;
         const char* row = at(add, places[i], p.add_strides.position);
-        float* sum = reinterpret_cast<float*>(sums + i * kDtPitch * 4);
-        if constexpr (VECTOR) {
-          copy_async_or_zero<kWidth * 4>(sum, row, places[i] >= 0 && own.count > 0);
-        } else {
+        char* sum = sums + i * kDtPitch * 4;
+        if constexpr (VECTOR)
+          if (i >= kFirst) {
+            copy_async_or_zero<kWidth * 4>(sum, row, there);
+            continue;
+          }
+        float x[kWidth];
+        own.fetch(row, p.add_strides.channel, there, x);
+        if (i >= kFirst) store_channels<kFloat32>(sum, x);
 #pragma unroll
-          for (int c = 0; c < kWidth; ++c)
-            sum[c] = places[i] >= 0 && c < own.count ? *reinterpret_cast<const float*>(
-                                           row + c * p.add_strides.channel)
-                                     : 0.0f;
-        }
+        for (int c = 0; c < kWidth; ++c)
+          if (i < kFirst) first[i][c] = x[c];
       }
       copy_commit();
     }
@@ -123,10 +129,11 @@ struct Outputs {
     for (int i = 0; i < kOwn; ++i) {
       float u[kWidth], y[kWidth] = {};
       Recurrence::read_u(smem, own, buffer, i, u);
-      if constexpr (ADD) load_channels<kFloat32>(sums + i * kDtPitch * 4, y);
+      if (ADD && i >= kFirst) load_channels<kFloat32>(sums + i * kDtPitch * 4, y);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
         h[c] = recurrence.a[i][c] * h[c] + recurrence.b[i][c];
+        if (ADD && i < kFirst) y[c] = first[i][c];
         y[c] = ADD ? C[i] * h[c] + y[c] : C[i] * h[c];
         y[c] = skip[c] * u[c] + y[c];
       }
@@ -148,7 +155,7 @@ struct Outputs {
 
 }  // namespace mmvssm
 
-MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, (511 + THREADS) / THREADS) {
+MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, mmvssm::kCtas) {
   using namespace mmvssm;
   char* smem = shared_memory();
   const Chain chain(p);
@@ -157,7 +164,7 @@ MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, (511 + THREADS) / THREAD
   const StepSizes sizes(own, smem);
   const TeamSteps teams(smem, own);
   float* carry = reinterpret_cast<float*>(smem + Layout::kCarry) + own.channel;
-  const Outputs outputs(p, scan, chain, own, smem);
+  Outputs outputs(p, scan, chain, own, smem);
   Supply supply(p, chain);
   Held held;
   put_parameters(scan, chain, smem);
@@ -172,7 +179,9 @@ MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, (511 + THREADS) / THREAD
     store_channels<kFloat32>(reinterpret_cast<char*>(carry), zeros);
   }
 
-  float* saved = scan.saved + (static_cast<int64_t>(chain.batch) * (p.chunks - 1)) * p.groups * p.group_size + chain.channel;
+  const int channels = p.groups * p.group_size;
+  float* saved = scan.saved + chain.channel +
+                 static_cast<int64_t>(chain.batch) * (p.chunks - 1) * channels;
   int buffer = 0;
 #pragma unroll 1
   for (int chunk = chain.begin; chunk < chain.end; ++chunk) {
@@ -200,7 +209,7 @@ MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, (511 + THREADS) / THREAD
       look_back(p, smem, own, chunk, teams, h);
     }
     if (scan.saved != nullptr && own.team == 0 && chunk > 0)
-      own.store_states(saved + static_cast<int64_t>(chunk - 1) * (p.groups * p.group_size), h);
+      own.store_states(saved + static_cast<int64_t>(chunk - 1) * channels, h);
     teams.walk(own.team, h);
     if constexpr (ADD) copy_wait<0>();
     outputs.finish(p, smem, own, recurrence, buffer, h);

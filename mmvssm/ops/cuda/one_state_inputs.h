@@ -35,18 +35,22 @@ struct Layout {
   static constexpr int kWeights = kPlaces + 2 * kPositions * 4;  // B and C
   static constexpr int kCarry = kWeights + 2 * kPositions * 8;
   static constexpr int kParameters = kCarry + 2 * kChannels * 4;
-  static constexpr int kSteps = kParameters + 3 * kChannels * 4;
-  static constexpr int kLowRank = kSteps + kTeams * 2 * kChannels * 4;
+  static constexpr int kLowRank = kParameters + 3 * kChannels * 4;
   static constexpr int kFragments =
       kLowRank + (kProjects ? kTerms * kPositions * kRankPitch * 2 : 0);
-  // Step sizes before the softplus, and then, where they have been read, what is to be
-  // added to the outputs.
+  // Step sizes before the softplus; and then, where they have been read, the steps of
+  // the teams, and what is to be added to the outputs.
   static constexpr int kDt =
       kFragments + kWeightTerms * kRankTiles * kChannelTiles * 32 * 8;
-  static constexpr int kBytes =
-      kDt + (kProjects || ADD ? kPositions * kDtPitch * 4 : 0);
+  static constexpr int kDtRows = kProjects || ADD ? kOwn : 2;  // of a team
+  static constexpr int kBytes = kDt + kTeams * kDtRows * kDtPitch * 4;
 };
 static_assert(Layout::kBytes == SHARED, "as Python has it");
+
+// CTAs that a multiprocessor is to hold, which bounds registers: 16 warps, unless there
+// is not enough shared memory for them.
+constexpr int kFit = 227 * 1024 / (SHARED + 1024), kWanted = 512 / kThreads;
+constexpr int kCtas = kFit < kWanted ? kFit : kWanted;
 
 // What belongs to a channel: kept in shared memory to save registers.
 enum Parameter { kRate, kSkip, kShift };
@@ -58,10 +62,11 @@ MMVSSM_DEVICE void put_parameters(const ScanPointers& scan, const Chain& chain,
 #pragma unroll 1
   for (int c = threadIdx.x; c < kChannels; c += kThreads) {
     const bool there = c < chain.count;
-    to[kRate * kChannels + c] = there ? scan.A[chain.channel + c] : 0.0f;
-    to[kSkip * kChannels + c] = there && scan.D != nullptr ? scan.D[chain.channel + c] : 0.0f;
+    const int channel = chain.channel + c;
+    to[kRate * kChannels + c] = there ? scan.A[channel] : 0.0f;
+    to[kSkip * kChannels + c] = there && scan.D != nullptr ? scan.D[channel] : 0.0f;
     to[kShift * kChannels + c] =
-        there && scan.bias != nullptr ? scan.bias[chain.channel + c] * kLog2E : 0.0f;
+        there && scan.bias != nullptr ? scan.bias[channel] * kLog2E : 0.0f;
   }
 }
 MMVSSM_DEVICE void get_parameter(const char* smem, Parameter which, const Own& own,
