@@ -1,11 +1,11 @@
-"""SS2D's core by own CUDA kernels: one scan after the other, in the image's order.
+"""SS2D's core by own CUDA kernels, in the order of the image.
 
-The kernels of the selective scan read the map and the projections along a scan
-order, by index arithmetic or by a table, and add to the merged map, so there is
-never an array with all scans, forward or backward. The forward kernels make the
-step sizes of their low-rank form on the way, unless its rank is high. Scans follow
-one another on the device, and each writes every place once: the same inputs give
-the same bits.
+The kernels of the selective scan read the map and the projections along a scan order,
+by index arithmetic or by a table, so there is never an array in the order of a scan.
+The forward kernels make the step sizes of their low-rank form on the way. Scans follow
+one another on the device, each adding to the sum, or, where one alone would leave most
+of a GPU idle, run side by side and are merged then. Either way each writes every place
+once and the sums are in a fixed order: the same inputs give the same bits.
 """
 
 from collections.abc import Iterator, Sequence
