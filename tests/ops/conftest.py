@@ -1,25 +1,16 @@
-import contextlib
-import dataclasses
-import os
-
 import pytest
 import torch
 
-from mmvssm.ops import backends
 from mmvssm.ops.cuda import kernels
 
 from .cuda_emulation import Emulator
 
-_machine = contextlib.ExitStack()
-if os.environ.get('MMVSSM_TEST_CUDA_ON_CPU') == '1':
-    # In this process the CUDA kernels run on the CPU and take its tensors.
-    _machine.enter_context(kernels.use_machine(Emulator()))
-    emulated = dataclasses.replace(backends.suppliers['cuda'], devices=('cpu',))
-    backends.suppliers['cuda'] = emulated
 
-
-def pytest_unconfigure():
-    _machine.close()
+@pytest.fixture(autouse=True)
+def emulated_gpu():
+    """The CUDA kernels run on the CPU and take its tensors."""
+    with kernels.use_machine(Emulator()):
+        yield
 
 
 @pytest.fixture(autouse=True)
