@@ -28,7 +28,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
 from mmvssm.ops import autocast, bypass, checks
-from mmvssm.ops.backends import OURS, choose_backend
+from mmvssm.ops.backends import OURS, choose_backend, suppliers
 from mmvssm.ops.contract import Backend, Call, Flops, Outputs, Result
 from mmvssm.ops.leaves import (
     leaves_of,
@@ -116,7 +116,9 @@ class Op(Generic[I, O]):
         for backend in backends:
             self.backends[backend.supplier.name] = backend
         self._composed = composed or self._composed
-        self._among = OURS | set(self.backends)
+        # Kernels that must be checked first are there to be checked.
+        unchecked = {name for name in OURS if not suppliers[name].checked}
+        self._among = unchecked | set(self.backends)
 
     def backend(self, name: str, inputs: I, options: O) -> Backend[I, O]:
         """The backend that serves a call if the supplier ``name`` does."""
@@ -204,10 +206,14 @@ class Op(Generic[I, O]):
             ValueError: The backend asked for is unknown.
             BackendUnavailableError: It cannot run.
         """
-        inputs, options, backend, states = call
+        inputs, options, backend, states, last_state = call
         x = inputs[0]
         name = choose_backend(
-            x.device.type, x.dtype, backend, states=states, among=self._among
+            *(x.device, x.dtype, backend),
+            states=states,
+            last_state=last_state,
+            op=self.name,
+            among=self._among,
         )
         chosen = self.backend(name, inputs, options)
         tensors = tuple(leaves_of(inputs))

@@ -79,13 +79,13 @@ def selective_scan_fn(
 @pytest.fixture
 def installed(monkeypatch):
     """Put a stand-in where the package would be."""
-    mamba_ssm.scan_function.cache_clear()
+    mamba_ssm._found.cache_clear()
     modules = {name: ModuleType(name) for name in MODULES}
     modules[INTERFACE].selective_scan_fn = selective_scan_fn
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     yield modules
-    mamba_ssm.scan_function.cache_clear()
+    mamba_ssm._found.cache_clear()
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_never_chosen_unasked(on_cpu):
 
 def test_what_it_needs(installed, monkeypatch):
     def reason():
-        mamba_ssm.scan_function.cache_clear()
+        mamba_ssm._found.cache_clear()
         return ops.backend_status()['mamba_ssm']
 
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
@@ -246,7 +246,7 @@ def test_what_it_needs(installed, monkeypatch):
 )
 def test_broken_installations(monkeypatch, tmp_path, package, kernels, expected):
     """Packages on disk that fail in the middle of their import."""
-    mamba_ssm.scan_function.cache_clear()
+    mamba_ssm._found.cache_clear()
     (tmp_path / 'mamba_ssm').mkdir()
     (tmp_path / 'mamba_ssm' / '__init__.py').write_text(package)
     if kernels is not None:

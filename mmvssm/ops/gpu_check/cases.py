@@ -57,17 +57,17 @@ def of_op(name: str, small: bool = False) -> list[Case]:
 
     Args:
         name: Of the op.
-        small: Sizes for a CPU.
+        small: A few for a CPU.
     """
-    typical, odd = _OWN[name] if name in _OWN else ((), ())
+    typical, odd = _OWN.get(name, ((), ()))
     found: list[Case] = []
     for dtype in _DTYPES[:2]:
-        for arguments in typical:
-            batch = 2 if small else 16
-            call = _call(_MAKERS[name], batch, *arguments, dtype=dtype)
-            cases = [Case(call, timed=dtype == torch.bfloat16), Case(call.longer())]
-            found += cases[:1] if small else cases
-        found += [Case(_call(_MAKERS[name], 3, *x, dtype=dtype)) for x in odd]
+        # Typical ones are those whose time counts.
+        for batch, sizes in ((3, odd),) if small else ((16, typical), (3, odd)):
+            timed = dtype == torch.bfloat16 and (small or sizes is typical)
+            for arguments in sizes:
+                call = _call(_MAKERS[name], batch, *arguments, dtype=dtype)
+                found += [Case(call, timed=timed), Case(call.longer())]
     return found
 
 

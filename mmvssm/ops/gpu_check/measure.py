@@ -13,7 +13,7 @@ from torch import Tensor
 from mmvssm.ops.contract import Call
 from mmvssm.ops.gpu_check.calls import OpCall
 from mmvssm.ops.gpu_check.memory import Guarded
-from mmvssm.ops.gpu_check.values import Values, empty, packed, wanted
+from mmvssm.ops.gpu_check.values import Values, empty, graded, packed, wanted
 
 # What the kernels are compared with.
 TRUTH = 'torch'
@@ -132,6 +132,20 @@ def results(
         for name, x, w in zip(op.labels, by_input, need)
         if w and x is not None
     }
+
+
+def empty_grads(
+    call: OpCall,
+) -> Callable[[Sequence[Tensor]], list[Tensor | None]]:
+    """Gradients without values, for :func:`results`."""
+
+    def grads(outputs: Sequence[Tensor]) -> list[Tensor | None]:
+        return [
+            torch.empty_like(y) if wanted else None
+            for y, wanted in zip(outputs, graded(call))
+        ]
+
+    return grads
 
 
 class _Context:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,14 @@ from typing import Any
 import torch
 
 from mmvssm.ops.cache import cache_folder
+from mmvssm.ops.cuda import kernels
 
+# '0' takes no kernels unasked, 'trust' takes them unchecked.
+VARIABLE = 'MMVSSM_GPU_CHECK'
+# How to check by hand.
+HOW = 'python -m mmvssm.check_gpu'
+# The name of the set with everything.
+ALL = 'all'
 # What may pass by itself, such as a lack of memory, is looked at again after so long.
 _UNCERTAIN_SECONDS = 600
 _DRIVER = Path('/sys/module/nvidia/version')
@@ -77,8 +84,31 @@ class Verdict:
 Sets = dict[str, dict[str, Verdict]]
 
 
+def standing(sets: Sets, op: str, names: Sequence[str]) -> Verdict | None:
+    """The verdict that counts for an op.
+
+    Args:
+        sets: All there are.
+        op: Name of the op.
+        names: The sets that it is enough to pass, the first one that there is.
+
+    Returns:
+        The last one that failed, in any set: kernels that are wrong somewhere are
+        not to be trusted elsewhere. None if no set of these names was checked.
+    """
+    failed = [v[op] for v in sets.values() if op in v and v[op].failure]
+    if failed:
+        return max(failed, key=lambda verdict: verdict.checked)
+    passed = (sets[name][op] for name in names if op in sets.get(name, {}))
+    return next(passed, None)
+
+
 class Store:
     """The verdicts of this kind of machine.
+
+    Attributes:
+        machine: What they depend on.
+        path: The file.
 
     Args:
         device: The device that is checked.
@@ -105,6 +135,10 @@ class Store:
             for name, verdicts in sets.items()
             if all(verdict.holds for verdict in verdicts.values())
         }
+
+    def forget(self) -> None:
+        """Remove all of them."""
+        self.path.unlink(missing_ok=True)
 
     def add(self, name: str, verdicts: dict[str, Verdict]) -> None:
         """Keep the verdicts on a set of calls; call it under :meth:`lock`.
@@ -153,11 +187,13 @@ def machine(device: torch.device) -> dict[str, str]:
         return found | dict(device=device.type)
     gpu = torch.cuda.get_device_properties(device)
     driver = _DRIVER.read_text().strip() if _DRIVER.exists() else 'unknown'
+    compiler = kernels.compiler().version if kernels.unavailable() is None else 'none'
     return found | dict(
         device=gpu.name,
         capability=f'{gpu.major}.{gpu.minor}',
         driver=driver,
         cuda=str(torch.version.cuda),
+        compiler=compiler,
     )
 
 
