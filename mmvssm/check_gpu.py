@@ -96,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(args: argparse.Namespace, device: torch.device) -> dict[str, Verdict]:
     small, names = device.type == 'cpu', args.ops or list(all_ops)
-    cases = everything(small) if args.all else [c for n in all_ops for c in of_op(n, small)]
+    cases = (
+        everything(small) if args.all else [c for n in all_ops for c in of_op(n, small)]
+    )
     cases = with_kernels([case for case in cases if case.call.op in names], BACKEND)
     print(
         f'{len(cases)} calls to check, in about {estimate(cases):.0f} s and the time to '

@@ -201,7 +201,9 @@ def _truth(values: Values) -> dict[str, Tensor]:
     weights = torch.tensor(values.counts(), dtype=torch.float64)
 
     def grads(outputs: Sequence[Tensor]) -> list[Tensor | None]:
-        return [None if g is None else g * _column(weights, g) for g in values.few_grads]
+        return [
+            None if g is None else g * _column(weights, g) for g in values.few_grads
+        ]
 
     found = results(small, TRUTH, values.few, grads)
     for name in _with_batch(small, found):
@@ -260,7 +262,9 @@ def _axis(call: OpCall, name: str) -> int | None:
 
 def _coarsest(call: OpCall) -> str:
     """Name of the dtype with the fewest digits that the call has."""
-    dtypes = {x.dtype for x in call.named().values()} | {str(x) for _, x in call.options}
+    dtypes = {x.dtype for x in call.named().values()} | {
+        str(x) for _, x in call.options
+    }
     return max(dtypes & set(_ALLOWED), key=_ALLOWED.__getitem__)
 
 
