@@ -96,13 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(args: argparse.Namespace, device: torch.device) -> dict[str, Verdict]:
     small, names = device.type == 'cpu', args.ops or list(all_ops)
-    cases = (
-        everything(small) if args.all else [c for n in all_ops for c in of_op(n, small)]
-    )
-    cases = with_kernels([case for case in cases if case.call.op in names], BACKEND)
+    if args.all:
+        cases = [case for case in everything(small) if case.call.op in names]
+    else:
+        cases = [case for name in names for case in of_op(name, small)]
+    cases = with_kernels(cases, BACKEND)
     print(
-        f'{len(cases)} calls to check, in about {estimate(cases):.0f} s and the time to '
-        f'compile their kernels',
+        f'{len(cases)} calls to check, in about {estimate(cases):.0f} s and the time '
+        f'to compile their kernels',
         file=sys.stderr,
     )
     limits = replace(LIMITS, case=args.limit)

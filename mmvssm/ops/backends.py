@@ -297,9 +297,9 @@ def _candidates(
     device_type, dtype, _ = call
     checked = None
     for supplier in suppliers.values():
-        if supplier.name not in among or not _unasked(
-            supplier, device_type, last_state
-        ):
+        if supplier.name not in among:
+            continue
+        if not _unasked(supplier, device_type, last_state):
             continue
         if supplier.checked:
             checked = checked or supplier

@@ -166,7 +166,6 @@ class Op(Generic[I, O]):
             A decorator for a function that checks its arguments and says what it
             asks of the op. Its docstring is the public one.
         """
-
         self.finish: Callable[[Outputs, O], Any] = finish
 
         def decorate(prepare: Callable[P, Call]) -> Callable[P, R]:

@@ -89,7 +89,7 @@ def with_kernels(cases: Sequence[Case], backend: str) -> list[Case]:
 def _call(make: Callable[..., object], *sizes: Any, **options: Any) -> OpCall:
     with Recorder() as recorder:
         make(*sizes, **options)
-    (call,) = recorder.calls
+    call: OpCall = recorder.calls[0]
     return call
 
 
@@ -115,13 +115,12 @@ def _scan(
             return _tensor(batch, length, *sizes, dtype=dtype).movedim(1, -1)
         return _tensor(batch, *sizes, length, dtype=dtype)
 
-    there = dict(
-        D=_tensor(channels), delta_bias=_tensor(channels), z=sequence(channels)
-    )
     selective_scan(
         *(sequence(channels), sequence(channels), _tensor(channels, states)),
         *(sequence(groups, states), sequence(groups, states)),
-        **{name: there[name] for name in optional},
+        D=_tensor(channels) if 'D' in optional else None,
+        z=sequence(channels) if 'z' in optional else None,
+        delta_bias=_tensor(channels) if 'delta_bias' in optional else None,
         delta_softplus=softplus,
         return_last_state=last_state,
     )

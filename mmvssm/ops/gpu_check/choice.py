@@ -68,7 +68,8 @@ def settle(device: torch.device, verdicts: dict[str, Verdict]) -> None:
 @assume_constant_result
 def warn_unavailable(backend: str, reason: str) -> None:
     """Say once that a GPU has no kernels, and why."""
-    _warn(f'the kernels of the scan backend {backend!r} cannot run: {reason}')
+    if torch.cuda.is_available():
+        _warn(f'the kernels of the scan backend {backend!r} cannot run: {reason}')
 
 
 def _switch() -> bool | None:

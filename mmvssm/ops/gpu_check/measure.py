@@ -71,17 +71,15 @@ def milliseconds(
     ]
     inputs, options = packed(call, leaves)
     asked = Call(inputs, options, backend, call.states)
-    op, there = call.declaration, [x for x, w in zip(leaves, need) if w]
+    op, grads = call.declaration, list[Tensor | None]()
 
     def step() -> None:
         function, arguments = op.route(asked)
         outputs = op.outputs(asked, function(*arguments))
-        grads = values.grads(outputs) if not kept else kept
-        kept[:] = grads
-        pairs = [(y, g) for y, g in zip(outputs, grads) if g is not None]
-        torch.autograd.grad([y for y, _ in pairs], there, [g for _, g in pairs])
+        if not grads:
+            grads.extend(values.grads(outputs))
+        _gradients(outputs, leaves, grads)
 
-    kept: list[Tensor | None] = []
     step()
     return statistics.median(_timed(step, device) for _ in range(repeats))
 
@@ -113,11 +111,7 @@ def results(
         with torch.enable_grad():
             inputs, options = packed(call, leaves)
             outputs = chosen.forward(inputs, options, False).outputs
-        there = [x for x, w in zip(leaves, need) if w]
-        pairs = [(y, g) for y, g in zip(outputs, grads_of(outputs)) if g is not None]
-        gradients = iter(
-            torch.autograd.grad([y for y, _ in pairs], there, [g for _, g in pairs])
-        )
+        gradients = iter(_gradients(outputs, leaves, grads_of(outputs)))
         by_input = [next(gradients) if w else None for w in need]
     else:
         context = _Context()
@@ -132,6 +126,17 @@ def results(
         for name, x, w in zip(op.labels, by_input, need)
         if w and x is not None
     }
+
+
+def _gradients(
+    outputs: Sequence[Tensor],
+    leaves: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """Of the leaves that require one, in order, by torch."""
+    there = [x for x in leaves if x is not None and x.requires_grad]
+    pairs = [(y, g) for y, g in zip(outputs, grads) if g is not None]
+    return torch.autograd.grad([y for y, _ in pairs], there, [g for _, g in pairs])
 
 
 def empty_grads(
@@ -201,9 +206,8 @@ def _truth(values: Values) -> dict[str, Tensor]:
     weights = torch.tensor(values.counts(), dtype=torch.float64)
 
     def grads(outputs: Sequence[Tensor]) -> list[Tensor | None]:
-        return [
-            None if g is None else g * _column(weights, g) for g in values.few_grads
-        ]
+        few = values.few_grads
+        return [None if g is None else g * _column(weights, g) for g in few]
 
     found = results(small, TRUTH, values.few, grads)
     for name in _with_batch(small, found):
@@ -262,9 +266,8 @@ def _axis(call: OpCall, name: str) -> int | None:
 
 def _coarsest(call: OpCall) -> str:
     """Name of the dtype with the fewest digits that the call has."""
-    dtypes = {x.dtype for x in call.named().values()} | {
-        str(x) for _, x in call.options
-    }
+    dtypes = {x.dtype for x in call.named().values()}
+    dtypes |= {str(x) for _, x in call.options}
     return max(dtypes & set(_ALLOWED), key=_ALLOWED.__getitem__)
 
 
@@ -288,7 +291,7 @@ def _nan_in_new_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _busy(device: torch.device) -> Iterator[None]:
-    """Let another stream of a GPU take a part of it, so that the order of work differs."""
+    """Let another stream of a GPU take a part of it: the order of work differs."""
     if device.type != 'cuda':
         yield
         return

@@ -29,7 +29,7 @@ class Guarded(TorchDispatchMode):
     """Give every tensor of ``torch.empty`` in a ``with`` block guarded memory."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._bands: list[tuple[Layout, tuple[Tensor, Tensor]]] = []
 
     def __torch_dispatch__(

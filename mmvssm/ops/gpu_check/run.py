@@ -231,7 +231,7 @@ class _Process:
         # Whatever this process has imported, the other one finds, too.
         root = str(Path(__file__).resolve().parents[3])
         paths = [root, *(os.path.abspath(path) for path in sys.path)]
-        self._errors = tempfile.TemporaryFile('w+', errors='replace')
+        self._errors = tempfile.TemporaryFile('w+', errors='replace')  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, '-m', 'mmvssm.ops.gpu_check.worker'],
             stdin=subprocess.PIPE,
