@@ -15,6 +15,7 @@ from .data import check_datasets
 from .epoch_loop import ResumableEpochLoop
 from .errors import UsageError, require_file, run_tool
 from .launch import prepare_launch
+from .gpu_check import check_gpu
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .loaders import install_safe_loaders
 from .non_finite import NonFiniteLossError, NonFiniteLossHook
@@ -36,6 +37,7 @@ __all__ = [
     'UsageError',
     'build_runner',
     'check_datasets',
+    'check_gpu',
     'check_load_from',
     'enable_amp',
     'enable_painting',

@@ -21,8 +21,9 @@ _REPORT = (
     f'Please report it with the output of `{HOW} --all --json` and of '
     f'`python -m mmvssm.collect_env`.'
 )
-# Verdicts that this process goes by, by device and op.
+# Verdicts that this process goes by, by device and op, and what follows from them.
 _known: dict[tuple[torch.device, str], Verdict] = {}
+_answers: dict[tuple[object, ...], str | None] = {}
 
 
 # torch.compile asks once and does not trace what follows: the answer is there before
@@ -39,13 +40,18 @@ def objection(
         device_type, index: Of the tensors.
         other: The backend that would be taken in its place.
     """
+    # It is asked at every call.
+    asked = backend, op, device_type, index, other, os.environ.get(VARIABLE)
+    if asked in _answers:
+        return _answers[asked]
     device = _device(device_type, index)
-    verdict = _known.get((device, op))
-    if verdict is None and _switch() is None:
-        verdict = _settled(backend, op, device)
+    verdict = None if _switch() is not None else _settled(backend, op, device)
     found = _objection(verdict, backend, other)
     if found and _switch() is None:
-        _warn(f'the kernels of {op} are not used, {other} is: {found}. {_REPORT}')
+        text = f'the kernels of {op} are not used, {other} is: {found}'
+        _warn(f'{text}. {_REPORT}' if verdict else text)
+    if verdict is not None:
+        _answers[asked] = found
     return found
 
 
@@ -63,6 +69,7 @@ def explanation(
 def settle(device: torch.device, verdicts: dict[str, Verdict]) -> None:
     """Go by these verdicts from now on, by op."""
     _known.update({(device, op): verdict for op, verdict in verdicts.items()})
+    _answers.clear()
 
 
 @assume_constant_result

@@ -7,7 +7,7 @@ import torch
 from mmvssm.ops.cuda import kernels
 from mmvssm.ops.gpu_check import measure
 from mmvssm.ops.gpu_check.calls import OpCall
-from mmvssm.ops.gpu_check.values import empty
+from mmvssm.ops.gpu_check.values import empty, packed
 from mmvssm.ops.operator import all_ops
 from mmvssm.ops.scan_orders.registry import real_tensors
 
@@ -15,23 +15,31 @@ BACKEND = 'cuda'
 
 
 def launches_of(
-    calls: Iterable[OpCall], multiprocessors: int = 132
+    training: Iterable[OpCall],
+    inference: Iterable[OpCall] = (),
+    multiprocessors: int = 132,
 ) -> list[kernels.Launch]:
-    """The launches of calls, forward and backward, found without a GPU.
+    """The launches of calls, found without a GPU.
 
     Args:
-        calls: Of ops; those without kernels of their own launch none.
+        training: Calls forward and backward; of ops without kernels there are none.
+        inference: Calls forward alone.
         multiprocessors: Of the GPU that is thought of.
     """
     with real_tensors(), kernels.recording(multiprocessors) as launches:
-        for call in dict.fromkeys(calls):
-            if BACKEND in all_ops[call.op].backends:
-                tensors = [empty(x) for x in call.tensors]
-                measure.results(call, BACKEND, tensors, measure.empty_grads(call))
+        for call in filter(_has_kernels, dict.fromkeys(training)):
+            tensors = [empty(x) for x in call.tensors]
+            measure.results(call, BACKEND, tensors, measure.empty_grads(call))
+        for call in filter(_has_kernels, dict.fromkeys(inference)):
+            inputs, options = packed(call, [empty(x) for x in call.tensors])
+            backend = call.declaration.backend(BACKEND, inputs, options)
+            backend.forward(inputs, options, False)
     return launches
 
 
-def compile_for(calls: Iterable[OpCall], device: torch.device) -> int:
+def compile_for(
+    training: Iterable[OpCall], inference: Iterable[OpCall], device: torch.device
+) -> int:
     """Compile what calls launch on a GPU, in as many processes as there are cores.
 
     Returns:
@@ -42,5 +50,9 @@ def compile_for(calls: Iterable[OpCall], device: torch.device) -> int:
         OSError: There is no compiler, or no place for what it makes.
     """
     gpu = torch.cuda.get_device_properties(device)
-    launches = launches_of(calls, gpu.multi_processor_count)
+    launches = launches_of(training, inference, gpu.multi_processor_count)
     return kernels.prepare(launches, 10 * gpu.major + gpu.minor)
+
+
+def _has_kernels(call: OpCall) -> bool:
+    return BACKEND in all_ops[call.op].backends

@@ -45,6 +45,8 @@ class Limits:
 
 
 LIMITS = Limits()
+# Calls of a training, and calls without gradients.
+KernelsOf = tuple[list[OpCall], list[OpCall]]
 
 
 def estimate(cases: Sequence[Case]) -> float:
@@ -60,7 +62,7 @@ def ensure(
     device: torch.device,
     backend: str,
     *,
-    kernels_of: Callable[[], list[OpCall]] = list,
+    kernels_of: Callable[[], KernelsOf] = lambda: ([], []),
     limits: Limits = LIMITS,
 ) -> Sets:
     """All verdicts of this machine, with those on a set of calls, checked if need be.
@@ -69,7 +71,7 @@ def ensure(
         name: Of the set.
         cases_of: Makes it.
         device, backend, limits: See :func:`check`.
-        kernels_of: Makes further calls to compile for.
+        kernels_of: Makes further calls whose kernels are compiled on this occasion.
     """
     store = Store(device)
     sets = store.read()
@@ -100,7 +102,7 @@ def check(
     backend: str,
     device: str,
     *,
-    kernels_of: Sequence[OpCall] = (),
+    kernels_of: KernelsOf = ([], []),
     fault: str | None = None,
     limits: Limits = LIMITS,
 ) -> dict[str, Verdict]:
@@ -110,14 +112,15 @@ def check(
         cases: What to check.
         backend: Whose kernels.
         device: On which device, such as ``'cuda:0'``.
-        kernels_of: Further calls whose kernels are compiled on this occasion.
+        kernels_of: Further calls whose kernels are compiled on this occasion: those
+            of a training, and those without gradients.
         fault: On the CPU: what to break on purpose, see ``stand_in.py``.
         limits: Of time.
 
     Returns:
         The verdict on each op that has cases.
     """
-    run = _Run(Job(backend, device, fault, _tasks(cases, backend), list(kernels_of)))
+    run = _Run(Job(backend, device, fault, _tasks(cases, backend), *kernels_of))
     while run.job.tasks:
         run.process(limits)
     return run.verdicts

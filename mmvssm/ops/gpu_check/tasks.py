@@ -52,20 +52,22 @@ class Job:
         device: On which device, such as ``'cuda:0'``.
         fault: On the CPU: what is broken on purpose, see ``stand_in.py``.
         tasks: The steps.
-        kernels_of: Further calls whose kernels are to be compiled.
+        training, inference: Further calls whose kernels are to be compiled.
     """
 
     backend: str
     device: str
     fault: str | None
     tasks: list[Task]
-    kernels_of: list[OpCall]
+    training: list[OpCall]
+    inference: list[OpCall]
 
     def as_json(self) -> dict[str, Any]:
         """What :meth:`from_json` takes."""
         return vars(self) | dict(
             tasks=[task.as_json() for task in self.tasks],
-            kernels_of=[call.as_json() for call in self.kernels_of],
+            training=[call.as_json() for call in self.training],
+            inference=[call.as_json() for call in self.inference],
         )
 
     @classmethod
@@ -75,6 +77,7 @@ class Job:
             **found
             | dict(
                 tasks=[Task.from_json(task) for task in found['tasks']],
-                kernels_of=[OpCall.from_json(call) for call in found['kernels_of']],
+                training=[OpCall.from_json(call) for call in found['training']],
+                inference=[OpCall.from_json(call) for call in found['inference']],
             )
         )

@@ -6,7 +6,6 @@ do. ``run.py`` starts it, see ``tasks.py`` for what the two tell each other.
 
 import json
 import sys
-import time
 from typing import Any
 
 import torch
@@ -76,20 +75,20 @@ def _refusal(task: Task, device: torch.device) -> str | None:
 
 def _compile(job: Job, device: torch.device) -> dict[str, str]:
     """Compile all kernels; why not, by op."""
-    _tell(compiles=True)
-    start, failures, count = time.monotonic(), {}, 0
+    failures: dict[str, str] = {}
     if device.type == 'cuda':
-        calls = [*(task.call for task in job.tasks), *job.kernels_of]
+        training = [*(task.call for task in job.tasks), *job.training]
         try:
-            count = launches.compile_for(calls, device)
+            launches.compile_for(training, job.inference, device)
         except (RuntimeError, OSError):
             # Which op is it?
-            for op in {call.op for call in calls}:
+            for op in {call.op for call in training}:
                 try:
-                    launches.compile_for([c for c in calls if c.op == op], device)
+                    own = [call for call in training if call.op == op]
+                    launches.compile_for(own, (), device)
                 except (RuntimeError, OSError) as error:
                     failures[op] = f'its kernels: {_first_line(error)}'
-    _tell(compiled=count, seconds=time.monotonic() - start)
+    _tell(compiled=True)
     return failures
 
 
