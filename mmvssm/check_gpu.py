@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(torch.cuda.is_available())
     store = Store(device)
     store.forget()
+    choice.forget()
     verdicts = _check(args, device)
     with store.lock():
         for name in [ALL] if args.all else verdicts:

@@ -72,6 +72,13 @@ def settle(device: torch.device, verdicts: dict[str, Verdict]) -> None:
     _answers.clear()
 
 
+def forget() -> None:
+    """Go by no verdict any longer, and warn anew."""
+    _known.clear()
+    _answers.clear()
+    _warn.cache_clear()
+
+
 @assume_constant_result
 def warn_unavailable(backend: str, reason: str) -> None:
     """Say once that a GPU has no kernels, and why."""

@@ -133,8 +133,8 @@ def _random(
         x = -x.exp()
     elif kind in ('delta_bias', 'dt_proj_bias', 'dt_projs_bias'):
         x = _LOW + (_HIGH - _LOW) * torch.rand(shape, generator=generator).double()
-    elif kind == 'delta' and not dict(call.options)['delta_softplus']:
-        # Whole steps, which a state decays by.
+    if kind.startswith('delta') and not dict(call.options)['delta_softplus']:
+        # Steps as they are: a state decays by none below zero.
         x = F.softplus(x - 3)
     elif kind.endswith('weight') and x.ndim > 1:
         x /= shape[-1] ** 0.5
