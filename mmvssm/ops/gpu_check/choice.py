@@ -127,7 +127,7 @@ def _capturing(device: torch.device) -> bool:
 def _device(device_type: str, index: int | None) -> torch.device:
     if device_type == 'cuda' and index is None:
         index = torch.cuda.current_device()
-    return torch.device(device_type, index or 0)
+    return torch.device(device_type if index is None else f'{device_type}:{index}')
 
 
 @cache

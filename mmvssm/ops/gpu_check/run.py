@@ -24,6 +24,7 @@ from mmvssm.ops.gpu_check.cases import Case, with_kernels
 from mmvssm.ops.gpu_check.tasks import MARK, Job, Task
 from mmvssm.ops.gpu_check.verdicts import VARIABLE, Sets, Store, Verdict
 
+WORKER = 'mmvssm.ops.gpu_check.worker'
 logger = logging.getLogger('mmvssm')
 # To start a process with torch, and for a call, about.
 _START_SECONDS, _CASE_SECONDS = 8.0, 0.3
@@ -236,7 +237,7 @@ class _Process:
         paths = [root, *(os.path.abspath(path) for path in sys.path)]
         self._errors = tempfile.TemporaryFile('w+', errors='replace')  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, '-m', 'mmvssm.ops.gpu_check.worker'],
+            [sys.executable, '-m', WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
