@@ -14,8 +14,8 @@ from .config import (
 from .data import check_datasets
 from .epoch_loop import ResumableEpochLoop
 from .errors import UsageError, require_file, run_tool
-from .launch import prepare_launch
 from .gpu_check import check_gpu
+from .launch import prepare_launch
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .loaders import install_safe_loaders
 from .non_finite import NonFiniteLossError, NonFiniteLossHook

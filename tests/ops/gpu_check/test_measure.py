@@ -208,6 +208,7 @@ def test_numbers_that_no_sum_has_exactly(spoiled, monkeypatch):
     call = call_of('selective_scan')
     spoiled('selective_scan')
     assert measure.fault(call, 'cuda', CPU, repeats=0) is None
+
     def drift(grads):
         return grads._replace(u=grads.u * (1 + 3e-5))
 
