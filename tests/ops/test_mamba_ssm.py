@@ -210,8 +210,18 @@ def test_refused_in_deterministic_mode(on_cpu):
         run(inputs)
 
 
-def test_never_chosen_unasked(on_cpu):
-    assert ops.choose_backend('cpu', torch.float32) != 'mamba_ssm'
+def test_chosen_behind_fused_kernels(on_cpu, monkeypatch):
+    without = dataclasses.replace(backends.CPU, unavailable=lambda: 'not compiled')
+    monkeypatch.setitem(backends.suppliers, 'cpu', without)
+    assert ops.choose_backend('cpu', torch.float32) == 'mamba_ssm'
+    # It knows no gradient of the last state, and torch may ask for the same bits.
+    assert ops.choose_backend('cpu', torch.float32, last_state=True) == 'torch'
+    torch.use_deterministic_algorithms(True)
+    assert ops.choose_backend('cpu', torch.float32) == 'torch'
+    torch.use_deterministic_algorithms(False)
+
+
+def test_chosen_by_name(on_cpu):
     with ops.use_backend('mamba_ssm'):
         assert ops.choose_backend('cpu', torch.float32) == 'mamba_ssm'
         with pytest.raises(ops.BackendUnavailableError, match='1 to 256 states'):
