@@ -20,7 +20,7 @@ from mmvssm.ops.gpu_check.calls import OpCall, Recorder, digest
 from mmvssm.ops.gpu_check.cases import of_calls
 from mmvssm.ops.gpu_check.launches import BACKEND
 from mmvssm.ops.gpu_check.run import ensure
-from mmvssm.ops.gpu_check.verdicts import VARIABLE, standing
+from mmvssm.ops.gpu_check.verdicts import ALL, VARIABLE, standing
 
 from .image_sizes import Batch, inference_batches, training_batches
 from .weights import unwrap
@@ -71,7 +71,7 @@ def check_model(model: nn.Module, cfg: Config, device: torch.device) -> str:
         ),
     )
     ops = list(sets[name])
-    verdicts = {op: standing(sets, op, [name]) for op in ops}
+    verdicts = {op: standing(sets, op, [name, op, ALL]) for op in ops}
     choice.settle(device, {op: v for op, v in verdicts.items() if v is not None})
     return '; '.join(_taken(op, device) for op in ops) or 'the model asks for none'
 

@@ -185,7 +185,8 @@ _CHANGES = dict(
     Pad=lambda transform, size: [_pad(size, transform.get('size'), transform)],
     RandomChoice=_choose,
     RandomApply=lambda transform, size: [
-        size, *_after(_list(transform['transforms']), [size])
+        size,
+        *_after(_list(transform['transforms']), [size]),
     ],
     TestTimeAug=_augment,
 )

@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mmvssm.ops.contract import Call
+from mmvssm.ops.gpu_check.orders import make_known, portable
 from mmvssm.ops.leaves import leaves_of
 from mmvssm.ops.operator import Op, all_ops, public_ops
 
+# The option that is a word for scan orders.
+_ORDERS = 'orders'
 _HALVES = ('bfloat16', 'float16')
 
 
@@ -75,10 +78,11 @@ class OpCall:
     @classmethod
     def of(cls, op: Op[Any, Any], call: Call) -> 'OpCall':
         """What the public function of an op asks of it."""
+        tensors, options = leaves_of(call.inputs), call.options._asdict()
         return cls(
             op.name,
-            tuple(None if x is None else Layout.of(x) for x in leaves_of(call.inputs)),
-            tuple((name, _plain(x)) for name, x in call.options._asdict().items()),
+            tuple(None if x is None else Layout.of(x) for x in tensors),
+            tuple((name, _plain(name, x)) for name, x in options.items()),
             call.states,
         )
 
@@ -90,6 +94,9 @@ class OpCall:
     def option_values(self) -> list[Any]:
         """The options as the op takes them, in order."""
         kinds = self.declaration.option_types
+        for name, value in self.options:
+            if name == _ORDERS:
+                make_known(str(value))
         return [
             getattr(torch, str(value)) if kinds[name] is torch.dtype else value
             for name, value in self.options
@@ -222,7 +229,9 @@ def digest(calls: Sequence[OpCall]) -> str:
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
 
 
-def _plain(value: Any) -> bool | int | float | str:
+def _plain(name: str, value: Any) -> bool | int | float | str:
+    if name == _ORDERS:
+        return portable(value)
     if isinstance(value, torch.dtype):
         return _name(value)
     assert isinstance(value, (bool, int, float, str)), 'as options are declared'

@@ -105,9 +105,12 @@ def _settled(backend: str, op: str, device: torch.device) -> Verdict | None:
     if found is None and not _capturing(device):
         from mmvssm.ops.gpu_check.cases import of_op
         from mmvssm.ops.gpu_check.run import ensure
+        from mmvssm.ops.scan_orders.registry import real_tensors
 
         small = device.type == 'cpu'
-        sets = ensure(op, lambda: of_op(op, small), device, backend)
+        # Whoever asks may be in any mode of torch.
+        with real_tensors():
+            sets = ensure(op, lambda: of_op(op, small), device, backend)
         found = standing(sets, op, (op, ALL))
     if found is not None:
         _known[device, op] = found

@@ -94,13 +94,16 @@ def standing(sets: Sets, op: str, names: Sequence[str]) -> Verdict | None:
 
     Returns:
         The last one that failed, in any set: kernels that are wrong somewhere are
-        not to be trusted elsewhere. None if no set of these names was checked.
+        not to be trusted elsewhere. A check that could not be made says nothing
+        against what another one found. None if no set of these names was checked.
     """
-    failed = [v[op] for v in sets.values() if op in v and v[op].failure]
-    if failed:
-        return max(failed, key=lambda verdict: verdict.checked)
-    passed = (sets[name][op] for name in names if op in sets.get(name, {}))
-    return next(passed, None)
+    every = [found[op] for found in sets.values() if op in found]
+    wrong = [verdict for verdict in every if verdict.failure and verdict.certain]
+    if wrong:
+        return max(wrong, key=lambda verdict: verdict.checked)
+    of_names = [sets[name][op] for name in names if op in sets.get(name, {})]
+    passed = (verdict for verdict in of_names if not verdict.failure)
+    return next(passed, of_names[0] if of_names else None)
 
 
 class Store:

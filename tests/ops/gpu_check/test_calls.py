@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmvssm import ops
+from mmvssm.ops.gpu_check import measure
 from mmvssm.ops.gpu_check.calls import Layout, OpCall, Recorder, digest
 from mmvssm.ops.gpu_check.cases import everything, of_calls
 from mmvssm.ops.gpu_check.values import DISTINCT, Values, empty
@@ -73,6 +74,31 @@ def test_fake_tensors_will_do():
 def test_json_keeps_everything(scan):
     for call in [scan, *(case.call for case in everything())]:
         assert OpCall.from_json(json.loads(json.dumps(call.as_json()))) == call
+
+
+@pytest.mark.parametrize(
+    'orders,word',
+    [
+        ('cross', 'cross'),
+        ('hilbert', 'hilbert'),
+        (['cross', 'zigzag'], 'shuffled 8'),
+        (lambda h, w: [range(h * w), range(h * w)[::-1]], 'shuffled 2'),
+    ],
+)
+def test_scan_orders_that_another_process_does_not_know(orders, word):
+    """It gets others with as many rows."""
+    sets = ops.scan_orders.count_orders(orders, 1, 1)
+    inputs = dict(
+        ss2d_inputs(1, 4, 3, 5, 2, 1, dtype=torch.float32),
+        x_proj_weight=torch.ones(sets, 4, 4),
+        dt_projs_weight=torch.ones(sets, 4, 2),
+        dt_projs_bias=torch.ones(sets, 4),
+        A=-torch.ones(sets * 4, 1),
+        Ds=torch.ones(sets * 4),
+    )
+    (call,) = record(lambda: ops.ss2d_scan(**inputs, orders=orders))
+    assert dict(call.options)['orders'] == word
+    assert measure.fault(call, 'torch', torch.device('cpu'), 0) is None
 
 
 def test_digest_is_of_a_set(scan):

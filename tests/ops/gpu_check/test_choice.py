@@ -254,6 +254,11 @@ def test_one_failure_is_enough():
     assert standing(sets, 'op', ['model']) is None
     sets['model']['op'] = FAILED
     assert standing(sets, 'op', ['own', 'all']) is FAILED
+    # Nor does it say anything that another check could not be made.
+    unmade = dataclasses.replace(FAILED, certain=False)
+    sets['model']['op'] = unmade
+    assert standing(sets, 'op', ['model', 'own']) is PASSED
+    assert standing(sets, 'op', ['model']) is unmade
 
 
 def test_what_may_pass_by_itself_is_looked_at_again(monkeypatch):

@@ -38,6 +38,8 @@ def test_everything_is_a_call_that_the_ops_take():
     every = cases.everything(small=True)
     ops = {case.call.op for case in every}
     assert ops == {'linear_attention', *OPS}
+    # What has kernels for a GPU is checked there.
+    assert {op for op, known in all_ops.items() if 'cuda' in known.backends} <= ops
     assert len(with_kernels(every, 'cpu')) < len(every)
     lengths = {
         case.call.named()['u'].shape[2]
