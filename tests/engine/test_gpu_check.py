@@ -117,6 +117,9 @@ def test_sizes_of_a_pipeline_written_for_this():
     assert sizes(both) == [Batch(1, 240, 320), Batch(1, 64, 64)]
     choice = dict(type='RandomChoiceResize', scales=[(64, 32), 96], keep_ratio=False)
     assert sizes(choice) == [Batch(1, 96, 96), Batch(1, 32, 64)]
+    # A batch is as high as its highest image and as wide as its widest.
+    turned = dict(choice, scales=[(64, 32), (32, 64)])
+    assert Batch(2, 64, 64) in sizes(turned, number=2)
     random = dict(type='RandomResize', scale=(64, 64), ratio_range=(0.5, 2))
     found = sizes(random, dict(type='Unknown'))
     assert max(max(b[1:]) for b in found) == 128 and min(b[1] for b in found) < 32

@@ -14,7 +14,7 @@ from mmvssm.ops.gpu_check import choice, run
 from mmvssm.ops.gpu_check.verdicts import Store, Verdict, machine, standing
 
 from ..backends_under_test import skips
-from ..scan_inputs import scan_inputs
+from ..scan_inputs import scan_inputs, ss2d_inputs
 
 CPU = torch.device('cpu')
 pytestmark = list(skips('cpu'))
@@ -208,6 +208,22 @@ def test_every_call_takes_what_was_found(checks):
         with pytest.warns(UserWarning, match='are not used, torch is'):
             ops.selective_scan(**inputs).sum().backward()
     assert passes == ['backward']
+
+
+def test_ops_say_what_they_are_asked(checks, mamba_ssm):
+    """Their name, and whether somebody wants the last state."""
+    runs = checks(FAILED)
+    with (
+        pytest.warns(UserWarning, match='ss2d_scan are not used, mamba_ssm is'),
+        pytest.raises(ImportError, match='mamba_ssm is not installed'),
+    ):
+        ops.ss2d_scan(**ss2d_inputs(1, 4, 3, 5, 2, 1, dtype=torch.float32))
+    assert runs == [{'ss2d_scan'}]
+    inputs = scan_inputs(1, 2, 3, 4, dtype=torch.float32)
+    with pytest.warns(UserWarning, match='selective_scan are not used, torch is'):
+        _, last = ops.selective_scan(**inputs, return_last_state=True)
+    last.sum().backward()
+    assert inputs['A'].grad is not None
 
 
 # What is kept
