@@ -63,4 +63,5 @@ LINEAR_ATTENTION = Op(
     returns=('y',),
     outputs_like=_outputs_like,
     flops=_flops,
+    axes=dict(q=(0, 1), k=(0, 1), v=(0, 1), cos=(None, 0), sin=(None, 0)),
 )
