@@ -4,305 +4,322 @@
     python benchmarks/sass_model.py --cubin FILE.cubin [--entry NAME]
 
 It prints registers, stack and shared memory, and for every loop over positions the
-instructions of one pass by kind, bytes of global memory, and the cycles that one warp
-needs for a pass when it runs alone, with loads answered from DRAM, L2 or L1.
-Loads that are waited for one after the other show as many more cycles with DRAM than
-with L1; loads that were asked for a pass ahead do not.
+instructions of one pass by kind, bytes, and the cycles that one warp needs for a pass
+when it runs alone, with loads answered from DRAM, L2 or L1. Loads that are waited for
+one after the other take many times longer with DRAM than with L1; loads that are asked
+for a pass ahead do not. It is a model: good for comparing, not for predicting times.
 
-A pass is the longest way through the loop (see `sass.py`). Loops inside count once, or
-`--trips` times. With `-D CHANNELS=... -D POSITIONS=... -D THREADS=...` instructions
-are also given for an element: a pass of a thread does CHANNELS * POSITIONS / THREADS.
-The loop over positions needs `#pragma unroll 1`: how often the compiler unrolled it
-cannot be seen here.
+A pass is the longest way through the loop that avoids what `if (rarely(...))` guards,
+its body on lines of its own. Loops inside count once, or `--trips` times. The loop over
+positions needs `#pragma unroll 1`: that the compiler unrolled it cannot be seen here.
+A thread has CHANNELS * POSITIONS / THREADS elements in a pass.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import importlib.util
-import subprocess
+import sys
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sass import NO_COUNTER, Block, Instruction, Loop, loops, parse, way_through
+import cubin
+from sass import NO_COUNTER, Block, Instruction, Loop, Ways, loops, parse, rare_places
 
-# Cycles until the data of a load is there, by where it is found.
+from mmvssm.ops.cuda import kernels, nvrtc
+
+# Cycles from a load to its data, by where that is found. H100, as its users measured.
 LEVELS = {'DRAM': 700, 'L2': 270, 'L1': 38}
-# Cycles until a result is announced; only of what has no fixed latency.
-LATENCY = {
-    'LDS': 30, 'LDSM': 33, 'SHFL': 24, 'MUFU': 20, 'LDC': 40, 'LDL': 40, 'POPC': 20,
-    'S2R': 20, 'S2UR': 20, 'R2UR': 12, 'I2F': 20, 'F2I': 20, 'LDCU': 40, 'ATOMS': 60,
-    'BAR': 20, 'SYNCS': 20, 'UTMALDG': 20, 'UBLKCP': 20, 'VOTEU': 12, 'REDUX': 24,
-}
+# Cycles until a result is there, of instructions that announce it by a counter. All
+# others take what the compiler says; tensor cores, too.
+LATENCY = {'LDS': 30, 'LDSM': 33, 'ATOMS': 60, 'SHFL': 24, 'LDC': 40, 'LDL': 40}
 OTHER_LATENCY = 20
-READ_LATENCY = 16  # until a store has read its registers
+READING = 16  # until the registers of a store are read
 BARRIER = 20
-# Cycles that an instruction of a warp keeps its unit: special functions; memory, for
-# every 4 bytes of a lane; tensor cores, by shape.
+# Cycles for which an instruction of a warp keeps a unit of its quarter of the
+# multiprocessor. Memory: for every 4 bytes of a lane.
 SPECIAL = ('MUFU', 'I2F', 'F2I', 'F2F', 'POPC', 'FLO')
 SPECIAL_INTERVAL = 8
-MEMORY = ('LDG', 'STG', 'LDS', 'STS', 'LDSM', 'STSM', 'SHFL', 'LDL', 'STL', 'LDGSTS')
+MEMORY = ('LDG', 'STG', 'LDGSTS', 'LDS', 'STS', 'LDSM', 'STSM', 'SHFL', 'LDL', 'STL')
 MEMORY_INTERVAL = 2
-TENSOR = ('HMMA', 'IMMA', 'DMMA', 'QMMA')
-TENSOR_INTERVAL = {'16816': 8, '1688': 4, '16832': 8}
-BULK = ('UTMALDG', 'UBLKCP')
+TENSOR = ('HMMA', 'IMMA', 'QMMA', 'DMMA')
+TENSOR_INTERVAL = {'1688': 4, '16816': 8, '16832': 8}
+BULK = ('UTMALDG', 'UBLKCP')  # copies by TMA
 LONG_WAIT = 30
 PASSES = 8
 
 
-def width(i: Instruction) -> int:
-    """Bytes a lane of a memory instruction."""
-    for modifier, size in (('128', 16), ('64', 8), ('U16', 2), ('S16', 2), ('U8', 1),
-                           ('S8', 1), ('16', 2)):
-        if modifier in i.modifiers:
-            return size
-    return 4
-
-
 class Warp:
-    """One warp that issues in order; `level` is the latency of global loads."""
+    """A warp that issues in order, alone.
 
-    def __init__(self, level: int, ahead: int = 0):
-        self.level, self.time, self.long_waits = level, 0, 0
-        self.busy: dict[str, int] = {}  # unit: when it takes the next instruction
-        self.counters: list[list[int]] = [[] for _ in range(8)]
-        self.copies = 0  # when the last copy into shared memory has arrived
-        # Copies that report to a barrier in shared memory, oldest first. `ahead` of
-        # them were issued before the loop, long ago.
-        self.bulk: list[int] = [0] * ahead
-        self.group = 0
+    Args:
+        latency: Of loads from global memory.
+        under_way: Copies by TMA that were begun before, and have arrived.
+    """
 
-    def occupy(self, unit: str, cycles: int) -> None:
-        self.time = max(self.time, self.busy.get(unit, 0))
-        self.busy[unit] = self.time + cycles
-
-    def wait(self, until: int) -> None:
-        self.long_waits += until - self.time > LONG_WAIT
-        self.time = max(self.time, until)
+    def __init__(self, latency: int, under_way: int = 0) -> None:
+        self.latency, self.time, self.long_waits = latency, 0, 0
+        self.busy: dict[str, int] = {}  # until when a unit takes nothing
+        self.counters: list[list[int]] = [[] for _ in range(NO_COUNTER)]
+        self.copied = 0  # when all asynchronous copies so far have arrived
+        self.arrivals = [0] * under_way  # at barriers in shared memory, in order
+        self.tried = ''
 
     def issue(self, i: Instruction) -> None:
-        until = [t for counter in i.waits for t in self.counters[counter]]
+        """Wait for what an instruction needs, and issue it."""
+        needed = [t for x in i.waits for t in self.counters[x]]
+        for x in i.waits:
+            self.counters[x] = []
         if i.kind == 'DEPBAR':
-            until += self._all_but_latest(i)
-        if i.kind == 'SYNCS' and 'TRYWAIT' in i.modifiers and self.bulk:
-            until.append(self.bulk.pop(0))
-        self.wait(max(until, default=0))
-        for counter in i.waits:
-            self.counters[counter] = []
-        if i.kind in SPECIAL:
-            self.occupy('special', SPECIAL_INTERVAL)
-        elif i.kind in MEMORY and not i.never:
-            self.occupy('memory', MEMORY_INTERVAL * max(1, width(i) // 4))
-        elif i.kind in TENSOR:
-            shape = next((x for x in i.modifiers if x in TENSOR_INTERVAL), '16816')
-            self.occupy('tensor', TENSOR_INTERVAL[shape])
+            needed += self._all_but_latest(i.operands)
+        if i.kind == 'SYNCS' and 'TRYWAIT' in i.modifiers:
+            # What tries again waits for the same copies.
+            if self.arrivals and self.tried != i.operands:
+                needed.append(self.arrivals.pop(0))
+            self.tried = i.operands
+        start = max([self.time, *needed])
+        self.long_waits += start - self.time > LONG_WAIT
+        unit, interval = occupied(i)
+        self.time = max(start, self.busy.get(unit, 0))
+        self.busy[unit] = self.time + interval
         self._announce(i)
-        self.time += max(1, i.stall)
-        if i.kind == 'BAR':
-            self.time += BARRIER
+        self.time += max(1, i.stall) + BARRIER * (i.kind == 'BAR')
 
-    def _all_but_latest(self, i: Instruction) -> list[int]:
-        """When all but the latest n of a counter's are done: DEPBAR.LE SB0, n."""
-        first, *rest = (x.strip(' {}') for x in i.operands.split(','))
-        left = int(rest[0], 16) if rest and rest[0].startswith('0x') else 0
-        found = self.counters[int(first.removeprefix('SB'))]
-        done = found[: len(found) - left]
-        del found[: len(done)]
-        others = [int(x) for x in rest[1:] if x.isdigit()]
-        return done + [t for x in others for t in self.counters[x]]
-
-    def _latency(self, i: Instruction) -> int:
-        if i.never:
-            return 1
-        if i.kind == 'LDG':
-            # What other programs wrote is never found in L1.
-            return LEVELS['L2'] if 'STRONG' in i.modifiers else self.level
-        if i.kind in ('ATOMG', 'ATOM'):
-            return LEVELS['L2']
-        return LATENCY.get(i.kind, OTHER_LATENCY)
+    def _all_but_latest(self, operands: str) -> list[int]:
+        """What `DEPBAR.LE SB0, 0x1, {3, 2}` waits for: all but 1 of 0; 3 and 2."""
+        first, *rest = (x.strip(' {}') for x in operands.split(','))
+        counter = self.counters[int(first.removeprefix('SB'))]
+        left = int(rest.pop(0), 16) if rest and rest[0].startswith('0x') else 0
+        done = counter[: max(0, len(counter) - left)]
+        del counter[: len(done)]
+        for x in filter(None, rest):
+            done += self.counters[int(x)]
+            self.counters[int(x)] = []
+        return done
 
     def _announce(self, i: Instruction) -> None:
-        done = self.time + self._latency(i)
-        if i.kind == 'LDGSTS':
-            self.copies = max(self.copies, self.time + self.level)
-        elif i.kind in BULK:
-            self.group = self.time + self.level
-            self.bulk.append(self.group)
-        elif i.kind == 'ARRIVES':
-            # Copies of this thread report to a barrier, at SYNCS.
-            self.bulk.append(self.copies)
+        """Note when the results of an instruction will be there."""
+        latency = LATENCY.get(i.kind, OTHER_LATENCY)
+        if i.never:
+            latency = 1
+        elif i.kind == 'LDG':
+            # What other CTAs wrote is not looked for in L1.
+            latency = LEVELS['L2'] if 'STRONG' in i.modifiers else self.latency
+        elif i.kind in ('ATOM', 'ATOMG'):
+            latency = LEVELS['L2']
+        elif i.kind == 'LDGSTS':
+            self.copied = max(self.copied, self.time + self.latency)
         elif i.kind == 'LDGDEPBAR':
-            done = max(self.time, self.copies)
+            latency = max(0, self.copied - self.time)
+        elif i.kind in (*BULK, 'ARRIVES'):
+            bulk = i.kind in BULK
+            self.arrivals.append(self.time + self.latency if bulk else self.copied)
+            self.tried = ''
         if i.result != NO_COUNTER:
-            self.counters[i.result].append(done)
+            self.counters[i.result].append(self.time + latency)
         if i.read != NO_COUNTER:
-            self.counters[i.read].append(self.time + READ_LATENCY)
+            self.counters[i.read].append(self.time + READING)
 
 
-def cycles(pass_: list[Instruction], level: int, ahead: int = 0) -> tuple[float, float]:
-    """Cycles of one pass in the long run, and its waits of more than 30 cycles."""
-    warp = Warp(level, ahead)
-    for _ in range(PASSES):
-        for i in pass_:
-            warp.issue(i)
-    time, waits = warp.time, warp.long_waits
-    for _ in range(PASSES):
-        for i in pass_:
-            warp.issue(i)
-    return (warp.time - time) / PASSES, (warp.long_waits - waits) / PASSES
+def occupied(i: Instruction) -> tuple[str, int]:
+    """Which unit besides the scheduler an instruction keeps, and for how long."""
+    if i.never:
+        return 'none', 0
+    if i.kind in SPECIAL:
+        return 'special', SPECIAL_INTERVAL
+    if i.kind in MEMORY:
+        return 'memory', MEMORY_INTERVAL * max(1, i.width // 4)
+    if i.kind in TENSOR:
+        shape = next((x for x in i.modifiers if x in TENSOR_INTERVAL), '16816')
+        return 'tensor', TENSOR_INTERVAL[shape]
+    return 'none', 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pass:
-    """One pass of a loop over positions."""
+    """One pass of a loop over positions.
+
+    Attributes:
+        label: Of the loop in the listing.
+        instructions: That are issued.
+        all_blocks: Number of instructions of all blocks of the loop.
+        under_way: Copies by TMA that were begun before the loop.
+    """
 
     label: str
     instructions: list[Instruction]
-    all_instructions: int  # of all blocks of the loop
-    ahead: int  # bulk copies before the loop
-
-    @property
-    def issued(self) -> int:
-        return len(self.instructions)
+    all_blocks: int
+    under_way: int = 0
 
     @property
     def kinds(self) -> Counter[str]:
         return Counter(i.kind for i in self.instructions)
 
-    def bytes_of(self, *kinds: str) -> int:
-        """Bytes that a warp moves by instructions of these kinds."""
+    def bytes_by(self, *kinds: str) -> int:
+        """Bytes that a warp moves, all of its lanes, whatever guards they have."""
         return sum(
-            width(i) * 32
-            for i in self.instructions
-            if i.kind in kinds and not i.never
+            32 * i.width for i in self.instructions if i.kind in kinds and not i.never
         )
+
+    @property
+    def loaded(self) -> int:
+        """Bytes from global memory, without those by TMA."""
+        return self.bytes_by('LDG', 'LDGSTS')
+
+    @property
+    def stored(self) -> int:
+        """Bytes to global memory."""
+        return self.bytes_by('STG')
 
     def cycles(self, level: str) -> tuple[float, float]:
-        return cycles(self.instructions, LEVELS[level], self.ahead)
+        """Cycles of a pass in the long run, and its waits of more than 30 cycles."""
+        warp = Warp(LEVELS[level], self.under_way)
+        for _ in range(PASSES):
+            for i in self.instructions:
+                warp.issue(i)
+        time, waits = warp.time, warp.long_waits
+        for _ in range(PASSES):
+            for i in self.instructions:
+                warp.issue(i)
+        return (warp.time - time) / PASSES, (warp.long_waits - waits) / PASSES
+
+    def busy(self) -> dict[str, int]:
+        """Cycles of a quarter of a multiprocessor that a pass takes at least."""
+        found = {'issue': len(self.instructions), 'special': 0, 'memory': 0}
+        for i in self.instructions:
+            unit, interval = occupied(i)
+            if interval:
+                found[unit] = found.get(unit, 0) + interval
+        return found
 
 
-def passes(blocks: list[Block], trips: int = 1, least: float = 0.25) -> list[Pass]:
-    """The loops over positions of a kernel, in the order of their addresses.
+def passes(
+    blocks: list[Block], rare: set[tuple[str, int]] = frozenset(), trips: int = 1
+) -> list[Pass]:
+    """The loops over positions of a kernel.
 
-    These are the outermost loops with at least `least` of the instructions of the
-    largest: smaller ones prepare something or wait for another program. A kernel
-    without a loop is one pass.
+    These are the outermost loops with at least a quarter of the instructions of the
+    largest; smaller ones prepare something, or wait for other CTAs. A kernel without
+    a loop is one pass.
+
+    Args:
+        blocks: Of the kernel.
+        rare: Lines of the source whose blocks are avoided.
+        trips: How often loops inside are passed.
     """
-    def make(loop: Loop) -> Pass:
-        before = [i for block in blocks[: loop.header] for i in block.instructions]
+    ways = Ways(blocks, (b.number for b in blocks if b.stems_from(rare)), trips)
+
+    def one(loop: Loop) -> Pass:
+        before = [i.kind for block in blocks[: loop.header] for i in block.instructions]
         return Pass(
             blocks[loop.header].label,
-            way_through(blocks, loop, trips),
+            ways.through(loop),
             sum(len(blocks[n].instructions) for n in loop.blocks),
-            sum(i.kind in (*BULK, 'ARRIVES') for i in before),
+            sum(kind in (*BULK, 'ARRIVES') for kind in before),
         )
 
-    found = sorted(map(make, loops(blocks)), key=lambda x: x.label)
-    largest = max((x.issued for x in found), default=0)
-    if found:
-        return [x for x in found if x.issued >= least * largest]
-    everything = [i for block in blocks for i in block.instructions if i.kind != 'NOP']
-    return [Pass('whole kernel', everything, len(everything), 0)]
+    found = [one(loop) for loop in loops(blocks)]
+    if not found:
+        count = sum(len(block.instructions) for block in blocks)
+        return [Pass('whole kernel', ways.whole(), count)]
+    largest = max(len(x.instructions) for x in found)
+    return [x for x in found if 4 * len(x.instructions) >= largest]
 
 
-def tool(name: str) -> Path:
-    """A program of NVIDIA's wheels nvidia-cuda-nvdisasm and nvidia-cuda-cuobjdump."""
-    found = importlib.util.find_spec('nvidia')
-    folders = list(found.submodule_search_locations or ()) if found else []
-    for folder in folders:
-        for path in sorted(Path(folder).glob(f'*/bin/{name}')):
-            return path
-    raise FileNotFoundError(f'{name} is missing: pip install nvidia-cuda-{name}')
+@dataclass(frozen=True)
+class Model:
+    """A compiled kernel.
+
+    Attributes:
+        resources: Registers and more.
+        passes: Of its loops over positions.
+        calls: Calls of functions, whose instructions are not counted.
+    """
+
+    resources: cubin.Resources
+    passes: list[Pass]
+    calls: int
 
 
-def resources(cubin: Path) -> dict[str, dict[str, int]]:
-    """Registers (REG), stack (STACK), shared memory (SHARED) ... of each kernel."""
-    command = [str(tool('cuobjdump')), '-res-usage', str(cubin)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found, name = {}, ''
-    for line in output.splitlines():
-        if 'Function ' in line:
-            name = line.split('Function ')[1].strip(' :')
-        elif 'REG:' in line:
-            pairs = [x.split(':') for x in line.split()]
-            found[name] = {key: int(value) for key, value in pairs}
-    return found
+def read(
+    path: Path, sources: list[Path], trips: int = 1, keep: Path | None = None
+) -> dict[str, Model]:
+    """Read a cubin.
 
+    Args:
+        path: The file.
+        sources: Files that may have marks (see :func:`sass.rare_places`).
+        trips: How often loops inside others are passed.
+        keep: Where to put the listing.
 
-def disassemble(cubin: Path) -> str:
-    command = [str(tool('nvdisasm')), '-c', '-hex', str(cubin)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def compile_cubin(source: Path, defines: list[str], architecture: str) -> bytes:
-    """Compile by NVRTC (temporary: until mmvssm.ops.cuda.nvrtc is there)."""
-    folder = tool('nvdisasm').parent.parent / 'lib'
-    ctypes.CDLL(str(next(folder.glob('libnvrtc-builtins.so.*'))))
-    lib = ctypes.CDLL(str(next(folder.glob('libnvrtc.so.*'))))
-    program = ctypes.c_void_p()
-    lib.nvrtcCreateProgram(
-        ctypes.byref(program), source.read_bytes(), str(source).encode(), 0, None, None
-    )
-    options = [f'-D{x}' for x in defines] + [
-        f'--gpu-architecture={architecture}', '--std=c++17', f'-I{source.parent}',
-    ]
-    array = (ctypes.c_char_p * len(options))(*[x.encode() for x in options])
-    failed = lib.nvrtcCompileProgram(program, len(options), array)
-
-    def get(what: str) -> bytes:
-        size = ctypes.c_size_t()
-        getattr(lib, f'nvrtcGet{what}Size')(program, ctypes.byref(size))
-        buffer = ctypes.create_string_buffer(size.value)
-        getattr(lib, f'nvrtcGet{what}')(program, buffer)
-        return buffer.raw
-
-    log = get('ProgramLog').rstrip(b'\0\n').decode()
-    if log:
-        print(log)
-    if failed:
-        raise SystemExit(1)
-    return get('CUBIN')
-
-
-def report(name: str, used: dict[str, int], blocks: list[Block], args) -> None:
-    print(f'{name}: {used["REG"]} registers, {used["STACK"]} bytes of stack, '
-          f'{used["SHARED"]} of static shared memory')
-    calls = sum(i.kind == 'CALL' for b in blocks for i in b.instructions)
-    if calls:
-        print(f'    warning: {calls} calls, whose instructions are not counted')
-    constants = dict(x.split('=') for x in args.define if '=' in x)
-    elements = None
-    if {'CHANNELS', 'POSITIONS', 'THREADS'} <= set(constants):
-        channels, positions, threads = (
-            int(constants[x]) for x in ('CHANNELS', 'POSITIONS', 'THREADS')
+    Returns:
+        Its kernels, by name.
+    """
+    listing = cubin.disassemble(path)
+    if keep is not None:
+        keep.write_text(listing)
+    used = cubin.resources(path)
+    marks = [rare_places(source.name, source.read_text()) for source in sources]
+    rare = set().union(*marks)
+    return {
+        name: Model(
+            used[name],
+            passes(blocks, rare, trips),
+            sum(i.kind == 'CALL' for block in blocks for i in block.instructions),
         )
-        elements = channels * positions / threads
+        for name, blocks in parse(listing).items()
+    }
+
+
+def sources_of(path: Path) -> list[Path]:
+    """A CUDA source and the headers that it may include."""
+    return [path, *sorted(nvrtc.FOLDER.glob('*.h'))]
+
+
+def describe(model: Model, constants: Mapping[str, int]) -> str:
+    """What the command prints of a kernel."""
+    used = model.resources
+    lines = [f'{used.registers} registers, {used.stack} bytes of stack']
+    if model.calls:
+        lines.append(f'warning: {model.calls} calls, whose code is not counted')
+    elements = states = None
+    if {'CHANNELS', 'POSITIONS', 'THREADS'} <= constants.keys():
+        elements = (
+            constants['CHANNELS'] * constants['POSITIONS'] / constants['THREADS']
+        )
+        states = constants.get('STATES', 1)
     total = 0.0
-    for loop in passes(blocks, args.trips):
-        kinds = ' '.join(f'{k}:{n}' for k, n in loop.kinds.most_common(16))
-        print(f'  loop {loop.label}: {loop.issued} instructions a pass '
-              f'(all blocks {loop.all_instructions}); {kinds}')
-        print(f'    bytes a warp: {loop.bytes_of("LDG", "LDGSTS")} loaded, '
-              f'{loop.bytes_of("STG")} stored; shared memory: '
-              f'{loop.bytes_of("LDS", "LDSM")} loaded, {loop.bytes_of("STS")} stored')
-        results = {level: loop.cycles(level) for level in LEVELS}
-        ratio = results['DRAM'][0] / results['L1'][0]
-        print('    cycles a pass:', ', '.join(
+    for one in model.passes:
+        count = len(one.instructions)
+        kinds = ' '.join(f'{kind}:{n}' for kind, n in one.kinds.most_common(24))
+        cycles = {level: one.cycles(level) for level in LEVELS}
+        ratio = cycles['DRAM'][0] / cycles['L1'][0]
+        shown = ', '.join(
             f'{level} {time:.0f} ({waits:.1f} long waits)'
-            for level, (time, waits) in results.items()
-        ), f'; DRAM / L1 {ratio:.2f}')
+            for level, (time, waits) in cycles.items()
+        )
+        busy = ', '.join(f'{unit} {time}' for unit, time in one.busy().items())
+        lines += [
+            f'loop {one.label}: {count} instructions of {one.all_blocks}: {kinds}',
+            f'    global memory: {one.loaded} bytes a warp loaded, {one.stored} stored',
+            f'    cycles of a warp alone: {shown}; DRAM / L1 {ratio:.2f}',
+            f'    cycles that units are kept: {busy}',
+        ]
         if elements:
-            total += loop.issued / elements
-            print(f'    an element: {loop.issued / elements:.1f} instructions, '
-                  f'{results["DRAM"][0] / elements:.1f} cycles DRAM, '
-                  f'{results["L1"][0] / elements:.1f} L1')
-    if elements:
-        states = int(constants.get('STATES', 1))
-        print(f'  an element, all loops: {total:.1f} instructions; '
-              f'an element and state: {total / states:.1f}')
+            total += count / elements
+            lines.append(
+                f'    an element: {count / elements:.1f} instructions, cycles '
+                f'DRAM {cycles["DRAM"][0] / elements:.1f}, '
+                f'L1 {cycles["L1"][0] / elements:.1f}, '
+                f'bytes {(one.loaded + one.stored) / elements / 32:.2f}'
+            )
+    if elements and states:
+        lines.append(
+            f'an element: {total:.1f} instructions, and state: {total / states:.1f}'
+        )
+    return '\n    '.join(lines)
 
 
 def main() -> None:
@@ -313,21 +330,28 @@ def main() -> None:
     source.add_argument('--cu', type=Path, help='CUDA source, compiled by NVRTC')
     source.add_argument('--cubin', type=Path)
     parser.add_argument('--entry', help='one kernel of several')
-    parser.add_argument('-D', dest='define', action='append', default=[])
+    parser.add_argument('-D', dest='constants', action='append', default=[])
     parser.add_argument('--arch', default='sm_90')
-    parser.add_argument('--trips', type=int, default=1, help='of loops inside')
-    parser.add_argument('--sass', type=Path, help='keep the listing')
+    parser.add_argument('--trips', type=int, default=1)
+    parser.add_argument('--sass', type=Path, help='keep the listing here')
     args = parser.parse_args()
+    constants = {
+        name: int(value or 1)
+        for name, _, value in (x.partition('=') for x in args.constants)
+    }
     with tempfile.TemporaryDirectory() as folder:
-        cubin = args.cubin or Path(folder, 'kernel.cubin')
+        path = args.cubin or Path(folder, 'kernel.cubin')
         if args.cu:
-            cubin.write_bytes(compile_cubin(args.cu, args.define, args.arch))
-        listing, used = disassemble(cubin), resources(cubin)
-    if args.sass:
-        args.sass.write_text(listing)
-    for name, blocks in parse(listing).items():
+            try:
+                code = kernels.compiler().compile(args.cu, constants, args.arch)
+            except nvrtc.CompileError as error:
+                sys.exit(str(error))
+            path.write_bytes(code)
+        marked = sources_of(args.cu) if args.cu else []
+        found = read(path, marked, args.trips, args.sass)
+    for name, model in found.items():
         if args.entry in (None, name):
-            report(name, used[name], blocks, args)
+            print(f'{name}: {describe(model, constants)}')
 
 
 if __name__ == '__main__':
