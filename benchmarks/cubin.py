@@ -19,9 +19,7 @@ def program(name: str) -> Path:
     for folder in (spec and spec.submodule_search_locations) or ():
         for path in sorted(Path(folder).glob(f'*/bin/{name}'), reverse=True):
             return path
-    raise FileNotFoundError(
-        f'{name} is not installed (pip install nvidia-cuda-{name})'
-    )
+    raise FileNotFoundError(f'{name} is not installed (pip install nvidia-cuda-{name})')
 
 
 def version(name: str) -> str:
@@ -65,9 +63,7 @@ class Resources:
         # besides its own, which cuobjdump counts where there is any.
         quarter = 16384 // (-(-self.registers * 32 // 256) * 256)
         shared = -(-(max(self.shared, 1024) + dynamic) // 128) * 128
-        ctas = min(
-            quarter // -(-warps // 4), 228 * 1024 // shared, 2048 // threads, 32
-        )
+        ctas = min(4 * quarter // warps, 228 * 1024 // shared, 2048 // threads, 32)
         return ctas * warps
 
 

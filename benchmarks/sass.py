@@ -27,7 +27,7 @@ _PLACE = re.compile(r'(?:File|inlined at) "([^"]*)", line (\d+)')
 _TARGET = re.compile(r'`\((\.L_[\w.]+)\)')
 _JUMPS = ('BRA', 'JMP')
 _TABLES = ('BRX', 'BRXU', 'JMX')
-_ENDS = (*_JUMPS, *_TABLES, 'EXIT', 'RET', 'BSYNC', 'KILL', 'BPT')
+_ENDS = (*_TABLES, 'EXIT', 'RET', 'BSYNC', 'KILL', 'BPT')
 _NO_WORK = ('NOP', 'BRA', 'BSSY', 'BSYNC', 'WARPSYNC')
 
 
@@ -58,6 +58,16 @@ class Instruction:
         """Label of the instruction that a branch goes to."""
         found = _TARGET.search(self.operands)
         return found[1] if found else None
+
+    @property
+    def jumps(self) -> bool:
+        """Whether it goes elsewhere in the kernel; for older GPUs by a call."""
+        return self.kind in _JUMPS or self.kind == 'CALL' and self.target is not None
+
+    @property
+    def ends(self) -> bool:
+        """Whether a basic block ends behind it."""
+        return self.jumps or self.kind in _ENDS
 
     @property
     def never(self) -> bool:
@@ -135,7 +145,7 @@ def parse(listing: str) -> dict[str, list[Block]]:
             decoded = decode(*pending, int(second[1], 16), places)
             blocks[-1].instructions.append(decoded)
             pending = None
-            if decoded.kind in _ENDS:
+            if decoded.ends:
                 blocks.append(Block(len(blocks), f'{blocks[-1].label}+'))
     for blocks in kernels.values():
         _connect(blocks)
@@ -155,10 +165,10 @@ def _connect(blocks: list[Block]) -> None:
     for block in blocks:
         last = block.instructions[-1] if block.instructions else None
         block.next = []
-        falls = last is None or last.kind not in _ENDS or bool(last.guard)
+        falls = last is None or not last.ends or bool(last.guard)
         if last is not None and last.kind in _TABLES:
             raise ValueError(f'a jump by table: {last.opcode} {last.operands}')
-        if last is not None and last.kind in _JUMPS:
+        if last is not None and last.jumps:
             if last.target is None:
                 raise ValueError(f'a jump without a label: {last.operands}')
             block.next.append(labelled[last.target])

@@ -267,7 +267,11 @@ def read(
         name: Model(
             used[name],
             passes(blocks, rare, trips),
-            sum(i.kind == 'CALL' for block in blocks for i in block.instructions),
+            sum(
+                i.kind == 'CALL' and not i.jumps
+                for block in blocks
+                for i in block.instructions
+            ),
         )
         for name, blocks in parse(listing).items()
     }
@@ -286,9 +290,7 @@ def describe(model: Model, constants: Mapping[str, int]) -> str:
         lines.append(f'warning: {model.calls} calls, whose code is not counted')
     elements = states = None
     if {'CHANNELS', 'POSITIONS', 'THREADS'} <= constants.keys():
-        elements = (
-            constants['CHANNELS'] * constants['POSITIONS'] / constants['THREADS']
-        )
+        elements = constants['CHANNELS'] * constants['POSITIONS'] / constants['THREADS']
         states = constants.get('STATES', 1)
     total = 0.0
     for one in model.passes:

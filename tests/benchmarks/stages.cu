@@ -110,6 +110,35 @@ MMVSSM_KERNEL(products, Args, THREADS, 1) {
   for (int i = 0; i < CHAINS; ++i) p.out[i * THREADS + threadIdx.x] = d[i][0];
 }
 
+// Loads of matrices, each from where the one before says.
+MMVSSM_KERNEL(matrices, Args, THREADS, 1) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory()));
+#pragma unroll 1
+  for (int chunk = 0; chunk < p.chunks; ++chunk) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t more[3];
+      asm volatile(
+          "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%0];"
+          : "+r"(address), "=r"(more[0]), "=r"(more[1]), "=r"(more[2])::"memory");
+    }
+  }
+  p.out[threadIdx.x] = address;
+}
+
+// One exponential in the loop over positions, and two in a loop inside.
+MMVSSM_KERNEL(nested, Args, THREADS, 1) {
+  float h = 0;
+#pragma unroll 1
+  for (int chunk = 0; chunk < p.chunks; ++chunk) {
+    h = advance(h, p.u[chunk], p.rate);
+#pragma unroll 1
+    for (int i = 0; i < p.chunks; ++i)
+      h = advance(advance(h, p.u[i], p.rate), h, p.rate);
+    p.out[chunk * THREADS + threadIdx.x] = h;
+  }
+}
+
 // What is seldom needed lies behind a mark.
 MMVSSM_DEVICE float masked(const float* from, int count) {
   float sum = 0;
