@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+from mmvssm.ops.cuda import kernels
 from tiny import REPO
 
 BENCHMARKS = REPO / 'benchmarks'
@@ -29,8 +30,6 @@ def sass_model(load):
 
     MMVSSM_REQUIRE_KERNELS=1 makes it an error that they are not.
     """
-    from mmvssm.ops.cuda import kernels
-
     try:
         kernels.compiler()
         for name in ('nvdisasm', 'cuobjdump'):

@@ -139,6 +139,29 @@ MMVSSM_KERNEL(nested, Args, THREADS, 1) {
   }
 }
 
+// A loop that prepares something and two over positions; memory of a thread's own,
+// and a function that is called.
+MMVSSM_KERNEL(two, Args, THREADS, 1) {
+  float kept[16];
+#pragma unroll 1
+  for (int i = 0; i < 16; ++i) kept[i] = i;
+  float h = 0;
+#pragma unroll 1
+  for (int chunk = 0; chunk < p.chunks; ++chunk) {
+#pragma unroll
+    for (int i = 0; i < POSITIONS; ++i) h = advance(h, p.u[chunk + i], p.rate);
+    p.out[chunk] = h;
+  }
+  h /= p.rate;
+#pragma unroll 1
+  for (int chunk = 0; chunk < p.chunks; ++chunk) {
+#pragma unroll
+    for (int i = 0; i < POSITIONS; ++i) h = advance(p.u[chunk - i], h, p.rate);
+    p.out[-chunk] = h;
+  }
+  p.out[0] = kept[p.chunks & 15];
+}
+
 // What is seldom needed lies behind a mark.
 MMVSSM_DEVICE float masked(const float* from, int count) {
   float sum = 0;

@@ -1,11 +1,13 @@
 """benchmarks/sass_model.py and sass.py, on kernels whose cost is known."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mmvssm.ops.cuda import kernels
 from tiny import REPO
 
 SOURCE = Path(__file__).with_name('stages.cu')
@@ -13,16 +15,18 @@ CONSTANTS = dict(POSITIONS=40, THREADS=128, CHANNELS=128, CHAINS=1, STAGES=2)
 ARCHITECTURE = 'sm_90'
 
 
+@functools.cache
+def compiled(architecture, **constants):
+    return kernels.compiler().compile(SOURCE, constants, architecture)
+
+
 @pytest.fixture
 def model(sass_model, tmp_path):
     """Compile a kernel of stages.cu and read it."""
-    from mmvssm.ops.cuda import kernels
 
     def model(entry, marks=True, trips=1, architecture=ARCHITECTURE, **constants):
         path = tmp_path / 'kernel.cubin'
-        path.write_bytes(
-            kernels.compiler().compile(SOURCE, CONSTANTS | constants, architecture)
-        )
+        path.write_bytes(compiled(architecture, **CONSTANTS | constants))
         sources = sass_model.sources_of(SOURCE) if marks else []
         return sass_model.read(path, sources, trips)[entry]
 
@@ -103,6 +107,42 @@ def test_loops_inside(model):
     inner = 5 * once.kinds['MUFU'] - five.kinds['MUFU']
     assert once.kinds['MUFU'] == 3 and inner == 4
     assert five.kinds['MUFU'] == 1 + 5 * 2 - 0
+
+
+def test_loops_one_after_the_other(model):
+    found = model('two')
+    assert [x.kinds['MUFU'] for x in found.passes] == [CONSTANTS['POSITIONS']] * 2
+    assert found.calls == 1
+    assert found.resources.stack >= 16 * 4
+
+
+BRANCHES = """
+	.section	.text.k,"ax",@progbits
+        /*0000*/                   UISETP.NE.AND UP0, UPT, UR4, URZ, UPT ;  /* 0x0 */
+                                                   /* 0x000fe20000000000 */
+        /*0010*/                   BRA.U UP0, `(.L_x_0) ;                   /* 0x0 */
+                                                   /* 0x000fea0003800000 */
+        /*0020*/                   FADD R0, R0, R1 ;                        /* 0x0 */
+                                                   /* 0x000fe20000000000 */
+.L_x_0:
+        /*0030*/              @!P1 EXIT ;                                   /* 0x0 */
+                                                   /* 0x000fea0003800000 */
+        /*0040*/                   BRA `(.L_x_0) ;                          /* 0x0 */
+                                                   /* 0x000fc0000383ffff */
+"""
+
+
+def test_branches(load):
+    sass = load('sass')
+    blocks = sass.parse(BRANCHES)['k']
+    assert [len(block.instructions) for block in blocks[:4]] == [2, 1, 1, 1]
+    assert [sorted(block.next) for block in blocks[:4]] == [[1, 2], [2], [3], [2]]
+    (loop,) = sass.loops(blocks)
+    assert (loop.header, loop.blocks, loop.latches) == (2, {2, 3}, {3})
+    assert blocks[2].instructions[0].guard == '!P1'
+    table = BRANCHES.replace('BRA `(.L_x_0)', 'BRX R4 -0x50')
+    with pytest.raises(ValueError, match='a jump by table: BRX R4 -0x50'):
+        sass.parse(table)
 
 
 def test_lines_behind_a_mark(sass_model, load):
@@ -230,6 +270,7 @@ def test_width(load):
         (32, 256, 100 * 1024, 16),
         (32, 1024, 0, 64),
         (64, 32, 0, 32),  # 32 CTAs
+        (16, 256, 0, 64),
         (32, 256, 227 * 1024, 8),
     ],
 )
