@@ -10,7 +10,7 @@ a tensor core has to be guessed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 NO_COUNTER = 7
@@ -251,13 +251,22 @@ class Ways:
     Args:
         blocks: Of the kernel.
         rare: Numbers of blocks that no way goes through, if there is another.
-        trips: How often loops inside another are passed.
+        trips: How often a loop inside another is passed, by lines of its `for`; once
+            where nothing is said.
     """
 
     def __init__(
-        self, blocks: list[Block], rare: Iterable[int] = (), trips: int = 1
+        self,
+        blocks: list[Block],
+        rare: Iterable[int] = (),
+        trips: Mapping[Place, int] | None = None,
     ) -> None:
-        self.blocks, self.rare, self.trips = blocks, set(rare), trips
+        self.blocks, self.rare, self._trips = blocks, set(rare), trips or {}
+
+    def _passes(self, loop: Loop) -> int:
+        ends = (self.blocks[number].instructions[-1:] for number in loop.latches)
+        places = {place for end in ends for i in end for place in i.places}
+        return max((self._trips[x] for x in places & self._trips.keys()), default=1)
 
     def through(self, loop: Loop) -> list[Instruction]:
         """The longest way through one pass of a loop."""
@@ -293,7 +302,7 @@ class Ways:
             if loop is None:
                 own, covered = self.blocks[number].instructions, {number}
             else:
-                own, covered = self.through(loop) * self.trips, loop.blocks
+                own, covered = self.through(loop) * self._passes(loop), loop.blocks
             best: list[Instruction] | None = [] if covered & ends else None
             following = {x for n in covered for x in self.blocks[n].next} - covered
             for x in sorted((following & inside) - {start}):
@@ -333,6 +342,20 @@ def rare_places(name: str, text: str) -> set[Place]:
         first, last = text.count('\n', 0, begin) + 2, text.count('\n', 0, end) + 1
         found |= {(name, line) for line in range(first, last + 1)}
     return found
+
+
+def trip_places(name: str, text: str) -> dict[Place, int]:
+    """How often loops are passed that say so: `for (...) {  // 4 trips`.
+
+    Args:
+        name: Of the file, without a folder.
+        text: What is in it.
+    """
+    lines = enumerate(text.splitlines(), 1)
+    found = (
+        (i, re.search(r'\b(?:for|while)\b.*//.*?(\d+) trips', x)) for i, x in lines
+    )
+    return {(name, i): int(match[1]) for i, match in found if match}
 
 
 def _closing(text: str, opening: int, pair: str) -> int:

@@ -10,9 +10,10 @@ one after the other take many times longer with DRAM than with L1; loads that ar
 for a pass ahead do not. It is a model: good for comparing, not for predicting times.
 
 A pass is the longest way through the loop that avoids what `if (rarely(...))` guards,
-its body on lines of its own. Loops inside count once, or `--trips` times. The loop over
-positions needs `#pragma unroll 1`: that the compiler unrolled it cannot be seen here.
-A thread has CHANNELS * POSITIONS / THREADS elements in a pass.
+its body on lines of its own. Loops inside count once, or as often as their line says:
+`for (...) {  // 4 trips`. The loop over positions needs `#pragma unroll 1`: that the
+compiler unrolled it cannot be seen here. A thread has CHANNELS * POSITIONS / THREADS
+elements in a pass.
 """
 
 from __future__ import annotations
@@ -22,11 +23,22 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cubin
-from sass import NO_COUNTER, Block, Instruction, Loop, Ways, loops, parse, rare_places
+from sass import (
+    NO_COUNTER,
+    Block,
+    Instruction,
+    Loop,
+    Place,
+    Ways,
+    loops,
+    parse,
+    rare_places,
+    trip_places,
+)
 
 from mmvssm.ops.cuda import kernels, nvrtc
 
@@ -138,19 +150,43 @@ def occupied(i: Instruction) -> tuple[str, int]:
 
 
 @dataclass(frozen=True)
+class Marks:
+    """What the sources say of ways through the code.
+
+    Attributes:
+        rare: Lines whose blocks are avoided, see :func:`sass.rare_places`.
+        trips: How often loops inside others are passed, by their lines.
+    """
+
+    rare: frozenset[Place] = frozenset()
+    trips: Mapping[Place, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, path: Path) -> Marks:
+        """Those of a source and of the headers that it may include."""
+        rare: set[Place] = set()
+        trips: dict[Place, int] = {}
+        for source in (path, *nvrtc.FOLDER.glob('*.h')):
+            text = source.read_text()
+            rare |= rare_places(source.name, text)
+            trips |= trip_places(source.name, text)
+        return cls(frozenset(rare), trips)
+
+
+@dataclass(frozen=True)
 class Pass:
     """One pass of a loop over positions.
 
     Attributes:
         label: Of the loop in the listing.
         instructions: That are issued.
-        all_blocks: Number of instructions of all blocks of the loop.
+        most: How many they are if what is rare is needed.
         under_way: Copies by TMA that were begun before the loop.
     """
 
     label: str
     instructions: list[Instruction]
-    all_blocks: int
+    most: int
     under_way: int = 0
 
     @property
@@ -195,35 +231,28 @@ class Pass:
         return found
 
 
-def passes(
-    blocks: list[Block], rare: set[tuple[str, int]] = frozenset(), trips: int = 1
-) -> list[Pass]:
+def passes(blocks: list[Block], marks: Marks = Marks()) -> list[Pass]:
     """The loops over positions of a kernel.
 
     These are the outermost loops with at least a quarter of the instructions of the
     largest; smaller ones prepare something, or wait for other CTAs. A kernel without
     a loop is one pass.
-
-    Args:
-        blocks: Of the kernel.
-        rare: Lines of the source whose blocks are avoided.
-        trips: How often loops inside are passed.
     """
-    ways = Ways(blocks, (b.number for b in blocks if b.stems_from(rare)), trips)
+    rare = [block.number for block in blocks if block.stems_from(marks.rare)]
+    ways, any_ways = (Ways(blocks, avoided, marks.trips) for avoided in (rare, ()))
 
     def one(loop: Loop) -> Pass:
         before = [i.kind for block in blocks[: loop.header] for i in block.instructions]
         return Pass(
             blocks[loop.header].label,
             ways.through(loop),
-            sum(len(blocks[n].instructions) for n in loop.blocks),
+            len(any_ways.through(loop)),
             sum(kind in (*BULK, 'ARRIVES') for kind in before),
         )
 
     found = [one(loop) for loop in loops(blocks)]
     if not found:
-        count = sum(len(block.instructions) for block in blocks)
-        return [Pass('whole kernel', ways.whole(), count)]
+        return [Pass('whole kernel', ways.whole(), len(any_ways.whole()))]
     largest = max(len(x.instructions) for x in found)
     return [x for x in found if 4 * len(x.instructions) >= largest]
 
@@ -242,16 +271,24 @@ class Model:
     passes: list[Pass]
     calls: int
 
+    @property
+    def instructions(self) -> int:
+        """Of a pass of all loops."""
+        return sum(len(one.instructions) for one in self.passes)
+
+    def cycles(self, level: str) -> float:
+        """Of a warp alone, for a pass of all loops."""
+        return sum(one.cycles(level)[0] for one in self.passes)
+
 
 def read(
-    path: Path, sources: list[Path], trips: int = 1, keep: Path | None = None
+    path: Path, marks: Marks = Marks(), keep: Path | None = None
 ) -> dict[str, Model]:
     """Read a cubin.
 
     Args:
         path: The file.
-        sources: Files that may have marks (see :func:`sass.rare_places`).
-        trips: How often loops inside others are passed.
+        marks: Of its source.
         keep: Where to put the listing.
 
     Returns:
@@ -261,12 +298,10 @@ def read(
     if keep is not None:
         keep.write_text(listing)
     used = cubin.resources(path)
-    marks = [rare_places(source.name, source.read_text()) for source in sources]
-    rare = set().union(*marks)
     return {
         name: Model(
             used[name],
-            passes(blocks, rare, trips),
+            passes(blocks, marks),
             sum(
                 i.kind == 'CALL' and not i.jumps
                 for block in blocks
@@ -277,9 +312,11 @@ def read(
     }
 
 
-def sources_of(path: Path) -> list[Path]:
-    """A CUDA source and the headers that it may include."""
-    return [path, *sorted(nvrtc.FOLDER.glob('*.h'))]
+def elements(constants: Mapping[str, int]) -> float | None:
+    """Elements of a thread in a pass, where the constants of the kernel say so."""
+    if not {'CHANNELS', 'POSITIONS', 'THREADS'} <= constants.keys():
+        return None
+    return constants['CHANNELS'] * constants['POSITIONS'] / constants['THREADS']
 
 
 def describe(model: Model, constants: Mapping[str, int]) -> str:
@@ -288,11 +325,7 @@ def describe(model: Model, constants: Mapping[str, int]) -> str:
     lines = [f'{used.registers} registers, {used.stack} bytes of stack']
     if model.calls:
         lines.append(f'warning: {model.calls} calls, whose code is not counted')
-    elements = states = None
-    if {'CHANNELS', 'POSITIONS', 'THREADS'} <= constants.keys():
-        elements = constants['CHANNELS'] * constants['POSITIONS'] / constants['THREADS']
-        states = constants.get('STATES', 1)
-    total = 0.0
+    share, states = elements(constants), constants.get('STATES', 1)
     for one in model.passes:
         count = len(one.instructions)
         kinds = ' '.join(f'{kind}:{n}' for kind, n in one.kinds.most_common(24))
@@ -304,20 +337,20 @@ def describe(model: Model, constants: Mapping[str, int]) -> str:
         )
         busy = ', '.join(f'{unit} {time}' for unit, time in one.busy().items())
         lines += [
-            f'loop {one.label}: {count} instructions of {one.all_blocks}: {kinds}',
+            f'loop {one.label}: {count} instructions (at most {one.most}): {kinds}',
             f'    global memory: {one.loaded} bytes a warp loaded, {one.stored} stored',
             f'    cycles of a warp alone: {shown}; DRAM / L1 {ratio:.2f}',
             f'    cycles that units are kept: {busy}',
         ]
-        if elements:
-            total += count / elements
+        if share:
             lines.append(
-                f'    an element: {count / elements:.1f} instructions, cycles '
-                f'DRAM {cycles["DRAM"][0] / elements:.1f}, '
-                f'L1 {cycles["L1"][0] / elements:.1f}, '
-                f'bytes {(one.loaded + one.stored) / elements / 32:.2f}'
+                f'    an element: {count / share:.1f} instructions, cycles '
+                f'DRAM {cycles["DRAM"][0] / share:.1f}, '
+                f'L1 {cycles["L1"][0] / share:.1f}, '
+                f'bytes {(one.loaded + one.stored) / share / 32:.2f}'
             )
-    if elements and states:
+    if share:
+        total = model.instructions / share
         lines.append(
             f'an element: {total:.1f} instructions, and state: {total / states:.1f}'
         )
@@ -334,7 +367,6 @@ def main() -> None:
     parser.add_argument('--entry', help='one kernel of several')
     parser.add_argument('-D', dest='constants', action='append', default=[])
     parser.add_argument('--arch', default='sm_90')
-    parser.add_argument('--trips', type=int, default=1)
     parser.add_argument('--sass', type=Path, help='keep the listing here')
     args = parser.parse_args()
     constants = {
@@ -349,8 +381,7 @@ def main() -> None:
             except nvrtc.CompileError as error:
                 sys.exit(str(error))
             path.write_bytes(code)
-        marked = sources_of(args.cu) if args.cu else []
-        found = read(path, marked, args.trips, args.sass)
+        found = read(path, Marks.of(args.cu) if args.cu else Marks(), args.sass)
     for name, model in found.items():
         if args.entry in (None, name):
             print(f'{name}: {describe(model, constants)}')

@@ -133,7 +133,7 @@ MMVSSM_KERNEL(nested, Args, THREADS, 1) {
   for (int chunk = 0; chunk < p.chunks; ++chunk) {
     h = advance(h, p.u[chunk], p.rate);
 #pragma unroll 1
-    for (int i = 0; i < p.chunks; ++i)
+    for (int i = 0; i < p.chunks; ++i)  // about 5 trips
       h = advance(advance(h, p.u[i], p.rate), h, p.rate);
     p.out[chunk * THREADS + threadIdx.x] = h;
   }
