@@ -276,6 +276,11 @@ class Model:
         """Of a pass of all loops."""
         return sum(len(one.instructions) for one in self.passes)
 
+    @property
+    def most(self) -> int:
+        """The same if what is rare is needed."""
+        return sum(one.most for one in self.passes)
+
     def cycles(self, level: str) -> float:
         """Of a warp alone, for a pass of all loops."""
         return sum(one.cycles(level)[0] for one in self.passes)

@@ -1,0 +1,333 @@
+"""What the GPU kernels will cost, counted from their machine code without a GPU.
+
+    python benchmarks/gpu_counts.py [--json FILE] [--keep DIR] [--only TEXT]
+
+Models run with tensors that have no values. What their ops launch, forward and
+backward, is written down, compiled for sm_90 by NVRTC and read by `sass_model.py`.
+A line of the table is a kernel in one pass of one call of an op:
+
+    launches        how often it is launched
+    registers       of a thread; stack: bytes a thread, 0 if all fits into registers
+    shared          bytes a CTA
+    resident        warps that a multiprocessor holds at once; warps: in the grid
+    instructions    an element and state, and all of them if rare code runs each time
+    DRAM, L1        cycles of a warp alone for an element and state, by where loads
+                    find their data, and the first over the second
+    maps            bytes moved, in maps (batch, channels, positions) of the input
+
+An element is a channel at a position of one scan. Bytes are what all lanes move: a load
+that only some lanes need counts in full. What caches save is not taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import functools
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cubin
+import sass_model
+import torch
+
+import mmvssm
+from mmvssm import ops
+from mmvssm.ops.cuda import kernels
+from mmvssm.ops.gpu_check import measure
+from mmvssm.ops.gpu_check.calls import OpCall, Recorder
+from mmvssm.ops.gpu_check.values import empty
+from mmvssm.ops.operator import all_ops
+from mmvssm.ops.scan_orders.registry import real_tensors
+
+CAPABILITY = 90
+# Models with the sizes that they are trained and tested at, and those at which a single
+# image has to fill a GPU.
+SHAPES = [
+    *(
+        (name, size, size, 128)
+        for name in ('vmamba_t_s1l8', 'vmamba_t_s2l5', 'mlla_t')
+        for size in (224,)
+    ),
+    *(
+        (name, height, width, batch)
+        for name in ('vmamba_t_s1l8', 'vmamba_t_s2l5', 'mlla_t')
+        for height, width, batch in ((512, 512, 4), (800, 1280, 2), (224, 224, 1))
+    ),
+    ('vim_s', 224, 224, 128),
+    ('vim_s', 1248, 1248, 1),
+]
+# Scans by themselves: batch, channels, positions.
+SCANS = [(128, 768, 197), (1, 768, 6085)]
+SCAN_STATES = (1, 8, 16)
+
+
+def model_calls(name: str, height: int, width: int, batch: int) -> list[OpCall]:
+    """What the ops of a backbone are asked for an image, in bfloat16."""
+    with torch.device('meta'):
+        model = mmvssm.build_backbone(name).to(torch.bfloat16).eval()
+        images = torch.empty(batch, 3, height, width, dtype=torch.bfloat16)
+    with torch.no_grad(), Recorder() as recorder:
+        model(images)
+    return recorder.calls
+
+
+def scan_call(batch: int, channels: int, length: int, states: int) -> OpCall:
+    """A selective scan with all it may have, as Mamba's block asks for it."""
+
+    def rows(*sizes: int) -> torch.Tensor:
+        shape = (batch, length, *sizes)
+        return torch.empty(shape, dtype=torch.bfloat16, device='meta').movedim(1, -1)
+
+    def parameter(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, device='meta')
+
+    with Recorder() as recorder:
+        ops.selective_scan(
+            *(rows(channels), rows(channels), parameter(channels, states)),
+            *(rows(states), rows(states), parameter(channels), rows(channels)),
+            *(parameter(channels), True),
+        )
+    return recorder.calls[0]
+
+
+def cases() -> Iterator[tuple[str, OpCall]]:
+    """All calls, each with what it comes from."""
+    for name, height, width, batch in SHAPES:
+        for call in model_calls(name, height, width, batch):
+            yield f'{name} {height}x{width} batch {batch}', call
+    for batch, channels, length in SCANS:
+        for states in SCAN_STATES:
+            call = scan_call(batch, channels, length, states)
+            yield f'{states} states, batch {batch}', call
+
+
+def launches_of(call: OpCall) -> dict[str, list[kernels.Launch]]:
+    """What a call launches, by pass."""
+    grads, forward = measure.empty_grads(call), 0
+
+    def then_backward(outputs):
+        nonlocal forward
+        forward = len(launches)
+        return grads(outputs)
+
+    with real_tensors(), kernels.recording() as launches:
+        tensors = [empty(layout) for layout in call.tensors]
+        measure.results(call, 'cuda', tensors, then_backward)
+    return dict(forward=launches[:forward], backward=launches[forward:])
+
+
+# Numbers
+
+
+@dataclass
+class Row:
+    """A kernel in a pass of a call; numbers are those of the worst of its launches."""
+
+    case: str
+    op: str
+    shape: list[int]  # of the first input
+    rank: int
+    states: int
+    direction: str
+    kernel: str
+    launches: int
+    registers: int
+    stack: int
+    shared: int
+    resident: int
+    warps: int
+    instructions: float | None
+    with_rare: float | None
+    dram: float | None
+    l1: float | None
+    ratio: float
+    maps: float | None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells rows apart."""
+        return (self.case, self.op, *self.shape, self.rank, self.direction, self.kernel)
+
+
+def numbers_in(args: ctypes.Structure) -> dict[str, int]:
+    """All integers of kernel args by their names, also of structures inside."""
+    found = {}
+    for name, *_ in args._fields_:
+        value = getattr(args, name)
+        if isinstance(value, ctypes.Structure):
+            found |= numbers_in(value)
+        elif isinstance(value, int):
+            found[name] = value
+    return found
+
+
+class Counter:
+    """Compiles launches and counts them.
+
+    Args:
+        keep: Where to put compiled kernels.
+    """
+
+    def __init__(self, keep: Path) -> None:
+        self._keep = keep
+        keep.mkdir(parents=True, exist_ok=True)
+        self.compilers: set[str] = set()
+        self.model = functools.cache(self._model)
+
+    def _model(self, binary) -> sass_model.Model:
+        """What a compiled kernel is like; see `kernels.Launch.binary`."""
+        kernel, constants = binary
+        code = kernels.compiled(kernel, dict(constants), CAPABILITY)
+        said = re.search(rb'Cuda compilation tools, release [\d.]+, V([\d.]+)', code)
+        self.compilers.add(said[1].decode() if said else 'unknown')
+        names = '-'.join(f'{name}{value}' for name, value in constants)
+        path = self._keep / f'{kernel.entry}-{names}.cubin'
+        path.write_bytes(code)
+        return sass_model.read(path, sass_model.Marks.of(kernel.path))[kernel.entry]
+
+    def rows(self, case: str, call: OpCall) -> Iterator[Row]:
+        """Of a call."""
+        shape = call.tensors[0].shape
+        for direction, launches in launches_of(call).items():
+            for name in dict.fromkeys(x.kernel.entry for x in launches):
+                own = [x for x in launches if x.kernel.entry == name]
+                yield self._row(case, call, list(shape), direction, name, own)
+
+    def _row(self, case, call, shape, direction, name, launches) -> Row:
+        models = [self.model(x.binary) for x in launches]
+        shares = [share_of(x) for x in launches]
+        ranks = [x.constants.get('RANK', 0) for x in launches]
+
+        def worst(number) -> float | None:
+            if None in shares:
+                return None
+            return round(max(map(number, models, shares)), 2)
+
+        def cycles(level):
+            return worst(lambda model, share: model.cycles(level) / share)
+
+        moved = [moved_by(*pair, shape) for pair in zip(launches, models)]
+        return Row(
+            **dict(case=case, op=call.op, shape=shape, rank=max(ranks)),
+            states=call.states or 0,
+            **dict(direction=direction, kernel=name, launches=len(launches)),
+            registers=max(x.resources.registers for x in models),
+            stack=max(x.resources.stack for x in models),
+            shared=max(x.shared for x in launches),
+            resident=min(
+                model.resources.resident_warps(x.threads, x.shared)
+                for model, x in zip(models, launches)
+            ),
+            warps=min(x.grid * -(-x.threads // 32) for x in launches),
+            instructions=worst(lambda model, share: model.instructions / share),
+            with_rare=worst(lambda model, share: model.most / share),
+            dram=cycles('DRAM'),
+            l1=cycles('L1'),
+            ratio=round(max(x.cycles('DRAM') / x.cycles('L1') for x in models), 3),
+            maps=None if None in moved else round(sum(moved), 2),
+        )
+
+
+def share_of(launch: kernels.Launch) -> float | None:
+    """Elements and states of a thread in a pass, if the constants say so."""
+    elements = sass_model.elements(launch.constants)
+    return elements and elements * launch.constants.get('STATES', 1)
+
+
+def moved_by(
+    launch: kernels.Launch, model: sass_model.Model, shape: list[int]
+) -> float | None:
+    """Bytes that a launch moves, in maps of an input (B, C, ...) in bfloat16."""
+    elements = sass_model.elements(launch.constants)
+    if elements is None:
+        return None
+    args = numbers_in(launch.args)
+    scans = 1.0
+    if {'chains', 'batch', 'groups', 'blocks'} <= args.keys():
+        scans = args['chains'] / (args['batch'] * args['groups'] * args['blocks'])
+    lanes = 32 * elements
+    by_element = sum(one.loaded + one.stored for one in model.passes) / lanes
+    return scans * by_element / 2
+
+
+def count(keep: Path, only: str = '') -> tuple[dict[str, str], list[Row]]:
+    """All rows, with the versions of what made them.
+
+    Args:
+        keep: Where to put compiled kernels.
+        only: A part of the name of the op or of where it comes from.
+    """
+    chosen = {}
+    for case, call in cases():
+        if 'cuda' in all_ops[call.op].backends and only in f'{case} {call.op}':
+            chosen.setdefault(dataclasses.replace(call, count=1), case)
+    every = [x for call in chosen for own in launches_of(call).values() for x in own]
+    kernels.prepare(every, CAPABILITY)
+    counter = Counter(keep)
+    rows = [row for call, case in chosen.items() for row in counter.rows(case, call)]
+    versions = {
+        'NVRTC': ', '.join(sorted(counter.compilers)),
+        'nvdisasm': cubin.version('nvdisasm'),
+        'cuobjdump': cubin.version('cuobjdump'),
+    }
+    return versions, rows
+
+
+# Output
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as text."""
+    names = [x.name for x in dataclasses.fields(Row) if x.name not in ('case', 'op')]
+    lines, case = [], None
+    texts = [[_text(getattr(row, name)) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(names, *texts)]
+    for row, text in zip(rows, texts):
+        if (row.case, row.op) != case:
+            case = row.case, row.op
+            lines += ['', f'{row.op} of {row.case}']
+            lines.append('  '.join(x.rjust(n) for x, n in zip(names, widths)))
+        lines.append('  '.join(x.rjust(n) for x, n in zip(text, widths)))
+    return '\n'.join(lines)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return 'x'.join(map(str, value))
+    if value is None:
+        return '-'
+    return f'{value:.2f}' if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--json', type=Path)
+    parser.add_argument('--keep', type=Path, metavar='DIR', help='for the cubins')
+    parser.add_argument('--only', default='', metavar='TEXT', help='such cases and ops')
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        versions, rows = count(args.keep or Path(folder), args.only)
+    if not rows:
+        sys.exit(f'no kernel is launched by {args.only!r}')
+    print(' '.join(f'{name} {version}' for name, version in versions.items()))
+    print(table(rows))
+    if args.json:
+        found = dict(
+            versions=versions,
+            architecture=f'sm_{CAPABILITY}',
+            rows=[dataclasses.asdict(row) for row in rows],
+        )
+        args.json.write_text(json.dumps(found, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()
