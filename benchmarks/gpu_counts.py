@@ -10,13 +10,15 @@ A line of the table is a kernel in one pass of one call of an op:
     registers       of a thread; stack: bytes a thread, 0 if all fits into registers
     shared          bytes a CTA
     resident        warps that a multiprocessor holds at once; warps: in the grid
-    instructions    an element and state, and all of them if rare code runs each time
-    DRAM, L1        cycles of a warp alone for an element and state, by where loads
-                    find their data, and the first over the second
-    maps            bytes moved, in maps (batch, channels, positions) of the input
+    instructions    an element and state, all launches together; with_rare: if what is
+                    marked as rare ran each time
+    dram, l1        cycles of a warp alone for an element and state, by where loads find
+                    their data; ratio: the first over the second, of the worst launch
+    maps            bytes moved, in maps (batch, channels, positions) of the first input
 
-An element is a channel at a position of one scan. Bytes are what all lanes move: a load
-that only some lanes need counts in full. What caches save is not taken off.
+An element is a channel at a position, of one scan where there are several. Bytes are
+what all lanes move: a load that only some lanes need counts in full, and what caches
+save is not taken off.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ import ctypes
 import dataclasses
 import functools
 import json
+import math
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,31 +50,27 @@ from mmvssm.ops.operator import all_ops
 from mmvssm.ops.scan_orders.registry import real_tensors
 
 CAPABILITY = 90
-# Models with the sizes that they are trained and tested at, and those at which a single
-# image has to fill a GPU.
-SHAPES = [
-    *(
-        (name, size, size, 128)
-        for name in ('vmamba_t_s1l8', 'vmamba_t_s2l5', 'mlla_t')
-        for size in (224,)
-    ),
-    *(
-        (name, height, width, batch)
-        for name in ('vmamba_t_s1l8', 'vmamba_t_s2l5', 'mlla_t')
-        for height, width, batch in ((512, 512, 4), (800, 1280, 2), (224, 224, 1))
-    ),
-    ('vim_s', 224, 224, 128),
-    ('vim_s', 1248, 1248, 1),
+# Models with the sizes of their images and batches: those that they are trained and
+# tested at, and single images, which have to fill a GPU.
+VMAMBA = [
+    (name, *size)
+    for name in ('vmamba_t_s1l8', 'vmamba_t_s2l5')
+    for size in (
+        *((224, 224, 128), (512, 512, 4), (800, 1280, 2)),
+        *((224, 224, 1), (512, 512, 1), (800, 1280, 1)),
+    )
 ]
+VIM = [('vim_s', 224, 224, 128), ('vim_s', 1248, 1248, 1)]
+MLLA = [('mlla_t', 224, 224, 128), ('mlla_t', 512, 512, 4), ('mlla_t', 800, 1280, 2)]
 # Scans by themselves: batch, channels, positions.
 SCANS = [(128, 768, 197), (1, 768, 6085)]
 SCAN_STATES = (1, 8, 16)
 
 
 def model_calls(name: str, height: int, width: int, batch: int) -> list[OpCall]:
-    """What the ops of a backbone are asked for an image, in bfloat16."""
+    """What the ops of a classifier are asked for images, in bfloat16."""
     with torch.device('meta'):
-        model = mmvssm.build_backbone(name).to(torch.bfloat16).eval()
+        model = mmvssm.build_classifier(name).to(torch.bfloat16).eval()
         images = torch.empty(batch, 3, height, width, dtype=torch.bfloat16)
     with torch.no_grad(), Recorder() as recorder:
         model(images)
@@ -99,7 +98,7 @@ def scan_call(batch: int, channels: int, length: int, states: int) -> OpCall:
 
 def cases() -> Iterator[tuple[str, OpCall]]:
     """All calls, each with what it comes from."""
-    for name, height, width, batch in SHAPES:
+    for name, height, width, batch in (*VMAMBA, *VIM, *MLLA):
         for call in model_calls(name, height, width, batch):
             yield f'{name} {height}x{width} batch {batch}', call
     for batch, channels, length in SCANS:
@@ -128,7 +127,7 @@ def launches_of(call: OpCall) -> dict[str, list[kernels.Launch]]:
 
 @dataclass
 class Row:
-    """A kernel in a pass of a call; numbers are those of the worst of its launches."""
+    """A kernel in a pass of a call: see the table above."""
 
     case: str
     op: str
@@ -194,30 +193,36 @@ class Counter:
 
     def rows(self, case: str, call: OpCall) -> Iterator[Row]:
         """Of a call."""
-        shape = call.tensors[0].shape
         for direction, launches in launches_of(call).items():
-            for name in dict.fromkeys(x.kernel.entry for x in launches):
-                own = [x for x in launches if x.kernel.entry == name]
-                yield self._row(case, call, list(shape), direction, name, own)
+            for kernel in dict.fromkeys(x.kernel for x in launches):
+                own = [x for x in launches if x.kernel == kernel]
+                yield self._row(case, call, direction, own)
 
-    def _row(self, case, call, shape, direction, name, launches) -> Row:
+    def _row(
+        self, case: str, call: OpCall, direction: str, launches: list[kernels.Launch]
+    ) -> Row:
         models = [self.model(x.binary) for x in launches]
-        shares = [share_of(x) for x in launches]
-        ranks = [x.constants.get('RANK', 0) for x in launches]
+        first = call.tensors[0]
+        assert first is not None, 'the first input of an op is always there'
 
-        def worst(number) -> float | None:
-            if None in shares:
-                return None
-            return round(max(map(number, models, shares)), 2)
+        parts = scans_of(call) * (call.states or 1) if is_scan(launches[0]) else 1
 
-        def cycles(level):
-            return worst(lambda model, share: model.cycles(level) / share)
+        def total(number: Callable[[sass_model.Model], float]) -> float | None:
+            found = sum(number(m) * passes(x) for m, x in zip(models, launches))
+            return None if math.isnan(found) else found
 
-        moved = [moved_by(*pair, shape) for pair in zip(launches, models)]
+        def part(number: Callable[[sass_model.Model], float]) -> float | None:
+            found = total(number)
+            return None if found is None else round(found / parts, 2)
+
+        # Of a lane, in values of two bytes.
+        moved = total(lambda m: sum(x.loaded + x.stored for x in m.passes) / 64)
         return Row(
-            **dict(case=case, op=call.op, shape=shape, rank=max(ranks)),
+            **dict(case=case, op=call.op, shape=list(first.shape)),
+            rank=max(x.constants.get('RANK', 0) for x in launches),
             states=call.states or 0,
-            **dict(direction=direction, kernel=name, launches=len(launches)),
+            **dict(direction=direction, kernel=launches[0].kernel.entry),
+            launches=len(launches),
             registers=max(x.resources.registers for x in models),
             stack=max(x.resources.stack for x in models),
             shared=max(x.shared for x in launches),
@@ -226,35 +231,41 @@ class Counter:
                 for model, x in zip(models, launches)
             ),
             warps=min(x.grid * -(-x.threads // 32) for x in launches),
-            instructions=worst(lambda model, share: model.instructions / share),
-            with_rare=worst(lambda model, share: model.most / share),
-            dram=cycles('DRAM'),
-            l1=cycles('L1'),
+            instructions=part(lambda model: model.instructions),
+            with_rare=part(lambda model: model.most),
+            dram=part(lambda model: model.cycles('DRAM')),
+            l1=part(lambda model: model.cycles('L1')),
             ratio=round(max(x.cycles('DRAM') / x.cycles('L1') for x in models), 3),
-            maps=None if None in moved else round(sum(moved), 2),
+            maps=None if moved is None else round(moved, 2),
         )
 
 
-def share_of(launch: kernels.Launch) -> float | None:
-    """Elements and states of a thread in a pass, if the constants say so."""
-    elements = sass_model.elements(launch.constants)
-    return elements and elements * launch.constants.get('STATES', 1)
+def scans_of(call: OpCall) -> int:
+    """How many scans a call of an op has."""
+    layouts = call.named()
+    if 'dt_projs_weight' in layouts:
+        return layouts['dt_projs_weight'].shape[0]
+    return 2 if 'backward.A' in layouts else 1
 
 
-def moved_by(
-    launch: kernels.Launch, model: sass_model.Model, shape: list[int]
-) -> float | None:
-    """Bytes that a launch moves, in maps of an input (B, C, ...) in bfloat16."""
+def is_scan(launch: kernels.Launch) -> bool:
+    """Whether a kernel walks along sequences with a state."""
+    return 'STATES' in launch.constants
+
+
+def passes(launch: kernels.Launch) -> float:
+    """How many passes of a thread a launch takes for an element of the input.
+
+    NaN where the constants of the kernel do not say how many elements a pass has.
+    """
     elements = sass_model.elements(launch.constants)
     if elements is None:
-        return None
+        return math.nan
+    if not is_scan(launch):
+        return 1 / elements
     args = numbers_in(launch.args)
-    scans = 1.0
-    if {'chains', 'batch', 'groups', 'blocks'} <= args.keys():
-        scans = args['chains'] / (args['batch'] * args['groups'] * args['blocks'])
-    lanes = 32 * elements
-    by_element = sum(one.loaded + one.stored for one in model.passes) / lanes
-    return scans * by_element / 2
+    chains = args['batch'] * args['groups'] * args['blocks']
+    return args['chains'] / chains / elements
 
 
 def count(keep: Path, only: str = '') -> tuple[dict[str, str], list[Row]]:
