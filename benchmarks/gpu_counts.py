@@ -136,6 +136,7 @@ class Row:
     states: int
     direction: str
     kernel: str
+    scans: int  # of the call, 0 for a kernel that does none
     launches: int
     registers: int
     stack: int
@@ -146,7 +147,7 @@ class Row:
     with_rare: float | None
     dram: float | None
     l1: float | None
-    ratio: float
+    ratio: float | None
     maps: float | None
 
     @property
@@ -205,16 +206,21 @@ class Counter:
         first = call.tensors[0]
         assert first is not None, 'the first input of an op is always there'
 
-        parts = scans_of(call) * (call.states or 1) if is_scan(launches[0]) else 1
+        scans = scans_of(call) if is_scan(launches[0]) else 0
+        parts = max(scans, 1) * (call.states or 1 if scans else 1)
 
         def total(number: Callable[[sass_model.Model], float]) -> float | None:
-            found = sum(number(m) * passes(x) for m, x in zip(models, launches))
+            found = sum(
+                number(m) * passes(x, m, math.prod(first.shape))
+                for x, m in zip(launches, models)
+            )
             return None if math.isnan(found) else found
 
         def part(number: Callable[[sass_model.Model], float]) -> float | None:
             found = total(number)
             return None if found is None else round(found / parts, 2)
 
+        ratios = [m.cycles('DRAM') / m.cycles('L1') for m in models if m.loops]
         # Of a lane, in values of two bytes.
         moved = total(lambda m: sum(x.loaded + x.stored for x in m.passes) / 64)
         return Row(
@@ -222,7 +228,7 @@ class Counter:
             rank=max(x.constants.get('RANK', 0) for x in launches),
             states=call.states or 0,
             **dict(direction=direction, kernel=launches[0].kernel.entry),
-            launches=len(launches),
+            **dict(scans=scans, launches=len(launches)),
             registers=max(x.resources.registers for x in models),
             stack=max(x.resources.stack for x in models),
             shared=max(x.shared for x in launches),
@@ -235,7 +241,8 @@ class Counter:
             with_rare=part(lambda model: model.most),
             dram=part(lambda model: model.cycles('DRAM')),
             l1=part(lambda model: model.cycles('L1')),
-            ratio=round(max(x.cycles('DRAM') / x.cycles('L1') for x in models), 3),
+            # What has no loop waits for its loads, and other warps do their work.
+            ratio=round(max(ratios), 3) if ratios else None,
             maps=None if moved is None else round(moved, 2),
         )
 
@@ -249,15 +256,22 @@ def scans_of(call: OpCall) -> int:
 
 
 def is_scan(launch: kernels.Launch) -> bool:
-    """Whether a kernel walks along sequences with a state."""
-    return 'STATES' in launch.constants
+    """Whether a kernel walks along sequences."""
+    return {'chains', 'batch', 'groups', 'blocks'} <= numbers_in(launch.args).keys()
 
 
-def passes(launch: kernels.Launch) -> float:
+def passes(launch: kernels.Launch, model: sass_model.Model, size: int) -> float:
     """How many passes of a thread a launch takes for an element of the input.
 
     NaN where the constants of the kernel do not say how many elements a pass has.
+
+    Args:
+        launch: The launch.
+        model: Of its kernel.
+        size: Elements of the input.
     """
+    if not model.loops:
+        return launch.grid * launch.threads / size
     elements = sass_model.elements(launch.constants)
     if elements is None:
         return math.nan

@@ -264,11 +264,13 @@ class Model:
     Attributes:
         resources: Registers and more.
         passes: Of its loops over positions.
+        loops: Whether there are any; else the whole kernel is one pass.
         calls: Calls of functions, whose instructions are not counted.
     """
 
     resources: cubin.Resources
     passes: list[Pass]
+    loops: bool
     calls: int
 
     @property
@@ -307,6 +309,7 @@ def read(
         name: Model(
             used[name],
             passes(blocks, marks),
+            bool(loops(blocks)),
             sum(
                 i.kind == 'CALL' and not i.jumps
                 for block in blocks
