@@ -32,7 +32,7 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +107,20 @@ def cases() -> Iterator[tuple[str, OpCall]]:
             yield f'{states} states, batch {batch}', call
 
 
+def calls(only: str = '') -> dict[OpCall, str]:
+    """Calls of ops with kernels, and what they come from."""
+    found: dict[OpCall, str] = {}
+    for case, call in cases():
+        if 'cuda' in all_ops[call.op].backends and only in f'{case} {call.op}':
+            found.setdefault(call, case)
+    return found
+
+
+def all_launches(of: Iterable[OpCall]) -> list[kernels.Launch]:
+    """What calls launch."""
+    return [x for call in of for own in launches_of(call).values() for x in own]
+
+
 def launches_of(call: OpCall) -> dict[str, list[kernels.Launch]]:
     """What a call launches, by pass."""
     grads, forward = measure.empty_grads(call), 0
@@ -143,17 +157,23 @@ class Row:
     shared: int
     resident: int
     warps: int
-    instructions: float | None
-    with_rare: float | None
-    dram: float | None
-    l1: float | None
+    instructions: float
+    with_rare: float
+    dram: float
+    l1: float
     ratio: float | None
-    maps: float | None
+    maps: float
 
     @property
     def key(self) -> tuple[object, ...]:
         """What tells rows apart."""
-        return (self.case, self.op, *self.shape, self.rank, self.direction, self.kernel)
+        return (self.case, self.op, *self.shape, self.direction, self.kernel)
+
+    @property
+    def name(self) -> str:
+        """The same in words."""
+        shape = 'x'.join(map(str, self.shape))
+        return f'{self.kernel} {self.direction}, {self.op} {shape} of {self.case}'
 
 
 def numbers_in(args: ctypes.Structure) -> dict[str, int]:
@@ -190,7 +210,9 @@ class Counter:
         names = '-'.join(f'{name}{value}' for name, value in constants)
         path = self._keep / f'{kernel.entry}-{names}.cubin'
         path.write_bytes(code)
-        return sass_model.read(path, sass_model.Marks.of(kernel.path))[kernel.entry]
+        marks = sass_model.Marks.of(kernel.path)
+        whole = not has_loop(dict(constants))
+        return sass_model.read(path, marks, whole)[kernel.entry]
 
     def rows(self, case: str, call: OpCall) -> Iterator[Row]:
         """Of a call."""
@@ -209,18 +231,18 @@ class Counter:
         scans = scans_of(call) if is_scan(launches[0]) else 0
         parts = max(scans, 1) * (call.states or 1 if scans else 1)
 
-        def total(number: Callable[[sass_model.Model], float]) -> float | None:
-            found = sum(
-                number(m) * passes(x, m, math.prod(first.shape))
-                for x, m in zip(launches, models)
-            )
-            return None if math.isnan(found) else found
+        def total(number: Callable[[sass_model.Model], float]) -> float:
+            size = math.prod(first.shape)
+            return sum(number(m) * passes(x, size) for m, x in zip(models, launches))
 
-        def part(number: Callable[[sass_model.Model], float]) -> float | None:
-            found = total(number)
-            return None if found is None else round(found / parts, 2)
+        def part(number: Callable[[sass_model.Model], float]) -> float:
+            return round(total(number) / parts, 2)
 
-        ratios = [m.cycles('DRAM') / m.cycles('L1') for m in models if m.loops]
+        ratios = [
+            model.cycles('DRAM') / model.cycles('L1')
+            for model, launch in zip(models, launches)
+            if has_loop(launch.constants)
+        ]
         # Of a lane, in values of two bytes.
         moved = total(lambda m: sum(x.loaded + x.stored for x in m.passes) / 64)
         return Row(
@@ -243,7 +265,7 @@ class Counter:
             l1=part(lambda model: model.cycles('L1')),
             # What has no loop waits for its loads, and other warps do their work.
             ratio=round(max(ratios), 3) if ratios else None,
-            maps=None if moved is None else round(moved, 2),
+            maps=round(moved, 2),
         )
 
 
@@ -260,21 +282,21 @@ def is_scan(launch: kernels.Launch) -> bool:
     return {'chains', 'batch', 'groups', 'blocks'} <= numbers_in(launch.args).keys()
 
 
-def passes(launch: kernels.Launch, model: sass_model.Model, size: int) -> float:
-    """How many passes of a thread a launch takes for an element of the input.
+def has_loop(constants: Mapping[str, int]) -> bool:
+    """Whether a kernel loops over positions: it has constants that say how."""
+    return sass_model.elements(constants) is not None
 
-    NaN where the constants of the kernel do not say how many elements a pass has.
+
+def passes(launch: kernels.Launch, size: int) -> float:
+    """How many passes of a thread a launch takes for an element of the input.
 
     Args:
         launch: The launch.
-        model: Of its kernel.
         size: Elements of the input.
     """
-    if not model.loops:
-        return launch.grid * launch.threads / size
     elements = sass_model.elements(launch.constants)
     if elements is None:
-        return math.nan
+        return launch.grid * launch.threads / size
     if not is_scan(launch):
         return 1 / elements
     args = numbers_in(launch.args)
@@ -289,12 +311,8 @@ def count(keep: Path, only: str = '') -> tuple[dict[str, str], list[Row]]:
         keep: Where to put compiled kernels.
         only: A part of the name of the op or of where it comes from.
     """
-    chosen = {}
-    for case, call in cases():
-        if 'cuda' in all_ops[call.op].backends and only in f'{case} {call.op}':
-            chosen.setdefault(dataclasses.replace(call, count=1), case)
-    every = [x for call in chosen for own in launches_of(call).values() for x in own]
-    kernels.prepare(every, CAPABILITY)
+    chosen = calls(only)
+    kernels.prepare(all_launches(chosen), CAPABILITY)
     counter = Counter(keep)
     rows = [row for call, case in chosen.items() for row in counter.rows(case, call)]
     versions = {
@@ -303,6 +321,37 @@ def count(keep: Path, only: str = '') -> tuple[dict[str, str], list[Row]]:
         'cuobjdump': cubin.version('cuobjdump'),
     }
     return versions, rows
+
+
+# Comparison
+
+# A number that gets worse by more than this is a step back.
+TOLERANCE = 0.05
+SMALLER_IS_BETTER = (
+    *('launches', 'registers', 'stack', 'shared', 'instructions', 'with_rare'),
+    *('dram', 'l1', 'ratio', 'maps'),
+)
+LARGER_IS_BETTER = ('resident', 'warps')
+
+
+def worse(old: Row, new: Row) -> list[str]:
+    """What of a row got worse than it was, in words."""
+    found = []
+    for name in (*SMALLER_IS_BETTER, *LARGER_IS_BETTER):
+        before, now = getattr(old, name), getattr(new, name)
+        if before is None and now is None:
+            continue
+        better, other = (before, now) if name in LARGER_IS_BETTER else (now, before)
+        # What is no number is worse, too.
+        if None in (better, other) or not better <= other * (1 + TOLERANCE):
+            found.append(f'{name} {before} -> {now}')
+    return found
+
+
+def stored(path: Path) -> tuple[dict[str, str], list[Row]]:
+    """Versions and rows of a file that `--json` wrote."""
+    found = json.loads(path.read_text())
+    return found['versions'], [Row(**row) for row in found['rows']]
 
 
 # Output
@@ -338,6 +387,9 @@ def main() -> None:
     parser.add_argument('--json', type=Path)
     parser.add_argument('--keep', type=Path, metavar='DIR', help='for the cubins')
     parser.add_argument('--only', default='', metavar='TEXT', help='such cases and ops')
+    parser.add_argument(
+        '--against', type=Path, metavar='FILE', help='name what is worse than there'
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         versions, rows = count(args.keep or Path(folder), args.only)
@@ -345,6 +397,12 @@ def main() -> None:
         sys.exit(f'no kernel is launched by {args.only!r}')
     print(' '.join(f'{name} {version}' for name, version in versions.items()))
     print(table(rows))
+    if args.against:
+        old = {row.key: row for row in stored(args.against)[1]}
+        steps = [(x, worse(old[x.key], x)) for x in rows if x.key in old]
+        for row, numbers in steps:
+            if numbers:
+                print(f'worse: {row.name}: {", ".join(numbers)}')
     if args.json:
         found = dict(
             versions=versions,

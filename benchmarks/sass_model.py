@@ -231,12 +231,14 @@ class Pass:
         return found
 
 
-def passes(blocks: list[Block], marks: Marks = Marks()) -> list[Pass]:
+def passes(
+    blocks: list[Block], marks: Marks = Marks(), whole: bool = False
+) -> list[Pass]:
     """The loops over positions of a kernel.
 
     These are the outermost loops with at least a quarter of the instructions of the
     largest; smaller ones prepare something, or wait for other CTAs. A kernel without
-    a loop is one pass.
+    a loop, and with `whole` any, is one pass.
     """
     rare = [block.number for block in blocks if block.stems_from(marks.rare)]
     ways, any_ways = (Ways(blocks, avoided, marks.trips) for avoided in (rare, ()))
@@ -250,7 +252,7 @@ def passes(blocks: list[Block], marks: Marks = Marks()) -> list[Pass]:
             sum(kind in (*BULK, 'ARRIVES') for kind in before),
         )
 
-    found = [one(loop) for loop in loops(blocks)]
+    found = [] if whole else [one(loop) for loop in loops(blocks)]
     if not found:
         return [Pass('whole kernel', ways.whole(), len(any_ways.whole()))]
     largest = max(len(x.instructions) for x in found)
@@ -263,14 +265,12 @@ class Model:
 
     Attributes:
         resources: Registers and more.
-        passes: Of its loops over positions.
-        loops: Whether there are any; else the whole kernel is one pass.
+        passes: Of its loops over positions, or of all.
         calls: Calls of functions, whose instructions are not counted.
     """
 
     resources: cubin.Resources
     passes: list[Pass]
-    loops: bool
     calls: int
 
     @property
@@ -289,13 +289,17 @@ class Model:
 
 
 def read(
-    path: Path, marks: Marks = Marks(), keep: Path | None = None
+    path: Path,
+    marks: Marks = Marks(),
+    whole: bool = False,
+    keep: Path | None = None,
 ) -> dict[str, Model]:
     """Read a cubin.
 
     Args:
         path: The file.
         marks: Of its source.
+        whole: Whether the kernel as a whole is one pass.
         keep: Where to put the listing.
 
     Returns:
@@ -308,8 +312,7 @@ def read(
     return {
         name: Model(
             used[name],
-            passes(blocks, marks),
-            bool(loops(blocks)),
+            passes(blocks, marks, whole),
             sum(
                 i.kind == 'CALL' and not i.jumps
                 for block in blocks
@@ -375,6 +378,7 @@ def main() -> None:
     parser.add_argument('--entry', help='one kernel of several')
     parser.add_argument('-D', dest='constants', action='append', default=[])
     parser.add_argument('--arch', default='sm_90')
+    parser.add_argument('--whole', action='store_true', help='count all, not loops')
     parser.add_argument('--sass', type=Path, help='keep the listing here')
     args = parser.parse_args()
     constants = {
@@ -389,7 +393,8 @@ def main() -> None:
             except nvrtc.CompileError as error:
                 sys.exit(str(error))
             path.write_bytes(code)
-        found = read(path, Marks.of(args.cu) if args.cu else Marks(), args.sass)
+        marks = Marks.of(args.cu) if args.cu else Marks()
+        found = read(path, marks, args.whole, args.sass)
     for name, model in found.items():
         if args.entry in (None, name):
             print(f'{name}: {describe(model, constants)}')

@@ -24,11 +24,11 @@ def compiled(architecture, **constants):
 def model(sass_model, tmp_path):
     """Compile a kernel of stages.cu and read it."""
 
-    def model(entry, marks=True, architecture=ARCHITECTURE, **constants):
+    def model(entry, marks=True, whole=False, architecture=ARCHITECTURE, **constants):
         path = tmp_path / 'kernel.cubin'
         path.write_bytes(compiled(architecture, **CONSTANTS | constants))
         found = sass_model.Marks.of(SOURCE) if marks else sass_model.Marks()
-        return sass_model.read(path, found)[entry]
+        return sass_model.read(path, found, whole)[entry]
 
     return model
 
@@ -112,6 +112,9 @@ def test_loops_one_after_the_other(model):
     assert [x.kinds['MUFU'] for x in found.passes] == [CONSTANTS['POSITIONS']] * 2
     assert found.calls == 1
     assert found.resources.stack >= 16 * 4
+    (whole,) = model('two', whole=True).passes
+    assert whole.kinds['MUFU'] == 2 * CONSTANTS['POSITIONS'] + 1
+    assert whole.kinds['EXIT'] == 1
 
 
 BRANCHES = """
