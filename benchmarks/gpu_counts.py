@@ -12,6 +12,7 @@ A line of the table is a kernel in one pass of one call of an op:
     resident        warps that a multiprocessor holds at once; warps: in the grid
     instructions    an element and state, all launches together; with_rare: if what is
                     marked as rare ran each time
+    untold          loops inside that are counted once for want of knowing better
     dram, l1        cycles of a warp alone for an element and state, by where loads find
                     their data; ratio: the first over the second, of the worst launch
     maps            bytes moved, in maps (batch, channels, positions) of the first input
@@ -43,12 +44,12 @@ import torch
 import mmvssm
 from mmvssm import ops
 from mmvssm.ops.cuda import kernels
-from mmvssm.ops.gpu_check import measure
 from mmvssm.ops.gpu_check.calls import OpCall, Recorder
-from mmvssm.ops.gpu_check.values import empty
+from mmvssm.ops.gpu_check.values import empty, graded, packed, wanted
 from mmvssm.ops.operator import all_ops
 from mmvssm.ops.scan_orders.registry import real_tensors
 
+BACKEND = 'cuda'
 CAPABILITY = 90
 # Models with the sizes of their images and batches: those that they are trained and
 # tested at, and single images, which have to fill a GPU.
@@ -111,7 +112,7 @@ def calls(only: str = '') -> dict[OpCall, str]:
     """Calls of ops with kernels, and what they come from."""
     found: dict[OpCall, str] = {}
     for case, call in cases():
-        if 'cuda' in all_ops[call.op].backends and only in f'{case} {call.op}':
+        if BACKEND in all_ops[call.op].backends and only in f'{case} {call.op}':
             found.setdefault(call, case)
     return found
 
@@ -121,18 +122,33 @@ def all_launches(of: Iterable[OpCall]) -> list[kernels.Launch]:
     return [x for call in of for own in launches_of(call).values() for x in own]
 
 
+class _Saved:
+    """What a forward pass leaves for the backward pass, in autograd's place."""
+
+    saved_tensors: tuple[torch.Tensor | None, ...] = ()
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Gradients stay as they are given."""
+
+
 def launches_of(call: OpCall) -> dict[str, list[kernels.Launch]]:
     """What a call launches, by pass."""
-    grads, forward = measure.empty_grads(call), 0
-
-    def then_backward(outputs):
-        nonlocal forward
-        forward = len(launches)
-        return grads(outputs)
-
+    op, context = call.declaration, _Saved()
     with real_tensors(), kernels.recording() as launches:
-        tensors = [empty(layout) for layout in call.tensors]
-        measure.results(call, 'cuda', tensors, then_backward)
+        inputs, options = packed(call, [empty(layout) for layout in call.tensors])
+        backend = op.backend(BACKEND, inputs, options)
+        result = backend.forward(inputs, options, True)
+        outputs, forward = result.outputs, len(launches)
+        saved = op.returned(outputs, result.saved)[len(outputs) :]
+        op.remember(context, inputs, options, BACKEND, outputs, saved)
+        grads = tuple(
+            torch.empty_like(y) if has_gradient else None
+            for y, has_gradient in zip(outputs, graded(call))
+        )
+        op.gradients(op.backward, context, grads, wanted(call))
     return dict(forward=launches[:forward], backward=launches[forward:])
 
 
@@ -145,7 +161,8 @@ class Row:
 
     case: str
     op: str
-    shape: list[int]  # of the first input
+    inputs: int  # tensors that are given
+    shape: list[int]  # of the first one
     rank: int
     states: int
     direction: str
@@ -159,6 +176,7 @@ class Row:
     warps: int
     instructions: float
     with_rare: float
+    untold: int
     dram: float
     l1: float
     ratio: float | None
@@ -167,7 +185,14 @@ class Row:
     @property
     def key(self) -> tuple[object, ...]:
         """What tells rows apart."""
-        return (self.case, self.op, *self.shape, self.direction, self.kernel)
+        return (
+            self.case,
+            self.op,
+            self.inputs,
+            *self.shape,
+            self.direction,
+            self.kernel,
+        )
 
     @property
     def name(self) -> str:
@@ -246,7 +271,8 @@ class Counter:
         # Of a lane, in values of two bytes.
         moved = total(lambda m: sum(x.loaded + x.stored for x in m.passes) / 64)
         return Row(
-            **dict(case=case, op=call.op, shape=list(first.shape)),
+            **dict(case=case, op=call.op, inputs=len(call.named())),
+            shape=list(first.shape),
             rank=max(x.constants.get('RANK', 0) for x in launches),
             states=call.states or 0,
             **dict(direction=direction, kernel=launches[0].kernel.entry),
@@ -261,6 +287,7 @@ class Counter:
             warps=min(x.grid * -(-x.threads // 32) for x in launches),
             instructions=part(lambda model: model.instructions),
             with_rare=part(lambda model: model.most),
+            untold=max(one.untold for model in models for one in model.passes),
             dram=part(lambda model: model.cycles('DRAM')),
             l1=part(lambda model: model.cycles('L1')),
             # What has no loop waits for its loads, and other warps do their work.
@@ -329,7 +356,7 @@ def count(keep: Path, only: str = '') -> tuple[dict[str, str], list[Row]]:
 TOLERANCE = 0.05
 SMALLER_IS_BETTER = (
     *('launches', 'registers', 'stack', 'shared', 'instructions', 'with_rare'),
-    *('dram', 'l1', 'ratio', 'maps'),
+    *('untold', 'dram', 'l1', 'ratio', 'maps'),
 )
 LARGER_IS_BETTER = ('resident', 'warps')
 

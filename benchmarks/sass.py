@@ -263,10 +263,22 @@ class Ways:
     ) -> None:
         self.blocks, self.rare, self._trips = blocks, set(rare), trips or {}
 
-    def _passes(self, loop: Loop) -> int:
+    def _told(self, loop: Loop) -> int | None:
+        """How often a loop is passed, if its line says so."""
         ends = (self.blocks[number].instructions[-1:] for number in loop.latches)
         places = {place for end in ends for i in end for place in i.places}
-        return max((self._trips[x] for x in places & self._trips.keys()), default=1)
+        return max((self._trips[x] for x in places & self._trips.keys()), default=None)
+
+    def untold(self, way: list[Instruction], inner: Iterable[Loop]) -> int:
+        """How many of the loops that a way goes through do not say how often."""
+        on_way, todo, found = set(map(id, way)), list(inner), 0
+        while todo:
+            loop = todo.pop()
+            todo += loop.inner
+            latches = (i for n in loop.latches for i in self.blocks[n].instructions)
+            passed = any(id(i) in on_way for i in latches)
+            found += passed and self._told(loop) is None
+        return found
 
     def through(self, loop: Loop) -> list[Instruction]:
         """The longest way through one pass of a loop."""
@@ -302,7 +314,7 @@ class Ways:
             if loop is None:
                 own, covered = self.blocks[number].instructions, {number}
             else:
-                own, covered = self.through(loop) * self._passes(loop), loop.blocks
+                own, covered = self.through(loop) * (self._told(loop) or 1), loop.blocks
             best: list[Instruction] | None = [] if covered & ends else None
             following = {x for n in covered for x in self.blocks[n].next} - covered
             for x in sorted((following & inside) - {start}):

@@ -181,12 +181,14 @@ class Pass:
         label: Of the loop in the listing.
         instructions: That are issued.
         most: How many they are if what is rare is needed.
+        untold: Loops inside that are counted once, as nothing says how often they run.
         under_way: Copies by TMA that were begun before the loop.
     """
 
     label: str
     instructions: list[Instruction]
     most: int
+    untold: int = 0
     under_way: int = 0
 
     @property
@@ -243,18 +245,27 @@ def passes(
     rare = [block.number for block in blocks if block.stems_from(marks.rare)]
     ways, any_ways = (Ways(blocks, avoided, marks.trips) for avoided in (rare, ()))
 
-    def one(loop: Loop) -> Pass:
-        before = [i.kind for block in blocks[: loop.header] for i in block.instructions]
-        return Pass(
+    def one(
+        label: str, start: int, way: list[Instruction], most: int, inner: list[Loop]
+    ) -> Pass:
+        before = [i.kind for block in blocks[:start] for i in block.instructions]
+        under_way = sum(kind in (*BULK, 'ARRIVES') for kind in before)
+        return Pass(label, way, most, ways.untold(way, inner), under_way)
+
+    outermost = loops(blocks)
+    if whole or not outermost:
+        most = len(any_ways.whole())
+        return [one('whole kernel', 0, ways.whole(), most, outermost)]
+    found = [
+        one(
             blocks[loop.header].label,
+            loop.header,
             ways.through(loop),
             len(any_ways.through(loop)),
-            sum(kind in (*BULK, 'ARRIVES') for kind in before),
+            loop.inner,
         )
-
-    found = [] if whole else [one(loop) for loop in loops(blocks)]
-    if not found:
-        return [Pass('whole kernel', ways.whole(), len(any_ways.whole()))]
+        for loop in outermost
+    ]
     largest = max(len(x.instructions) for x in found)
     return [x for x in found if 4 * len(x.instructions) >= largest]
 
@@ -353,6 +364,8 @@ def describe(model: Model, constants: Mapping[str, int]) -> str:
             f'    cycles of a warp alone: {shown}; DRAM / L1 {ratio:.2f}',
             f'    cycles that units are kept: {busy}',
         ]
+        if one.untold:
+            lines.append(f'    warning: {one.untold} loops inside are counted once')
         if share:
             lines.append(
                 f'    an element: {count / share:.1f} instructions, cycles '

@@ -105,6 +105,7 @@ def test_loops_inside(model):
     assert once.kinds['MUFU'] == 1 + 2
     assert five.kinds['MUFU'] == 1 + 5 * 2
     assert five.most == len(five.instructions)
+    assert once.untold == 1 and five.untold == 0
 
 
 def test_loops_one_after_the_other(model):
@@ -114,7 +115,7 @@ def test_loops_one_after_the_other(model):
     assert found.resources.stack >= 16 * 4
     (whole,) = model('two', whole=True).passes
     assert whole.kinds['MUFU'] == 2 * CONSTANTS['POSITIONS'] + 1
-    assert whole.kinds['EXIT'] == 1
+    assert whole.kinds['EXIT'] == 1 and whole.untold == 3
 
 
 BRANCHES = """
