@@ -28,6 +28,7 @@ import argparse
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import re
@@ -233,7 +234,9 @@ class Counter:
         said = re.search(rb'Cuda compilation tools, release [\d.]+, V([\d.]+)', code)
         self.compilers.add(said[1].decode() if said else 'unknown')
         names = '-'.join(f'{name}{value}' for name, value in constants)
-        path = self._keep / f'{kernel.entry}-{names}.cubin'
+        digest = hashlib.sha256(code).hexdigest()[:8]
+        # Names of files have an end.
+        path = self._keep / f'{kernel.entry}-{names[:180]}-{digest}.cubin'
         path.write_bytes(code)
         marks = sass_model.Marks.of(kernel.path)
         whole = not has_loop(dict(constants))

@@ -59,7 +59,9 @@ def of_call(rows):
 @functools.cache
 def all_rows(gpu_counts, folder):
     versions, rows = gpu_counts.count(folder)
-    return versions, {key(row): row for row in rows}
+    found = {key(row): row for row in rows}
+    assert len(found) == len(rows), 'two rows of one name'
+    return versions, found
 
 
 @pytest.fixture
