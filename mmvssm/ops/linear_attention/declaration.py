@@ -61,6 +61,7 @@ LINEAR_ATTENTION = Op(
     AttentionInputs,
     AttentionOptions,
     returns=('y',),
+    saves=1,
     outputs_like=_outputs_like,
     flops=_flops,
 )

@@ -1,0 +1,450 @@
+// What the kernels of linear attention share.
+//
+// A CTA has a head of a batch element and a split of its positions, or all. Its warps
+// take kRows positions in turn, which have been copied to their own part of shared
+// memory some turns before. Channels of a head come in blocks of 32; those that are
+// missing in a block, and positions behind the last one, are filled up there with what
+// counts for nothing, so the arithmetic need not ask.
+//
+// Products are those of tensor cores in tf32, each float32 number being the sum of two
+// in tf32: what is left out is 2^-22 of a term. Numbers that come in 16 bits are exact.
+// No product begins where another warp's ends, so sums are in one order always.
+//
+// A lane of number 4 g + c has one of two shares of a block of rows:
+//   by columns: channels 4g .. 4g + 3 of the rows c and c + 4 of every eight. Sums over
+//     positions take these, as either factor;
+//   by rows: channels 8c .. 8c + 7 of the rows kRow(g) and 8 + kRow(g). Products with
+//     what all positions share take these, and give them.
+#pragma once
+
+#include "device.h"
+
+namespace mmvssm {
+
+constexpr int kWarp = 32, kWarps = THREADS / kWarp;
+constexpr int kBlock = CHANNELS;
+constexpr int kRows = POSITIONS / kWarps;
+static_assert(kBlock == 32 && kRows == 16, "as the tensor cores have it");
+constexpr bool kSums = PASSES & 1, kReads = PASSES & 2;
+constexpr int kSumsBytes = (kBlock + 1) * kBlock * 4;
+constexpr int kTable = kRows * kBlock / 2 * 4;  // bytes of cosine or sine
+constexpr float kLog2E = 1.4426950408889634f;
+
+// A tensor (batch, position, channel) with strides in bytes, of neighbouring channels.
+struct Rows {
+  char* data;
+  int64_t batch, position;
+};
+
+struct Args {
+  Rows q, k, v, y;  // y: the output, or its gradient
+  Rows grad_q, grad_k, grad_v;
+  Rows cosine, sine;  // float32, with no batch
+  // (split, batch, head, sums): mean products of keys with values, and mean keys; and
+  // their gradients. Those that are written have splits, those that are read do not.
+  float *sums, *grad_sums;
+  int32_t batch, heads, length;
+  int32_t split_length;
+  int32_t key_channels, value_channels;  // of a head
+  float eps, scale;                      // 1 / length
+};
+
+// What a CTA works on.
+struct Place {
+  int batch, head, key_block, value_block, split, begin, end;
+
+  MMVSSM_DEVICE Place(const Args& p, int key_blocks, int value_blocks) {
+    // CTAs of all batch elements read the same angles at about the same time.
+    unsigned index = blockIdx.x;
+    batch = index % p.batch;
+    index /= p.batch;
+    head = index % p.heads;
+    index /= p.heads;
+    key_block = index % key_blocks;
+    index /= key_blocks;
+    value_block = index % value_blocks;
+    split = index / value_blocks;
+    begin = split * p.split_length;
+    end = p.length - begin < p.split_length ? p.length : begin + p.split_length;
+  }
+
+  // The first channel of a block of this head, at position 0.
+  MMVSSM_DEVICE char* of(const Rows& x, int channels, int block, int bytes) const {
+    return x.data + batch * x.batch +
+           (static_cast<int64_t>(head) * channels + block * kBlock) * bytes;
+  }
+
+  // Place of the sums of this head.
+  MMVSSM_DEVICE float* sums(const Args& p, float* data, int of_split) const {
+    const int64_t number = (static_cast<int64_t>(of_split) * p.batch + batch) * p.heads + head;
+    return data + number * (p.key_channels * (p.value_channels + 1));
+  }
+};
+
+MMVSSM_DEVICE int lane_of() { return threadIdx.x % kWarp; }
+MMVSSM_DEVICE int row_of(int g) { return g / 2 + g % 2 * 4; }
+
+// Channels of a head that a block has.
+MMVSSM_DEVICE int in_block(int channels, int block) {
+  const int left = channels - block * kBlock;
+  return left < 0 ? 0 : left < kBlock ? left : kBlock;
+}
+
+template <int kDtype>
+constexpr int kSize = kDtype == 0 ? 4 : 2;
+template <int kDtype>
+constexpr int kRowsBytes = kRows * kBlock * kSize<kDtype>;
+
+// Rows in shared memory
+
+// Where 16 bytes of a row are, so that neither share meets a bank twice.
+template <int kRowBytes>
+MMVSSM_DEVICE int place_of(int row, int piece) {
+  const int n = row * (kRowBytes / 16) + piece;
+  return 16 * (kRowBytes == 64 ? n ^ (row & 6) : n ^ ((row & 3) * 2 | (row >> 2 & 1)));
+}
+
+// What stands in the place of missing numbers: 0, or what has the feature 0.
+enum Missing { kZero, kRowsZero, kNothing };
+
+template <int kDtype>
+MMVSSM_DEVICE uint32_t minus_infinity() {
+  return kDtype == 0 ? 0xff800000u : kDtype == 1 ? 0xff80ff80u : 0xfc00fc00u;
+}
+
+// Ask for kRows rows from `first` on of a tensor, of which those before `end` and the
+// first `channels` channels are there.
+template <int kDtype, int kRowBytes>
+MMVSSM_DEVICE void fill(char* to, char* from, int stride, int first, int end,
+                        int channels, Missing missing) {
+  constexpr int kUnit = VECTOR ? 16 : kSize<kDtype>;
+  constexpr int kUnits = kRowBytes / kUnit;
+#pragma unroll
+  for (int i = 0; i < kRows * kUnits / kWarp; ++i) {
+    const int n = i * kWarp + lane_of();
+    const int row = n / kUnits, unit = n % kUnits;
+    const int byte = unit * kUnit;
+    char* place = to + place_of<kRowBytes>(row, byte / 16) + byte % 16;
+    const bool there = byte < channels * kSize<kDtype>;
+    if (there && first + row < end) {
+      const char* found = address(from, first + row, stride) + byte;
+      if constexpr (VECTOR) copy_async<16>(place, found);
+      else if constexpr (kDtype == 0)
+        *reinterpret_cast<float*>(place) = *reinterpret_cast<const float*>(found);
+      else
+        *reinterpret_cast<uint16_t*>(place) = *reinterpret_cast<const uint16_t*>(found);
+    } else if (rarely(true)) {
+      const bool nothing = missing == kNothing || (missing == kRowsZero && !there);
+      const uint32_t bits = nothing ? minus_infinity<kDtype>() : 0;
+      if constexpr (VECTOR) *reinterpret_cast<uint4*>(place) = {bits, bits, bits, bits};
+      else if constexpr (kDtype == 0)
+        *reinterpret_cast<uint32_t*>(place) = bits;
+      else
+        *reinterpret_cast<uint16_t*>(place) = static_cast<uint16_t>(bits);
+    }
+  }
+}
+
+// One of kShares equal parts of a row.
+template <int kRowBytes, int kShares>
+MMVSSM_DEVICE void read(const char* from, int row, int share,
+                        uint32_t (&words)[kRowBytes / kShares / 4]) {
+  constexpr int kBytes = kRowBytes / kShares;
+  if constexpr (kBytes == 8) {
+    const auto two = *reinterpret_cast<const uint2*>(
+        from + place_of<kRowBytes>(row, share / 2) + share % 2 * 8);
+    words[0] = two.x, words[1] = two.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      const auto four = *reinterpret_cast<const uint4*>(
+          from + place_of<kRowBytes>(row, share * (kBytes / 16) + i));
+      words[4 * i] = four.x, words[4 * i + 1] = four.y;
+      words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+    }
+  }
+}
+
+// A lane's share of rows, as it is in memory.
+template <int kDtype, int kCount>
+struct Raw {
+  uint32_t words[kCount * kSize<kDtype> / 4];
+
+  template <int kShares>
+  MMVSSM_DEVICE void read(const char* from, int row, int share) {
+    mmvssm::read<kCount * kSize<kDtype> * kShares, kShares>(from, row, share, words);
+  }
+  MMVSSM_DEVICE float operator[](int i) const {
+    if constexpr (kDtype == 0) return float_of(words[i]);
+    const uint32_t bits = words[i / 2];
+    if constexpr (kDtype == 1) return float_of(i % 2 ? bits & 0xffff0000u : bits << 16);
+    return from_half(i % 2 ? bits >> 16 : bits & 0xffffu);
+  }
+};
+template <int kDtype>
+using Column = Raw<kDtype, 4>;
+template <int kDtype>
+using Row = Raw<kDtype, 8>;
+
+// Writes neighbouring channels of a row, of which `channels` are there.
+template <int kDtype, int kCount>
+MMVSSM_DEVICE void write(char* to, const float (&x)[kCount], int channels) {
+  if constexpr (VECTOR) {
+    if (channels <= 0) return;
+    uint32_t words[kCount * kSize<kDtype> / 4];
+#pragma unroll
+    for (int i = 0; i < kCount * kSize<kDtype> / 4; ++i)
+      words[i] = kDtype == 0   ? bits_of(x[i])
+                 : kDtype == 1 ? to_bfloat16x2(x[2 * i % kCount], x[(2 * i + 1) % kCount])
+                               : to_half2(x[2 * i % kCount], x[(2 * i + 1) % kCount]);
+    if constexpr (sizeof words == 8)
+      *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
+    else
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof words / 16); ++i)
+        reinterpret_cast<uint4*>(to)[i] = {words[4 * i], words[4 * i + 1],
+                                           words[4 * i + 2], words[4 * i + 3]};
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i >= channels) continue;
+      if constexpr (kDtype == 0) reinterpret_cast<float*>(to)[i] = x[i];
+      else
+        reinterpret_cast<uint16_t*>(to)[i] = kDtype == 1 ? to_bfloat16(x[i]) : to_half(x[i]);
+    }
+  }
+}
+
+// Features
+
+// elu(x) + 1, accurate in relative terms far below 0 as well.
+MMVSSM_DEVICE float feature(float x) {
+  const float below = exp2_fast(x * kLog2E);
+  return x > 0.0f ? x + 1.0f : below;
+}
+// Its derivative, from the feature.
+MMVSSM_DEVICE float slope(float feature) { return feature > 1.0f ? 1.0f : feature; }
+
+// Turns pairs of channels by angles, or back.
+template <int kCount>
+MMVSSM_DEVICE void turn(const float (&x)[kCount], const Raw<0, kCount / 2>& cosine,
+                        const Raw<0, kCount / 2>& sine, float (&out)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    const float cos = ROTARY ? cosine[i / 2] : 1.0f, sin = ROTARY ? sine[i / 2] : 0.0f;
+    out[i] = ROTARY ? x[i] * cos - x[i + 1] * sin : x[i];
+    out[i + 1] = ROTARY ? x[i + 1] * cos + x[i] * sin : x[i + 1];
+  }
+}
+template <int kCount>
+MMVSSM_DEVICE void turn_back(const float (&x)[kCount], const Raw<0, kCount / 2>& cosine,
+                             const Raw<0, kCount / 2>& sine, float (&out)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    out[i] = ROTARY ? x[i] * cosine[i / 2] + x[i + 1] * sine[i / 2] : x[i];
+    out[i + 1] = ROTARY ? x[i + 1] * cosine[i / 2] - x[i] * sine[i / 2] : x[i + 1];
+  }
+}
+
+// The first angle of a block of this head, at position 0.
+MMVSSM_DEVICE char* angle_of(const Args& p, const Place& place, const Rows& angles,
+                             int block) {
+  return angles.data + (place.head * p.key_channels + block * kBlock) / 2 * 4;
+}
+// See `fill`, for cosines and sines.
+MMVSSM_DEVICE void fill_angles(const Args& p, char* to, char* const (&from)[2], int first,
+                               int end, int channels) {
+  if constexpr (ROTARY) {
+    constexpr int kRowBytes = kBlock / 2 * 4;
+    fill<0, kRowBytes>(to, from[0], p.cosine.position, first, end, channels / 2, kZero);
+    fill<0, kRowBytes>(to + kTable, from[1], p.sine.position, first, end, channels / 2,
+                       kZero);
+  }
+}
+
+// Products
+
+// Numbers as sums of two in tf32, of which those that are exact need the first only.
+template <bool kExact = false, int kCount>
+MMVSSM_DEVICE void split(const float (&x)[kCount], float (&high)[kCount],
+                         float (&low)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    high[i] = kExact ? x[i] : float_of(bits_of(x[i]) & 0xffffe000u);
+    low[i] = x[i] - high[i];
+  }
+}
+
+// sum += a b, where b is exact in tf32 or not.
+template <bool kExact>
+MMVSSM_DEVICE void add_product(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
+  float a_high[4], a_low[4], b_high[2], b_low[2];
+  split(a, a_high, a_low);
+  split<kExact>(b, b_high, b_low);
+  mma_1688(sum, a_low, b_high);
+  if constexpr (!kExact) mma_1688(sum, a_high, b_low);
+  mma_1688(sum, a_high, b_high);
+}
+
+// Sums over positions of a CTA: products of keys with values, and keys.
+struct Accumulator {
+  float products[2][4][4] = {}, keys[4] = {};
+
+  // Adds the products of 16 rows, both by columns.
+  template <int kDtype>
+  MMVSSM_DEVICE void add(const float (&a)[2][2][4], const Column<kDtype> (&b)[2][2]) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        // Tensor cores cut off what float32 has no room for: of a long sum too much.
+        float sum[4] = {};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const auto& x = a[half];
+          const float left[4] = {x[0][2 * m], x[0][2 * m + 1], x[1][2 * m], x[1][2 * m + 1]};
+          const float right[2] = {b[half][0][j], b[half][1][j]};
+          add_product<kDtype != 0>(sum, left, right);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) products[m][j][i] += sum[i];
+      }
+  }
+
+  // Adds up all warps' and writes (key, value) and (key) to one or two places, either
+  // of which may be missing. The workspace is kWarps * kAccumulated floats.
+  MMVSSM_DEVICE void finish(const Args& p, const Place& place, float* workspace,
+                            float* first, float* second) {
+    const int lane = lane_of(), g = lane / 4, c = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      keys[i] += shuffle_xor(keys[i], 1);
+      keys[i] += shuffle_xor(keys[i], 2);
+    }
+    sync_cta("read");
+    float* own = workspace + threadIdx.x / kWarp * kSumsBytes / 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        own[(4 * g + i) * kBlock + 8 * c + j] = products[i / 2][j % 4][i % 2 * 2 + j / 4];
+      if (c == 0) own[kBlock * kBlock + 4 * g + i] = keys[i];
+    }
+    sync_cta("parts");
+    const int columns = p.value_channels;
+    const int key = place.key_block * kBlock, value = place.value_block * kBlock;
+    for (int n = threadIdx.x; n < kBlock * kBlock + kBlock; n += THREADS) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) sum += workspace[i * kSumsBytes / 4 + n];
+      const bool of_keys = n >= kBlock * kBlock;
+      const int row = of_keys ? n - kBlock * kBlock + key : n / kBlock + key;
+      const int column = of_keys ? 0 : n % kBlock + value;
+      if (row >= p.key_channels || column >= columns || (of_keys && value > 0)) continue;
+      const int to = of_keys ? p.key_channels * columns + row : row * columns + column;
+      if (first != nullptr) first[to] = sum * p.scale;
+      if (second != nullptr) second[to] = sum * p.scale;
+    }
+  }
+};
+
+// Sums of a head, in global or shared memory.
+struct Sums {
+  const float* data;
+  int rows, columns;
+
+  MMVSSM_DEVICE Sums(const Args& p, const float* data)
+      : data(data), rows(p.key_channels), columns(p.value_channels) {}
+  MMVSSM_DEVICE float at(int row, int column) const {
+    return row < rows && column < columns ? data[row * columns + column] : 0.0f;
+  }
+  MMVSSM_DEVICE float key(int row) const {
+    return row < rows ? data[rows * columns + row] : 0.0f;
+  }
+};
+
+constexpr int kFragments = 4 * 4 * kWarp;  // float4 of a block of sums
+
+// Puts a block of sums, or it transposed, as the right factor of products by rows.
+MMVSSM_DEVICE void put_right(float4* to, const Sums& sums, int row, int column,
+                             bool transposed) {
+#pragma unroll
+  for (int first = 0; first < kFragments; first += THREADS) {
+    const int n = first + threadIdx.x;
+    const int g = n % kWarp / 4, c = n % 4, i = n / kWarp / 4, j = n / kWarp % 4;
+    const int from = 8 * c + 2 * i, other = g / 2 * 8 + 2 * j + g % 2;
+    float x[2], high[2], low[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      x[k] = transposed ? sums.at(row + other, column + from + k)
+                        : sums.at(row + from + k, column + other);
+    split(x, high, low);
+    to[n] = {high[0], high[1], low[0], low[1]};
+  }
+}
+
+// sum += x times a block of sums, both by rows.
+template <bool kExact, typename Values>
+MMVSSM_DEVICE void multiply(float (&sum)[4][4], const Values (&x)[2], const float4* right) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float left[4] = {x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]};
+    float high[4], low[4];
+    split<kExact>(left, high, low);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float4 b = right[(i * 4 + j) * kWarp + lane_of()];
+      const float b_high[2] = {b.x, b.y}, b_low[2] = {b.z, b.w};
+      if constexpr (!kExact) mma_1688(sum[j], low, b_high);
+      mma_1688(sum[j], high, b_low);
+      mma_1688(sum[j], high, b_high);
+    }
+  }
+}
+
+// A number of each lane, added up over g: over the lanes that have the same rows.
+MMVSSM_DEVICE float sum_columns(float x) {
+  x += shuffle_xor(x, 4);
+  x += shuffle_xor(x, 8);
+  return x + shuffle_xor(x, 16);
+}
+
+// The way of a warp over its positions, kRows at once, with copies under way of those
+// that come next. `ask(to, first)` asks for the rows from `first` on.
+template <int kStageBytes>
+struct Walk {
+  char* ring;
+  int stage, first, end;
+
+  template <typename Ask>
+  MMVSSM_DEVICE Walk(const Place& place, char* memory, const Ask& ask) {
+    const int warp = threadIdx.x / kWarp;
+    ring = memory + warp * (STAGES * kStageBytes);
+    stage = 0, first = place.begin + warp * kRows, end = place.end;
+#pragma unroll
+    for (int i = 0; i < STAGES; ++i) {
+      if (first + i * POSITIONS < end) ask(ring + i * kStageBytes, first + i * POSITIONS);
+      copy_commit();
+    }
+  }
+  MMVSSM_DEVICE bool goes_on() const { return first < end; }
+  // The rows that are next.
+  MMVSSM_DEVICE const char* rows() const {
+    copy_wait<STAGES - 1>();
+    sync_warp("filled");
+    return ring + stage;
+  }
+  // They have been read.
+  template <typename Ask>
+  MMVSSM_DEVICE void ask_again(const Ask& ask) const {
+    sync_warp("emptied");
+    if (first + STAGES * POSITIONS < end) ask(ring + stage, first + STAGES * POSITIONS);
+    copy_commit();
+  }
+  MMVSSM_DEVICE void advance() {
+    first += POSITIONS;
+    stage = stage + kStageBytes == STAGES * kStageBytes ? 0 : stage + kStageBytes;
+  }
+};
+
+}  // namespace mmvssm
