@@ -53,9 +53,9 @@ struct Args {
 struct Place {
   int batch, head, key_block, value_block, split, begin, end;
 
-  MMVSSM_DEVICE Place(const Args& p, int key_blocks, int value_blocks) {
+  MMVSSM_DEVICE Place(const Args& p, int key_blocks, int value_blocks, int zero = 0) {
     // CTAs of all batch elements read the same angles at about the same time.
-    unsigned index = blockIdx.x;
+    unsigned index = blockIdx.x + zero;
     batch = index % p.batch;
     index /= p.batch;
     head = index % p.heads;
@@ -68,10 +68,9 @@ struct Place {
     end = p.length - begin < p.split_length ? p.length : begin + p.split_length;
   }
 
-  // The first channel of a block of this head, at position 0.
-  MMVSSM_DEVICE char* of(const Rows& x, int channels, int block, int bytes) const {
-    return x.data + batch * x.batch +
-           (static_cast<int64_t>(head) * channels + block * kBlock) * bytes;
+  // The first channel of this head, at position 0.
+  MMVSSM_DEVICE char* of(const Rows& x, int channels, int bytes) const {
+    return x.data + batch * x.batch + static_cast<int64_t>(head) * channels * bytes;
   }
 
   // Place of the sums of this head.
@@ -84,6 +83,9 @@ struct Place {
 MMVSSM_DEVICE int lane_of() { return threadIdx.x % kWarp; }
 MMVSSM_DEVICE int row_of(int g) { return g / 2 + g % 2 * 4; }
 
+MMVSSM_DEVICE bool are_full(const Args& p) {
+  return p.key_channels == KEY_BLOCKS * kBlock && p.value_channels == VALUE_BLOCKS * kBlock;
+}
 // Channels of a head that a block has.
 MMVSSM_DEVICE int in_block(int channels, int block) {
   const int left = channels - block * kBlock;
@@ -104,6 +106,15 @@ MMVSSM_DEVICE int place_of(int row, int piece) {
   return 16 * (kRowBytes == 64 ? n ^ (row & 6) : n ^ ((row & 3) * 2 | (row >> 2 & 1)));
 }
 
+template <bool kFirst, typename First, typename Second>
+struct Choice {
+  using Type = First;
+};
+template <typename First, typename Second>
+struct Choice<false, First, Second> {
+  using Type = Second;
+};
+
 // What stands in the place of missing numbers: 0, or what has the feature 0.
 enum Missing { kZero, kRowsZero, kNothing };
 
@@ -112,38 +123,50 @@ MMVSSM_DEVICE uint32_t minus_infinity() {
   return kDtype == 0 ? 0xff800000u : kDtype == 1 ? 0xff80ff80u : 0xfc00fc00u;
 }
 
-// Ask for kRows rows from `first` on of a tensor, of which those before `end` and the
-// first `channels` channels are there.
+// How a warp copies rows: each lane has a column of units.
 template <int kDtype, int kRowBytes>
-MMVSSM_DEVICE void fill(char* to, char* from, int stride, int first, int end,
-                        int channels, Missing missing) {
-  constexpr int kUnit = VECTOR ? 16 : kSize<kDtype>;
-  constexpr int kUnits = kRowBytes / kUnit;
+struct Copies {
+  static constexpr int kUnit = VECTOR ? 16 : kSize<kDtype>;
+  static constexpr int kUnits = kRowBytes / kUnit, kStep = kWarp / kUnits;
+
+  static MMVSSM_DEVICE int byte() { return lane_of() % kUnits * kUnit; }
+  static MMVSSM_DEVICE int row() { return lane_of() / kUnits; }
+  static MMVSSM_DEVICE char* place(char* to, int i) {
+    return to + place_of<kRowBytes>(i + row(), byte() / 16) + byte() % 16;
+  }
+
+  // Asks for kRows rows from `first` on, which are there if `whole`; else those before
+  // `end` are, and the first `channels` channels. `from` is the own column's.
+  static MMVSSM_DEVICE void fill(char* to, char* from, int stride, int first, int end,
+                                 int channels, Missing missing, bool whole) {
+    if (VECTOR && whole) {
 #pragma unroll
-  for (int i = 0; i < kRows * kUnits / kWarp; ++i) {
-    const int n = i * kWarp + lane_of();
-    const int row = n / kUnits, unit = n % kUnits;
-    const int byte = unit * kUnit;
-    char* place = to + place_of<kRowBytes>(row, byte / 16) + byte % 16;
-    const bool there = byte < channels * kSize<kDtype>;
-    if (there && first + row < end) {
-      const char* found = address(from, first + row, stride) + byte;
-      if constexpr (VECTOR) copy_async<16>(place, found);
-      else if constexpr (kDtype == 0)
-        *reinterpret_cast<float*>(place) = *reinterpret_cast<const float*>(found);
-      else
-        *reinterpret_cast<uint16_t*>(place) = *reinterpret_cast<const uint16_t*>(found);
-    } else if (rarely(true)) {
-      const bool nothing = missing == kNothing || (missing == kRowsZero && !there);
-      const uint32_t bits = nothing ? minus_infinity<kDtype>() : 0;
-      if constexpr (VECTOR) *reinterpret_cast<uint4*>(place) = {bits, bits, bits, bits};
-      else if constexpr (kDtype == 0)
-        *reinterpret_cast<uint32_t*>(place) = bits;
-      else
-        *reinterpret_cast<uint16_t*>(place) = static_cast<uint16_t>(bits);
+      for (int i = 0; i < kRows; i += kStep)
+        copy_async<16>(place(to, i), address(from, first + i + row(), stride));
+      return;
+    }
+    const bool there = byte() < channels * kSize<kDtype>;
+    const bool of_channel = missing == kNothing || (missing == kRowsZero && !there);
+    const uint32_t bits = of_channel ? minus_infinity<kDtype>() : 0;
+#pragma unroll 1
+    for (int i = 0; i < kRows; i += kStep) {
+      const char* found = address(from, first + i + row(), stride);
+      const bool copies = there && first + i + row() < end;
+      if constexpr (VECTOR) {
+        if (copies) copy_async<16>(place(to, i), found);
+        else
+          *reinterpret_cast<uint4*>(place(to, i)) = {bits, bits, bits, bits};
+      } else {
+        using Word = typename Choice<kSize<kDtype> == 4, uint32_t, uint16_t>::Type;
+        const Word word = copies ? *reinterpret_cast<const Word*>(found) : bits;
+        *reinterpret_cast<Word*>(place(to, i)) = word;
+      }
     }
   }
-}
+};
+
+template <int kDtype>
+using RowCopies = Copies<kDtype, kBlock * kSize<kDtype>>;
 
 // One of kShares equal parts of a row.
 template <int kRowBytes, int kShares>
@@ -246,21 +269,25 @@ MMVSSM_DEVICE void turn_back(const float (&x)[kCount], const Raw<0, kCount / 2>&
   }
 }
 
-// The first angle of a block of this head, at position 0.
-MMVSSM_DEVICE char* angle_of(const Args& p, const Place& place, const Rows& angles,
-                             int block) {
-  return angles.data + (place.head * p.key_channels + block * kBlock) / 2 * 4;
-}
-// See `fill`, for cosines and sines.
-MMVSSM_DEVICE void fill_angles(const Args& p, char* to, char* const (&from)[2], int first,
-                               int end, int channels) {
-  if constexpr (ROTARY) {
-    constexpr int kRowBytes = kBlock / 2 * 4;
-    fill<0, kRowBytes>(to, from[0], p.cosine.position, first, end, channels / 2, kZero);
-    fill<0, kRowBytes>(to + kTable, from[1], p.sine.position, first, end, channels / 2,
-                       kZero);
+// Cosines and sines of a head.
+struct Angles {
+  using Copy = Copies<0, kBlock / 2 * 4>;
+  char *cosine, *sine;
+  int stride;
+
+  MMVSSM_DEVICE Angles(const Args& p, const Place& place) : stride(p.cosine.position) {
+    const int first = place.head * p.key_channels / 2 * 4 + Copy::byte();
+    cosine = p.cosine.data + first, sine = p.sine.data + first;
   }
-}
+  // Of a block of channels.
+  MMVSSM_DEVICE void fill(char* to, int block, int first, int end, int channels,
+                          bool whole) const {
+    if constexpr (!ROTARY) return;
+    const int at = block * kBlock / 2 * 4;
+    Copy::fill(to, cosine + at, stride, first, end, channels / 2, kZero, whole);
+    Copy::fill(to + kTable, sine + at, stride, first, end, channels / 2, kZero, whole);
+  }
+};
 
 // Products
 
@@ -333,6 +360,7 @@ struct Accumulator {
     sync_cta("parts");
     const int columns = p.value_channels;
     const int key = place.key_block * kBlock, value = place.value_block * kBlock;
+#pragma unroll 1
     for (int n = threadIdx.x; n < kBlock * kBlock + kBlock; n += THREADS) {
       float sum = 0.0f;
 #pragma unroll
@@ -410,22 +438,32 @@ MMVSSM_DEVICE float sum_columns(float x) {
 }
 
 // The way of a warp over its positions, kRows at once, with copies under way of those
-// that come next. `ask(to, first)` asks for the rows from `first` on.
+// that come next. `ask(to, first, whole)` asks for the rows from `first` on.
 template <int kStageBytes>
 struct Walk {
   char* ring;
   int stage, first, end;
+  bool full;  // all blocks of channels
 
   template <typename Ask>
-  MMVSSM_DEVICE Walk(const Place& place, char* memory, const Ask& ask) {
+  MMVSSM_DEVICE Walk(const Place& place, char* memory, bool full, const Ask& ask)
+      : full(full) {
     const int warp = threadIdx.x / kWarp;
     ring = memory + warp * (STAGES * kStageBytes);
     stage = 0, first = place.begin + warp * kRows, end = place.end;
 #pragma unroll
     for (int i = 0; i < STAGES; ++i) {
-      if (first + i * POSITIONS < end) ask(ring + i * kStageBytes, first + i * POSITIONS);
-      copy_commit();
+      ask_for(ring + i * kStageBytes, first + i * POSITIONS, ask);
     }
+  }
+  template <typename Ask>
+  MMVSSM_DEVICE void ask_for(char* to, int row, const Ask& ask) const {
+    if (full && row + kRows <= end) {
+      ask(to, row, true);
+    } else if (rarely(row < end)) {
+      ask(to, row, false);
+    }
+    copy_commit();
   }
   MMVSSM_DEVICE bool goes_on() const { return first < end; }
   // The rows that are next.
@@ -438,8 +476,7 @@ struct Walk {
   template <typename Ask>
   MMVSSM_DEVICE void ask_again(const Ask& ask) const {
     sync_warp("emptied");
-    if (first + STAGES * POSITIONS < end) ask(ring + stage, first + STAGES * POSITIONS);
-    copy_commit();
+    ask_for(ring + stage, first + STAGES * POSITIONS, ask);
   }
   MMVSSM_DEVICE void advance() {
     first += POSITIONS;

@@ -11,7 +11,6 @@ struct Queries {
   static constexpr int kQueries = kRowsBytes<Q_DTYPE>, kGrads = kRowsBytes<Y_DTYPE>;
   static constexpr int kOfBlock = kQueries + ROTARY * 2 * kTable;
   static constexpr int kStage = KEY_BLOCKS * kOfBlock + VALUE_BLOCKS * kGrads;
-  static constexpr int kLeft = 2 * kFragments;  // float4 of a block, half of them used
 
   // The sums as the left factor of products with gradients: rows 4g + 2m + i % 2 and
   // columns 8c + 2k + i / 2.
@@ -63,6 +62,33 @@ struct Queries {
     const int g = lane_of() / 4, c = lane_of() % 4;
     auto* left = reinterpret_cast<float4*>(memory);
     char* ring = memory + KEY_BLOCKS * VALUE_BLOCKS * kFragments * 16;
+    using CopyQueries = RowCopies<Q_DTYPE>;
+    using CopyGrads = RowCopies<Y_DTYPE>;
+    char* queries = place.of(p.q, p.key_channels, kSize<Q_DTYPE>) + CopyQueries::byte();
+    char* grads = place.of(p.y, p.value_channels, kSize<Y_DTYPE>) + CopyGrads::byte();
+    const Angles angles(p, place);
+    char* out = place.of(p.grad_q, p.key_channels, kSize<Q_DTYPE>) +
+                (place.key_block * kBlock + 4 * g) * kSize<Q_DTYPE>;
+    const int own_channels = in_block(p.key_channels, place.key_block) - 4 * g;
+    const bool writes = place.value_block == 0;
+
+    Accumulator found;
+    const auto ask = [&](char* to, int row, bool whole) {
+#pragma unroll
+      for (int j = 0; j < KEY_BLOCKS; ++j) {
+        const int block = block_of(place, j), channels = in_block(p.key_channels, block);
+        char* rows = to + j * kOfBlock;
+        CopyQueries::fill(rows, queries + block * kBlock * kSize<Q_DTYPE>, p.q.position,
+                          row, place.end, channels, kRowsZero, whole);
+        angles.fill(rows + kQueries, block, row, place.end, channels, whole);
+      }
+#pragma unroll
+      for (int i = 0; i < VALUE_BLOCKS; ++i)
+        CopyGrads::fill(to + KEY_BLOCKS * kOfBlock + i * kGrads,
+                        grads + i * kBlock * kSize<Y_DTYPE>, p.y.position, row, place.end,
+                        in_block(p.value_channels, i), kZero, whole);
+    };
+    Walk<kStage> walk(place, ring, are_full(p), ask);
     const Sums sums(p, place.sums(p, p.sums, 0));
     float keys[KEY_BLOCKS][4];
 #pragma unroll
@@ -75,35 +101,6 @@ struct Queries {
       for (int n = 0; n < 4; ++n) keys[j][n] = sums.key(row + 4 * g + n);
     }
     sync_cta("sums put");
-    char* queries = place.of(p.q, p.key_channels, 0, kSize<Q_DTYPE>);
-    char* grads = place.of(p.y, p.value_channels, 0, kSize<Y_DTYPE>);
-    char* angles[2] = {angle_of(p, place, p.cosine, 0), angle_of(p, place, p.sine, 0)};
-    char* out = place.of(p.grad_q, p.key_channels, place.key_block, kSize<Q_DTYPE>);
-    out += 4 * g * kSize<Q_DTYPE>;
-    const int own_channels = in_block(p.key_channels, place.key_block) - 4 * g;
-    const bool writes = place.value_block == 0;
-
-    Accumulator found;
-    const auto ask = [&](char* to, int row) {
-#pragma unroll
-      for (int j = 0; j < KEY_BLOCKS; ++j) {
-        const int block = block_of(place, j), channels = in_block(p.key_channels, block);
-        char* rows = to + j * kOfBlock;
-        fill<Q_DTYPE, kBlock * kSize<Q_DTYPE>>(
-            rows, queries + block * kBlock * kSize<Q_DTYPE>, p.q.position, row,
-            place.end, channels, kRowsZero);
-        char* of_block[2] = {angles[0] + block * kBlock / 2 * 4,
-                             angles[1] + block * kBlock / 2 * 4};
-        fill_angles(p, rows + kQueries, of_block, row, place.end, channels);
-      }
-#pragma unroll
-      for (int i = 0; i < VALUE_BLOCKS; ++i)
-        fill<Y_DTYPE, kBlock * kSize<Y_DTYPE>>(
-            to + KEY_BLOCKS * kOfBlock + i * kGrads,
-            grads + i * kBlock * kSize<Y_DTYPE>, p.y.position, row, place.end,
-            in_block(p.value_channels, i), kZero);
-    };
-    Walk<kStage> walk(place, ring, ask);
 #pragma unroll 1
     for (; walk.goes_on(); walk.advance()) {
       const char* from = walk.rows();
@@ -120,7 +117,6 @@ struct Queries {
         for (int j = 0; j < KEY_BLOCKS; ++j)
           multiply_left(products[j], left + (j * VALUE_BLOCKS + i) * kFragments, grad);
       }
-      Column<Y_DTYPE> grad[2][2];
       float scaled[2][2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -129,7 +125,6 @@ struct Queries {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int own = 8 * half + c + 4 * i;
-          grad[half][i].template read<8>(of_grads + place.value_block * kGrads, own, g);
 #pragma unroll
           for (int j = 0; j < KEY_BLOCKS; ++j) {
             const char* rows = from + j * kOfBlock;
@@ -140,7 +135,6 @@ struct Queries {
             }
           }
         }
-        if (half == 1) walk.ask_again(ask);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           // Of the last block, which is the own one.
@@ -178,6 +172,12 @@ struct Queries {
                            own_channels);
         }
       }
+      Column<Y_DTYPE> grad[2][2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        grad[i / 2][i % 2].template read<8>(of_grads + place.value_block * kGrads,
+                                            i / 2 * 8 + c + i % 2 * 4, g);
+      walk.ask_again(ask);
       found.add<Y_DTYPE>(scaled, grad);
     }
     found.finish(p, place, reinterpret_cast<float*>(ring), first, second);
@@ -198,12 +198,41 @@ struct KeysAndValues {
   static MMVSSM_DEVICE void run(const Args& p, const Place& place, char* memory,
                                 const Sums& grads) {
     const int g = lane_of() / 4, c = lane_of() % 4;
-    // For keys the gradients transposed, for values as they are.
     auto* by_values = reinterpret_cast<float4*>(memory);
     float4* by_keys = by_values + VALUE_BLOCKS * kFragments;
     char* ring = memory + (VALUE_BLOCKS + KEY_BLOCKS) * kFragments * 16;
     // The block of both, of which one may have fewer.
     const int own = place.key_block;
+    using CopyKeys = RowCopies<K_DTYPE>;
+    using CopyValues = RowCopies<V_DTYPE>;
+    char* keys = place.of(p.k, p.key_channels, kSize<K_DTYPE>) + CopyKeys::byte();
+    char* values = place.of(p.v, p.value_channels, kSize<V_DTYPE>) + CopyValues::byte();
+    const Angles angles(p, place);
+    const int column = own * kBlock + 8 * c;
+    char* key_out = place.of(p.grad_k, p.key_channels, kSize<K_DTYPE>) +
+                    column * kSize<K_DTYPE>;
+    char* value_out = place.of(p.grad_v, p.value_channels, kSize<V_DTYPE>) +
+                      column * kSize<V_DTYPE>;
+    const int key_channels = in_block(p.key_channels, own) - 8 * c;
+    const int value_channels = in_block(p.value_channels, own) - 8 * c;
+
+    const auto ask = [&](char* to, int row, bool whole) {
+#pragma unroll
+      for (int j = 0; j < KEY_BLOCKS; ++j) {
+        const int channels = in_block(p.key_channels, j);
+        char* rows = to + j * kOfBlock;
+        CopyKeys::fill(rows, keys + j * kBlock * kSize<K_DTYPE>, p.k.position, row,
+                       place.end, channels, kRowsZero, whole);
+        angles.fill(rows + kKeys, j, row, place.end, channels, whole);
+      }
+#pragma unroll
+      for (int i = 0; i < VALUE_BLOCKS; ++i)
+        CopyValues::fill(to + KEY_BLOCKS * kOfBlock + i * kValues,
+                         values + i * kBlock * kSize<V_DTYPE>, p.v.position, row,
+                         place.end, in_block(p.value_channels, i), kZero, whole);
+    };
+    Walk<kStage> walk(place, ring, are_full(p), ask);
+    // For keys the gradients transposed, for values as they are.
     for (int i = 0; i < VALUE_BLOCKS; ++i)
       put_right(by_values + i * kFragments, grads, own * kBlock, i * kBlock, true);
     for (int j = 0; j < KEY_BLOCKS; ++j)
@@ -213,36 +242,6 @@ struct KeysAndValues {
     for (int n = 0; n < 8; ++n)
       of_keys[n] = NORMALISE ? grads.key(own * kBlock + 8 * c + n) : 0.0f;
     sync_cta("gradients put");
-    char* keys = place.of(p.k, p.key_channels, 0, kSize<K_DTYPE>);
-    char* values = place.of(p.v, p.value_channels, 0, kSize<V_DTYPE>);
-    char* angles[2] = {angle_of(p, place, p.cosine, 0), angle_of(p, place, p.sine, 0)};
-    char* key_out = place.of(p.grad_k, p.key_channels, own, kSize<K_DTYPE>);
-    char* value_out = place.of(p.grad_v, p.value_channels, own, kSize<V_DTYPE>);
-    key_out += 8 * c * kSize<K_DTYPE>;
-    value_out += 8 * c * kSize<V_DTYPE>;
-    const int key_channels = in_block(p.key_channels, own) - 8 * c;
-    const int value_channels = in_block(p.value_channels, own) - 8 * c;
-
-    const auto ask = [&](char* to, int row) {
-#pragma unroll
-      for (int j = 0; j < KEY_BLOCKS; ++j) {
-        const int channels = in_block(p.key_channels, j);
-        char* rows = to + j * kOfBlock;
-        fill<K_DTYPE, kBlock * kSize<K_DTYPE>>(
-            rows, keys + j * kBlock * kSize<K_DTYPE>, p.k.position, row, place.end,
-            channels, kRowsZero);
-        char* of_block[2] = {angles[0] + j * kBlock / 2 * 4,
-                             angles[1] + j * kBlock / 2 * 4};
-        fill_angles(p, rows + kKeys, of_block, row, place.end, channels);
-      }
-#pragma unroll
-      for (int i = 0; i < VALUE_BLOCKS; ++i)
-        fill<V_DTYPE, kBlock * kSize<V_DTYPE>>(
-            to + KEY_BLOCKS * kOfBlock + i * kValues,
-            values + i * kBlock * kSize<V_DTYPE>, p.v.position, row, place.end,
-            in_block(p.value_channels, i), kZero);
-    };
-    Walk<kStage> walk(place, ring, ask);
 #pragma unroll 1
     for (; walk.goes_on(); walk.advance()) {
       const char* from = walk.rows();
@@ -321,7 +320,8 @@ MMVSSM_KERNEL(linear_attention_backward, mmvssm::Args, THREADS, RESIDENT) {
     memory += kSumsBytes;
     Queries::run(p, place, memory, here, nullptr);
     sync_cta("sums");
-    KeysAndValues::run(p, place, memory, Sums(p, here));
+    // Found again, it took no registers in between.
+    KeysAndValues::run(p, Place(p, 1, 1, fresh_zero()), memory, Sums(p, here));
   } else if constexpr (kSums) {
     Queries::run(p, place, memory, place.sums(p, p.grad_sums, place.split), nullptr);
   } else {

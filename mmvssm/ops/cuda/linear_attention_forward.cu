@@ -11,50 +11,52 @@ struct Summary {
   static MMVSSM_DEVICE void run(const Args& p, const Place& place, char* ring, float* first,
                                 float* second) {
     const int g = lane_of() / 4, c = lane_of() % 4;
-    char* keys = place.of(p.k, p.key_channels, place.key_block, kSize<K_DTYPE>);
-    char* values = place.of(p.v, p.value_channels, place.value_block, kSize<V_DTYPE>);
-    char* angles[2] = {angle_of(p, place, p.cosine, place.key_block),
-                       angle_of(p, place, p.sine, place.key_block)};
-    const int key_channels = in_block(p.key_channels, place.key_block);
-    const int value_channels = in_block(p.value_channels, place.value_block);
+    using CopyKeys = RowCopies<K_DTYPE>;
+    using CopyValues = RowCopies<V_DTYPE>;
+    const int key_block = place.key_block, value_block = place.value_block;
+    char* keys = place.of(p.k, p.key_channels, kSize<K_DTYPE>) + CopyKeys::byte() +
+                 key_block * kBlock * kSize<K_DTYPE>;
+    char* values = place.of(p.v, p.value_channels, kSize<V_DTYPE>) + CopyValues::byte() +
+                   value_block * kBlock * kSize<V_DTYPE>;
+    const Angles angles(p, place);
+    const int key_channels = in_block(p.key_channels, key_block);
+    const int value_channels = in_block(p.value_channels, value_block);
 
     Accumulator sums;
-    const auto ask = [&](char* to, int row) {
-      fill<K_DTYPE, kBlock * kSize<K_DTYPE>>(to, keys, p.k.position, row, place.end,
-                                             key_channels, kNothing);
-      fill<V_DTYPE, kBlock * kSize<V_DTYPE>>(to + kKeys, values, p.v.position, row,
-                                             place.end, value_channels, kZero);
-      fill_angles(p, to + kKeys + kValues, angles, row, place.end, key_channels);
+    const auto ask = [&](char* to, int row, bool whole) {
+      CopyKeys::fill(to, keys, p.k.position, row, place.end, key_channels, kNothing, whole);
+      CopyValues::fill(to + kKeys, values, p.v.position, row, place.end, value_channels,
+                       kZero, whole);
+      angles.fill(to + kKeys + kValues, key_block, row, place.end, key_channels, whole);
     };
-    Walk<kStage> walk(place, ring, ask);
+    Walk<kStage> walk(place, ring, are_full(p), ask);
 #pragma unroll 1
     for (; walk.goes_on(); walk.advance()) {
       const char* from = walk.rows();
-      Column<K_DTYPE> k[2][2];
+      float turned[2][2][4];
       Column<V_DTYPE> v[2][2];
-      Raw<0, 2> cosine[2][2], sine[2][2];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int own = i / 2 * 8 + c + i % 2 * 4;
-        k[i / 2][i % 2].template read<8>(from, own, g);
-        v[i / 2][i % 2].template read<8>(from + kKeys, own, g);
+        Column<K_DTYPE> k;
+        Raw<0, 2> cosine, sine;
+        k.template read<8>(from, own, g);
         if constexpr (ROTARY) {
-          cosine[i / 2][i % 2].template read<8>(from + kKeys + kValues, own, g);
-          sine[i / 2][i % 2].template read<8>(from + kKeys + kValues + kTable, own, g);
+          cosine.template read<8>(from + kKeys + kValues, own, g);
+          sine.template read<8>(from + kKeys + kValues + kTable, own, g);
         }
-      }
-      walk.ask_again(ask);
-      float turned[2][2][4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
         float features[4];
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          features[n] = feature(k[i / 2][i % 2][n]);
+          features[n] = feature(k[n]);
           if (NORMALISE) sums.keys[n] += features[n];
         }
-        turn(features, cosine[i / 2][i % 2], sine[i / 2][i % 2], turned[i / 2][i % 2]);
+        turn(features, cosine, sine, turned[i / 2][i % 2]);
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        v[i / 2][i % 2].template read<8>(from + kKeys, i / 2 * 8 + c + i % 2 * 4, g);
+      walk.ask_again(ask);
       sums.add<V_DTYPE>(turned, v);
     }
     sums.finish(p, place, reinterpret_cast<float*>(ring), first, second);
@@ -72,6 +74,24 @@ struct Reading {
     const int g = lane_of() / 4, c = lane_of() % 4;
     auto* right = reinterpret_cast<float4*>(memory);
     char* ring = memory + KEY_BLOCKS * kFragments * 16;
+    using CopyQueries = RowCopies<Q_DTYPE>;
+    char* queries = place.of(p.q, p.key_channels, kSize<Q_DTYPE>) + CopyQueries::byte();
+    const Angles angles(p, place);
+    char* out = place.of(p.y, p.value_channels, kSize<Y_DTYPE>) +
+                (place.value_block * kBlock + 8 * c) * kSize<Y_DTYPE>;
+    const int own_channels = in_block(p.value_channels, place.value_block) - 8 * c;
+
+    const auto ask = [&](char* to, int row, bool whole) {
+#pragma unroll
+      for (int block = 0; block < KEY_BLOCKS; ++block) {
+        const int channels = in_block(p.key_channels, block);
+        char* rows = to + block * kOfBlock;
+        CopyQueries::fill(rows, queries + block * kBlock * kSize<Q_DTYPE>, p.q.position,
+                          row, place.end, channels, kRowsZero, whole);
+        angles.fill(rows + kQueries, block, row, place.end, channels, whole);
+      }
+    };
+    Walk<kStage> walk(place, ring, are_full(p), ask);
     float keys[KEY_BLOCKS][8];
 #pragma unroll
     for (int block = 0; block < KEY_BLOCKS; ++block) {
@@ -81,26 +101,6 @@ struct Reading {
       for (int n = 0; n < 8; ++n) keys[block][n] = sums.key(row + 8 * c + n);
     }
     sync_cta("sums put");
-    char* queries = place.of(p.q, p.key_channels, 0, kSize<Q_DTYPE>);
-    char* out = place.of(p.y, p.value_channels, place.value_block, kSize<Y_DTYPE>);
-    out += 8 * c * kSize<Y_DTYPE>;
-    char* angles[2] = {angle_of(p, place, p.cosine, 0), angle_of(p, place, p.sine, 0)};
-    const int own_channels = in_block(p.value_channels, place.value_block) - 8 * c;
-
-    const auto ask = [&](char* to, int row) {
-#pragma unroll
-      for (int block = 0; block < KEY_BLOCKS; ++block) {
-        const int channels = in_block(p.key_channels, block);
-        fill<Q_DTYPE, kBlock * kSize<Q_DTYPE>>(
-            to + block * kOfBlock, queries + block * kBlock * kSize<Q_DTYPE>,
-            p.q.position, row, place.end, channels, kRowsZero);
-        char* of_block[2] = {angles[0] + block * kBlock / 2 * 4,
-                             angles[1] + block * kBlock / 2 * 4};
-        fill_angles(p, to + block * kOfBlock + kQueries, of_block, row, place.end,
-                    channels);
-      }
-    };
-    Walk<kStage> walk(place, ring, ask);
 #pragma unroll 1
     for (; walk.goes_on(); walk.advance()) {
       const char* from = walk.rows();

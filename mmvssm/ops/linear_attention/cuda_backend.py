@@ -36,9 +36,7 @@ _THREADS = 128
 _WARPS = _THREADS // 32
 _POSITIONS = 64  # of a CTA at once
 _ROWS = _POSITIONS // _WARPS
-# Two stages of copies hide the memory's latency behind the arithmetic of 16 rows.
-_STAGES = 2
-# A sequence as long as this is not worth a launch more.
+# A sequence as short as this is not worth a launch more.
 _SHORT = 256
 _SUMS, _READS = 1, 2  # passes of a launch
 
@@ -98,9 +96,21 @@ class _Call(NamedTuple):
         return keys, values
 
     @property
+    def is_single(self) -> bool:
+        """Whether a head is a block of either kind."""
+        return self.blocks == (1, 1)
+
+    @property
+    def stages(self) -> int:
+        """Of copies: two hide the latency of memory, one has room for more blocks."""
+        return 2 if self.is_single else 1
+
+    @property
     def resident(self) -> int:
-        """CTAs of a multiprocessor that its registers are for."""
-        return 4 if self.blocks == (1, 1) else 2
+        """CTAs of a multiprocessor that share out its registers and its memory."""
+        if not self.is_single:
+            return 2
+        return 4 if max(x.element_size() for x in (self.q, self.k, self.v)) == 2 else 3
 
     def tasks(self, kernel: Kernel, passes: int) -> int:
         """CTAs of a launch for each split of the positions."""
@@ -111,26 +121,21 @@ class _Call(NamedTuple):
         return self.q.shape[0] * self.options.heads * of_head
 
     def splits(self, kernel: Kernel, passes: int) -> int:
-        """How many splits fill the GPU."""
+        """Into how many the positions are split, as long as the GPU is not full."""
         room = kernels.multiprocessors(self.q) * self.resident
-        most = -(-self.q.shape[1] // _POSITIONS)
-        return max(1, min(room // self.tasks(kernel, passes), most))
+        turns = -(-self.q.shape[1] // _POSITIONS)
+        wanted = max(1, room // self.tasks(kernel, passes))
+        return -(-turns // -(-turns // wanted))
 
     def at_once(self, kernel: Kernel) -> bool:
         """Whether one launch makes the sums and reads them."""
         short = self.q.shape[1] <= _SHORT
-        return self.blocks == (1, 1) and (short or self.splits(kernel, _SUMS) == 1)
-
-    def sums(self, *splits: int) -> Tensor:
-        """Memory for the sums of all heads, of each split."""
-        keys, values = self.channels
-        shape = *splits, self.q.shape[0], self.options.heads, keys * (values + 1)
-        return self.q.new_empty(shape, dtype=torch.float32)
+        return self.is_single and (short or self.splits(kernel, _SUMS) == 1)
 
     def sum(self, kernel: Kernel, name: str, y: Tensor, **others: Tensor) -> Tensor:
         """Launch what makes the sums of that name, and add up those of the splits."""
         splits = self.splits(kernel, _SUMS)
-        parts = self.sums(splits)
+        parts = _sums_like(self.q, self.v, self.options, splits)
         self.launch(kernel, _SUMS, y, splits, **{name: parts}, **others)
         return parts[0] if splits == 1 else parts.sum(0)
 
@@ -157,7 +162,7 @@ class _Call(NamedTuple):
         batch, length, _ = self.q.shape
         keys, values = self.channels
         splits = splits or self.splits(kernel, passes)
-        split_length = -(-length // (splits * _ROWS)) * _ROWS
+        split_length = -(-length // (splits * _POSITIONS)) * _POSITIONS
         arrays = dict(q=self.q, k=self.k, v=self.v, y=y, **grads)
         arrays |= zip(('cosine', 'sine'), self.tables)
         args = _Args(
@@ -186,7 +191,7 @@ class _Call(NamedTuple):
             **dict(KEY_BLOCKS=key_blocks, VALUE_BLOCKS=value_blocks),
             **dict(ROTARY=len(self.tables) // 2, NORMALISE=int(self.options.normalise)),
             VECTOR=int(_are_multiples(self.channels, 8) and _are_multiples(places, 16)),
-            **dict(PASSES=passes, STAGES=_STAGES, RESIDENT=self.resident),
+            **dict(PASSES=passes, STAGES=self.stages, RESIDENT=self.resident),
             **dict(CHANNELS=_BLOCK, POSITIONS=_POSITIONS, THREADS=_THREADS),
         )
 
@@ -206,7 +211,7 @@ class _Call(NamedTuple):
                 keys * (q + tables) + values * rows * size,
                 keys * (k + tables) + values * v,
             )
-        rings = [_WARPS * _STAGES * stage for stage in stages]
+        rings = [_WARPS * self.stages * stage for stage in stages]
         first = factors[0] * factor + max(rings[0], _WARPS * sums)
         second = factors[1] * factor + rings[1]
         if passes == _SUMS:
@@ -233,9 +238,10 @@ class CudaAttention(KernelBackend):
     ) -> Result:
         """See :func:`mmvssm.ops.linear_attention`."""
         call = _Call.of(inputs, options)
-        y = inputs.v.new_empty(inputs.v.shape, dtype=options.out_dtype)
+        q, v = inputs.q, inputs.v
+        y = v.new_empty(v.shape, dtype=options.out_dtype)
         if call.at_once(FORWARD):
-            sums = call.sums() if keep else None
+            sums = _sums_like(q, v, options) if keep else None
             call.launch(FORWARD, _SUMS | _READS, y, splits=1, sums=sums)
         else:
             sums = call.sum(FORWARD, 'sums', y)
@@ -246,7 +252,7 @@ class CudaAttention(KernelBackend):
         self, inputs: AttentionInputs, options: AttentionOptions
     ) -> tuple[Tensor, ...]:
         """Mean products of turned keys with values, and mean keys, of each head."""
-        return (_Call.of(inputs, options).sums(),)
+        return (_sums_like(inputs.q, inputs.v, options),)
 
     def backward(
         self,
@@ -271,6 +277,14 @@ class CudaAttention(KernelBackend):
             by_sums = call.sum(BACKWARD, 'grad_sums', grad, sums=sums, grad_q=q)
             call.launch(BACKWARD, _READS, grad, grad_sums=by_sums, grad_k=k, grad_v=v)
         return AttentionInputs(q, k, v)
+
+
+def _sums_like(q: Tensor, v: Tensor, options: AttentionOptions, *splits: int) -> Tensor:
+    """Memory for the sums of all heads, of each split."""
+    heads = options.heads
+    keys, values = q.shape[2] // heads, v.shape[2] // heads
+    shape = *splits, q.shape[0], heads, keys * (values + 1)
+    return q.new_empty(shape, dtype=torch.float32)
 
 
 def _neighbours(x: Tensor) -> Tensor:
