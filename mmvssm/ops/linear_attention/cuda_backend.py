@@ -110,7 +110,8 @@ class _Call(NamedTuple):
         """CTAs of a multiprocessor that share out its registers and its memory."""
         if not self.is_single:
             return 2
-        return 4 if max(x.element_size() for x in (self.q, self.k, self.v)) == 2 else 3
+        dtypes = self.q.dtype, self.k.dtype, self.v.dtype, self.options.out_dtype
+        return 3 if torch.float32 in dtypes else 4
 
     def tasks(self, kernel: Kernel, passes: int) -> int:
         """CTAs of a launch for each split of the positions."""
@@ -246,7 +247,8 @@ class CudaAttention(KernelBackend):
         else:
             sums = call.sum(FORWARD, 'sums', y)
             call.launch(FORWARD, _READS, y, sums=sums)
-        return Result((y,), (sums,) if keep and sums is not None else ())
+        saved = (sums,) if keep and sums is not None else ()
+        return Result((y,), saved, has_nan=False)
 
     def saved_like(
         self, inputs: AttentionInputs, options: AttentionOptions
