@@ -541,9 +541,12 @@ def _schema(*arguments: str, returns: int | None = None) -> str:
 
 
 def _as(gradient: Tensor | None, x: Tensor) -> Tensor:
-    """A gradient with the dtype and strides of a tensor."""
+    """A gradient with the dtype of a tensor and the strides of a new one like it."""
     if gradient is None:
         return torch.zeros_like(x)
-    if gradient.dtype == x.dtype and gradient.stride() == x.stride():
-        return gradient
+    if gradient.dtype == x.dtype:
+        # A part of a larger tensor, as of a projection, has other strides itself.
+        strides = x.stride(), torch.empty_like(x, device='meta').stride()
+        if gradient.stride() in strides:
+            return gradient
     return torch.empty_like(x).copy_(gradient)

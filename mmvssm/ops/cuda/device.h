@@ -124,6 +124,19 @@ MMVSSM_DEVICE void load_matrix(uint32_t (&a)[4], const void* shared) {
                : "memory");
 }
 
+// d += a b for a (16, 8) and b (8, 8) in tf32, of whose floats the last 13 bits do not
+// count, and d (16, 8) in float32, one warp. With g = lane / 4 and c = lane % 4:
+//   a: (g, c), (g + 8, c), (g, c + 4), (g + 8, c + 4);  b: (c, g), (c + 4, g);
+//   d: (g, 2c), (g, 2c + 1), (g + 8, 2c), (g + 8, 2c + 1).
+MMVSSM_DEVICE void mma_1688(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, "
+      "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])),
+        "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
 // A number that says by itself whether it is there: other CTAs read it until it is not
 // what its memory was filled with. Each is written and read as a whole.
 MMVSSM_DEVICE void publish(uint64_t* to, uint64_t value) {

@@ -401,6 +401,30 @@ inline void load_matrix(uint32_t (&a)[4], const void* from) {
 }
 
 
+// Tensor cores cut off what float32 has no room for, and so does this.
+inline float toward_zero(double x) {
+  const float near = static_cast<float>(x);
+  return fabs(static_cast<double>(near)) > fabs(x) ? nextafterf(near, 0.0f) : near;
+}
+inline void mma_1688(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  const uint32_t values[6] = {bits_of(a[0]), bits_of(a[1]), bits_of(a[2]),
+                              bits_of(a[3]), bits_of(b[0]), bits_of(b[1])};
+  unsigned turn;
+  const Fiber* const* lanes = exchange(values, &turn);
+  const auto number = [&](int lane, int place) {
+    return float_of(lanes[lane]->offered[turn][place] & 0xffffe000u);
+  };
+  const int own = machine.thread.x % kLanesOfWarp;
+  for (int i = 0; i < 4; ++i) {
+    const int row = own / 4 + i / 2 * 8, column = own % 4 * 2 + i % 2;
+    double sum = d[i];
+    for (int k = 0; k < 8; ++k)
+      sum += static_cast<double>(number(row % 8 * 4 + k % 4, k / 4 * 2 + row / 8)) *
+             number(column * 4 + k % 4, 4 + k / 4);
+    d[i] = toward_zero(sum);
+  }
+}
+
 }  // namespace mmvssm
 
 #define threadIdx (mmvssm::machine.thread)
