@@ -278,17 +278,44 @@ inline float shuffle_xor(float x, int mask) {
 }
 
 template <int kBytes>
+void check_alignment(const void* address, const char* what) {
+  if (reinterpret_cast<uintptr_t>(address) % kBytes == 0) return;
+  std::fprintf(stderr, "a %s of %d bytes is not aligned\n", what, kBytes);
+  std::abort();
+}
+template <int kBytes>
+void load_bytes(const void* from, bool valid, uint32_t (&words)[(kBytes + 3) / 4]) {
+  memset(words, 0, sizeof words);
+  if (!valid) return;
+  check_alignment<kBytes>(from, "load");
+  memcpy(words, from, kBytes);
+}
+template <int kBytes>
+void read_bytes(const void* from, uint32_t (&words)[(kBytes + 3) / 4]) {
+  load_bytes<kBytes>(from, true, words);
+}
+template <int kBytes>
+void store_bytes(void* to, bool valid, const uint32_t (&words)[(kBytes + 3) / 4]) {
+  if (!valid) return;
+  check_alignment<kBytes>(to, "store");
+  memcpy(to, words, kBytes);
+}
+
+template <int kBytes>
 void copy_async(void* to, const void* from) {
-  if (reinterpret_cast<uintptr_t>(to) % kBytes || reinterpret_cast<uintptr_t>(from) % kBytes) {
-    std::fprintf(stderr, "a copy of %d bytes is not aligned\n", kBytes);
-    std::abort();
-  }
+  check_alignment<kBytes>(to, "copy");
+  check_alignment<kBytes>(from, "copy");
   if (draw(2)) {
     memcpy(to, from, kBytes);
     return;
   }
   Fiber* fiber = machine.fiber;
   fiber->copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), kBytes, fiber->group});
+}
+template <int kBytes>
+void copy_async_or_zero(void* to, const void* from, bool there) {
+  alignas(16) static const char zeros[16] = {};
+  copy_async<kBytes>(to, there ? from : zeros);
 }
 inline void copy_commit() { ++machine.fiber->group; }
 template <int kGroups>
@@ -309,9 +336,11 @@ inline uint64_t read_published(const uint64_t* from) { return *from; }
 
 inline float exp2_fast(float x) { return exp2f(x); }
 inline bool rarely(bool condition) { return condition; }
+inline float inverse_root(float x) { return 1.0f / sqrtf(x); }
 inline float rcp_fast(float x) { return 1.0f / x; }
 inline float divide_fast(float x, float y) { return x / y; }
 inline int fresh_zero() { return 0; }
+inline char* moved(char* at, int64_t bytes) { return at + bytes; }
 inline char* address(char* base, int x, int y) {
   return base + static_cast<int64_t>(x) * y;
 }
