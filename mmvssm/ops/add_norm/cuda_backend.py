@@ -4,7 +4,6 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
@@ -19,7 +18,7 @@ from mmvssm.ops.contract import Result
 from mmvssm.ops.cuda import kernels
 from mmvssm.ops.cuda.kernels import Kernel
 from mmvssm.ops.cuda.rows import DTYPES
-from mmvssm.ops.kernel_args import parameter, pointer
+from mmvssm.ops.kernel_args import fields, parameter, pointer
 from mmvssm.ops.typed import MaybeTensor
 
 _FORWARD = Kernel('add_norm.cu', 'add_norm')
@@ -38,35 +37,29 @@ _RESIDENT = 640
 class _Matrix(ctypes.Structure):
     """An array (row, channel), see ``add_norm.cu``; the stride is in bytes."""
 
-    _fields_ = [('data', c_void_p), ('of_row', c_int64)]
+    _fields_ = fields((c_void_p, 'data'), (c_int64, 'of_row'))
 
     @classmethod
     def of(cls, x: Tensor | None) -> '_Matrix':
         return cls() if x is None else cls(x.data_ptr(), x.stride(0) * x.element_size())
 
 
-def _matrices(names: str) -> list[tuple[str, type[_Matrix]]]:
-    return [(name, _Matrix) for name in names.split()]
-
-
 class _ForwardArgs(ctypes.Structure):
-    _fields_ = [
-        *_matrices('x residual total out'),
-        *(('weight', c_void_p), ('rows', c_int64), ('channels', c_int32)),
-        *(('mean', c_float), ('eps', c_float)),
-    ]
+    _fields_ = fields(
+        *((_Matrix, 'x residual total out'), (c_void_p, 'weight'), (c_int64, 'rows')),
+        *((c_int32, 'channels'), (c_float, 'mean eps')),
+    )
 
 
 class _BackwardArgs(ctypes.Structure):
-    _fields_ = [
-        *_matrices('x residual grad_out grad_total grad_x grad_residual'),
-        *(('weight', c_void_p), ('by_weight', c_void_p), ('rows', c_int64)),
-        *(('rows_of_cta', c_int32), ('channels', c_int32)),
-        *(('mean', c_float), ('eps', c_float)),
-    ]
+    _fields_ = fields(
+        (_Matrix, 'x residual grad_out grad_total grad_x grad_residual'),
+        *((c_void_p, 'weight by_weight'), (c_int64, 'rows')),
+        *((c_int32, 'rows_of_cta channels'), (c_float, 'mean eps')),
+    )
 
 
-class _Launch(NamedTuple):
+class _Config(NamedTuple):
     """How rows are shared out.
 
     Attributes:
@@ -82,7 +75,7 @@ class _Launch(NamedTuple):
     whole: bool
 
     @classmethod
-    def of(cls, *arrays: Tensor | None) -> '_Launch':
+    def of(cls, *arrays: Tensor | None) -> '_Config':
         """For arrays (rows, channels) of one shape."""
         present = [x for x in arrays if x is not None]
         channels = present[0].shape[1]
@@ -152,7 +145,7 @@ class CudaNorm(FusedNorm):
         weight = parameter(inputs.weight)
         outputs = outputs_like(inputs, options)
         out, total = (_rows(output) for output in outputs)
-        launch = _Launch.of(x, residual, out, total)
+        config = _Config.of(x, residual, out, total)
         rows, channels = x.shape
         args = _ForwardArgs(
             x=_Matrix.of(x),
@@ -166,11 +159,11 @@ class CudaNorm(FusedNorm):
             eps=options.eps,
         )
         _FORWARD.launch(
-            launch.constants(x=x, residual=residual, total=total),
+            config.constants(x=x, residual=residual, total=total),
             args,
-            grid=-(-rows // launch.groups),
-            threads=launch.threads,
-            shared=launch.shared(sums=1),
+            grid=-(-rows // config.groups),
+            threads=config.threads,
+            shared=config.shared(sums=1),
             on=x,
         )
         return Result(outputs, has_nan=False)
@@ -185,8 +178,9 @@ class CudaNorm(FusedNorm):
     ) -> NormInputs:
         """Gradients of the weight and of the sum; inputs are its terms, or itself."""
         found = new_gradients(inputs, options)
+        x = _rows(inputs.x)
         arrays = dict(
-            x=_rows(inputs.x),
+            x=x,
             residual=_rows(inputs.residual),
             grad_out=_rows(grads[0]),
             grad_total=_rows(grads[1]),
@@ -194,29 +188,29 @@ class CudaNorm(FusedNorm):
             grad_residual=_rows(found.residual),
         )
         weight = parameter(inputs.weight)
-        launch = _Launch.of(*arrays.values())
-        rows, channels = arrays['x'].shape
-        ctas = _RESIDENT // launch.threads * kernels.multiprocessors(weight)
-        passes = -(-rows // (launch.groups * ctas))
-        ctas = -(-rows // (launch.groups * passes))
+        config = _Config.of(*arrays.values())
+        rows, channels = x.shape
+        ctas = _RESIDENT // config.threads * kernels.multiprocessors(x)
+        passes = -(-rows // (config.groups * ctas))
+        ctas = -(-rows // (config.groups * passes))
         by_weight = weight.new_empty(ctas, channels)
         args = _BackwardArgs(
             **{name: _Matrix.of(x) for name, x in arrays.items()},
             weight=pointer(weight),
             by_weight=pointer(by_weight),
             rows=rows,
-            rows_of_cta=passes * launch.groups,
+            rows_of_cta=passes * config.groups,
             channels=channels,
             mean=1 / channels,
             eps=options.eps,
         )
         _BACKWARD.launch(
-            launch.constants(**arrays),
+            config.constants(**arrays),
             args,
             grid=ctas,
-            threads=launch.threads,
-            shared=launch.shared(sums=2, backward=True),
-            on=weight,
+            threads=config.threads,
+            shared=config.shared(sums=2, backward=True),
+            on=x,
         )
         return found._replace(weight=by_weight.sum(0))
 

@@ -182,7 +182,9 @@ struct Read {
     grad_out.load(p.grad_out, row, block, p.channels, valid);
     grad_total.load(p.grad_total, row, block, p.channels, valid);
   }
-  MMVSSM_DEVICE float total(int i, int v) const { return x.get(i, v) + residual.get(i, v); }
+  MMVSSM_DEVICE float total(int i, int v) const {
+    return x.get(i, v) + residual.get(i, v);
+  }
 };
 
 // Of a row: the sums of squares and of the products with the unit's gradient.

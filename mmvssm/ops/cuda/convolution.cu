@@ -254,7 +254,8 @@ class Streams {
   Stream<A_DTYPE> first_a, second_a;
   Stream<B_DTYPE> first_b, second_b;
 
-  static constexpr int kA = Stream<X_DTYPE>::kBytes, kB = kA + 2 * Stream<A_DTYPE>::kBytes;
+  static constexpr int kA = Stream<X_DTYPE>::kBytes;
+  static constexpr int kB = kA + 2 * Stream<A_DTYPE>::kBytes;
 
  public:
   static constexpr int kBytes = kB + 2 * Stream<B_DTYPE>::kBytes;
@@ -403,7 +404,8 @@ MMVSSM_KERNEL(convolve_backward, mmvssm::BackwardArgs, THREADS, 512 / THREADS) {
     Streams streams(p, place, row);
     char* const shared = shared_memory() + threadIdx.x / kWarp * kSharedBytes;
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i) streams.copy(shared + i * Streams::kBytes, end);
+    for (int i = 0; i < STAGES - 1; ++i)
+      streams.copy(shared + i * Streams::kBytes, end);
     Cursor x(p.x, place, kBytesOf<X_DTYPE>, row - kBefore);
 #pragma unroll
     for (int k = 0; k < kBefore; ++k) {
@@ -413,7 +415,8 @@ MMVSSM_KERNEL(convolve_backward, mmvssm::BackwardArgs, THREADS, 512 / THREADS) {
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      walk.taps[i].load(p.ways[i].weight, p.ways[i].bias, place.channel, p.shape.channels);
+      walk.taps[i].load(p.ways[i].weight, p.ways[i].bias, place.channel,
+                        p.shape.channels);
     Cursor grad_x(p.grad_x, place, kBytesOf<X_DTYPE>, place.first - kBefore);
     int stage = 0;
 #pragma unroll 1

@@ -12,61 +12,60 @@ from mmvssm.ops.bidirectional_scan.direction import Direction
 from mmvssm.ops.cuda import kernels
 from mmvssm.ops.cuda.kernels import Kernel
 from mmvssm.ops.cuda.rows import DTYPES, Rows, aligned, empty_rows
-from mmvssm.ops.kernel_args import parameter, pointer
+from mmvssm.ops.kernel_args import fields, parameter, pointer
 
 _FORWARD = Kernel('convolution.cu', 'convolve')
 _BACKWARD = Kernel('convolution.cu', 'convolve_backward')
 _WARP = 32
 # Warps of a CTA.
 _WARPS = 4
-# Warps of the GPU for each of its multiprocessors, before runs of rows get longer.
+# Runs are made shorter until the GPU has so many warps for each multiprocessor.
 _WARPS_OF_MULTIPROCESSOR = 16
 _LONGEST_RUN = 64
-# Of shared memory that a warp has: so many warps fit on a multiprocessor.
+# Bytes of shared memory of a warp, of which so many are to fit on a multiprocessor.
 _SHARED_OF_WARP = 12 * 1024
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [
-        (name, c_int32)
-        for name in 'length channels channel_blocks rows_of_run runs batch'.split()
-    ]
+    _fields_ = fields(
+        (c_int32, 'length channels channel_blocks rows_of_run runs batch')
+    )
 
 
 class _ForwardWay(ctypes.Structure):
-    _fields_ = [('weight', c_void_p), ('bias', c_void_p), ('out', Rows)]
+    _fields_ = fields((c_void_p, 'weight bias'), (Rows, 'out'))
 
 
 class _ForwardArgs(ctypes.Structure):
-    _fields_ = [('x', Rows), ('ways', _ForwardWay * 2), ('shape', _Shape)]
+    _fields_ = fields((Rows, 'x'), (_ForwardWay * 2, 'ways'), (_Shape, 'shape'))
 
 
 class _BackwardWay(ctypes.Structure):
-    _fields_ = [('weight', c_void_p), ('bias', c_void_p), ('grads', Rows * 2)]
+    _fields_ = fields((c_void_p, 'weight bias'), (Rows * 2, 'grads'))
 
 
 class _BackwardArgs(ctypes.Structure):
-    _fields_ = [
-        *(('x', Rows), ('grad_x', Rows), ('ways', _BackwardWay * 2)),
-        *(('sums', c_void_p), ('shape', _Shape)),
-    ]
+    _fields_ = fields(
+        *((Rows, 'x grad_x'), (_BackwardWay * 2, 'ways')),
+        *((c_void_p, 'sums'), (_Shape, 'shape')),
+    )
 
 
-class _Launch(NamedTuple):
+class _Config(NamedTuple):
     """How the sequences are shared out.
 
     Attributes:
         shape: What the kernel is told of it.
         constants: TAPS, CHANNELS, POSITIONS and THREADS.
-        grid: CTAs, those of all channel blocks next to each other.
+        parts: CTAs of each channel block.
     """
 
     shape: _Shape
     constants: dict[str, int]
-    grid: int
+    parts: int
 
     @classmethod
-    def of(cls, x: Tensor, taps: int, vector: int, rows: int) -> '_Launch':
+    def of(cls, x: Tensor, taps: int, vector: int, rows: int) -> '_Config':
         """For a sequence (B, L, D).
 
         Args:
@@ -74,6 +73,9 @@ class _Launch(NamedTuple):
             taps: Of the convolutions.
             vector: Channels of a thread.
             rows: That a warp takes in one pass.
+
+        Raises:
+            ValueError: A size is 2^30 or more.
         """
         batch, length, channels = x.shape
         if max(x.shape) >= 2**30:
@@ -85,16 +87,34 @@ class _Launch(NamedTuple):
         runs = max(-(-wanted // (blocks * batch)), -(-total // _LONGEST_RUN))
         of_run = -(-total // (runs * rows)) * rows
         runs = -(-total // of_run)
-        return cls(
-            _Shape(length, channels, blocks, of_run, runs, batch),
-            dict(
-                TAPS=taps,
-                CHANNELS=_WARP * vector,
-                POSITIONS=rows * _WARPS,
-                THREADS=_WARP * _WARPS,
-            ),
-            blocks * -(-batch * runs // _WARPS),
+        constants = dict(
+            TAPS=taps,
+            CHANNELS=_WARP * vector,
+            POSITIONS=rows * _WARPS,
+            THREADS=_WARP * _WARPS,
         )
+        shape = _Shape(length, channels, blocks, of_run, runs, batch)
+        return cls(shape, constants, parts=-(-batch * runs // _WARPS))
+
+    @property
+    def grid(self) -> int:
+        """All CTAs."""
+        return self.parts * int(self.shape.channel_blocks)
+
+
+class _Weights(NamedTuple):
+    """Weight (D, W) and bias (D,) of a direction, contiguous float32."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, direction: Direction) -> '_Weights':
+        return cls(parameter(direction.conv_weight), parameter(direction.conv_bias))
+
+    def pointers(self) -> dict[str, int | None]:
+        """By the names that the kernels' arguments have."""
+        return dict(weight=pointer(self.weight), bias=pointer(self.bias))
 
 
 def convolve(x: Tensor, weights: Sequence[Direction]) -> list[Tensor]:
@@ -114,18 +134,19 @@ def convolve(x: Tensor, weights: Sequence[Direction]) -> list[Tensor]:
     us = [empty_rows(x, x.dtype) for _ in weights]
     if not x.numel():
         return us
-    x = aligned(x)
-    taps = weights[0].conv_weight.shape[1]
-    launch = _Launch.of(x, taps, vector=4 if taps <= 4 else 2, rows=16 // x.itemsize)
-    args = _ForwardArgs(x=Rows.of(x), shape=launch.shape)
-    kept = []
-    for way, u, w in zip(args.ways, us, weights):
-        weight, bias = parameter(w.conv_weight), parameter(w.conv_bias)
-        kept += [weight, bias]
-        way.weight, way.bias, way.out = pointer(weight), pointer(bias), Rows.of(u)
-    constants = launch.constants | dict(X_DTYPE=DTYPES[x.dtype])
+    x, ways = aligned(x), [_Weights.of(w) for w in weights]
+    taps = ways[0].weight.shape[1]
+    config = _Config.of(x, taps, vector=4 if taps <= 4 else 2, rows=16 // x.itemsize)
+    args = _ForwardArgs(
+        x=Rows.of(x),
+        ways=tuple(
+            _ForwardWay(**way.pointers(), out=Rows.of(u)) for way, u in zip(ways, us)
+        ),
+        shape=config.shape,
+    )
+    constants = config.constants | dict(X_DTYPE=DTYPES[x.dtype])
     _FORWARD.launch(
-        constants, args, grid=launch.grid, threads=constants['THREADS'], on=x
+        constants, args, grid=config.grid, threads=constants['THREADS'], on=x
     )
     return us
 
@@ -148,43 +169,37 @@ def convolve_backward(
         ValueError: A size is 2^30 or more.
     """
     grad_x = empty_rows(x, x.dtype)
-    taps, channels = weights[0].conv_weight.shape[1], x.shape[2]
+    x, ways = aligned(x), [_Weights.of(w) for w in weights]
     if not x.numel():
-        return grad_x, [
-            (torch.zeros_like(w.conv_weight), torch.zeros_like(w.conv_bias))
-            for w in weights
-        ]
-    x = aligned(x)
-    grads = [[aligned(grad) for grad in pair] for pair in grad_us]
+        return grad_x, [(torch.zeros_like(w), torch.zeros_like(b)) for w, b in ways]
+    grads = [tuple(map(aligned, pair)) for pair in grad_us]
+    taps = ways[0].weight.shape[1]
     # One copy of a warp is of 4 rows, or 8 of half as many channels.
     vector, rows = (2, 4) if taps <= 4 else (1, 8)
-    launch = _Launch.of(x, taps, vector, rows)
-    blocks = launch.shape.channel_blocks
-    parts = launch.grid // blocks
-    sums = x.new_empty(parts, 2, taps + 1, channels, dtype=torch.float32)
+    config = _Config.of(x, taps, vector, rows)
+    sums = x.new_empty(config.parts, 2, taps + 1, x.shape[2], dtype=torch.float32)
     args = _BackwardArgs(
-        x=Rows.of(x), grad_x=Rows.of(grad_x), sums=pointer(sums), shape=launch.shape
+        x=Rows.of(x),
+        grad_x=Rows.of(grad_x),
+        ways=tuple(
+            _BackwardWay(**way.pointers(), grads=tuple(map(Rows.of, pair)))
+            for way, pair in zip(ways, grads)
+        ),
+        sums=pointer(sums),
+        shape=config.shape,
     )
-    kept = []
-    for way, pair, w in zip(args.ways, grads, weights):
-        weight, bias = parameter(w.conv_weight), parameter(w.conv_bias)
-        kept += [weight, bias]
-        way.weight, way.bias = pointer(weight), pointer(bias)
-        way.grads = (Rows * 2)(*(Rows.of(grad) for grad in pair))
-    dtypes = (x.dtype, *(grad.dtype for grad in grads[0]))
-    of_x, of_a, of_b = (dtype.itemsize for dtype in dtypes)
-    stage = rows * _WARP * vector * (of_x + 2 * of_a + 2 * of_b)
+    dtypes = dict(zip('XAB', (x.dtype, *(grad.dtype for grad in grads[0]))))
+    of_x, of_a, of_b = (dtype.itemsize for dtype in dtypes.values())
+    stage = rows * config.constants['CHANNELS'] * (of_x + 2 * of_a + 2 * of_b)
     stages = min(3, _SHARED_OF_WARP // stage)
-    of_sums = 2 * (taps + 1) * _WARP * vector * sums.itemsize
-    constants = launch.constants | {
-        f'{name}_DTYPE': DTYPES[dtype] for name, dtype in zip('XAB', dtypes)
-    }
-    constants['STAGES'] = stages
+    of_sums = 2 * (taps + 1) * config.constants['CHANNELS'] * sums.itemsize
     _BACKWARD.launch(
-        constants,
+        config.constants
+        | {f'{name}_DTYPE': DTYPES[dtype] for name, dtype in dtypes.items()}
+        | dict(STAGES=stages),
         args,
-        grid=launch.grid,
-        threads=constants['THREADS'],
+        grid=config.grid,
+        threads=config.constants['THREADS'],
         shared=_WARPS * max(stages * stage, of_sums),
         on=x,
     )

@@ -6,6 +6,8 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from mmvssm.ops.kernel_args import fields
+
 # Bytes that every row begins at a multiple of, and is long: one copy of a thread.
 ALIGNMENT = 16
 # Channels that fill it up in any dtype.
@@ -16,7 +18,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 class Rows(ctypes.Structure):
     """An array (batch, row, channel), ``Rows`` in ``vectors.h``; strides in bytes."""
 
-    _fields_ = [('data', c_void_p), ('of_batch', c_int64), ('of_row', c_int64)]
+    _fields_ = fields((c_void_p, 'data'), (c_int64, 'of_batch of_row'))
 
     @classmethod
     def of(cls, x: Tensor) -> 'Rows':
