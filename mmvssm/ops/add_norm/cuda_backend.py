@@ -31,7 +31,7 @@ _ELEMENTS = 12
 # Neighbouring ones that it loads in one piece where they are aligned.
 _VECTOR = 4
 # Threads of the backward kernel that a multiprocessor runs at once.
-_RESIDENT = 640
+_RESIDENT = 512
 
 
 class _Matrix(ctypes.Structure):

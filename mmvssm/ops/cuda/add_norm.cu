@@ -228,7 +228,7 @@ MMVSSM_DEVICE void store_gradients(const BackwardArgs& p, const Read& read, int6
 
 }  // namespace mmvssm
 
-MMVSSM_KERNEL(add_norm_backward, mmvssm::BackwardArgs, THREADS, 640 / THREADS) {
+MMVSSM_KERNEL(add_norm_backward, mmvssm::BackwardArgs, THREADS, 512 / THREADS) {
   using namespace mmvssm;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * p.rows_of_cta + group();
   float* const by_weight = p.by_weight + static_cast<int64_t>(blockIdx.x) * p.channels;
