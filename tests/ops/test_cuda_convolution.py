@@ -9,6 +9,7 @@ from mmvssm.ops.cuda import kernels
 from mmvssm.ops.cuda.convolution import convolve, convolve_backward
 
 from .cuda_emulation import AVAILABLE, Emulator
+from .cuda_emulation.guarded import guarded, stays_inside
 from .cuda_emulation.orders import differs_in_some_order, fails_without
 from .scan_inputs import relative_error
 
@@ -218,6 +219,20 @@ def test_too_long():
     x, weights, _ = make_inputs(1, 1, 8, 4)
     with kernels.recording(), pytest.raises(ValueError, match='counts to 2\\^30'):
         convolve(x.to('meta').expand(1, 2**30, 8), weights)
+
+
+def in_guarded_memory(at_end):
+    for shape in [(1, 20, 40, 4), (2, 3, 8, 5)]:
+        x, weights, grads = make_inputs(*shape)
+        x, *grads = (guarded(t, at_end) for t in (x, *grads[0], *grads[1]))
+        weights = [
+            Direction(*(guarded(t, at_end) for t in w[:2]), *w[2:]) for w in weights
+        ]
+        computed(x, weights, [grads[:2], grads[2:]])
+
+
+def test_nothing_outside_is_read():
+    assert stays_inside(in_guarded_memory)
 
 
 # Races

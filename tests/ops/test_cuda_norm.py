@@ -10,6 +10,7 @@ from mmvssm.ops.add_norm.declaration import NormInputs, NormOptions
 from mmvssm.ops.cuda import kernels
 
 from .cuda_emulation import AVAILABLE, Emulator
+from .cuda_emulation.guarded import guarded, stays_inside
 from .cuda_emulation.orders import differs_in_some_order, fails_without
 from .scan_inputs import gradients, relative_error
 
@@ -181,6 +182,19 @@ def test_sizes_are_no_constants():
     warps = [launch.grid * launch.threads // 32 for launch in launches]
     # Of so many rows as 128 images have.
     assert min(warps[4:6]) >= 132 * 16
+
+
+def in_guarded_memory(at_end):
+    for shape in [(3, 20), (3, 7), (1, 3076)]:
+        x, weight, residual, grads = plain_inputs(*shape)
+        x, weight, residual, *grads = (
+            guarded(t, at_end) for t in (x, weight, residual, *grads)
+        )
+        computed(x, weight, residual, grads)
+
+
+def test_nothing_outside_is_read():
+    assert stays_inside(in_guarded_memory)
 
 
 # Races

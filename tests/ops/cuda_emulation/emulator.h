@@ -5,9 +5,10 @@
 // under way at once, and each begins when the one kWindow before it has ended or later,
 // so that a CTA may wait for those of lower number, as on a GPU. Which warp goes on is
 // drawn from a seed (MMVSSM_EMULATION_SEED), and it goes on until it has to wait. An
-// asynchronous copy is done when it is asked for or when it is waited for, which is
-// drawn, too. MMVSSM_EMULATION_WITHOUT names a sync_cta or sync_warp that is left out.
-// Shared memory is full of NaN at first. Threads that wait for ever end the program.
+// asynchronous copy is done when it is asked for, at a wait for something else or when it
+// is waited for, which is drawn, too. MMVSSM_EMULATION_WITHOUT names a sync_cta or
+// sync_warp that is left out. Shared memory is full of NaN at first. Threads that wait
+// for ever end the program.
 #pragma once
 
 #include <setjmp.h>
@@ -109,6 +110,11 @@ inline void enter_fiber() {
 
 inline void wait_as(State state, const char* at) {
   Fiber* fiber = machine.fiber;
+  // Copies that nobody has waited for may be done by now.
+  if (!fiber->copies.empty() && draw(8) == 0) {
+    for (const Copy& copy : fiber->copies) memcpy(copy.to, copy.from, copy.bytes);
+    fiber->copies.clear();
+  }
   fiber->state = state;
   fiber->at = at;
   if (_setjmp(fiber->here) == 0) _longjmp(machine.scheduler, 1);

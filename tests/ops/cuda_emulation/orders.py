@@ -6,19 +6,16 @@ for each other for ever, which ends it.
 
 import importlib
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
 from mmvssm.ops.cuda import kernels
 
-from . import SEED_VARIABLE, Emulator
+from . import SEED_VARIABLE, Emulator, run_with
 
 WITHOUT_VARIABLE = 'MMVSSM_EMULATION_WITHOUT'
 SEEDS = 20
-TESTS = Path(__file__).parents[2]
 
 
 def differs_in_some_order(results):
@@ -43,16 +40,7 @@ def fails_without(barrier, results):
         barrier: Its name in the kernel.
         results: Function of a test module, see :func:`differs_in_some_order`.
     """
-    name = results.__module__.rpartition('.')[2]
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    done = subprocess.run(
-        [sys.executable, '-m', 'ops.cuda_emulation.orders']
-        + [barrier, f'ops.{name}', results.__name__],
-        cwd=TESTS,
-        env=os.environ | {'PYTHONPATH': path},
-        capture_output=True,
-        text=True,
-    )
+    done = run_with('orders', results, barrier)
     assert done.stdout == 'begins\n', done.stdout + done.stderr
     return done.returncode != 0
 
@@ -69,7 +57,7 @@ def _in_order(seed, results):
 
 
 def main():
-    barrier, module, function = sys.argv[1:]
+    module, function, barrier = sys.argv[1:]
     # Memory that is not written holds NaN.
     torch.use_deterministic_algorithms(True)
     results = getattr(importlib.import_module(module), function)
