@@ -25,7 +25,9 @@ SOURCE = """
 namespace mmvssm {
 struct Args { int32_t* to; int32_t value; };
 }
-MMVSSM_KERNEL(store_value, mmvssm::Args, 32, 1) { p.to[threadIdx.x] = p.value * FACTOR; }
+MMVSSM_KERNEL(store_value, mmvssm::Args, 32, 1) {
+  p.to[threadIdx.x] = p.value * FACTOR;
+}
 """
 HAS_NVRTC = nvrtc.find_library() is not None
 needs_nvrtc = pytest.mark.skipif(not HAS_NVRTC, reason='pip install nvidia-cuda-nvrtc')
@@ -111,7 +113,7 @@ def test_error_is_one_clear_line(kernel):
     with pytest.raises(nvrtc.CompileError) as caught:
         kernels.compiled(kernel, dict(FACTOR=2), 90)
     text = str(caught.value)
-    assert text.startswith('store_value.cu(6): error: ') and '\n' not in text
+    assert text.startswith('store_value.cu(7): error: ') and '\n' not in text
     assert 'has no member "values"' in text
     # Nothing is kept of it.
     kernel.path.write_text(SOURCE)
@@ -213,7 +215,7 @@ def test_prepare_says_what_fails(kernel):
         kernels.prepare(launches(kernel, 2, 3), 90, processes=2)
     text = str(caught.value)
     assert text.startswith(
-        "the scan backend 'cuda' cannot run: store_value.cu(6): error"
+        "the scan backend 'cuda' cannot run: store_value.cu(7): error"
     )
     assert '\n' not in text
 
@@ -367,9 +369,9 @@ int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* found, void* function, int 
   *found = 2048 / threads;
   return 0;
 }
-int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads,
-                   unsigned threads_y, unsigned threads_z, unsigned shared, void* stream,
-                   void** parameters, void** extra) {
+int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z,
+                   unsigned threads, unsigned threads_y, unsigned threads_z,
+                   unsigned shared, void* stream, void** parameters, void** extra) {
   if (y != 1 || z != 1 || threads_y != 1 || threads_z != 1 || extra) return 1;
   driver_log.launches++, driver_log.launched_on = driver_device;
   driver_log.grid = x, driver_log.threads = threads, driver_log.shared = shared;
