@@ -26,7 +26,7 @@ from mmvssm.ops.backends import (
 )
 from mmvssm.ops.cache import CACHE_VARIABLE, cache_folder
 from mmvssm.ops.cpu import library
-from mmvssm.ops.cuda import library as cuda_library
+from mmvssm.ops.cuda import kernels
 from mmvssm.ops.gpu_check.verdicts import HOW
 from mmvssm.ops.gpu_check.verdicts import VARIABLE as GPU_CHECK_VARIABLE
 from mmvssm.ops.operator import all_ops
@@ -70,9 +70,8 @@ def collect_env() -> dict[str, dict[str, str]]:
             for name, reason in backend_status().items()
         },
         'CPU kernels': _kernels(),
-        'CUDA kernels': {'compiled into': str(cache_folder())}
-        | _variables(cuda_library.LIBRARY_VARIABLE, CACHE_VARIABLE),
         'GPU kernels unasked': _gpu_check() | _variables(GPU_CHECK_VARIABLE),
+        'CUDA kernels': _cuda_kernels() | _variables(CACHE_VARIABLE),
         'Backend a tensor gets': {device: _choice(device) for device in ('cpu', 'cuda')}
         | _variables(ENV_VARIABLE),
     }
@@ -95,7 +94,6 @@ def _machine() -> dict[str, str]:
         **(gpus or {'GPU': 'none that torch can use'}),
         'Python': platform.python_version(),
         'C++ compiler': _first_line('c++', '--version'),
-        'CUDA compiler': _first_line('nvcc', '--version', line=-1),
     }
 
 
@@ -143,8 +141,8 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _first_line(program: str, *arguments: str, line: int = 0) -> str:
-    """One line of what a program prints, or that it is not on the path."""
+def _first_line(program: str, *arguments: str) -> str:
+    """The first line of what a program prints, or that it is not on the path."""
     path = shutil.which(program)
     if path is None:
         return f'no {program} on the path'
@@ -155,7 +153,7 @@ def _first_line(program: str, *arguments: str, line: int = 0) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         return f'{path} fails: {error}'
     lines = out.stdout.strip().splitlines()
-    return lines[line] if lines else f'{path} prints no version'
+    return lines[0] if lines else f'{path} prints no version'
 
 
 def _torch() -> str:
@@ -221,6 +219,24 @@ def _kernels() -> dict[str, str]:
         'instruction set': f'{library.isa()} (there are {names})',
         'threads': threads,
     } | variables
+
+
+def _cuda_kernels() -> dict[str, str]:
+    """What compiles the kernels of the backend 'cuda', and for what."""
+    found = {'compiled into': str(cache_folder())}
+    try:
+        compiler = kernels.compiler()
+        found['NVRTC'] = f'{compiler.version}, {compiler.path}'
+    except (OSError, RuntimeError) as error:
+        return found | {'NVRTC': f'cannot be used: {error}'}
+    if torch.version.cuda is not None and torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            what = compiler.architecture(10 * major + minor)
+            found[f'GPU {index}'] = f'compute capability {major}.{minor}, gets {what}'
+    else:
+        found['GPU'] = 'none that torch can use'
+    return found
 
 
 def _variables(*names: str) -> dict[str, str]:

@@ -331,11 +331,12 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_suffix('.lock').open('w')
+        fcntl.flock(lock, fcntl.LOCK_EX)
     except (ImportError, OSError):
+        # Then several may compile, each into a file of its own.
         yield
         return
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -353,8 +354,9 @@ def prepare(
         The number of kernels that were not yet kept.
 
     Raises:
-        RuntimeError: NVRTC refuses one, with what it says.
-        OSError: There is no NVRTC, or the folder cannot be written to.
+        RuntimeError: NVRTC refuses one, with what it says, or the folder cannot be
+            written to.
+        OSError: There is no NVRTC.
     """
     architecture = compiler().architecture(capability)
     missing = []
@@ -363,7 +365,7 @@ def prepare(
         if not path.exists():
             task = (str(kernel.path), dict(constants), architecture, str(path))
             missing.append(task)
-    count = min(processes or len(os.sched_getaffinity(0)), len(missing))
+    count = min(processes or _cores(), len(missing))
     command = [sys.executable, nvrtc.__file__, str(_nvrtc_path())]
     workers = [
         subprocess.Popen(
@@ -374,13 +376,24 @@ def prepare(
     failures = []
     for i, worker in enumerate(workers):
         assert worker.stdin is not None
-        json.dump(missing[i::count], worker.stdin)
-        worker.stdin.close()
+        # One that has ended says why below.
+        with contextlib.suppress(BrokenPipeError), worker.stdin:
+            json.dump(missing[i::count], worker.stdin)
     for worker in workers:
         assert worker.stderr is not None
         said = worker.stderr.read().strip()
         if worker.wait():
-            failures.append(said.rpartition('\n')[2])
+            why = (
+                said.rpartition('\n')[2] or f'a process ended with {worker.returncode}'
+            )
+            failures.append(why)
     if failures:
         raise RuntimeError(f"the scan backend 'cuda' cannot run: {failures[0]}")
     return len(missing)
+
+
+def _cores() -> int:
+    """Of this process."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

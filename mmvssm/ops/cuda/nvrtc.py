@@ -66,11 +66,15 @@ class Nvrtc:
     Args:
         path: See :func:`find_library`.
 
+    Attributes:
+        path: As given.
+
     Raises:
         OSError: It cannot be loaded.
     """
 
     def __init__(self, path: str) -> None:
+        self.path = path
         # NVRTC looks for its other half where the system does, which need not be
         # where it lies itself; loaded already, it is found.
         for other in sorted(Path(path).parent.glob('*nvrtc-builtins*')):
@@ -91,6 +95,9 @@ class Nvrtc:
 
         Args:
             capability: Compute capability without its point, such as 90.
+
+        Raises:
+            CompileError: It is older than all that NVRTC knows.
         """
         count = c_int()
         self._call('nvrtcGetNumSupportedArchs', byref(count))
@@ -98,7 +105,10 @@ class Nvrtc:
         self._call('nvrtcGetSupportedArchs', known)
         if capability in known:
             return f'sm_{capability}'
-        return f'compute_{max(k for k in known if k <= capability)}'
+        older = [k for k in known if k <= capability]
+        if not older:
+            raise CompileError(f'NVRTC {self.version} knows no GPU as old as this')
+        return f'compute_{max(older)}'
 
     def compile(
         self, source: Path, constants: Mapping[str, int], architecture: str
@@ -180,11 +190,15 @@ def main() -> None:
 
     Each item is ``[source, constants, architecture, path]``; what is there is left.
     """
-    compiler = Nvrtc(sys.argv[1])
-    for source, constants, architecture, path in json.load(sys.stdin):
-        if not Path(path).exists():
-            code = compiler.compile(Path(source), constants, architecture)
-            write_whole(Path(path), code)
+    tasks = json.load(sys.stdin)
+    try:
+        compiler = Nvrtc(sys.argv[1])
+        for source, constants, architecture, path in tasks:
+            if not Path(path).exists():
+                code = compiler.compile(Path(source), constants, architecture)
+                write_whole(Path(path), code)
+    except (CompileError, OSError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == '__main__':
