@@ -223,9 +223,10 @@ def test_nan_stays_where_it_belongs(passes):
 
 
 @emulated
-def test_positions_far_apart_in_memory():
-    """Beyond 2^31 numbers, most of which are never touched."""
-    dense = make_inputs(2, 5, 1, 8, dtype=torch.bfloat16)
+@pytest.mark.parametrize('strides', [(2**31, 8, 1), (8, 2**30, 1)])
+def test_far_apart_in_memory(strides):
+    """Beyond 2^31 numbers or bytes, most of which are never touched."""
+    dense = make_inputs(2, 2, 1, 8, dtype=torch.bfloat16)
     want = linear_attention(**dense, backend='cuda')
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -233,10 +234,10 @@ def test_positions_far_apart_in_memory():
         memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = fill
-    far = {name: memory.as_strided((2, 5, 8), (2**31, 8, 1)) for name in dense}
     for name, x in dense.items():
-        far[name].copy_(x.detach())
-        got = linear_attention(**(dense | {name: far[name]}), backend='cuda')
+        far = memory.as_strided(x.shape, strides)
+        far.copy_(x.detach())
+        got = linear_attention(**(dense | {name: far}), backend='cuda')
         assert torch.equal(got, want), name
 
 
@@ -432,4 +433,6 @@ def test_registers_and_memory(dtype, most):
         resident = constants['RESIDENT']
         assert resident * launch.threads * -(-registers // 8) * 8 <= 2**16
         assert resident * (launch.shared + 1024) <= 227 * 1024
-        assert resident * launch.threads // 32 >= (16 if dtype == torch.bfloat16 else 12)
+        assert resident * launch.threads // 32 >= (
+            16 if dtype == torch.bfloat16 else 12
+        )

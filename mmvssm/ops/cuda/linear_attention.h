@@ -2,9 +2,10 @@
 //
 // A CTA has a head of a batch element and a split of its positions, or all. Its warps
 // take kRows positions in turn, which have been copied to their own part of shared
-// memory some turns before. Channels of a head come in blocks of 32; those that are
-// missing in a block, and positions behind the last one, are filled up there with what
-// counts for nothing, so the arithmetic need not ask.
+// memory some turns before. Channels of a head come in blocks of 32. Those that a block
+// lacks, and positions behind the last one, are filled up there so that the arithmetic
+// need not ask: the sums of such channels are taken for 0 where they are read, and the
+// results not written.
 //
 // Products are those of tensor cores in tf32, each float32 number being the sum of two
 // in tf32: what is left out is 2^-22 of a term. Numbers that come in 16 bits are exact.
@@ -115,13 +116,11 @@ struct Choice<false, First, Second> {
   using Type = Second;
 };
 
-// What stands in the place of missing numbers: 0, or what has the feature 0.
-enum Missing { kZero, kRowsZero, kNothing };
-
+// Infinitely far below 0 the feature is 0: such a key counts for nothing.
 template <int kDtype>
-MMVSSM_DEVICE uint32_t minus_infinity() {
-  return kDtype == 0 ? 0xff800000u : kDtype == 1 ? 0xff80ff80u : 0xfc00fc00u;
-}
+constexpr uint32_t kNothing = kDtype == 0   ? 0xff800000u
+                              : kDtype == 1 ? 0xff80ff80u
+                                            : 0xfc00fc00u;
 
 // How a warp copies rows: each lane has a column of units.
 template <int kDtype, int kRowBytes>
@@ -136,9 +135,10 @@ struct Copies {
   }
 
   // Asks for kRows rows from `first` on, which are there if `whole`; else those before
-  // `end` are, and the first `channels` channels. `from` is the own column's.
+  // `end` are, and the first `channels` channels, and the rest is filled with the bits
+  // of `missing`. `from` is the own column's.
   static MMVSSM_DEVICE void fill(char* to, char* from, int stride, int first, int end,
-                                 int channels, Missing missing, bool whole) {
+                                 int channels, uint32_t missing, bool whole) {
     if (VECTOR && whole) {
 #pragma unroll
       for (int i = 0; i < kRows; i += kStep)
@@ -146,8 +146,6 @@ struct Copies {
       return;
     }
     const bool there = byte() < channels * kSize<kDtype>;
-    const bool of_channel = missing == kNothing || (missing == kRowsZero && !there);
-    const uint32_t bits = of_channel ? minus_infinity<kDtype>() : 0;
 #pragma unroll 1
     for (int i = 0; i < kRows; i += kStep) {
       const char* found = address(from, first + i + row(), stride);
@@ -155,10 +153,10 @@ struct Copies {
       if constexpr (VECTOR) {
         if (copies) copy_async<16>(place(to, i), found);
         else
-          *reinterpret_cast<uint4*>(place(to, i)) = {bits, bits, bits, bits};
+          *reinterpret_cast<uint4*>(place(to, i)) = {missing, missing, missing, missing};
       } else {
         using Word = typename Choice<kSize<kDtype> == 4, uint32_t, uint16_t>::Type;
-        const Word word = copies ? *reinterpret_cast<const Word*>(found) : bits;
+        const Word word = copies ? *reinterpret_cast<const Word*>(found) : missing;
         *reinterpret_cast<Word*>(place(to, i)) = word;
       }
     }
@@ -284,8 +282,8 @@ struct Angles {
                           bool whole) const {
     if constexpr (!ROTARY) return;
     const int at = block * kBlock / 2 * 4;
-    Copy::fill(to, cosine + at, stride, first, end, channels / 2, kZero, whole);
-    Copy::fill(to + kTable, sine + at, stride, first, end, channels / 2, kZero, whole);
+    Copy::fill(to, cosine + at, stride, first, end, channels / 2, 0, whole);
+    Copy::fill(to + kTable, sine + at, stride, first, end, channels / 2, 0, whole);
   }
 };
 

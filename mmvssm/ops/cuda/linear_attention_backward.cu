@@ -79,14 +79,14 @@ struct Queries {
         const int block = block_of(place, j), channels = in_block(p.key_channels, block);
         char* rows = to + j * kOfBlock;
         CopyQueries::fill(rows, queries + block * kBlock * kSize<Q_DTYPE>, p.q.position,
-                          row, place.end, channels, kRowsZero, whole);
+                          row, place.end, channels, 0, whole);
         angles.fill(rows + kQueries, block, row, place.end, channels, whole);
       }
 #pragma unroll
       for (int i = 0; i < VALUE_BLOCKS; ++i)
         CopyGrads::fill(to + KEY_BLOCKS * kOfBlock + i * kGrads,
                         grads + i * kBlock * kSize<Y_DTYPE>, p.y.position, row, place.end,
-                        in_block(p.value_channels, i), kZero, whole);
+                        in_block(p.value_channels, i), 0, whole);
     };
     Walk<kStage> walk(place, ring, are_full(p), ask);
     const Sums sums(p, place.sums(p, p.sums, 0));
@@ -222,14 +222,14 @@ struct KeysAndValues {
         const int channels = in_block(p.key_channels, j);
         char* rows = to + j * kOfBlock;
         CopyKeys::fill(rows, keys + j * kBlock * kSize<K_DTYPE>, p.k.position, row,
-                       place.end, channels, kRowsZero, whole);
+                       place.end, channels, 0, whole);
         angles.fill(rows + kKeys, j, row, place.end, channels, whole);
       }
 #pragma unroll
       for (int i = 0; i < VALUE_BLOCKS; ++i)
         CopyValues::fill(to + KEY_BLOCKS * kOfBlock + i * kValues,
                          values + i * kBlock * kSize<V_DTYPE>, p.v.position, row,
-                         place.end, in_block(p.value_channels, i), kZero, whole);
+                         place.end, in_block(p.value_channels, i), 0, whole);
     };
     Walk<kStage> walk(place, ring, are_full(p), ask);
     // For keys the gradients transposed, for values as they are.

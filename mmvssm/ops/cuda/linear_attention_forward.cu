@@ -24,9 +24,10 @@ struct Summary {
 
     Accumulator sums;
     const auto ask = [&](char* to, int row, bool whole) {
-      CopyKeys::fill(to, keys, p.k.position, row, place.end, key_channels, kNothing, whole);
+      CopyKeys::fill(to, keys, p.k.position, row, place.end, key_channels,
+                     kNothing<K_DTYPE>, whole);
       CopyValues::fill(to + kKeys, values, p.v.position, row, place.end, value_channels,
-                       kZero, whole);
+                       0, whole);
       angles.fill(to + kKeys + kValues, key_block, row, place.end, key_channels, whole);
     };
     Walk<kStage> walk(place, ring, are_full(p), ask);
@@ -87,7 +88,7 @@ struct Reading {
         const int channels = in_block(p.key_channels, block);
         char* rows = to + block * kOfBlock;
         CopyQueries::fill(rows, queries + block * kBlock * kSize<Q_DTYPE>, p.q.position,
-                          row, place.end, channels, kRowsZero, whole);
+                          row, place.end, channels, 0, whole);
         angles.fill(rows + kQueries, block, row, place.end, channels, whole);
       }
     };
@@ -163,7 +164,8 @@ MMVSSM_KERNEL(linear_attention_forward, mmvssm::Args, THREADS, RESIDENT) {
     memory += kSumsBytes;
     Summary::run(p, place, memory, here, sums);
     sync_cta("sums");
-    Reading::run(p, place, memory, Sums(p, here));
+    // Found again, it took no registers in between.
+    Reading::run(p, Place(p, 1, 1, fresh_zero()), memory, Sums(p, here));
   } else if constexpr (kSums) {
     Summary::run(p, place, memory, sums, nullptr);
   } else {
