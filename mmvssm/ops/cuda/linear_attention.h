@@ -76,8 +76,9 @@ struct Place {
 
   // Place of the sums of this head.
   MMVSSM_DEVICE float* sums(const Args& p, float* data, int of_split) const {
-    const int64_t number = (static_cast<int64_t>(of_split) * p.batch + batch) * p.heads + head;
-    return data + number * (p.key_channels * (p.value_channels + 1));
+    const int64_t element = static_cast<int64_t>(of_split) * p.batch + batch;
+    const int of_head = p.key_channels * (p.value_channels + 1);
+    return data + (element * p.heads + head) * of_head;
   }
 };
 
@@ -85,7 +86,8 @@ MMVSSM_DEVICE int lane_of() { return threadIdx.x % kWarp; }
 MMVSSM_DEVICE int row_of(int g) { return g / 2 + g % 2 * 4; }
 
 MMVSSM_DEVICE bool are_full(const Args& p) {
-  return p.key_channels == KEY_BLOCKS * kBlock && p.value_channels == VALUE_BLOCKS * kBlock;
+  return p.key_channels == KEY_BLOCKS * kBlock &&
+         p.value_channels == VALUE_BLOCKS * kBlock;
 }
 // Channels of a head that a block has.
 MMVSSM_DEVICE int in_block(int channels, int block) {
@@ -207,6 +209,20 @@ using Column = Raw<kDtype, 4>;
 template <int kDtype>
 using Row = Raw<kDtype, 8>;
 
+template <typename Share>
+MMVSSM_DEVICE void read_rows(const char* from, Share (&x)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    x[i].template read<4>(from, 8 * i + row_of(lane_of() / 4), lane_of() % 4);
+}
+template <typename Share>
+MMVSSM_DEVICE void read_columns(const char* from, Share (&x)[2][2]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    x[i / 2][i % 2].template read<8>(from, i / 2 * 8 + lane_of() % 4 + i % 2 * 4,
+                                     lane_of() / 4);
+}
+
 // Writes neighbouring channels of a row, of which `channels` are there.
 template <int kDtype, int kCount>
 MMVSSM_DEVICE void write(char* to, const float (&x)[kCount], int channels) {
@@ -231,7 +247,8 @@ MMVSSM_DEVICE void write(char* to, const float (&x)[kCount], int channels) {
       if (i >= channels) continue;
       if constexpr (kDtype == 0) reinterpret_cast<float*>(to)[i] = x[i];
       else
-        reinterpret_cast<uint16_t*>(to)[i] = kDtype == 1 ? to_bfloat16(x[i]) : to_half(x[i]);
+        reinterpret_cast<uint16_t*>(to)[i] =
+            kDtype == 1 ? to_bfloat16(x[i]) : to_half(x[i]);
     }
   }
 }
@@ -266,6 +283,26 @@ MMVSSM_DEVICE void turn_back(const float (&x)[kCount], const Raw<0, kCount / 2>&
     out[i + 1] = ROTARY ? x[i + 1] * cosine[i / 2] - x[i] * sine[i / 2] : x[i + 1];
   }
 }
+
+// A lane's share by rows of what is turned.
+template <int kDtype>
+struct TurningRows {
+  Row<kDtype> x[2];
+  Raw<0, 4> cosine[2], sine[2];
+
+  // The angles stand `table` bytes behind the rows.
+  MMVSSM_DEVICE void read(const char* from, int table) {
+    read_rows(from, x);
+    if constexpr (ROTARY) read_rows(from + table, cosine);
+    if constexpr (ROTARY) read_rows(from + table + kTable, sine);
+  }
+  // Features of one of the rows, and the same turned.
+  MMVSSM_DEVICE void take(int i, float (&features)[8], float (&turned)[8]) const {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) features[n] = feature(x[i][n]);
+    turn(features, cosine[i], sine[i], turned);
+  }
+};
 
 // Cosines and sines of a head.
 struct Angles {
@@ -302,7 +339,8 @@ MMVSSM_DEVICE void split(const float (&x)[kCount], float (&high)[kCount],
 
 // sum += a b, where b is exact in tf32 or not.
 template <bool kExact>
-MMVSSM_DEVICE void add_product(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
+MMVSSM_DEVICE void add_product(float (&sum)[4], const float (&a)[4],
+                               const float (&b)[2]) {
   float a_high[4], a_low[4], b_high[2], b_low[2];
   split(a, a_high, a_low);
   split<kExact>(b, b_high, b_low);
@@ -327,7 +365,8 @@ struct Accumulator {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const auto& x = a[half];
-          const float left[4] = {x[0][2 * m], x[0][2 * m + 1], x[1][2 * m], x[1][2 * m + 1]};
+          const float left[4] = {x[0][2 * m], x[0][2 * m + 1], x[1][2 * m],
+                                 x[1][2 * m + 1]};
           const float right[2] = {b[half][0][j], b[half][1][j]};
           add_product<kDtype != 0>(sum, left, right);
         }
@@ -411,7 +450,8 @@ MMVSSM_DEVICE void put_right(float4* to, const Sums& sums, int row, int column,
 
 // sum += x times a block of sums, both by rows.
 template <bool kExact, typename Values>
-MMVSSM_DEVICE void multiply(float (&sum)[4][4], const Values (&x)[2], const float4* right) {
+MMVSSM_DEVICE void multiply(float (&sum)[4][4], const Values (&x)[2],
+                            const float4* right) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float left[4] = {x[0][2 * i], x[1][2 * i], x[0][2 * i + 1], x[1][2 * i + 1]};
@@ -428,6 +468,12 @@ MMVSSM_DEVICE void multiply(float (&sum)[4][4], const Values (&x)[2], const floa
   }
 }
 
+// One of the two rows of what `multiply` gives.
+MMVSSM_DEVICE void row_of_sum(const float (&sum)[4][4], int i, float (&out)[8]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) out[n] = sum[n / 2][2 * i + n % 2];
+}
+
 // A number of each lane, added up over g: over the lanes that have the same rows.
 MMVSSM_DEVICE float sum_columns(float x) {
   x += shuffle_xor(x, 4);
@@ -436,30 +482,29 @@ MMVSSM_DEVICE float sum_columns(float x) {
 }
 
 // The way of a warp over its positions, kRows at once, with copies under way of those
-// that come next. `ask(to, first, whole)` asks for the rows from `first` on.
+// that come next. `pass.ask(to, first, whole)` asks for the rows from `first` on.
 template <int kStageBytes>
 struct Walk {
   char* ring;
   int stage, first, end;
   bool full;  // all blocks of channels
 
-  template <typename Ask>
-  MMVSSM_DEVICE Walk(const Place& place, char* memory, bool full, const Ask& ask)
+  template <typename Pass>
+  MMVSSM_DEVICE Walk(const Place& place, char* memory, bool full, const Pass& pass)
       : full(full) {
     const int warp = threadIdx.x / kWarp;
     ring = memory + warp * (STAGES * kStageBytes);
     stage = 0, first = place.begin + warp * kRows, end = place.end;
 #pragma unroll
-    for (int i = 0; i < STAGES; ++i) {
-      ask_for(ring + i * kStageBytes, first + i * POSITIONS, ask);
-    }
+    for (int i = 0; i < STAGES; ++i)
+      ask(ring + i * kStageBytes, first + i * POSITIONS, pass);
   }
-  template <typename Ask>
-  MMVSSM_DEVICE void ask_for(char* to, int row, const Ask& ask) const {
+  template <typename Pass>
+  MMVSSM_DEVICE void ask(char* to, int row, const Pass& pass) const {
     if (full && row + kRows <= end) {
-      ask(to, row, true);
+      pass.ask(to, row, true);
     } else if (rarely(row < end)) {
-      ask(to, row, false);
+      pass.ask(to, row, false);
     }
     copy_commit();
   }
@@ -471,10 +516,10 @@ struct Walk {
     return ring + stage;
   }
   // They have been read.
-  template <typename Ask>
-  MMVSSM_DEVICE void ask_again(const Ask& ask) const {
+  template <typename Pass>
+  MMVSSM_DEVICE void ask_again(const Pass& pass) const {
     sync_warp("emptied");
-    ask_for(ring + stage, first + STAGES * POSITIONS, ask);
+    ask(ring + stage, first + STAGES * POSITIONS, pass);
   }
   MMVSSM_DEVICE void advance() {
     first += POSITIONS;
