@@ -307,20 +307,20 @@ struct TurningRows {
 // Cosines and sines of a head.
 struct Angles {
   using Copy = Copies<0, kBlock / 2 * 4>;
-  char *cosine, *sine;
-  int stride;
+  const Args& p;
+  int first;  // byte of a row
 
-  MMVSSM_DEVICE Angles(const Args& p, const Place& place) : stride(p.cosine.position) {
-    const int first = place.head * p.key_channels / 2 * 4 + Copy::byte();
-    cosine = p.cosine.data + first, sine = p.sine.data + first;
-  }
+  MMVSSM_DEVICE Angles(const Args& p, const Place& place)
+      : p(p), first(place.head * p.key_channels / 2 * 4 + Copy::byte()) {}
   // Of a block of channels.
-  MMVSSM_DEVICE void fill(char* to, int block, int first, int end, int channels,
+  MMVSSM_DEVICE void fill(char* to, int block, int row, int end, int channels,
                           bool whole) const {
     if constexpr (!ROTARY) return;
-    const int at = block * kBlock / 2 * 4;
-    Copy::fill(to, cosine + at, stride, first, end, channels / 2, 0, whole);
-    Copy::fill(to + kTable, sine + at, stride, first, end, channels / 2, 0, whole);
+    const int at = first + block * kBlock / 2 * 4;
+    Copy::fill(to, p.cosine.data + at, p.cosine.position, row, end, channels / 2, 0,
+               whole);
+    Copy::fill(to + kTable, p.sine.data + at, p.sine.position, row, end, channels / 2, 0,
+               whole);
   }
 };
 
