@@ -14,6 +14,7 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from mmvssm.ops.cuda import one_state_backward
 from mmvssm.ops.cuda.kernels import Kernel
 from mmvssm.ops.cuda.one_state_call import (
     CHUNK,
@@ -30,6 +31,9 @@ from mmvssm.ops.kernel_args import fields, pointer
 
 FORWARD = Kernel('one_state_forward.cu', 'one_state_forward')
 MERGE = Kernel('merge.cu', 'merge')
+
+
+backward = one_state_backward.backward
 
 
 class _MergeArgs(ctypes.Structure):
