@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops.cuda.kernels import Constants, Kernel
+from mmvssm.ops.cuda.merge import merge
 from mmvssm.ops.cuda.one_state_call import (
     CHUNK,
     DTYPES,
@@ -23,6 +24,7 @@ from mmvssm.ops.cuda.one_state_call import (
     Args,
     Call,
     Strides,
+    fills_a_gpu,
     with_short_strides,
 )
 from mmvssm.ops.cuda.scan import Scan
@@ -81,30 +83,67 @@ def backward(
     Raises:
         ValueError: There are more positions or channels than the kernels count.
     """
-    by_u, by_delta, by_z = rows
+    added = rows[0] if add else None
+    return _backward([scan], [saved], grad_out, [rows], added, grad_last_state)[0]
+
+
+def backward_merged(
+    scans: Sequence[Scan],
+    saved: Sequence[Tensor],
+    grad_out: Tensor,
+    by_u: Tensor,
+    by_delta: Sequence[Tensor],
+) -> list[Gradients]:
+    """The same for scans of one map along several orders, of which outputs are added.
+
+    Where one scan keeps the GPU busy they follow one another, each adding to the
+    gradient of those before it. Else they run at the same time, and then are merged.
+
+    Args:
+        scans: The inputs, ``u`` and all strides the same.
+        saved: Of each scan what the forward pass kept.
+        grad_out: (B, D, L).
+        by_u: To be written: the gradient of u, (B, D, L); (B, L, D) is contiguous.
+        by_delta: The same for each scan, see :func:`backward`.
+
+    Returns:
+        What :func:`backward` does, of each scan.
+
+    Raises:
+        ValueError: There are more positions or channels than the kernels count.
+    """
+    memory = by_u.mT
+    assert memory.is_contiguous(), 'the sums are laid out like the gradient'
+    found = []
+    if len(scans) == 1 or fills_a_gpu(scans[0]):
+        total = torch.empty_like(memory, dtype=torch.float32).mT
+        for k, scan in enumerate(scans):
+            to = by_u if k + 1 == len(scans) else total
+            rows = (to, by_delta[k], None)
+            added = total if k else None
+            found += _backward([scan], [saved[k]], grad_out, [rows], added)
+        return found
+    parts = memory.new_empty((len(scans), *memory.shape), dtype=torch.float32)
+    for first in range(0, len(scans), MAX_SCANS):
+        some = slice(first, first + MAX_SCANS)
+        every = [(to.mT, x, None) for to, x in zip(parts[some], by_delta[some])]
+        found += _backward(scans[some], saved[some], grad_out, every)
+    merge(parts, memory)
+    return found
+
+
+def _backward(
+    scans: Sequence[Scan],
+    saved: Sequence[Tensor],
+    grad_out: Tensor,
+    rows: Sequence[Rows],
+    add: Tensor | None = None,
+    grad_last_state: Tensor | None = None,
+) -> list[Gradients]:
     grad_out = _readable(grad_out)
-    maps = [x for x in rows if x is not None]
-    call = Call.of(
-        [scan],
-        constants=dict(
-            GRAD_DTYPE=DTYPES[grad_out.dtype],
-            OUT_DTYPE=DTYPES[by_u.dtype],
-            GRAD_DELTA_DTYPE=DTYPES[by_delta.dtype],
-            GRAD_Z_DTYPE=0 if by_z is None else DTYPES[by_z.dtype],
-            ADD=int(add),
-            BACKWARD_ARGS=ctypes.sizeof(_BackwardArgs),
-            UNIFORM=0,
-        ),
-        stored=maps,
-        copied=[grad_out],
-        shared_bytes=shared_bytes,
-        args=Args,
-        channel_blocks=_CHANNEL_BLOCKS,
-    )
-    scan = call.scans[0]
-    inputs = [scan.u, grad_out, scan.z, None if call.constants['RANK'] else scan.delta]
-    read = [x for x in inputs if x is not None]
-    call.constants['UNIFORM'] = int(_have_one_stride([*maps, *read]))
+    grad_last_state = parameter(grad_last_state)
+    call = _call(scans, grad_out, rows[0], add)
+    by_u, by_delta, by_z = rows[0]
     args = _BackwardArgs(
         inputs=call.args(),
         grad_out=pointer(grad_out),
@@ -113,17 +152,45 @@ def backward(
         grad_z_strides=Strides.of(by_z),
         places=grad_out.shape[2],
     )
-    args.inputs.out_strides = args.inputs.add_strides = Strides.of(by_u)
-    own = args.inputs.scans[0]
-    own.out, own.add, own.saved = map(pointer, (by_u, by_u if add else None, saved))
-    grad_last_state = parameter(grad_last_state)
-    sums = _Sums(call, scan)
-    pointers = args.gradients[0]
-    pointers.delta, pointers.z = pointer(by_delta), pointer(by_z)
-    pointers.last_state = pointer(grad_last_state)
-    sums.tell(pointers)
+    args.inputs.out_strides, args.inputs.add_strides = Strides.of(by_u), Strides.of(add)
+    sums = [_Sums(call, scan) for scan in call.scans]
+    for k, (by_u, by_delta, by_z) in enumerate(rows):
+        own, gradients = args.inputs.scans[k], args.gradients[k]
+        own.out, own.add, own.saved = map(pointer, (by_u, add, saved[k]))
+        gradients.delta, gradients.z = pointer(by_delta), pointer(by_z)
+        gradients.last_state = pointer(grad_last_state)
+        sums[k].tell(gradients)
     call.launch(BACKWARD, args, args.inputs)
-    return sums.added_up()
+    return [one.added_up() for one in sums]
+
+
+def _call(
+    scans: Sequence[Scan], grad_out: Tensor, rows: Rows, add: Tensor | None
+) -> Call:
+    """How the kernel is launched; ``rows`` are of the first scan."""
+    by_u, by_delta, by_z = rows
+    maps = [x for x in (*rows, add) if x is not None]
+    call = Call.of(
+        scans,
+        constants=dict(
+            GRAD_DTYPE=DTYPES[grad_out.dtype],
+            OUT_DTYPE=DTYPES[by_u.dtype],
+            GRAD_DELTA_DTYPE=DTYPES[by_delta.dtype],
+            GRAD_Z_DTYPE=0 if by_z is None else DTYPES[by_z.dtype],
+            ADD=int(add is not None),
+            BACKWARD_ARGS=ctypes.sizeof(_BackwardArgs),
+        ),
+        stored=maps,
+        copied=[grad_out],
+        shared_bytes=shared_bytes,
+        args=Args,
+        channel_blocks=_CHANNEL_BLOCKS,
+    )
+    scan = call.scans[0]
+    delta = None if call.constants['RANK'] else scan.delta
+    maps += [x for x in (scan.u, grad_out, scan.z, delta) if x is not None]
+    call.constants['UNIFORM'] = int(_have_one_stride(maps))
+    return call
 
 
 class _Sums:
@@ -132,13 +199,12 @@ class _Sums:
     def __init__(self, call: Call, scan: Scan) -> None:
         batch, channels, places = scan.u.shape
         new = scan.u.new_empty
-        shape = (call.blocks, batch, scan.B.shape[1], places, 2)
-        self.weights = new(shape, dtype=torch.float32)
-        shape = (call.chunks if call.looks_back else 1, batch, channels)
-        self.A = new(shape, dtype=torch.float32)
+        groups = scan.B.shape[1]
+        parts = call.chunks if call.looks_back else 1
+        self.weights = new((call.blocks, batch, groups, places, 2), dtype=torch.float32)
+        self.A = new((parts, batch, channels), dtype=torch.float32)
         self.D, self.bias = (
-            None if x is None else torch.empty_like(self.A)
-            for x in (scan.D, scan.bias)
+            None if x is None else torch.empty_like(self.A) for x in (scan.D, scan.bias)
         )
 
     def tell(self, pointers: _Pointers) -> None:
@@ -158,9 +224,9 @@ class _Sums:
 
 def _readable(x: Tensor) -> Tensor:
     """In a dtype and with strides that the kernel reads."""
-    if x.dtype not in DTYPES:
-        x = x.float()
-    return with_short_strides(x)
+    found = with_short_strides(x if x.dtype in DTYPES else x.float())
+    assert found is not None
+    return found
 
 
 def _have_one_stride(maps: Sequence[Tensor]) -> bool:
