@@ -69,9 +69,9 @@ class _Inputs(ctypes.Structure):
 class _ForwardArgs(ctypes.Structure):
     _fields_ = fields(
         (_Inputs, 'inputs'),
-        (_Rows, 'out add total'),
+        (_Rows, 'out add'),
         (c_void_p, 'last_state kept'),
-        (c_float, 'scale'),
+        (c_float, 'inverse'),
     )
 
 
@@ -93,8 +93,8 @@ def forward(
     last_state: Tensor | None = None,
     saved: Tensor | None = None,
     add: Tensor | None = None,
-    total: Tensor | None = None,
     scale: float = 1.0,
+    put_total: bool = False,
 ) -> None:
     """Put the kernels of the forward pass onto the stream.
 
@@ -104,29 +104,30 @@ def forward(
         last_state: float32 (B, D, N), to be written unless None.
         saved: See :func:`saved_shape`, to be written unless None.
         add: float32 (B, D, L) to be added before the gate, which may be ``out``.
-        total: float32 (B, D, L), to be written unless None: the sum before the gate;
-            it may be ``add``.
         scale: Factor of the gate.
+        put_total: Put the sum before the gate into ``add``.
     """
     parts = list(_state_blocks(scan))
+    # Of several, each adds to what the ones before have made.
+    sums = add
+    if sums is None and len(parts) > 1:
+        sums = torch.empty_like(out, dtype=torch.float32)
     for i, (part, states) in enumerate(parts):
         is_last = i + 1 == len(parts)
-        to = out if is_last else torch.empty_like(out, dtype=torch.float32)
         state = None
         if last_state is not None:
             state = last_state.new_empty(*last_state.shape[:2], part.A.shape[1])
         _forward(
             part if is_last else replace(part, z=None),
-            to,
+            out if is_last or sums is None else sums,
             state,
             None if saved is None else saved[i],
-            add,
-            total if is_last else None,
+            None if add is None and i == 0 else sums,
             scale,
+            put_total and is_last,
         )
-        if state is not None:
+        if last_state is not None and state is not None:
             last_state[..., states] = state
-        add = to
 
 
 def _forward(
@@ -135,26 +136,23 @@ def _forward(
     last_state: Tensor | None,
     kept: Tensor | None,
     add: Tensor | None,
-    total: Tensor | None,
     scale: float,
+    put_total: bool,
 ) -> None:
-    if total is not None and add is None:
-        add = torch.zeros_like(total)
-    call = _Call.of(scan, (out, add, total))
+    call = _Call.of(scan, (out, add))
     args = _ForwardArgs(
         inputs=call.inputs(),
         out=_Rows.of(out),
         add=_Rows.of(add),
-        total=_Rows.of(total),
         last_state=pointer(last_state),
         kept=pointer(kept),
-        scale=scale,
+        inverse=1 / scale,
     )
     constants = dict(
         call.constants,
         OUT_DTYPE=_DTYPES[out.dtype],
         ADD=int(add is not None),
-        TOTAL=int(total is not None),
+        TOTAL=int(put_total),
         KEEP=int(kept is not None),
     )
     shared = _forward_shared(constants)
@@ -170,9 +168,12 @@ def _forward(
 
 def _forward_shared(constants: dict[str, int]) -> int:
     """Bytes of shared memory of a CTA, as many_states_forward.cu lays it out."""
-    rows = 2 * _rows_bytes(constants, 'U_DTYPE') * (1 + constants['GATE'])
-    rows += 2 * _rows_bytes(constants) * constants['ADD']
-    rows += _rows_bytes(constants, 'OUT_DTYPE')
+    u, out = (_rows_bytes(constants, name) for name in ('U_DTYPE', 'OUT_DTYPE'))
+    add = _rows_bytes(constants)
+    rows = u * (2 + constants['GATE']) + add * constants['ADD']
+    in_add = constants['ADD'] and not constants['TOTAL'] and out == add
+    if out != u and not in_add:
+        rows += out
     if not constants['RANK']:
         rows += 2 * _rows_bytes(constants, 'DELTA_DTYPE')
     return rows + _staged_bytes(constants, 2)
@@ -187,11 +188,11 @@ def _rows_bytes(constants: dict[str, int], dtype: str | None = None) -> int:
 def _staged_bytes(constants: dict[str, int], buffers: int) -> int:
     """Of B and C, what makes the steps of low rank, and the places."""
     threads, rank = constants['THREADS'], constants['RANK']
-    found = buffers * CHUNK * 2 * constants['STATES'] * 4 + 4 * CHUNK * 4
+    found = buffers * CHUNK * 2 * constants['STATES'] * 4 + 16 * CHUNK * 4
     if rank:
-        terms, of_weight = (1, 2) if constants['DELTA_DTYPE'] else (3, 3)
+        terms = 1 if constants['DELTA_DTYPE'] else 3
         found += buffers * terms * CHUNK * (rank + 8) * 2
-        found += rank // 16 * of_weight * 4 * threads * 8
+        found += rank // 16 * constants['WEIGHT_TERMS'] * 4 * threads * 8
         found += CHUNK * (threads + 8) * 4
     return found
 
@@ -231,6 +232,7 @@ class _Call:
         Raises:
             ValueError: There are more positions or channels than the kernels count.
         """
+        exact = scan.dt_weight is None or scan.dt_weight.dtype == torch.bfloat16
         scan = _as_read(scan)
         batch, channels, _ = scan.u.shape
         groups, states = scan.B.shape[1:3]
@@ -263,6 +265,7 @@ class _Call:
             U_DTYPE=_DTYPES[scan.u.dtype],
             DELTA_DTYPE=_DTYPES[delta.dtype],
             B_DTYPE=_DTYPES[scan.B.dtype],
+            WEIGHT_TERMS=_terms_of_weight(delta, exact),
             VECTOR=int(all(_are_vectors(x, group_size) for x in arrays)),
             PAIRS=int(all(map(_are_pairs, rows))),
         )
@@ -346,6 +349,13 @@ def _state_blocks(scan: Scan) -> Iterator[tuple[Scan, slice]]:
             ),
             own,
         )
+
+
+def _terms_of_weight(delta: Tensor, exact: bool) -> int:
+    """Numbers of 16 bits that a weight of the low-rank form is the sum of."""
+    if delta.dtype == torch.float32:
+        return 3
+    return 1 if exact and delta.dtype == torch.bfloat16 else 2
 
 
 def _padded(states: int) -> int:

@@ -316,6 +316,10 @@ inline float exp2_fast(float x) { return exp2f(x); }
 inline bool rarely(bool condition) { return condition; }
 inline float rcp_fast(float x) { return 1.0f / x; }
 inline float divide_fast(float x, float y) { return x / y; }
+template <typename Value>
+Value* in_global(Value* x) {
+  return x;
+}
 inline int fresh_zero() { return 0; }
 inline char* address(char* base, int x, int y) {
   return base + static_cast<int64_t>(x) * y;
