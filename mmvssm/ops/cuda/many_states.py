@@ -32,6 +32,7 @@ _WARPS = 8
 _SPLITS_OF_GROUP = 8
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+BACKWARD = Kernel('many_states_backward.cu', 'many_states_backward')
 FORWARD = Kernel('many_states_forward.cu', 'many_states_forward')
 
 
@@ -71,6 +72,16 @@ class _ForwardArgs(ctypes.Structure):
         (_Inputs, 'inputs'),
         (_Rows, 'out add'),
         (c_void_p, 'last_state kept'),
+        (c_float, 'inverse'),
+    )
+
+
+class _BackwardArgs(ctypes.Structure):
+    _fields_ = fields(
+        (_Inputs, 'inputs'),
+        (_Rows, 'grad_out total grad_u grad_delta grad_z'),
+        (c_void_p, 'kept grad_last_state'),
+        (c_void_p, 'grad_A grad_D grad_bias grad_B grad_C'),
         (c_float, 'inverse'),
     )
 
@@ -177,6 +188,129 @@ def _forward_shared(constants: dict[str, int]) -> int:
     if not constants['RANK']:
         rows += 2 * _rows_bytes(constants, 'DELTA_DTYPE')
     return rows + _staged_bytes(constants, 2)
+
+
+def backward(
+    scan: Scan,
+    saved: Tensor,
+    grad_out: Tensor,
+    grad_last_state: Tensor | None,
+    rows: tuple[Tensor, Tensor, Tensor | None],
+    add: bool = False,
+    total: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Put the kernels of the backward pass onto the stream.
+
+    Args:
+        scan: The inputs.
+        saved: What the forward pass kept.
+        grad_out: (B, D, L).
+        grad_last_state: (B, D, N), None for zero.
+        rows: Gradients of u, delta and z (B, D, L), to be written; that of z only
+            unless None.
+        add: Add to what is in the gradient of u.
+        total: float32 (B, D, L), the sum before the gate; None if it is the output of
+            this scan.
+        scale: Factor of the gate.
+
+    Returns:
+        Gradients of A (D, N), B and C (B, G, L, N), D and bias (D,).
+    """
+    grad_u, grad_delta, grad_z = rows
+    found = _backward(
+        *(scan, saved[0], grad_out, grad_last_state, grad_u, grad_delta, grad_z),
+        *(add, total, scale),
+    )
+    return found
+
+
+def _backward(
+    scan: Scan,
+    kept: Tensor,
+    grad_out: Tensor,
+    grad_last_state: Tensor | None,
+    grad_u: Tensor,
+    grad_delta: Tensor,
+    grad_z: Tensor | None,
+    add: bool,
+    total: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    call = _Call.of(scan, (grad_out, grad_u, grad_delta, grad_z, total))
+    batch, channels, places = scan.u.shape
+    groups, states = scan.B.shape[1:3]
+    padded = call.constants['STATES']
+
+    def new(*shape: int) -> Tensor:
+        return grad_out.new_empty(shape, dtype=torch.float32)
+
+    by_A = new(call.splits, batch, channels, padded)
+    by_D, by_bias = (
+        None if x is None else new(call.splits, batch, channels)
+        for x in (scan.D, scan.bias)
+    )
+    blocks = call.chains // (batch * groups)
+    by_B, by_C = (new(blocks, batch, groups, places, padded) for _ in 'BC')
+    grad_last_state = parameter(grad_last_state)
+    args = _BackwardArgs(
+        inputs=call.inputs(),
+        grad_out=_Rows.of(grad_out),
+        total=_Rows.of(total),
+        grad_u=_Rows.of(grad_u),
+        grad_delta=_Rows.of(grad_delta),
+        grad_z=_Rows.of(grad_z),
+        kept=pointer(kept),
+        grad_last_state=pointer(grad_last_state),
+        **dict(grad_A=pointer(by_A), grad_D=pointer(by_D), grad_bias=pointer(by_bias)),
+        **dict(grad_B=pointer(by_B), grad_C=pointer(by_C)),
+        inverse=1 / scale,
+    )
+    gate = call.constants['GATE']
+    if grad_z is not None:
+        gate = 3 if total is None else 2
+    constants = dict(
+        call.constants,
+        GATE=gate,
+        ADD=int(add),
+        GRAD_OUT_DTYPE=_DTYPES[grad_out.dtype],
+        GRAD_U_DTYPE=_DTYPES[grad_u.dtype],
+        GRAD_DELTA_DTYPE=_DTYPES[grad_delta.dtype],
+    )
+    shared = _backward_shared(constants)
+    BACKWARD.launch(
+        dict(constants, SHARED=shared),
+        args,
+        grid=call.chains * call.splits,
+        threads=call.threads,
+        shared=shared,
+        on=grad_out,
+    )
+    sums = [None if x is None else x.sum((0, 1)) for x in (by_A, by_D, by_bias)]
+    return (
+        sums[0][:, :states],
+        *(x.sum(0)[..., :states] for x in (by_B, by_C)),
+        *sums[1:],
+    )
+
+
+def _backward_shared(constants: dict[str, int]) -> int:
+    """Bytes of shared memory of a CTA, as many_states_backward.cu lays it out."""
+    names = ('U_DTYPE', 'GRAD_OUT_DTYPE', 'GRAD_U_DTYPE', 'GRAD_DELTA_DTYPE')
+    u, grad_out, grad_u, grad_delta = (_rows_bytes(constants, name) for name in names)
+    gate, threads = constants['GATE'], constants['THREADS']
+    states, warps = constants['STATES'], threads // 32
+    rows = (2 + (gate > 0)) * u + 2 * grad_out + (gate == 2) * _rows_bytes(constants)
+    if constants['ADD'] or grad_u != u:
+        rows += grad_u
+    if grad_delta != grad_out:
+        rows += grad_delta
+    steps = CHUNK * (threads + 8) * 4
+    if not constants['RANK']:
+        rows += 2 * _rows_bytes(constants, 'DELTA_DTYPE') + steps
+    slots = 4 * states * threads * 4
+    sums = warps * (4 * 8 + CHUNK) * 2 * states * 4
+    return rows + steps + slots + sums + _staged_bytes(constants, 2)
 
 
 def _rows_bytes(constants: dict[str, int], dtype: str | None = None) -> int:
