@@ -125,9 +125,12 @@ MMVSSM_DEVICE float softplus_of_log2(float x, float e) {
 
 MMVSSM_DEVICE float minus_infinity() { return float_of(0xff800000u); }
 
-// The sigmoid of x over `inverse`.
-MMVSSM_DEVICE float scaled_sigmoid(float x, float inverse) {
-  return rcp_fast(exp2_fast(-kLog2E * x) * inverse + inverse);
+// The sigmoid of x ln(2), and of x, over `inverse`.
+MMVSSM_DEVICE float sigmoid_of_log2(float x, float inverse) {
+  return rcp_fast(exp2_fast(-x) * inverse + inverse);
+}
+MMVSSM_DEVICE float sigmoid(float x, float inverse) {
+  return sigmoid_of_log2(kLog2E * x, inverse);
 }
 
 // Of all that share a channel: register k from lane ^ k, and the sum of what they have
@@ -234,15 +237,35 @@ MMVSSM_DEVICE void load_rates(const Inputs& p, const Work& work, States<kLanes>&
   load_states<kLanes>(p, first, p.A, x);
 }
 
-// The states before a chunk, kept for the backward pass: (chunks - 1, batch, channel,
-// STATES), those that fill up as well.
+// The states before every KEPT-th position but the first, kept for the backward pass:
+// (number, batch, channel, STATES), those that fill up as well.
+constexpr int kKept = KEPT;
+static_assert(kPositions % kKept == 0, "whole parts of a chunk");
+
 template <int kLanes>
-MMVSSM_DEVICE float* kept_states(const Inputs& p, const Work& work, float* kept,
-                                 int chunk, int k) {
-  const int64_t rows = static_cast<int64_t>(p.batch) * p.groups * p.group_size;
-  return kept + (chunk - 1) * rows * kStates +
-         offset_of_states<kLanes>(p, work, k, kStates);
-}
+struct KeptStates {
+  float* data;  // before position 0, of the first of the thread's channels
+  int64_t stride;
+  int offsets[kLanes];
+  bool valid[kLanes];
+
+  MMVSSM_DEVICE KeptStates(const Inputs& p, const Work& work, float* kept)
+      : stride(static_cast<int64_t>(p.batch) * p.groups * p.group_size * kStates) {
+    const int64_t channels = static_cast<int64_t>(p.groups) * p.group_size;
+    const int64_t row = work.batch * channels + work.first + work.lane / kLanes * kLanes;
+    data = in_global(kept) + row * kStates - stride;
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k) {
+      const int lane = work.lane ^ k;
+      offsets[k] = lane % kLanes * kStates + work.lane % kLanes * (kStates / kLanes);
+      valid[k] = work.first + lane < work.end;
+    }
+  }
+
+  MMVSSM_DEVICE float* at(int t, int k) const {
+    return data + t / kKept * stride + offsets[k];
+  }
+};
 
 // Positions of a chunk that there are.
 MMVSSM_DEVICE int count_of(const Inputs& p, int chunk) {
@@ -271,9 +294,9 @@ struct Places {
   int first, step;  // chunk, and from one to the next
 
   MMVSSM_DEVICE int* of(int chunk) const {
-    return data + (chunk - first) * step % (2 * kBatch) * kPositions;
+    return data + ((chunk - first) * step & (2 * kBatch - 1)) * kPositions;
   }
-  MMVSSM_DEVICE bool is_due(int chunk) const { return (chunk - first) % kBatch == 0; }
+  MMVSSM_DEVICE bool is_due(int chunk) const { return ((chunk - first) * step & (kBatch - 1)) == 0; }
   MMVSSM_DEVICE void find(const Inputs& p, int first_of_batch) const {
     int* to = of(first_of_batch);
     for (int i = threadIdx.x; i < kBatch * kPositions; i += kThreads) {

@@ -24,6 +24,9 @@ from mmvssm.ops.kernel_args import fields, parameter, pointer
 # Positions of a chunk, and states that a kernel has at most; more are scanned by 16.
 CHUNK = 16
 _STATES = (4, 8, 16)
+# The backward pass starts from the states before every so many positions. Fewer of them
+# take less memory and more work: 4, 8 or 16.
+KEPT = 16
 # The largest rank whose low-rank form the kernels multiply themselves.
 _LARGEST_RANK = 64
 # A sequence is cut into splits until there are so many warps a multiprocessor.
@@ -89,13 +92,13 @@ class _BackwardArgs(ctypes.Structure):
 def saved_shape(
     batch: int, length: int, states: int, channels: int
 ) -> tuple[int, int, int, int, int]:
-    """Shape of what forward keeps: the state before each chunk but the first.
+    """Shape of what forward keeps: the state before every 16th position but the first.
 
     Returns:
-        (blocks of states, chunks - 1, B, D, states of a block).
+        (blocks of states, positions kept, B, D, states of a block).
     """
     size = _padded(states)
-    return (-(-states // size), -(-length // CHUNK) - 1, batch, channels, size)
+    return (-(-states // size), -(-length // KEPT) - 1, batch, channels, size)
 
 
 def forward(
@@ -300,7 +303,7 @@ def _backward_shared(constants: dict[str, int]) -> int:
     u, grad_out, grad_u, grad_delta = (_rows_bytes(constants, name) for name in names)
     gate, threads = constants['GATE'], constants['THREADS']
     states, warps = constants['STATES'], threads // 32
-    rows = (2 + (gate > 0)) * u + 2 * grad_out + (gate == 2) * _rows_bytes(constants)
+    rows = (1 + (gate > 0)) * u + grad_out + (gate == 2) * _rows_bytes(constants)
     if constants['ADD'] or grad_u != u:
         rows += grad_u
     if grad_delta != grad_out:
@@ -309,8 +312,8 @@ def _backward_shared(constants: dict[str, int]) -> int:
     if not constants['RANK']:
         rows += 2 * _rows_bytes(constants, 'DELTA_DTYPE') + steps
     slots = 4 * states * threads * 4
-    sums = warps * (4 * 8 + CHUNK) * 2 * states * 4
-    return rows + steps + slots + sums + _staged_bytes(constants, 2)
+    products = warps * 4 * 8 * 2 * states * 4
+    return rows + steps + slots + products + _staged_bytes(constants, 2)
 
 
 def _rows_bytes(constants: dict[str, int], dtype: str | None = None) -> int:
@@ -393,7 +396,7 @@ class _Call:
         rows = [scan.B, scan.C, *([] if low_rank is None else [low_rank])]
         constants = dict(
             **dict(STATES=padded, RANK=rank, THREADS=threads, CHANNELS=threads),
-            **dict(POSITIONS=CHUNK, SOFTPLUS=int(scan.softplus)),
+            **dict(POSITIONS=CHUNK, KEPT=KEPT, SOFTPLUS=int(scan.softplus)),
             GATE=int(scan.z is not None),
             SPLIT=int(splits > 1),
             U_DTYPE=_DTYPES[scan.u.dtype],

@@ -43,19 +43,18 @@ using GradDeltaRows = RowsOfWarp<GRAD_DELTA_DTYPE>;
 constexpr bool kGradUInU = !ADD && kSize<GRAD_U_DTYPE> == kSize<U_DTYPE>;
 constexpr bool kGradDeltaInOut = kSize<GRAD_DELTA_DTYPE> == kSize<GRAD_OUT_DTYPE>;
 
-// The states before sub-chunks, in slots of which a thread reads its own alone: two for
-// those before a chunk, the one that is walked and the next, and those inside a chunk.
-constexpr int kSlots = kSubs;
+// The states before sub-chunks, in slots of which a thread reads its own alone.
+static_assert(kKept % kSub == 0, "whole sub-chunks");
 constexpr int kSlotBytes = kStates * kThreads * 4;
-// What the threads of a warp have for the gradients of B and C of a sub-chunk, then
-// their sums for a chunk.
+// What the threads of a warp have for the gradients of B and C of a sub-chunk. Their
+// sums take the place of dt, which is then read no more.
 constexpr int kProductsBytes = kSub * (kWarp / kLanes) * 2 * kStates * 4;  // of a warp
-constexpr int kSumsBytes = kPositions * kWarps * 2 * kStates * 4;
+static_assert(2 * kStates <= kWarp, "a warp has as many sums as columns of dt");
 
 struct Shared {
   static constexpr int kU = 0;
-  static constexpr int kGradOut = kU + 2 * kWarps * URows::kBytes;
-  static constexpr int kZ = kGradOut + 2 * kWarps * GradOutRows::kBytes;
+  static constexpr int kGradOut = kU + kWarps * URows::kBytes;
+  static constexpr int kZ = kGradOut + kWarps * GradOutRows::kBytes;
   static constexpr int kTotal = kZ + (kGate ? kWarps * URows::kBytes : 0);
   static constexpr int kGradU = kTotal + (kReadsTotal ? kWarps * TotalRows::kBytes : 0);
   static constexpr int kGradDelta = kGradU + (kGradUInU ? 0 : kWarps * GradURows::kBytes);
@@ -64,21 +63,14 @@ struct Shared {
   static constexpr int kDt = kDelta + (kRank ? 0 : 2 * kWarps * DeltaRows::kBytes);
   static constexpr int kSlope = kDt + kDtBytes;
   static constexpr int kSlot = kSlope + kDtBytes;
-  static constexpr int kProducts = kSlot + kSlots * kSlotBytes;
-  static constexpr int kSums = kProducts + kWarps * kProductsBytes;
-  static constexpr int kWeights = kSums + kSumsBytes;
+  static constexpr int kProducts = kSlot + kSubs * kSlotBytes;
+  static constexpr int kWeights = kProducts + kWarps * kProductsBytes;
   static constexpr int kLowRank = kWeights + 2 * kWeightsBytes;
   static constexpr int kFragment = kLowRank + 2 * kLowRankBytes;
   static constexpr int kPlaces = kFragment + kFragmentsBytes;
   static constexpr int kBytes = kPlaces + Places::kBytes;
 };
 static_assert(Shared::kBytes == SHARED, "as Python has it");
-
-// One buffer of two, of those of all warps.
-template <typename Array>
-MMVSSM_DEVICE char* buffer(char* smem, int offset, int chunk, int warp) {
-  return smem + offset + (chunk % 2 * kWarps + warp) * Array::kBytes;
-}
 
 // The gradients of a split.
 struct Sums {
@@ -102,8 +94,10 @@ struct Walk {
   GradDeltaRows grad_delta;
   Places places;
   Projection projection;
+  KeptStates<kLanes> kept;
   float skip, shift;
-  char *z_tile, *total_tile;
+  char *u_tile, *out_tile, *z_tile, *total_tile, *delta_tiles;
+  char *grad_u_tile, *grad_delta_tile;
   float *dt, *slope, *products;  // of the lane, of the lane, of the warp
 
   MMVSSM_DEVICE Walk(const Args& args, const Work& w, const States<kLanes>& r,
@@ -114,11 +108,22 @@ struct Walk {
         grad_out(p.grad_out, w, p.in.along), total(p.total, w, p.in.along),
         grad_u(p.grad_u, w, p.in.along), grad_delta(p.grad_delta, w, p.in.along),
         places{reinterpret_cast<int*>(memory + Shared::kPlaces), w.end_chunk - 1, -1},
-        projection(p.in, w, memory + Shared::kFragment) {
+        projection(p.in, w, memory + Shared::kFragment),
+        kept(p.in, w, const_cast<float*>(p.kept)) {
     skip = work.parameter(p.in.D);
     shift = work.parameter(p.in.bias) * kLog2E;
+    u_tile = smem + Shared::kU + work.warp * URows::kBytes;
+    out_tile = smem + Shared::kGradOut + work.warp * GradOutRows::kBytes;
     z_tile = smem + Shared::kZ + work.warp * URows::kBytes;
     total_tile = smem + Shared::kTotal + work.warp * TotalRows::kBytes;
+    delta_tiles = smem + Shared::kDelta + work.warp * DeltaRows::kBytes;
+    grad_u_tile = kGradUInU
+                      ? u_tile
+                      : smem + Shared::kGradU + work.warp * GradURows::kBytes;
+    grad_delta_tile =
+        kGradDeltaInOut
+            ? out_tile
+            : smem + Shared::kGradDelta + work.warp * GradDeltaRows::kBytes;
     const int column = work.warp * kWarp + work.lane;
     dt = reinterpret_cast<float*>(smem + Shared::kDt) + column;
     slope = reinterpret_cast<float*>(smem + Shared::kSlope) + column;
@@ -135,31 +140,42 @@ struct Walk {
     for (int k = 0; k < kLanes; ++k) load_floats(slot(number, k), h[k]);
   }
 
-  // Begins to bring in a chunk.
-  MMVSSM_DEVICE void copy(int chunk) const {
+  MMVSSM_DEVICE char* delta_tile(int chunk) const {
+    return delta_tiles + (chunk & 1) * kWarps * DeltaRows::kBytes;
+  }
+
+  // Begins to bring in the rows of a chunk that are not needed at once.
+  MMVSSM_DEVICE void copy_rows(int chunk) const {
     const int* where = places.of(chunk);
-    grad_out.load(buffer<GradOutRows>(smem, Shared::kGradOut, chunk, work.warp), where);
-    if (!kRank)
-      delta.load(buffer<DeltaRows>(smem, Shared::kDelta, chunk, work.warp), where);
+    if (kGate) z.load(z_tile, where);
+    grad_out.load(out_tile, where);
     if (kEnds) return;
-    u.load(buffer<URows>(smem, Shared::kU, chunk, work.warp), where);
+    u.load(u_tile, where);
+    if (kReadsTotal) total.load(total_tile, where);
+    if (ADD) grad_u.load(grad_u_tile, where);
+  }
+
+  // Begins to bring in the states that are kept before sub-chunks.
+  MMVSSM_DEVICE void copy_states(int chunk) const {
 #pragma unroll
-    for (int k = 0; k < kLanes; ++k) {
-      const bool there = chunk > 0 && work.first + (work.lane ^ k) < work.end;
-      copy_async_or_zero<4 * kOwn>(
-          slot(chunk % 2, k),
-          kept_states<kLanes>(p.in, work, const_cast<float*>(p.kept), chunk, k), there);
+    for (int i = 0; i < kPositions; i += kKept) {
+      const int t = chunk * kPositions + i;
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k)
+        copy_async_or_zero<4 * kOwn>(slot(i / kSub, k), kept.at(t, k),
+                                     kept.valid[k] && t > 0 && t < p.in.length);
     }
   }
+  MMVSSM_DEVICE static constexpr bool is_kept(int sub) { return sub * kSub % kKept == 0; }
 
   // dt of all positions, and its slope where it is a function of delta.
   MMVSSM_DEVICE void find_steps(int chunk) const {
     if (kRank)
-      projection.run(smem + Shared::kLowRank + chunk % 2 * kLowRankBytes, work.lane,
+      projection.run(smem + Shared::kLowRank + (chunk & 1) * kLowRankBytes, work.lane,
                      dt - work.lane);
     copy_wait<1>();
     sync_warp("dt");
-    const char* tile = buffer<DeltaRows>(smem, Shared::kDelta, chunk, work.warp);
+    const char* tile = delta_tile(chunk);
 #pragma unroll
     for (int t = 0; t < kPositions; ++t) {
       const float raw = kRank ? dt[t * kDtPitch] : delta.get(tile, t);
@@ -167,7 +183,7 @@ struct Walk {
       if (SOFTPLUS) {
         const float e = exp2_fast(-fabsf(x));
         dt[t * kDtPitch] = softplus_of_log2(x, e);
-        slope[t * kDtPitch] = (x < 0.0f ? e : 1.0f) * rcp_fast(1.0f + e);
+        slope[t * kDtPitch] = sigmoid_of_log2(x, 1.0f);
       } else {
         dt[t * kDtPitch] = x;
         slope[t * kDtPitch] = 1.0f;
@@ -184,18 +200,18 @@ struct Walk {
   // B, or C, of a position.
   MMVSSM_DEVICE void load_weights(int chunk, int t, int offset, float (&x)[kOwn]) const {
     load_floats(reinterpret_cast<const float*>(smem + Shared::kWeights +
-                                               chunk % 2 * kWeightsBytes) +
+                                               (chunk & 1) * kWeightsBytes) +
                     t * kWeightsPitch + offset + work.lane % kLanes * kOwn,
                 x);
   }
-  // What the gate leaves of the gradient of the output.
-  MMVSSM_DEVICE float gated(int chunk, int t, float& gate, float& open) const {
-    const float grad =
-        grad_out.get(buffer<GradOutRows>(smem, Shared::kGradOut, chunk, work.warp), t);
-    if (!kGate) return grad;
-    gate = z.get(z_tile, t);
-    open = scaled_sigmoid(gate, p.inverse);
-    return grad * (gate * open);
+  // The factor of the gate, and its derivative.
+  MMVSSM_DEVICE float gate_of(int t, float& slope_of_gate) const {
+    if (!kGate) return 1.0f;
+    const float gate = z.get(z_tile, t), open = sigmoid(gate, p.inverse);
+    const float factor = gate * open;
+    // d(z s(z)) = s + z s (1 - s)
+    slope_of_gate = open + factor - factor * (open * p.inverse);
+    return factor;
   }
 
   MMVSSM_DEVICE void step(const float (&dts)[kLanes], const float (&inputs)[kLanes],
@@ -211,7 +227,7 @@ struct Walk {
   }
 
   // One step forwards: dt and dt u of the channels, the decays, and the states.
-  MMVSSM_DEVICE void advance(int chunk, const char* u_tile, int t,
+  MMVSSM_DEVICE void advance(int chunk, int t,
                              const States<kLanes>& before, States<kLanes>& a,
                              States<kLanes>& h) const {
     const float own = dt[t * kDtPitch];
@@ -222,30 +238,33 @@ struct Walk {
     step(dts, inputs, B, before, a, h);
   }
 
-  // The states before the sub-chunks, from those before the chunk. The last ones are
+  // The states before the sub-chunks that were not kept. Those before the last one are
   // left in h.
-  MMVSSM_DEVICE void find_states(int chunk, const char* u_tile, States<kLanes>& h) const {
-    load_slot(chunk % 2, h);
+  MMVSSM_DEVICE void find_states(int chunk, States<kLanes>& h) const {
 #pragma unroll
     for (int t = 0; t < kPositions - kSub; ++t) {
-      if (t > 0 && t % kSub == 0) {
+      const int sub = t / kSub;
+      if (t % kSub == 0 && is_kept(sub)) load_slot(sub, h);
+      if (is_kept(sub + 1)) continue;
+      if (t % kSub == 0 && !is_kept(sub)) {
 #pragma unroll
-        for (int k = 0; k < kLanes; ++k) store_floats(slot(1 + t / kSub, k), h[k]);
+        for (int k = 0; k < kLanes; ++k) store_floats(slot(sub, k), h[k]);
       }
       States<kLanes> a;
-      advance(chunk, u_tile, t, h, a, h);
+      advance(chunk, t, h, a, h);
     }
+    if (is_kept(kSubs - 1)) load_slot(kSubs - 1, h);
   }
 
   // One step backwards. g is the gradient of the state after the position times the
   // decay to there, then that before it.
-  MMVSSM_DEVICE void retreat(int chunk, char* u_tile, char* out_tile, int t,
+  MMVSSM_DEVICE void retreat(int chunk, int t,
                              const States<kLanes>& a, const States<kLanes>& h,
                              const States<kLanes>& before, float y, States<kLanes>& g,
                              Sums& sums) const {
     const float own = dt[t * kDtPitch], input = u.get(u_tile, t);
-    float gate = 0.0f, open = 0.0f;
-    const float dy = gated(chunk, t, gate, open);
+    float slope_of_gate;
+    const float grad = grad_out.get(out_tile, t), dy = grad * gate_of(t, slope_of_gate);
     float dts[kLanes], inputs[kLanes], dys[kLanes], B[kOwn], C[kOwn];
     spread<kLanes>(own, dts);
     spread<kLanes>(own * input, inputs);
@@ -279,24 +298,14 @@ struct Walk {
     const float by_dt = input * by_input * kLog2E + by_decay;
     const float by_delta = by_dt * slope[t * kDtPitch];
     sums.bias += by_delta;
-    if (kGradZ) {
-      // d(z s(z)) = s (1 + z (1 - s)), where `open` is s times the factor.
-      const float s = open * p.inverse;
-      const float grad = grad_out.get(out_tile, t);
-      grad_z.put(z_tile, t, grad * y * (open * (1.0f + gate * (1.0f - s))));
-    }
-    char* tile = kGradUInU ? u_tile
-                           : smem + Shared::kGradU + work.warp * GradURows::kBytes;
-    if (ADD) by_u += grad_u.get(tile, t);
-    grad_u.put(tile, t, by_u);
-    tile = kGradDeltaInOut
-               ? out_tile
-               : smem + Shared::kGradDelta + work.warp * GradDeltaRows::kBytes;
-    grad_delta.put(tile, t, by_delta);
+    if (kGradZ) grad_z.put(z_tile, t, grad * y * slope_of_gate);
+    if (ADD) by_u += grad_u.get(grad_u_tile, t);
+    grad_u.put(grad_u_tile, t, by_u);
+    grad_delta.put(grad_delta_tile, t, by_delta);
   }
 
   // A sub-chunk forwards and backwards; h holds the states before it.
-  MMVSSM_DEVICE void sub_chunk(int chunk, char* u_tile, char* out_tile, int first,
+  MMVSSM_DEVICE void sub_chunk(int chunk, int first,
                                const States<kLanes>& start, States<kLanes>& g,
                                Sums& sums) const {
     States<kLanes> a[kSub], h[kSub];
@@ -306,7 +315,7 @@ struct Walk {
     float y[kSub] = {};
 #pragma unroll
     for (int i = 0; i < kSub; ++i) {
-      advance(chunk, u_tile, first + i, before(i), a[i], h[i]);
+      advance(chunk, first + i, before(i), a[i], h[i]);
       if (kReadsTotal) y[i] = total.get(total_tile, first + i);
       if (kFindsTotal) {
         float C[kOwn], ys[kLanes] = {};
@@ -320,7 +329,7 @@ struct Walk {
     }
 #pragma unroll
     for (int i = kSub - 1; i >= 0; --i)
-      retreat(chunk, u_tile, out_tile, first + i, a[i], h[i],
+      retreat(chunk, first + i, a[i], h[i],
               before(i), y[i], g, sums);
     sync_warp("products");
     add_up(first);
@@ -334,17 +343,16 @@ struct Walk {
     const int t = work.lane / kFours, four = work.lane % kFours;
     const float* from = products + t * kGroups * 2 * kStates + four * 4;
     const int other = four < kFours / 2 ? kStates : -kStates;
-    float sum[4] = {};
+    float sum[4];
+    load_floats(from, sum);
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
+    for (int i = 1; i < kGroups; ++i) {
       float x[4];
       load_floats(from + i * 2 * kStates + (i % 2 ? other : 0), x);
 #pragma unroll
       for (int k = 0; k < 4; ++k) sum[k] += x[k];
     }
-    store_floats(reinterpret_cast<float*>(smem + Shared::kSums) +
-                     ((first + t) * kWarps + work.warp) * 2 * kStates + four * 4,
-                 sum);
+    store_floats(dt - work.lane + (first + t) * kDtPitch + four * 4, sum);
   }
 
   // The sums over the CTA, to global memory.
@@ -356,13 +364,14 @@ struct Walk {
 #pragma unroll
     for (int i = threadIdx.x; i < kPositions * kFours; i += kThreads) {
       const int t = i / kFours, four = i % kFours, place = places.of(chunk)[t];
-      const float* from = reinterpret_cast<const float*>(smem + Shared::kSums) +
-                          t * kWarps * 2 * kStates + four * 4;
-      float sum[4] = {};
+      const float* from =
+          reinterpret_cast<const float*>(smem + Shared::kDt) + t * kDtPitch + four * 4;
+      float sum[4];
+      load_floats(from, sum);
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
+      for (int w = 1; w < kWarps; ++w) {
         float x[4];
-        load_floats(from + w * 2 * kStates, x);
+        load_floats(from + w * kWarp, x);
 #pragma unroll
         for (int k = 0; k < 4; ++k) sum[k] += x[k];
       }
@@ -381,32 +390,30 @@ struct Walk {
     StagedLowRank low_rank(p.in, work);
     float sum = 0.0f;
     const auto fetch = [&](int chunk) {
-      copy(chunk);
+      if (!kRank) delta.load(delta_tile(chunk), places.of(chunk));
       weights.fetch(p.in, places.of(chunk));
       if (kRank) low_rank.fetch(p.in, places.of(chunk));
     };
     const auto put = [&](int chunk) {
       weights.put(reinterpret_cast<float*>(smem + Shared::kWeights +
-                                           chunk % 2 * kWeightsBytes));
-      if (kRank) low_rank.put(smem + Shared::kLowRank + chunk % 2 * kLowRankBytes);
+                                           (chunk & 1) * kWeightsBytes));
+      if (kRank) low_rank.put(smem + Shared::kLowRank + (chunk & 1) * kLowRankBytes);
     };
     const int last = work.end_chunk - 1;
     places.find(p.in, last);
     sync_cta("first places");
     fetch(last);
     copy_commit();
+    if (!kEnds) copy_states(last);
+    copy_commit();
     put(last);
 
 #pragma unroll 1
     for (int chunk = last; chunk >= work.begin_chunk; --chunk) {
-      copy_wait<0>();
+      // All but the states.
+      copy_wait<1>();
       sync_cta("chunk");
-      const int* where = places.of(chunk);
-      // What is used last has the shortest way ahead, and one buffer.
-      char* grad_u_tile = smem + Shared::kGradU + work.warp * GradURows::kBytes;
-      if (kGate) z.load(z_tile, where);
-      if (kReadsTotal && !kEnds) total.load(total_tile, where);
-      if (ADD && !kEnds) grad_u.load(grad_u_tile, where);
+      copy_rows(chunk);
       copy_commit();
       if (chunk > work.begin_chunk) fetch(chunk - 1);
       copy_commit();
@@ -414,26 +421,25 @@ struct Walk {
         places.find(p.in, chunk - Places::kBatch);
       }
       find_steps(chunk);
-      char* u_tile = buffer<URows>(smem, Shared::kU, chunk, work.warp);
-      char* out_tile = buffer<GradOutRows>(smem, Shared::kGradOut, chunk, work.warp);
       if (kEnds) {
 #pragma unroll
         for (int t = kPositions - 1; t >= 0; --t) sum += retreat_end(chunk, t, g);
+        copy_commit();
       } else {
         States<kLanes> h;
-        find_states(chunk, u_tile, h);
+        find_states(chunk, h);
 #pragma unroll 1
         for (int sub = kSubs - 1; sub >= 0; --sub) {  // 4 trips
-          if (sub < kSubs - 1) load_slot(sub == 0 ? chunk % 2 : 1 + sub, h);
-          sub_chunk(chunk, u_tile, out_tile, sub * kSub, h, g, sums);
+          if (sub < kSubs - 1) load_slot(sub, h);
+          sub_chunk(chunk, sub * kSub, h, g, sums);
         }
+        if (chunk > work.begin_chunk) copy_states(chunk - 1);
+        copy_commit();
         sync_cta("sums");
         store_sums(chunk);
-        grad_u.store(kGradUInU ? u_tile : grad_u_tile, where);
-        grad_delta.store(kGradDeltaInOut ? out_tile
-                                         : smem + Shared::kGradDelta +
-                                               work.warp * GradDeltaRows::kBytes,
-                         where);
+        const int* where = places.of(chunk);
+        grad_u.store(grad_u_tile, where);
+        grad_delta.store(grad_delta_tile, where);
         if (kGradZ) grad_z.store(z_tile, where);
       }
       if (chunk > work.begin_chunk) put(chunk - 1);
@@ -444,9 +450,10 @@ struct Walk {
   // A step backwards of the gradient of the state alone.
   MMVSSM_DEVICE float retreat_end(int chunk, int t, States<kLanes>& g) const {
     const float own = dt[t * kDtPitch];
-    float gate, open, dts[kLanes], dys[kLanes], C[kOwn];
+    const float grad = grad_out.get(out_tile, t);
+    float slope_of_gate, dts[kLanes], dys[kLanes], C[kOwn];
     spread<kLanes>(own, dts);
-    spread<kLanes>(gated(chunk, t, gate, open), dys);
+    spread<kLanes>(grad * gate_of(t, slope_of_gate), dys);
     load_weights(chunk, t, kStates, C);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k)

@@ -46,7 +46,7 @@ static_assert(Shared::kBytes == SHARED, "as Python has it");
 // One buffer of two, of those of all warps.
 template <typename Array>
 MMVSSM_DEVICE char* buffer(char* smem, int offset, int chunk, int warp) {
-  return smem + offset + (chunk % 2 * kWarps + warp) * Array::kBytes;
+  return smem + offset + ((chunk & 1) * kWarps + warp) * Array::kBytes;
 }
 
 // A walk along a split. With kEnds it finds only what the split makes of a state, and the
@@ -67,6 +67,7 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
   char* z_tile = smem + Shared::kZ + warp * URows::kBytes;
   char* add_tile = smem + Shared::kAdd + warp * AddRows::kBytes;
   float* dt_column = reinterpret_cast<float*>(smem + Shared::kDt) + warp * kWarp;
+  const KeptStates<kLanes> kept(p.in, work, p.kept);
   const float skip = work.parameter(p.in.D);
   const float shift = work.parameter(p.in.bias) * kLog2E;
   float sum = 0.0f;
@@ -80,8 +81,14 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
   };
   const auto put = [&](int chunk) {
     weights.put(reinterpret_cast<float*>(smem + Shared::kWeights +
-                                         chunk % 2 * kWeightsBytes));
-    if (kRank) low_rank.put(smem + Shared::kLowRank + chunk % 2 * kLowRankBytes);
+                                         (chunk & 1) * kWeightsBytes));
+    if (kRank) low_rank.put(smem + Shared::kLowRank + (chunk & 1) * kLowRankBytes);
+  };
+
+  const auto keep = [&](int t) {
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k)
+      if (kept.valid[k] && t > 0 && t < p.in.length) store_floats(kept.at(t, k), h[k]);
   };
 
   places.find(p.in, work.begin_chunk);
@@ -104,15 +111,9 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
       places.find(p.in, chunk + Places::kBatch);
     }
 
-    if (!kEnds && KEEP && chunk > 0) {
-#pragma unroll
-      for (int k = 0; k < kLanes; ++k)
-        if (work.first + (lane ^ k) < work.end)
-          store_floats(kept_states<kLanes>(p.in, work, p.kept, chunk, k), h[k]);
-    }
     char* delta_tile = buffer<DeltaRows>(smem, Shared::kDelta, chunk, warp);
     if (kRank) {
-      projection.run(smem + Shared::kLowRank + chunk % 2 * kLowRankBytes, lane,
+      projection.run(smem + Shared::kLowRank + (chunk & 1) * kLowRankBytes, lane,
                      dt_column);
     }
     copy_wait<1>();
@@ -133,10 +134,11 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
                      : kOutInAdd ? add_tile
                                  : smem + Shared::kOut + warp * OutRows::kBytes;
     const float* row = reinterpret_cast<const float*>(smem + Shared::kWeights +
-                                                      chunk % 2 * kWeightsBytes) +
+                                                      (chunk & 1) * kWeightsBytes) +
                        lane % kLanes * kOwn;
 #pragma unroll
     for (int t = 0; t < kPositions; ++t) {
+      if (!kEnds && KEEP && t % kKept == 0) keep(chunk * kPositions + t);
       const float raw = kRank ? dt_column[t * kDtPitch + lane] : delta.get(delta_tile, t);
       const float x = raw * kLog2E + shift, input = u.get(u_tile, t);
       const float dt = SOFTPLUS      ? softplus_of_log2(x, exp2_fast(-fabsf(x)))
@@ -162,7 +164,7 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
       if (TOTAL) add.put(add_tile, t, result);
       if (kGate) {
         const float gate = z.get(z_tile, t);
-        result *= gate * scaled_sigmoid(gate, p.inverse);
+        result *= gate * sigmoid(gate, p.inverse);
       }
       out.put(out_tile, t, result);
     }
