@@ -220,12 +220,55 @@ def backward(
     Returns:
         Gradients of A (D, N), B and C (B, G, L, N), D and bias (D,).
     """
+    parts = list(_state_blocks(scan))
+    if len(parts) == 1:
+        return _backward(
+            scan, saved[0], grad_out, grad_last_state, rows, add, total, scale
+        )
     grad_u, grad_delta, grad_z = rows
-    found = _backward(
-        *(scan, saved[0], grad_out, grad_last_state, grad_u, grad_delta, grad_z),
-        *(add, total, scale),
+    if scan.z is not None:
+        if grad_z is not None and total is None:
+            total = torch.empty_like(grad_out, dtype=torch.float32)
+            forward(replace(scan, z=None), total)
+        grad_out = _gate_backward(scan.z, grad_out, total, grad_z, scale)
+    sums_u, sums_delta = (torch.empty_like(x, dtype=torch.float32) for x in rows[:2])
+    if add:
+        sums_u.copy_(grad_u)
+    found = []
+    for i, (part, states) in enumerate(parts):
+        by_delta = torch.empty_like(sums_delta) if i else sums_delta
+        by_state = None if grad_last_state is None else grad_last_state[..., states]
+        found.append(
+            _backward(
+                *(replace(part, z=None), saved[i], grad_out, by_state),
+                rows=(sums_u, by_delta, None),
+                add=add or i > 0,
+            )
+        )
+        if i:
+            sums_delta += by_delta
+    grad_u.copy_(sums_u)
+    grad_delta.copy_(sums_delta)
+    by_A, by_B, by_C, by_D, by_bias = zip(*found)
+    return (
+        torch.cat(by_A, dim=-1),
+        torch.cat(by_B, dim=-1),
+        torch.cat(by_C, dim=-1),
+        by_D[0],
+        None if scan.bias is None else torch.stack(by_bias).sum(0),
     )
-    return found
+
+
+def _gate_backward(
+    z: Tensor, grad_out: Tensor, total: Tensor | None, grad_z: Tensor | None, scale: float
+) -> Tensor:
+    """Gradient of the sum before the gate; that of the gate is written."""
+    z, grad_out = z.float(), grad_out.float() * scale
+    open_part = torch.sigmoid(z)
+    if grad_z is not None and total is not None:
+        slope = open_part * (1 + z * (1 - open_part))
+        grad_z.copy_(grad_out * total * slope)
+    return grad_out * z * open_part
 
 
 def _backward(
@@ -233,13 +276,12 @@ def _backward(
     kept: Tensor,
     grad_out: Tensor,
     grad_last_state: Tensor | None,
-    grad_u: Tensor,
-    grad_delta: Tensor,
-    grad_z: Tensor | None,
+    rows: tuple[Tensor, Tensor, Tensor | None],
     add: bool,
-    total: Tensor | None,
-    scale: float,
+    total: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    grad_u, grad_delta, grad_z = rows
     call = _Call.of(scan, (grad_out, grad_u, grad_delta, grad_z, total))
     batch, channels, places = scan.u.shape
     groups, states = scan.B.shape[1:3]
@@ -303,7 +345,7 @@ def _backward_shared(constants: dict[str, int]) -> int:
     u, grad_out, grad_u, grad_delta = (_rows_bytes(constants, name) for name in names)
     gate, threads = constants['GATE'], constants['THREADS']
     states, warps = constants['STATES'], threads // 32
-    rows = (1 + (gate > 0)) * u + grad_out + (gate == 2) * _rows_bytes(constants)
+    rows = (1 + (gate > 0)) * u + grad_out + (gate > 1) * _rows_bytes(constants)
     if constants['ADD'] or grad_u != u:
         rows += grad_u
     if grad_delta != grad_out:

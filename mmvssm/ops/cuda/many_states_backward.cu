@@ -56,7 +56,7 @@ struct Shared {
   static constexpr int kGradOut = kU + kWarps * URows::kBytes;
   static constexpr int kZ = kGradOut + kWarps * GradOutRows::kBytes;
   static constexpr int kTotal = kZ + (kGate ? kWarps * URows::kBytes : 0);
-  static constexpr int kGradU = kTotal + (kReadsTotal ? kWarps * TotalRows::kBytes : 0);
+  static constexpr int kGradU = kTotal + (kGradZ ? kWarps * TotalRows::kBytes : 0);
   static constexpr int kGradDelta = kGradU + (kGradUInU ? 0 : kWarps * GradURows::kBytes);
   static constexpr int kDelta =
       kGradDelta + (kGradDeltaInOut ? 0 : kWarps * GradDeltaRows::kBytes);
@@ -260,7 +260,7 @@ struct Walk {
   // decay to there, then that before it.
   MMVSSM_DEVICE void retreat(int chunk, int t,
                              const States<kLanes>& a, const States<kLanes>& h,
-                             const States<kLanes>& before, float y, States<kLanes>& g,
+                             const States<kLanes>& before, States<kLanes>& g,
                              Sums& sums) const {
     const float own = dt[t * kDtPitch], input = u.get(u_tile, t);
     float slope_of_gate;
@@ -298,13 +298,25 @@ struct Walk {
     const float by_dt = input * by_input * kLog2E + by_decay;
     const float by_delta = by_dt * slope[t * kDtPitch];
     sums.bias += by_delta;
-    if (kGradZ) grad_z.put(z_tile, t, grad * y * slope_of_gate);
+    if (kGradZ)
+      grad_z.put(z_tile, t, grad * total.get(total_tile, t) * slope_of_gate);
     if (ADD) by_u += grad_u.get(grad_u_tile, t);
     grad_u.put(grad_u_tile, t, by_u);
     grad_delta.put(grad_delta_tile, t, by_delta);
   }
 
-  // A sub-chunk forwards and backwards; h holds the states before it.
+  // What comes out of a state, before the gate.
+  MMVSSM_DEVICE float output(int chunk, int t, const States<kLanes>& h) const {
+    float C[kOwn], y[kLanes] = {};
+    load_weights(chunk, t, kStates, C);
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k)
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) y[k] += C[i] * h[k][i];
+    return gather<kLanes>(y) + skip * u.get(u_tile, t);
+  }
+
+  // A sub-chunk forwards and backwards; `start` holds the states before it.
   MMVSSM_DEVICE void sub_chunk(int chunk, int first,
                                const States<kLanes>& start, States<kLanes>& g,
                                Sums& sums) const {
@@ -312,25 +324,14 @@ struct Walk {
     const auto before = [&](int i) -> const States<kLanes>& {
       return i == 0 ? start : static_cast<const States<kLanes>&>(h[i == 0 ? 0 : i - 1]);
     };
-    float y[kSub] = {};
 #pragma unroll
     for (int i = 0; i < kSub; ++i) {
       advance(chunk, first + i, before(i), a[i], h[i]);
-      if (kReadsTotal) y[i] = total.get(total_tile, first + i);
-      if (kFindsTotal) {
-        float C[kOwn], ys[kLanes] = {};
-        load_weights(chunk, first + i, kStates, C);
-#pragma unroll
-        for (int k = 0; k < kLanes; ++k)
-#pragma unroll
-          for (int n = 0; n < kOwn; ++n) ys[k] += C[n] * h[i][k][n];
-        y[i] = gather<kLanes>(ys) + skip * u.get(u_tile, first + i);
-      }
+      if (kFindsTotal) total.put(total_tile, first + i, output(chunk, first + i, h[i]));
     }
 #pragma unroll
     for (int i = kSub - 1; i >= 0; --i)
-      retreat(chunk, first + i, a[i], h[i],
-              before(i), y[i], g, sums);
+      retreat(chunk, first + i, a[i], h[i], before(i), g, sums);
     sync_warp("products");
     add_up(first);
     sync_warp("products read");
