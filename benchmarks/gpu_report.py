@@ -17,7 +17,16 @@ def table(parts: dict[str, dict]) -> str:
         None,
     )
     if hardware:
-        lines.append(f'{hardware["device"]}, torch {hardware["torch"]}')
+        products, convolutions = (
+            'on' if hardware[f'tf32_{name}'] else 'off'
+            for name in ('matmul', 'convolution')
+        )
+        lines.append(
+            f'{hardware["device"]}, torch {hardware["torch"]}; TF32 in products '
+            f'{products}, in convolutions {convolutions}'
+        )
+    if 'check' in parts:
+        lines.append(f'check: {parts["check"]["verdict"]}')
     if 'tests' in parts:
         lines.append(_tests(parts['tests']))
     for part, make in (('op', _op), ('blocks', _blocks), ('models', _models)):

@@ -1,9 +1,10 @@
 """Tests and measurements on a GPU in one command and a few minutes.
 
-    benchmarks/gpu_suite.sh [--wheels DIR] [--part PART ...] [--out DIR]
+    benchmarks/gpu_suite.sh [--wheels DIR] [--minutes N] [--part PART ...] [--out DIR]
 
-Parts, in this order, each with a share of the minutes:
+Parts, in this order, each with a share of the minutes, their most telling rows first:
 
+- ``check``: ``python -m mmvssm.check_gpu``, which compiles the kernels, too.
 - ``tests``: ``tests/gpu``, by pytest.
 - ``op``: the selective scan beside its peers and the floor of the card.
 - ``blocks``: the cores of VMamba and Vim, fused, unfused, published, floor.
@@ -33,10 +34,11 @@ from gpu_device import Device
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SHARES = {'tests': 30, 'op': 20, 'blocks': 15, 'models': 35}
+SHARES = {'check': 15, 'tests': 20, 'op': 15, 'blocks': 15, 'models': 35}
 # Seconds a row may go on beyond the time of its part, and those kept to the end.
 GRACE, REPORT = 30, 5
-# Those that show that tests run at all.
+# Those that show that the check and the tests run at all.
+QUICK_CHECK = ('add_norm',)
 QUICK_TESTS = 'add_rms_norm or (test_16_bit and 49)'
 _SUMMARY = re.compile(r'(\d+) (passed|failed|skipped|errors?)')
 
@@ -83,6 +85,31 @@ def run_tests(args: argparse.Namespace, seconds: float) -> int:
         log=log.name,
     )
     gpu_part.write(args.out / 'tests.json', found)
+    return 0 if status == 0 else 1
+
+
+def run_check(args: argparse.Namespace, seconds: float) -> int:
+    """Let mmvssm check its kernels on this device; 0 if all of them are taken."""
+    log = args.out / 'check.log'
+    command = ['-m', 'mmvssm.check_gpu', '--json', '--device', args.device]
+    if args.quick:
+        command += ['--ops', *QUICK_CHECK]
+    with log.open('w') as file:
+        status = execute(command, seconds + GRACE, file=file)
+    text = log.read_text(errors='replace')
+    # Behind what it says on the way.
+    start = text.find('{\n')
+    found = json.loads(text[start:]) if status is not None and start >= 0 else {}
+    ops = found.get('ops', {})
+    if status is None:
+        verdict = 'stopped, it went on for too long'
+    elif not ops:
+        verdict = (
+            found.get('reason') or (text.strip().splitlines() or ['no output'])[-1]
+        )
+    else:
+        verdict = ', '.join(f'{op} by {taken["backend"]}' for op, taken in ops.items())
+    gpu_part.write(args.out / 'check.json', dict(found, verdict=verdict, log=log.name))
     return 0 if status == 0 else 1
 
 
@@ -142,7 +169,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--part', nargs='+', choices=SHARES, metavar='PART', default=list(SHARES)
     )
-    parser.add_argument('--minutes', type=float, default=9.0, help='for all parts')
+    parser.add_argument('--minutes', type=float, default=6.0, help='for all parts')
     parser.add_argument('--out', type=Path, help='folder of the results')
     parser.add_argument(
         '--again', action='store_true', help='forget what the parts have found before'
@@ -184,10 +211,12 @@ def main(args: argparse.Namespace) -> int:
             (args.out / f'{part}.json').unlink(missing_ok=True)
         print(f'{part}: {max(0.0, seconds):.0f} s', flush=True)
         if seconds > 0:
-            test = part == 'tests'
-            status |= (
-                run_tests(args, seconds) if test else run_part(part, args, seconds)
-            )
+            if part == 'check':
+                status |= run_check(args, seconds)
+            elif part == 'tests':
+                status |= run_tests(args, seconds)
+            else:
+                status |= run_part(part, args, seconds)
     found = collect(args.out)
     gpu_part.write(args.out / 'gpu_suite.json', found)
     print(f'\n{gpu_report.table(found)}\n\nwritten to {args.out / "gpu_suite.json"}')

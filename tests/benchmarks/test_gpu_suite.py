@@ -151,8 +151,11 @@ def parts():
         },
         left_out={},
     )
-    hardware = dict(device='Chip', torch='9.9')
+    hardware = dict(
+        device='Chip', torch='9.9', tf32_matmul=False, tf32_convolution=True
+    )
     return dict(
+        check=dict(verdict='linear by torch'),
         tests={'passed': 12, 'failed': 1, 'failures': ['t.py::a'], 'why': None},
         op=dict(runs=[dict(hardware=hardware)], rows=[op, compiled], left_out=['x']),
         blocks=dict(rows=[stage(1, 2), stage(2, 3)], left_out=[]),
@@ -163,8 +166,10 @@ def parts():
 def test_table(load):
     report = load('gpu_report')
     lines = report.table(parts()).splitlines()
-    assert lines[0] == 'Chip, torch 9.9'
-    assert lines[1] == 'tests: 12 passed, 1 failed' and lines[2] == '  t.py::a'
+    modes = 'TF32 in products off, in convolutions on'
+    assert lines[0] == f'Chip, torch 9.9; {modes}'
+    assert lines[1] == 'check: linear by torch'
+    assert lines[2] == 'tests: 12 passed, 1 failed' and lines[3] == '  t.py::a'
     text = '\n'.join(' '.join(line.split()) for line in lines)
     assert 'shape, bf16 f cuda 2.000 2.00x 2.50x - 11.00x 1 1.0e-03' in text
     assert 'shape, bf16 f+b cuda 8.000 2.00x 5.00x - - 4 2.0e-03' in text
@@ -262,6 +267,41 @@ def test_tests_compile_on_several_cores(load, monkeypatch, tmp_path):
     assert found['failures'] == ['tests/gpu/a.py::b[1]'] and found['why'] is None
 
 
+@pytest.mark.parametrize(
+    'text,status,verdict',
+    [
+        (
+            '3 calls\n{\n "ops": {"linear": {"backend": "torch"}}\n}',
+            1,
+            'linear by torch',
+        ),
+        ('ImportError: no such module', 1, 'ImportError: no such module'),
+        ('5 calls to check', None, 'stopped, it went on for too long'),
+    ],
+)
+def test_check(load, monkeypatch, tmp_path, text, status, verdict):
+    suite = load('gpu_suite')
+
+    def execute(command, seconds, environment=None, file=None):
+        assert command[1:] == ['mmvssm.check_gpu', '--json', '--device', 'cuda']
+        file.write(text)
+        return status
+
+    monkeypatch.setattr(suite, 'execute', execute)
+    args = SimpleNamespace(out=tmp_path, device='cuda', quick=False)
+    assert suite.run_check(args, 60) == 1
+    assert suite.collect(tmp_path)['check']['verdict'] == verdict
+
+
+def test_wheels_to_bring_along(load):
+    """With what they need, and nothing that would replace torch."""
+    wheels = load('gpu_wheels').wheels()
+    names = {wheel.partition('==')[0] for wheel in wheels}
+    assert names >= {'onedl-mmengine', 'addict', 'rich', 'pygments', 'pytest', 'timm'}
+    assert not names & {'torch', 'numpy', 'torchvision', 'tomli'}
+    assert f'pytest=={pytest.__version__}' in wheels
+
+
 def run_suite(*arguments, **environment):
     return subprocess.run(
         ['bash', BENCHMARKS / 'gpu_suite.sh', *map(str, arguments)],
@@ -272,13 +312,14 @@ def run_suite(*arguments, **environment):
 
 
 def test_quick_run(load, tmp_path):
-    """Some tests and a part."""
+    """The check, some tests and a part."""
     out = tmp_path / 'results'
-    parts = ['--part', 'tests', 'op']
+    parts = ['--part', 'check', 'tests', 'op']
     arguments = ['--device', 'cpu', '--quick', '--out', out, *parts]
     done = run_suite(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((out / 'gpu_suite.json').read_text())
+    assert 'add_norm by' in found['check']['verdict']
     assert found['tests']['passed'] > 3 and found['tests'].get('failed') is None
     device, op = load('gpu_device').Device('cpu'), load('gpu_op')
     names = [name for name, _ in op.rows(device, None, quick=True)]

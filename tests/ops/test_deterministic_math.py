@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmvssm.ops import deterministic_math
 
@@ -18,6 +19,26 @@ def test_against_float64(name):
     got = getattr(deterministic_math, name)(x).double()
     error = (got - want).abs() / want.abs().clamp(min=1e-37)
     assert error.max() < 5e-7
+
+
+@pytest.mark.parametrize('name', ['softplus', 'sigmoid', 'silu'])
+def test_one_kernel_elsewhere(name):
+    """What another device than the CPU computes is one call of torch, and as exact."""
+    calls = []
+
+    class Elsewhere(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append((function, args[1:], kwargs or {}))
+            return function(*args, **(kwargs or {}))
+
+    x = torch.empty(3, device='meta')
+    with Elsewhere():
+        getattr(deterministic_math, name)(x)
+    ((function, others, options),) = calls
+    x = torch.linspace(-80, 80, 4001, dtype=torch.float64)
+    got = function(x, *others, **options)
+    want = getattr(deterministic_math, name)(x)
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=0)
 
 
 def test_far_out():

@@ -96,7 +96,7 @@ def test_every_option(backend, optional, softplus):
 def test_long_sequences(backend, shape):
     """Cut in two with the state carried over by hand, outputs and gradients.
 
-    So long that the torch backend works in several segments.
+    So long that the torch backend works in several chunks.
     """
     dtype, tolerance = precision(backend)
     inputs = scan_inputs(*shape, dtype=dtype)

@@ -1,82 +1,122 @@
 """The selective scan in plain tensor code, forward and backward.
 
-The sequence is cut into segments that fit the cache; the state is carried
-from one to the next. Within a segment the recurrence
+The sequence is cut into chunks; the state is carried from one to the next. Within a
+chunk the recurrence
 
     h_t = a_t h_{t-1} + b_t,   a_t = exp(Δ_t A),   b_t = Δ_t B_t u_t
 
-is solved for many chunks at once: first every chunk from a zero state, which
-gives its end state and total decay, then the chunks' start states one after
-the other, then every chunk again from its true start. Nothing is ever divided
-by a decay, so no A and no Δ can overflow it (the form with ``cumsum`` and
-``exp(-cumsum)`` does). Only the states at the segments' starts are kept for
-the backward pass, which recomputes the rest.
+is solved for many short pieces at once: first every piece from a zero state, which
+gives its end state and total decay, then the pieces' start states, which is the same
+recurrence over fewer positions, then every piece again from its true start. Nothing
+is ever divided by a decay, so no A and no Δ can overflow it (the form with ``cumsum``
+and ``exp(-cumsum)`` does). Only the states at the chunks' starts are kept for the
+backward pass, which recomputes the rest.
+
+How long a chunk is depends on the type of the device: on a CPU its work arrays stay
+in the cache, elsewhere there are few of them, since every call is a kernel launch
+(``benchmarks/launches.py`` counts them).
 
 Everything inside is channels-last, (batch, position, state, channel), and
 every reduction runs over axes whose order does not depend on the number of
 threads.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmvssm.ops import backends, deterministic_math
 from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions, outputs_like
 
-# Elements of one (batch, position, state, channel) work array: a segment's few
-# arrays stay in the cache.
-_SEGMENT_ELEMENTS = 2**18
-# Elements one step of the recurrence should have to be worth its call.
-_STEP_ELEMENTS = 2**15
+# Positions of a piece. Two or three would cost the fewest calls, but the arrays of end
+# states and decays would be as large as those of the chunk.
+_PIECE = 8
 
 
-def segment_length(batch: int, length: int, states: int, channels: int) -> int:
-    """Positions of one segment."""
-    return min(length, max(16, _SEGMENT_ELEMENTS // (batch * states * channels)))
+@dataclass(frozen=True)
+class Sizes:
+    """How the work is divided on a type of device.
+
+    Attributes:
+        work: Elements that one work array of a chunk may have.
+        quarters: Of u's elements; so many it may have in any case.
+        beside: Work arrays without states count as so many states.
+        positions: Fewest of a chunk.
+        step: Elements that one step of the recurrence should have to be worth its
+            call. Where two positions have more, there are no pieces.
+    """
+
+    work: int
+    quarters: int
+    beside: int
+    positions: int
+    step: int
+
+    def chunk_length(self, batch: int, length: int, states: int, channels: int) -> int:
+        """Positions of one chunk."""
+        work = max(self.work, self.quarters * batch * channels * length // 4)
+        position = batch * channels * (states + self.beside)
+        return min(length, max(self.positions, work // position))
 
 
-def _linear_scan_(a: Tensor, b: Tensor, h: Tensor, reverse: bool = False) -> None:
+# A chunk's few arrays stay in the cache.
+_CPU = Sizes(work=2**18, quarters=0, beside=0, positions=16, step=2**15)
+# About four work arrays with states and eight without are alive at once, 0.4 GB in
+# float32; with one state at most a quarter of the sequence is a chunk. From a step of
+# 2**18 elements on, memory takes longer than the launch.
+_OTHERS = Sizes(work=3 * 2**23, quarters=3, beside=2, positions=1, step=2**19)
+
+
+def sizes(device_type: str) -> Sizes:
+    """How the work is divided on ``'cpu'``, ``'cuda'`` ..."""
+    return _CPU if device_type == 'cpu' else _OTHERS
+
+
+def _linear_scan_(
+    a: Tensor, b: Tensor, h: Tensor, step: int, reverse: bool = False
+) -> None:
     """Solve h_t = a_t h_{t-1} + b_t in place of ``b``.
 
     Args:
         a: Decays (B, S, R), any strides.
         b: Inputs (B, S, R); holds the states afterwards.
         h: State before the first position, (B, R).
+        step: See :class:`Sizes`.
         reverse: Run from the last position to the first.
     """
     length = b.shape[1]
-    wanted = max(1, _STEP_ELEMENTS // (b.shape[0] * b.shape[2]))
-    chunks = min(wanted, math.isqrt(length))
-    size = length // chunks
-    if chunks == 1:
+    pieces, rest = divmod(length, _PIECE)
+    # Every piece is run through twice, so a few of them save no call.
+    if pieces < 4 or 2 * h.numel() > step:
         _run_steps(_steps(a, reverse), _steps(b, reverse), h)
         return
-    # The positions that fill no chunk come last in the direction of the scan.
-    rest = length - chunks * size
-    main = slice(rest, None) if reverse else slice(0, chunks * size)
-    a_steps = _steps(a[:, main].unflatten(1, (chunks, size)), reverse, dim=2)
-    b_steps = _steps(b[:, main].unflatten(1, (chunks, size)), reverse, dim=2)
+    # The positions that fill no piece come last in the direction of the scan.
+    main = slice(rest, None) if reverse else slice(0, length - rest)
+    a_steps, b_steps = (
+        _steps(x[:, main].unflatten(1, (pieces, _PIECE)), reverse, dim=2)
+        for x in (a, b)
+    )
 
-    end, decay = b_steps[0].clone(), a_steps[0].clone()
-    for a_t, b_t in zip(a_steps[1:], b_steps[1:]):
-        torch.addcmul(b_t, a_t, end, out=end)
-        decay.mul_(a_t)
+    # States at the pieces' starts, and behind the last one.
+    states = b.new_empty(b.shape[0], pieces + 1, b.shape[2])
+    ends, starts = states[:, 1:], states[:, :-1]
+    if reverse:
+        ends, starts = starts, ends
+    first, *_, last = _steps(states, reverse)
+    first.copy_(h)
+    torch.addcmul(b_steps[1], a_steps[1], b_steps[0], out=ends)
+    decays = a_steps[0] * a_steps[1]
+    for a_t, b_t in zip(a_steps[2:], b_steps[2:]):
+        torch.addcmul(b_t, a_t, ends, out=ends)
+        decays.mul_(a_t)
     # An overflowing product of growths must not turn a zero state into NaN.
-    decay.clamp_(max=torch.finfo(decay.dtype).max)
-    start = torch.empty_like(end)
-    starts, ends, decays = (_steps(t, reverse) for t in (start, end, decay))
-    starts[0].copy_(h)
-    for c in range(1, chunks):
-        torch.addcmul(ends[c - 1], decays[c - 1], starts[c - 1], out=starts[c])
-    _run_steps(a_steps, b_steps, start)
+    decays.clamp_(max=torch.finfo(decays.dtype).max)
+    _linear_scan_(decays, ends, first, step, reverse)
+    _run_steps(a_steps, b_steps, starts)
     if rest:
-        tail = slice(0, rest) if reverse else slice(chunks * size, None)
-        last = b[:, rest] if reverse else b[:, chunks * size - 1]
+        tail = slice(0, rest) if reverse else slice(length - rest, None)
         _run_steps(_steps(a[:, tail], reverse), _steps(b[:, tail], reverse), last)
 
 
@@ -97,15 +137,16 @@ def _sum_states(x: Tensor) -> Tensor:
 
 
 @dataclass
-class _Segment:
-    """Channels-last pieces of the inputs, S positions in the working dtype."""
+class _Chunk:
+    """Channels-last parts of the inputs, S positions in the working dtype."""
 
     u: Tensor  # (B, S, D)
     dt: Tensor  # (B, S, D)
     B: Tensor  # (B, S, N, G, 1)
     C: Tensor  # (B, S, N, G, 1)
-    a: Tensor  # (B, S + 1, N, D), the last one belongs to the next segment
+    a: Tensor  # (B, S, N, D)
     z: Tensor | None  # (B, S, D)
+    step: int  # see Sizes
 
     def grouped(self, x: Tensor) -> Tensor:
         """(..., D) seen as (..., G, D / G)."""
@@ -123,8 +164,24 @@ class _Segment:
             out=self.grouped(states[:, 1:]),
         )
         flat = states.flatten(2)
-        _linear_scan_(self.a[:, :-1].flatten(2), flat[:, 1:], flat[:, 0])
+        _linear_scan_(self.a.flatten(2), flat[:, 1:], flat[:, 0], self.step)
         return states
+
+    def scan_back_(self, grad_h: Tensor, carry: Tensor) -> Tensor:
+        """Gradients of the states, in place of those by the outputs alone.
+
+        Args:
+            grad_h: (B, S, N, D).
+            carry: Gradient of the last state by all that follows, (B, N, D).
+
+        Returns:
+            The carry of the chunk before.
+        """
+        grad_h[:, -1] += carry
+        flat = grad_h.flatten(2)
+        decays = self.a[:, 1:].flatten(2)
+        _linear_scan_(decays, flat[:, :-1], flat[:, -1], self.step, reverse=True)
+        return self.a[:, 0] * grad_h[:, 0]
 
     def readout(self, states: Tensor, D: Tensor | None) -> Tensor:
         """C·h + D u, (B, S, D)."""
@@ -133,8 +190,8 @@ class _Segment:
         return y if D is None else y.addcmul_(self.u, D)
 
 
-class _Problem:
-    """The inputs of one call, seen channels-last and cut into segments."""
+class _Sequence:
+    """The inputs of one call, seen channels-last and cut into chunks."""
 
     def __init__(self, inputs: ScanInputs, options: ScanOptions) -> None:
         u, delta, A, B, C, D, z, delta_bias = inputs
@@ -148,73 +205,70 @@ class _Problem:
         self.softplus = options.delta_softplus
         self.batch, self.length, self.channels = self.u.shape
         self.states = A.shape[1]
+        self.sizes = sizes(u.device.type)
 
     def bounds(self) -> list[tuple[int, int]]:
-        """First and one-past-last position of each segment."""
-        step = segment_length(self.batch, self.length, self.states, self.channels)
-        return [(s, min(s + step, self.length)) for s in range(0, self.length, step)]
+        """First and one-past-last position of each chunk."""
+        size = self.sizes.chunk_length(
+            self.batch, self.length, self.states, self.channels
+        )
+        return [(s, min(s + size, self.length)) for s in range(0, self.length, size)]
 
     def zero_state(self) -> Tensor:
         return self.u.new_zeros(
             self.batch, self.states, self.channels, dtype=self.dtype
         )
 
-    def segment(self, start: int, stop: int) -> _Segment:
-        raw = self._load(self.delta, start, stop + 1)
+    def chunk(self, start: int, stop: int) -> _Chunk:
+        dt = self.load(self.delta, start, stop)
         if self.bias is not None:
-            raw = raw + self.bias
-        dt = deterministic_math.softplus(raw) if self.softplus else raw
-        if stop == self.length:  # nothing follows: a decay of one
-            dt = F.pad(dt, (0, 0, 0, 1))
-        size = stop - start
-        z = None if self.z is None else self._load(self.z, start, stop)
-        return _Segment(
-            u=self._load(self.u, start, stop),
-            dt=dt[:, :size],
-            B=self._load(self.B, start, stop).unsqueeze(-1),
-            C=self._load(self.C, start, stop).unsqueeze(-1),
+            dt = dt + self.bias
+        if self.softplus:
+            dt = deterministic_math.softplus(dt)
+        return _Chunk(
+            u=self.load(self.u, start, stop),
+            dt=dt,
+            B=self.load(self.B, start, stop).unsqueeze(-1),
+            C=self.load(self.C, start, stop).unsqueeze(-1),
             a=(dt.unsqueeze(2) * self.A).exp_(),
-            z=z,
+            z=None if self.z is None else self.load(self.z, start, stop),
+            step=self.sizes.step,
         )
 
-    def _load(self, x: Tensor, start: int, stop: int) -> Tensor:
+    def load(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Some positions, contiguous in the working dtype."""
         return x[:, start:stop].to(self.dtype).contiguous()
 
 
 class TorchScan(KernelBackend):
-    """Segments that fit the cache, in each many chunks at once."""
+    """A few long chunks, or many that fit a cache, in each many pieces at once."""
 
     def __init__(self, supplier: backends.Supplier):
         self.supplier = supplier
 
     def forward(self, inputs: ScanInputs, options: ScanOptions, keep: bool) -> Result:
         """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L)."""
-        problem = _Problem(inputs, options)
+        sequence = _Sequence(inputs, options)
         out, last_state = outputs_like(inputs, options)
-        out_channels_last = out.transpose(1, 2)
         saved = self.saved_like(inputs, options) if keep else ()
-        h = problem.zero_state()
-        for index, (start, stop) in enumerate(problem.bounds()):
+        h = sequence.zero_state()
+        for index, (start, stop) in enumerate(sequence.bounds()):
             if index and keep:
                 saved[0][index - 1] = h
-            segment = problem.segment(start, stop)
-            states = segment.states(h)
-            h = states[:, -1].clone()
-            y = segment.readout(states, problem.D)
-            if segment.z is not None:
-                y.mul_(deterministic_math.silu(segment.z))
-            out_channels_last[:, start:stop] = y
+            y, h = _chunk_outputs(sequence, start, stop, h)
+            out.transpose(1, 2)[:, start:stop] = y
         last_state.copy_(h.transpose(1, 2))
         return Result((out, last_state), saved)
 
     def saved_like(
         self, inputs: ScanInputs, options: ScanOptions
     ) -> tuple[Tensor, ...]:
-        """The state at each segment's start but the first, (segments - 1, B, N, D)."""
+        """The state at each chunk's start but the first, (chunks - 1, B, N, D)."""
         batch, channels, length = inputs.u.shape
         states = inputs.A.shape[1]
-        step = segment_length(batch, length, states, channels)
-        shape = (-(-length // step) - 1, batch, states, channels)
+        divided = sizes(inputs.u.device.type)
+        size = divided.chunk_length(batch, length, states, channels)
+        shape = (-(-length // size) - 1, batch, states, channels)
         dtype = torch.promote_types(inputs.u.dtype, torch.float32)
         return (inputs.u.new_empty(shape, dtype=dtype),)
 
@@ -226,69 +280,75 @@ class TorchScan(KernelBackend):
         grads: tuple[Tensor | None, ...],
         wanted: ScanInputs,
     ) -> ScanInputs:
-        """All gradients, from the last segment to the first."""
+        """All gradients, from the last chunk to the first."""
         grad_out, grad_last_state = grads
-        problem = _Problem(inputs, options)
-        gradients = _Gradients(problem, inputs)
-        carry = problem.zero_state()
+        sequence = _Sequence(inputs, options)
+        gradients = _Gradients(sequence, inputs)
+        carry = sequence.zero_state()
         if grad_last_state is not None:
             carry += grad_last_state.transpose(1, 2)
         if grad_out is None:
             grad_out = torch.zeros_like(inputs.u)
         grad_out = grad_out.transpose(1, 2)
-        for index, (start, stop) in reversed(list(enumerate(problem.bounds()))):
-            h = saved[0][index - 1] if index else problem.zero_state()
-            piece = grad_out[:, start:stop].to(problem.dtype).contiguous()
-            carry = gradients.add_segment(start, stop, h, carry, piece)
+        for index, (start, stop) in reversed(list(enumerate(sequence.bounds()))):
+            h = saved[0][index - 1] if index else sequence.zero_state()
+            carry = gradients.add_chunk(start, stop, h, carry, grad_out)
         return gradients.result()
+
+
+def _chunk_outputs(
+    sequence: _Sequence, start: int, stop: int, h: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Outputs (B, S, D) of a chunk from the state before it, and its last state."""
+    chunk = sequence.chunk(start, stop)
+    states = chunk.states(h)
+    y = chunk.readout(states, sequence.D)
+    if chunk.z is not None:
+        y.mul_(deterministic_math.silu(chunk.z))
+    return y, states[:, -1].clone()
 
 
 class _Gradients:
     """Gradients of one call, in the working dtype until :meth:`result`."""
 
-    def __init__(self, problem: _Problem, inputs: ScanInputs) -> None:
-        self.problem = problem
+    def __init__(self, sequence: _Sequence, inputs: ScanInputs) -> None:
+        self.sequence = sequence
         u, delta, _, B, C, _, z, _ = inputs
         self.u, self.delta = torch.empty_like(u), torch.empty_like(delta)
         self.B, self.C = torch.empty_like(B), torch.empty_like(C)
         self.z = None if z is None else torch.empty_like(z)
         zeros = torch.zeros_like
-        self.A = zeros(problem.A)
-        self.D = None if problem.D is None else zeros(problem.D)
-        self.bias = None if problem.bias is None else zeros(problem.bias)
+        self.A = zeros(sequence.A)
+        self.D = None if sequence.D is None else zeros(sequence.D)
+        self.bias = None if sequence.bias is None else zeros(sequence.bias)
 
-    def add_segment(
+    def add_chunk(
         self, start: int, stop: int, h: Tensor, carry: Tensor, grad_out: Tensor
     ) -> Tensor:
-        """Backward through one segment.
+        """Backward through one chunk.
 
         Args:
             h: State before it, (B, N, D).
-            carry: Gradient of the state right after it (B, N, D).
-            grad_out: Gradient of its outputs (B, S, D).
+            carry: Gradient of its last state by all that follows, (B, N, D).
+            grad_out: Gradient of all outputs (B, L, D).
 
         Returns:
-            Gradient of the state at its first position, (B, N, D).
+            Gradient of ``h``.
         """
-        p, s = self.problem, self.problem.segment(start, stop)
+        p, s = self.sequence, self.sequence.chunk(start, stop)
         positions = slice(start, stop)
         states = s.states(h)
-        grad_y = grad_out
+        grad_y = p.load(grad_out, start, stop)
         if s.z is not None and self.z is not None:
-            gate = deterministic_math.sigmoid(s.z)
-            y = s.readout(states, p.D)
-            slope = gate * (1 + s.z * (1 - gate))
-            self.z.transpose(1, 2)[:, positions] = grad_out * y * slope
-            grad_y = grad_out * (s.z * gate)
+            grad_y, grad_z = _gate_gradients(s.z, s.readout(states, p.D), grad_y)
+            self.z.transpose(1, 2)[:, positions] = grad_z
         grad_y_grouped = s.grouped(grad_y).unsqueeze(2)  # (B, S, 1, G, D / G)
         self.C.permute(0, 3, 2, 1)[:, positions] = (
             s.grouped(states[:, 1:]) * grad_y_grouped
         ).sum(-1)
 
         grad_h = (grad_y_grouped * s.C).flatten(-2)  # (B, S, N, D)
-        _linear_scan_(
-            s.a[:, 1:].flatten(2), grad_h.flatten(2), carry.flatten(1), reverse=True
-        )
+        carry = s.scan_back_(grad_h, carry)
 
         dtu = s.dt * s.u
         self.B.permute(0, 3, 2, 1)[:, positions] = (
@@ -296,12 +356,12 @@ class _Gradients:
         ).sum(-1)
         grad_dtu = _sum_states((s.grouped(grad_h) * s.B).flatten(-2))
         # d(Δ A) of exp(Δ_t A) h_{t-1}
-        grad_exponent = states[:, :-1].mul_(s.a[:, :-1]).mul_(grad_h)
+        grad_exponent = states[:, :-1].mul_(s.a).mul_(grad_h)
         self.A += deterministic_math.sum_rows(grad_exponent * s.dt.unsqueeze(2))
         grad_dt = _sum_states(grad_exponent * p.A).addcmul_(grad_dtu, s.u)
         if p.softplus:
             # sigmoid(raw) is 1 - exp(-softplus(raw)).
-            grad_dt.mul_(torch.expm1(-s.dt).neg_())
+            grad_dt.mul_((-s.dt).expm1_().neg_())
         grad_u = grad_dtu.mul_(s.dt)
         if p.D is not None and self.D is not None:
             self.D += deterministic_math.sum_rows(grad_y * s.u)
@@ -310,7 +370,7 @@ class _Gradients:
             self.bias += deterministic_math.sum_rows(grad_dt)
         self.u.transpose(1, 2)[:, positions] = grad_u
         self.delta.transpose(1, 2)[:, positions] = grad_dt
-        return grad_h[:, 0]
+        return carry
 
     def result(self) -> ScanInputs:
         """In any dtypes and strides."""
@@ -324,3 +384,10 @@ class _Gradients:
             z=self.z,
             delta_bias=self.bias,
         )
+
+
+def _gate_gradients(z: Tensor, y: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of y and z by y SiLU(z)."""
+    gate = deterministic_math.sigmoid(z)
+    slope = gate * (1 + z * (1 - gate))
+    return grad_out * (z * gate), grad_out * y * slope
