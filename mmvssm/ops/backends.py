@@ -15,7 +15,7 @@ import torch
 
 from mmvssm.ops import mamba_ssm
 from mmvssm.ops.cpu import library
-from mmvssm.ops.cuda import library as cuda_library
+from mmvssm.ops.cuda import kernels as cuda_kernels
 
 ENV_VARIABLE = 'MMVSSM_SCAN_BACKEND'
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -85,8 +85,8 @@ CPU = Supplier(
 CUDA = Supplier(
     'cuda',
     'own CUDA kernels',
-    unavailable=cuda_library.unavailable,
-    devices=('cuda',),
+    unavailable=cuda_kernels.unavailable,
+    devices=cuda_kernels.devices,
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     states=range(1, 257),
     # Checked on the CPU, but not yet run on a GPU.

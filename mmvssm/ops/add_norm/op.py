@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mmvssm.ops import backends
 from mmvssm.ops.add_norm.cpu_backend import CpuNorm
+from mmvssm.ops.add_norm.cuda_backend import CudaNorm
 from mmvssm.ops.add_norm.declaration import ADD_RMS_NORM, NormInputs, NormOptions
 from mmvssm.ops.add_norm.reference import ReferenceNorm
 from mmvssm.ops.add_norm.torch_backend import TorchNorm
@@ -12,6 +13,7 @@ from mmvssm.ops.contract import Call
 
 ADD_RMS_NORM.supply(
     CpuNorm(),
+    CudaNorm(),
     ReferenceNorm(),
     composed=lambda name: TorchNorm(backends.suppliers[name]),
 )

@@ -76,6 +76,78 @@ MMVSSM_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
+// Reads up to 16 bytes in one piece, aligned to their number, of memory that no kernel
+// under way writes; zeros, and nothing is read, unless `valid`.
+template <int kBytes>
+MMVSSM_DEVICE void load_bytes(const void* from, bool valid,
+                              uint32_t (&words)[(kBytes + 3) / 4]) {
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16);
+#define MMVSSM_LOAD_IF(moves, load) \
+  "{.reg .pred p; setp.ne.s32 p, %" moves "@p ld.global.nc." load "}"
+  const int flag = valid;
+  if constexpr (kBytes == 16)
+    asm(MMVSSM_LOAD_IF("5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; "
+                       "mov.b32 %3, 0; ",
+                       "v4.b32 {%0, %1, %2, %3}, [%4];")
+        : "=&r"(words[0]), "=&r"(words[1]), "=&r"(words[2]), "=&r"(words[3])
+        : "l"(from), "r"(flag));
+  else if constexpr (kBytes == 8)
+    asm(MMVSSM_LOAD_IF("3, 0; mov.b32 %0, 0; mov.b32 %1, 0; ", "v2.b32 {%0, %1}, [%2];")
+        : "=&r"(words[0]), "=&r"(words[1])
+        : "l"(from), "r"(flag));
+  else if constexpr (kBytes == 4)
+    asm(MMVSSM_LOAD_IF("2, 0; mov.b32 %0, 0; ", "b32 %0, [%1];")
+        : "=&r"(words[0])
+        : "l"(from), "r"(flag));
+  else
+    asm("{.reg .pred p; .reg .b16 x; setp.ne.s32 p, %2, 0; mov.b16 x, 0; "
+        "@p ld.global.nc.b16 x, [%1]; cvt.u32.u16 %0, x;}"
+        : "=&r"(words[0])
+        : "l"(from), "r"(flag));
+#undef MMVSSM_LOAD_IF
+}
+// Reads up to 16 bytes of shared memory in one piece, aligned to their number.
+template <int kBytes>
+MMVSSM_DEVICE void read_bytes(const void* from, uint32_t (&words)[(kBytes + 3) / 4]) {
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16) {
+    const uint4 four = *static_cast<const uint4*>(from);
+    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+  } else if constexpr (kBytes == 8) {
+    const uint2 two = *static_cast<const uint2*>(from);
+    words[0] = two.x, words[1] = two.y;
+  } else if constexpr (kBytes == 4) {
+    words[0] = *static_cast<const uint32_t*>(from);
+  } else {
+    words[0] = *static_cast<const uint16_t*>(from);
+  }
+}
+// Writes up to 16 bytes in one piece, aligned to their number, nothing unless `valid`.
+template <int kBytes>
+MMVSSM_DEVICE void store_bytes(void* to, bool valid,
+                               const uint32_t (&words)[(kBytes + 3) / 4]) {
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16);
+#define MMVSSM_STORE_IF(store) \
+  "{.reg .pred p; setp.ne.s32 p, %1, 0; @p st.global." store ";}"
+  const int flag = valid;
+  if constexpr (kBytes == 16)
+    asm volatile(MMVSSM_STORE_IF("v4.b32 [%0], {%2, %3, %4, %5}") ::"l"(to), "r"(flag),
+                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  else if constexpr (kBytes == 8)
+    asm volatile(MMVSSM_STORE_IF("v2.b32 [%0], {%2, %3}") ::"l"(to), "r"(flag),
+                 "r"(words[0]), "r"(words[1])
+                 : "memory");
+  else if constexpr (kBytes == 4)
+    asm volatile(MMVSSM_STORE_IF("b32 [%0], %2") ::"l"(to), "r"(flag), "r"(words[0])
+                 : "memory");
+  else
+    asm volatile(MMVSSM_STORE_IF("b16 [%0], %2") ::"l"(to), "r"(flag),
+                 "h"(static_cast<uint16_t>(words[0]))
+                 : "memory");
+#undef MMVSSM_STORE_IF
+}
+
 // d += a b for a (16, 16) and b (16, 8) in 16 bits and d (16, 8) in float32, one warp.
 // With g = lane / 4 and c = lane % 4 * 2 a lane has, two columns of a or rows of b in
 // a register, the lower one in the lower half:
@@ -116,6 +188,12 @@ MMVSSM_DEVICE bool rarely(bool condition) { return __builtin_expect(condition, 0
 MMVSSM_DEVICE float rcp_fast(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// 1 / sqrt(x), of denormal numbers, too.
+MMVSSM_DEVICE float inverse_root(float x) {
+  float y;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 MMVSSM_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
@@ -179,6 +257,16 @@ MMVSSM_DEVICE int fresh_zero() {
   int zero;
   asm volatile("mov.b32 %0, 0;" : "=r"(zero));
   return zero;
+}
+
+// at + bytes, for steps of an unrolled loop: what is made of them one after the other
+// takes the fewest instructions.
+MMVSSM_DEVICE char* moved(char* at, int64_t bytes) {
+  uint64_t found;
+  asm volatile("add.s64 %0, %1, %2;"
+               : "=l"(found)
+               : "l"(reinterpret_cast<uint64_t>(at)), "l"(bytes));
+  return reinterpret_cast<char*>(found);
 }
 
 // The value of a lane among `width` neighbours, and of the one whose number

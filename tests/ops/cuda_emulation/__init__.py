@@ -14,6 +14,7 @@ from mmvssm.ops.cache import cache_folder
 from mmvssm.ops.cuda import kernels, nvrtc
 
 HERE = Path(__file__).parent
+TESTS = HERE.parents[1]
 FLAGS = ('-std=c++17', '-O1', '-fPIC', '-shared', '-w', '-x', 'c++')
 SEED_VARIABLE = 'MMVSSM_EMULATION_SEED'
 COMPILER = shutil.which('c++') or shutil.which('g++')
@@ -69,3 +70,27 @@ def _library(kernel, constants):
         )
         os.replace(new, path)
     return path
+
+
+def run_with(program, function, *arguments):
+    """Run one of this folder's programs with a function of a test module.
+
+    Args:
+        program: Name of the program, whose first two arguments are those of module
+            and function.
+        function: Of a module in the folder above.
+        arguments: Further ones.
+
+    Returns:
+        The process, which has ended.
+    """
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    module = function.__module__.rpartition('.')[2]
+    return subprocess.run(
+        [sys.executable, '-m', f'ops.{HERE.name}.{program}']
+        + [f'ops.{module}', function.__name__, *arguments],
+        cwd=TESTS,
+        env=os.environ | {'PYTHONPATH': path},
+        capture_output=True,
+        text=True,
+    )

@@ -5,9 +5,10 @@
 // under way at once, and each begins when the one kWindow before it has ended or later,
 // so that a CTA may wait for those of lower number, as on a GPU. Which warp goes on is
 // drawn from a seed (MMVSSM_EMULATION_SEED), and it goes on until it has to wait. An
-// asynchronous copy is done when it is asked for or when it is waited for, which is
-// drawn, too. MMVSSM_EMULATION_WITHOUT names a sync_cta or sync_warp that is left out.
-// Shared memory is full of NaN at first. Threads that wait for ever end the program.
+// asynchronous copy is done when it is asked for, at a wait for something else or when it
+// is waited for, which is drawn, too. MMVSSM_EMULATION_WITHOUT names a sync_cta or
+// sync_warp that is left out. Shared memory is full of NaN at first. Threads that wait
+// for ever end the program.
 #pragma once
 
 #include <setjmp.h>
@@ -109,6 +110,11 @@ inline void enter_fiber() {
 
 inline void wait_as(State state, const char* at) {
   Fiber* fiber = machine.fiber;
+  // Copies that nobody has waited for may be done by now.
+  if (!fiber->copies.empty() && draw(8) == 0) {
+    for (const Copy& copy : fiber->copies) memcpy(copy.to, copy.from, copy.bytes);
+    fiber->copies.clear();
+  }
   fiber->state = state;
   fiber->at = at;
   if (_setjmp(fiber->here) == 0) _longjmp(machine.scheduler, 1);
@@ -278,11 +284,33 @@ inline float shuffle_xor(float x, int mask) {
 }
 
 template <int kBytes>
+void check_alignment(const void* address, const char* what) {
+  if (reinterpret_cast<uintptr_t>(address) % kBytes == 0) return;
+  std::fprintf(stderr, "a %s of %d bytes is not aligned\n", what, kBytes);
+  std::abort();
+}
+template <int kBytes>
+void load_bytes(const void* from, bool valid, uint32_t (&words)[(kBytes + 3) / 4]) {
+  memset(words, 0, sizeof words);
+  if (!valid) return;
+  check_alignment<kBytes>(from, "load");
+  memcpy(words, from, kBytes);
+}
+template <int kBytes>
+void read_bytes(const void* from, uint32_t (&words)[(kBytes + 3) / 4]) {
+  load_bytes<kBytes>(from, true, words);
+}
+template <int kBytes>
+void store_bytes(void* to, bool valid, const uint32_t (&words)[(kBytes + 3) / 4]) {
+  if (!valid) return;
+  check_alignment<kBytes>(to, "store");
+  memcpy(to, words, kBytes);
+}
+
+template <int kBytes>
 void copy_async(void* to, const void* from) {
-  if (reinterpret_cast<uintptr_t>(to) % kBytes || reinterpret_cast<uintptr_t>(from) % kBytes) {
-    std::fprintf(stderr, "a copy of %d bytes is not aligned\n", kBytes);
-    std::abort();
-  }
+  check_alignment<kBytes>(to, "copy");
+  check_alignment<kBytes>(from, "copy");
   if (draw(2)) {
     memcpy(to, from, kBytes);
     return;
@@ -314,6 +342,7 @@ inline uint64_t read_published(const uint64_t* from) { return *from; }
 
 inline float exp2_fast(float x) { return exp2f(x); }
 inline bool rarely(bool condition) { return condition; }
+inline float inverse_root(float x) { return 1.0f / sqrtf(x); }
 inline float rcp_fast(float x) { return 1.0f / x; }
 inline float divide_fast(float x, float y) { return x / y; }
 template <typename Value>
@@ -321,6 +350,7 @@ Value* in_global(Value* x) {
   return x;
 }
 inline int fresh_zero() { return 0; }
+inline char* moved(char* at, int64_t bytes) { return at + bytes; }
 inline char* address(char* base, int x, int y) {
   return base + static_cast<int64_t>(x) * y;
 }
