@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import os
 
@@ -5,11 +6,20 @@ import pytest
 import torch
 
 from mmvssm.ops import backends
+from mmvssm.ops.cuda import kernels
 
+from .cuda_emulation import Emulator
+
+_machine = contextlib.ExitStack()
 if os.environ.get('MMVSSM_TEST_CUDA_ON_CPU') == '1':
-    # The CUDA kernels, compiled for the CPU by test_cuda.py, take its tensors.
+    # In this process the CUDA kernels run on the CPU and take its tensors.
+    _machine.enter_context(kernels.use_machine(Emulator()))
     emulated = dataclasses.replace(backends.suppliers['cuda'], devices=('cpu',))
     backends.suppliers['cuda'] = emulated
+
+
+def pytest_unconfigure():
+    _machine.close()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """What the CUDA kernels of the selective scan are told."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -45,3 +46,53 @@ class Scan:
     def length(self) -> int:
         """Positions, padded ones too."""
         return self.u.shape[2] if self.order is None else len(self.order)
+
+
+class ScanKernels(Protocol):
+    """What a module of kernels has, for some numbers of states."""
+
+    def saved_shape(
+        self, batch: int, length: int, states: int, channels: int
+    ) -> tuple[int, ...]:
+        """Shape of the float32 states that forward keeps for backward."""
+
+    def forward(
+        self,
+        scan: Scan,
+        out: Tensor,
+        last_state: Tensor | None = None,
+        saved: Tensor | None = None,
+        add: Tensor | None = None,
+    ) -> None:
+        """Put the kernels of the forward pass onto the stream.
+
+        Args:
+            scan: The inputs.
+            out: (B, D, L), to be written.
+            last_state: float32 (B, D, N), to be written unless None.
+            saved: See :meth:`saved_shape`, to be written unless None.
+            add: float32 (B, D, L) to be added before the gate, which may be ``out``.
+        """
+
+    def backward(
+        self,
+        scan: Scan,
+        saved: Tensor,
+        grad_out: Tensor,
+        grad_last_state: Tensor | None,
+        rows: tuple[Tensor, Tensor, Tensor | None],
+        add: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Put the kernels of the backward pass onto the stream.
+
+        Args:
+            scan: The inputs, with ``delta``.
+            saved: What the forward pass kept.
+            grad_out: (B, D, L).
+            grad_last_state: (B, D, N), None for zero.
+            rows: Gradients of u, delta and z (B, D, L), to be written.
+            add: Add to what is in the gradient of u.
+
+        Returns:
+            Gradients of A (D, N), B and C (B, G, L, N), D and bias (D,).
+        """

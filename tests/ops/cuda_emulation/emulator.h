@@ -351,6 +351,9 @@ Value* in_global(Value* x) {
 }
 inline int fresh_zero() { return 0; }
 inline char* moved(char* at, int64_t bytes) { return at + bytes; }
+inline const char* global_address(const char* base, int x, int y) {
+  return base + static_cast<int64_t>(x) * y;
+}
 inline char* address(char* base, int x, int y) {
   return base + static_cast<int64_t>(x) * y;
 }
@@ -405,6 +408,32 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     }
   }
 }
+
+template <bool kIsBfloat16>
+void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+               const float (&c)[4]) {
+  memcpy(d, c, sizeof d);
+  mma_16816<kIsBfloat16>(d, a, b);
+}
+
+inline void load_matrix(uint32_t (&a)[4], const void* from) {
+  const auto address = reinterpret_cast<uintptr_t>(from);
+  if (address % 16) {
+    std::fprintf(stderr, "a row of a matrix is not aligned\n");
+    std::abort();
+  }
+  const uint32_t values[2] = {static_cast<uint32_t>(address),
+                              static_cast<uint32_t>(address >> 32)};
+  unsigned turn;
+  const Fiber* const* lanes = exchange(values, &turn);
+  const int own = machine.thread.x % kLanesOfWarp;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t* row = lanes[i * 8 + own / 4]->offered[turn];
+    const uintptr_t start = row[0] | static_cast<uintptr_t>(row[1]) << 32;
+    memcpy(&a[i], reinterpret_cast<const char*>(start) + own % 4 * 4, 4);
+  }
+}
+
 
 }  // namespace mmvssm
 
