@@ -220,6 +220,7 @@ def backward(
     Returns:
         Gradients of A (D, N), B and C (B, G, L, N), D and bias (D,).
     """
+    (grad_out,) = _of_one_dtype(grad_out)
     parts = list(_state_blocks(scan))
     if len(parts) == 1:
         return _backward(
