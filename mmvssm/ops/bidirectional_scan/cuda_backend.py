@@ -88,7 +88,10 @@ class CudaBidirectional(FusedBidirectional):
         grad_z = torch.empty_like(z)
         grad_us, by_weights = [], []
         for i, (u, p, w) in enumerate(zip(us, projected, weights)):
-            grad_u, grad_delta = torch.empty_like(u), u.new_empty(u.shape, dtype=p.dtype)
+            grad_u, grad_delta = (
+                torch.empty_like(u),
+                u.new_empty(u.shape, dtype=p.dtype),
+            )
             by_A, by_B, by_C, by_D, by_bias = many_states.backward(
                 *(_scan(u, p, w, _ROUTES[i], z), states[i], sole(grads), None),
                 # The gate is common, so its gradient is found once.
@@ -96,6 +99,7 @@ class CudaBidirectional(FusedBidirectional):
                 total=y.mT,
                 scale=options.scale,
             )
+            assert by_D is not None and by_bias is not None, 'a direction has both'
             rest, of_projections = _project_backward(u, p, w, grad_delta, by_B, by_C)
             grad_us.append((grad_u, rest))
             by_weights.append(

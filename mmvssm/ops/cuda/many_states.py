@@ -2,103 +2,50 @@
 
 A thread owns a channel and walks the sequence, see ``many_states.h``. Where batch and
 channels alone would leave most of a GPU idle, the sequence is cut into splits that run
-side by side. The states before every chunk of positions are kept for the backward
-pass, which recomputes the rest. All sums are in a fixed order: the same inputs give the
-same bits.
+side by side. The states before some of the positions are kept for the backward pass,
+which recomputes the rest. All sums are in a fixed order: the same inputs give the same
+bits.
 """
 
-import ctypes
 from collections.abc import Iterator
-from ctypes import c_float, c_int32, c_int64, c_void_p
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mmvssm.ops.cuda import kernels
+from mmvssm.ops.cuda import many_states_call
 from mmvssm.ops.cuda.kernels import Kernel
+from mmvssm.ops.cuda.many_states_call import (
+    DTYPES,
+    STATES,
+    BackwardArgs,
+    Call,
+    ForwardArgs,
+    Rows,
+    backward_shared,
+    forward_shared,
+    padded,
+    readable,
+)
 from mmvssm.ops.cuda.scan import Scan
-from mmvssm.ops.deterministic_math import linear_product
-from mmvssm.ops.kernel_args import fields, parameter, pointer
+from mmvssm.ops.kernel_args import parameter, pointer
 
-# Positions of a chunk, and states that a kernel has at most; more are scanned by 16.
-CHUNK = 16
-_STATES = (4, 8, 16)
-# The backward pass starts from the states before every so many positions. Fewer of them
-# take less memory and more work: 4, 8 or 16.
-KEPT = 16
-# The largest rank whose low-rank form the kernels multiply themselves.
-_LARGEST_RANK = 64
-# A sequence is cut into splits until there are so many warps a multiprocessor.
-_WARPS = 8
-# Of look-back, see many_states_splits.h.
-_SPLITS_OF_GROUP = 8
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-BACKWARD = Kernel('many_states_backward.cu', 'many_states_backward')
 FORWARD = Kernel('many_states_forward.cu', 'many_states_forward')
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = fields((c_void_p, 'data'), (c_int64, 'batch channel place'))
-
-    @classmethod
-    def of(cls, x: Tensor | None) -> '_Rows':
-        """Of a tensor (B, D, L), all zeros for None."""
-        if x is None:
-            return cls()
-        return cls(x.data_ptr(), *_byte_strides(x))
-
-
-class _Weights(ctypes.Structure):
-    _fields_ = fields((c_void_p, 'data'), (c_int64, 'batch group state place'))
-
-    @classmethod
-    def of(cls, x: Tensor) -> '_Weights':
-        """Of a tensor (B, G, N, L)."""
-        return cls(x.data_ptr(), *_byte_strides(x))
-
-
-class _Inputs(ctypes.Structure):
-    _fields_ = fields(
-        (c_int32, 'batch groups group_size length places width route states rank'),
-        (c_int32, 'blocks chains splits chunks_of_split along states_along'),
-        (c_void_p, 'order'),
-        (_Rows, 'u z delta'),
-        (_Weights, 'B C'),
-        (c_void_p, 'dt_weight A D bias published'),
-    )
-
-
-class _ForwardArgs(ctypes.Structure):
-    _fields_ = fields(
-        (_Inputs, 'inputs'),
-        (_Rows, 'out add'),
-        (c_void_p, 'last_state kept'),
-        (c_float, 'inverse'),
-    )
-
-
-class _BackwardArgs(ctypes.Structure):
-    _fields_ = fields(
-        (_Inputs, 'inputs'),
-        (_Rows, 'grad_out total grad_u grad_delta grad_z'),
-        (c_void_p, 'kept grad_last_state'),
-        (c_void_p, 'grad_A grad_D grad_bias grad_B grad_C'),
-        (c_float, 'inverse'),
-    )
+BACKWARD = Kernel('many_states_backward.cu', 'many_states_backward')
+# Of A, B, C, D and bias.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def saved_shape(
     batch: int, length: int, states: int, channels: int
 ) -> tuple[int, int, int, int, int]:
-    """Shape of what forward keeps: the state before every 16th position but the first.
+    """Shape of what forward keeps: the states before some positions, evenly spaced.
 
     Returns:
-        (blocks of states, positions kept, B, D, states of a block).
+        (blocks of states, positions, B, D, states of a block).
     """
-    size = _padded(states)
-    return (-(-states // size), -(-length // KEPT) - 1, batch, channels, size)
+    size, spacing = padded(states), many_states_call.KEPT
+    return (-(-states // size), -(-length // spacing) - 1, batch, channels, size)
 
 
 def forward(
@@ -124,7 +71,7 @@ def forward(
     parts = list(_state_blocks(scan))
     # Of several, each adds to what the ones before have made.
     sums = add
-    if sums is None and len(parts) > 1:
+    if len(parts) > 1 and not put_total:
         sums = torch.empty_like(out, dtype=torch.float32)
     for i, (part, states) in enumerate(parts):
         is_last = i + 1 == len(parts)
@@ -136,7 +83,7 @@ def forward(
             out if is_last or sums is None else sums,
             state,
             None if saved is None else saved[i],
-            None if add is None and i == 0 else sums,
+            sums if i else add,
             scale,
             put_total and is_last,
         )
@@ -153,44 +100,23 @@ def _forward(
     scale: float,
     put_total: bool,
 ) -> None:
-    call = _Call.of(scan, (out, add))
-    args = _ForwardArgs(
+    call = Call.of(scan, (out, add))
+    args = ForwardArgs(
         inputs=call.inputs(),
-        out=_Rows.of(out),
-        add=_Rows.of(add),
+        out=Rows.of(out),
+        add=Rows.of(add),
         last_state=pointer(last_state),
         kept=pointer(kept),
         inverse=1 / scale,
     )
     constants = dict(
         call.constants,
-        OUT_DTYPE=_DTYPES[out.dtype],
+        OUT_DTYPE=DTYPES[out.dtype],
         ADD=int(add is not None),
         TOTAL=int(put_total),
         KEEP=int(kept is not None),
     )
-    shared = _forward_shared(constants)
-    FORWARD.launch(
-        dict(constants, SHARED=shared),
-        args,
-        grid=call.chains * call.splits,
-        threads=call.threads,
-        shared=shared,
-        on=out,
-    )
-
-
-def _forward_shared(constants: dict[str, int]) -> int:
-    """Bytes of shared memory of a CTA, as many_states_forward.cu lays it out."""
-    u, out = (_rows_bytes(constants, name) for name in ('U_DTYPE', 'OUT_DTYPE'))
-    add = _rows_bytes(constants)
-    rows = u * (2 + constants['GATE']) + add * constants['ADD']
-    in_add = constants['ADD'] and not constants['TOTAL'] and out == add
-    if out != u and not in_add:
-        rows += out
-    if not constants['RANK']:
-        rows += 2 * _rows_bytes(constants, 'DELTA_DTYPE')
-    return rows + _staged_bytes(constants, 2)
+    call.launch(FORWARD, constants, args, forward_shared(constants))
 
 
 def backward(
@@ -202,7 +128,7 @@ def backward(
     add: bool = False,
     total: Tensor | None = None,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Put the kernels of the backward pass onto the stream.
 
     Args:
@@ -220,7 +146,7 @@ def backward(
     Returns:
         Gradients of A (D, N), B and C (B, G, L, N), D and bias (D,).
     """
-    (grad_out,) = _of_one_dtype(grad_out)
+    grad_out = readable(grad_out)
     parts = list(_state_blocks(scan))
     if len(parts) == 1:
         return _backward(
@@ -261,15 +187,18 @@ def backward(
 
 
 def _gate_backward(
-    z: Tensor, grad_out: Tensor, total: Tensor | None, grad_z: Tensor | None, scale: float
+    z: Tensor,
+    grad_out: Tensor,
+    total: Tensor | None,
+    grad_z: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Gradient of the sum before the gate; that of the gate is written."""
     z, grad_out = z.float(), grad_out.float() * scale
-    open_part = torch.sigmoid(z)
+    opened = torch.sigmoid(z)
     if grad_z is not None and total is not None:
-        slope = open_part * (1 + z * (1 - open_part))
-        grad_z.copy_(grad_out * total * slope)
-    return grad_out * z * open_part
+        grad_z.copy_(grad_out * total * (opened * (1 + z * (1 - opened))))
+    return grad_out * z * opened
 
 
 def _backward(
@@ -281,31 +210,32 @@ def _backward(
     add: bool,
     total: Tensor | None = None,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> Gradients:
     grad_u, grad_delta, grad_z = rows
-    call = _Call.of(scan, (grad_out, grad_u, grad_delta, grad_z, total))
+    # float32 takes twice the shared memory.
+    largest = 128 if grad_out.dtype != torch.float32 else 64
+    call = Call.of(scan, (grad_out, *rows, total), largest)
     batch, channels, places = scan.u.shape
     groups, states = scan.B.shape[1:3]
-    padded = call.constants['STATES']
+    size = call.constants['STATES']
 
     def new(*shape: int) -> Tensor:
         return grad_out.new_empty(shape, dtype=torch.float32)
 
-    by_A = new(call.splits, batch, channels, padded)
+    by_A = new(call.splits, batch, channels, size)
     by_D, by_bias = (
         None if x is None else new(call.splits, batch, channels)
         for x in (scan.D, scan.bias)
     )
-    blocks = call.chains // (batch * groups)
-    by_B, by_C = (new(blocks, batch, groups, places, padded) for _ in 'BC')
+    by_B, by_C = (new(call.blocks, batch, groups, places, size) for _ in 'BC')
     grad_last_state = parameter(grad_last_state)
-    args = _BackwardArgs(
+    args = BackwardArgs(
         inputs=call.inputs(),
-        grad_out=_Rows.of(grad_out),
-        total=_Rows.of(total),
-        grad_u=_Rows.of(grad_u),
-        grad_delta=_Rows.of(grad_delta),
-        grad_z=_Rows.of(grad_z),
+        grad_out=Rows.of(grad_out),
+        total=Rows.of(total),
+        grad_u=Rows.of(grad_u),
+        grad_delta=Rows.of(grad_delta),
+        grad_z=Rows.of(grad_z),
         kept=pointer(kept),
         grad_last_state=pointer(grad_last_state),
         **dict(grad_A=pointer(by_A), grad_D=pointer(by_D), grad_bias=pointer(by_bias)),
@@ -319,258 +249,30 @@ def _backward(
         call.constants,
         GATE=gate,
         ADD=int(add),
-        GRAD_OUT_DTYPE=_DTYPES[grad_out.dtype],
-        GRAD_U_DTYPE=_DTYPES[grad_u.dtype],
-        GRAD_DELTA_DTYPE=_DTYPES[grad_delta.dtype],
+        GRAD_OUT_DTYPE=DTYPES[grad_out.dtype],
+        GRAD_U_DTYPE=DTYPES[grad_u.dtype],
+        GRAD_DELTA_DTYPE=DTYPES[grad_delta.dtype],
     )
-    shared = _backward_shared(constants)
-    BACKWARD.launch(
-        dict(constants, SHARED=shared),
-        args,
-        grid=call.chains * call.splits,
-        threads=call.threads,
-        shared=shared,
-        on=grad_out,
-    )
-    sums = [None if x is None else x.sum((0, 1)) for x in (by_A, by_D, by_bias)]
+    call.launch(BACKWARD, constants, args, backward_shared(constants))
     return (
-        sums[0][:, :states],
-        *(x.sum(0)[..., :states] for x in (by_B, by_C)),
-        *sums[1:],
+        by_A.sum((0, 1))[:, :states],
+        by_B.sum(0)[..., :states],
+        by_C.sum(0)[..., :states],
+        None if by_D is None else by_D.sum((0, 1)),
+        None if by_bias is None else by_bias.sum((0, 1)),
     )
-
-
-def _backward_shared(constants: dict[str, int]) -> int:
-    """Bytes of shared memory of a CTA, as many_states_backward.cu lays it out."""
-    names = ('U_DTYPE', 'GRAD_OUT_DTYPE', 'GRAD_U_DTYPE', 'GRAD_DELTA_DTYPE')
-    u, grad_out, grad_u, grad_delta = (_rows_bytes(constants, name) for name in names)
-    gate, threads = constants['GATE'], constants['THREADS']
-    states, warps = constants['STATES'], threads // 32
-    rows = (1 + (gate > 0)) * u + grad_out + (gate > 1) * _rows_bytes(constants)
-    if constants['ADD'] or grad_u != u:
-        rows += grad_u
-    if grad_delta != grad_out:
-        rows += grad_delta
-    steps = CHUNK * (threads + 8) * 4
-    if not constants['RANK']:
-        rows += 2 * _rows_bytes(constants, 'DELTA_DTYPE') + steps
-    slots = 4 * states * threads * 4
-    products = warps * 4 * 8 * 2 * states * 4
-    return rows + steps + slots + products + _staged_bytes(constants, 2)
-
-
-def _rows_bytes(constants: dict[str, int], dtype: str | None = None) -> int:
-    """Of the rows of a chunk, by default float32."""
-    warps, size = constants['THREADS'] // 32, _size(constants, dtype)
-    return warps * CHUNK * (32 if constants['VECTOR'] else 34) * size
-
-
-def _staged_bytes(constants: dict[str, int], buffers: int) -> int:
-    """Of B and C, what makes the steps of low rank, and the places."""
-    threads, rank = constants['THREADS'], constants['RANK']
-    found = buffers * CHUNK * 2 * constants['STATES'] * 4 + 16 * CHUNK * 4
-    if rank:
-        terms = 1 if constants['DELTA_DTYPE'] else 3
-        found += buffers * terms * CHUNK * (rank + 8) * 2
-        found += rank // 16 * constants['WEIGHT_TERMS'] * 4 * threads * 8
-        found += CHUNK * (threads + 8) * 4
-    return found
-
-
-def _size(constants: dict[str, int], dtype: str | None) -> int:
-    return 2 if dtype is not None and constants[dtype] else 4
-
-
-# What the kernels of both passes are told
-
-
-@dataclass
-class _Call:
-    """A scan of at most 16 states as the kernels take it.
-
-    Attributes:
-        scan: Inputs of dtypes and strides that the kernels read.
-        constants: Of the inputs.
-        threads: Of a CTA, one for each channel of its block.
-        chains: CTAs of a split.
-        splits, chunks_of_split: Of the sequence.
-        published: Memory for what CTAs tell each other.
-    """
-
-    scan: Scan
-    constants: dict[str, int]
-    threads: int
-    chains: int
-    splits: int
-    chunks_of_split: int
-    published: Tensor | None
-
-    @classmethod
-    def of(cls, scan: Scan, others: tuple[Tensor | None, ...]) -> '_Call':
-        """For inputs and other arrays (B, D, L).
-
-        Raises:
-            ValueError: There are more positions or channels than the kernels count.
-        """
-        exact = scan.dt_weight is None or scan.dt_weight.dtype == torch.bfloat16
-        scan = _as_read(scan)
-        batch, channels, _ = scan.u.shape
-        groups, states = scan.B.shape[1:3]
-        for name, size in dict(channels=channels, length=scan.length).items():
-            if size >= 2**31:
-                raise ValueError(f"{name} is {size}; the backend 'cuda' counts to 2^31")
-        group_size = channels // groups
-        threads = _channels_of_block(group_size)
-        chains = batch * groups * -(-group_size // threads)
-        chunks = -(-scan.length // CHUNK)
-        size = _split_size(chains * threads // 32, chunks, scan.u)
-        splits = -(-chunks // size)
-        published = None
-        padded = _padded(states)
-        if splits > 1:
-            entries = splits + splits // _SPLITS_OF_GROUP
-            published = scan.u.new_full(
-                (entries, chains, padded // 2 + 1, threads), -1, dtype=torch.int64
-            )
-        low_rank = scan.dt_low_rank
-        arrays = [x for x in (scan.u, scan.delta, scan.z, *others) if x is not None]
-        rank = 0 if low_rank is None else -(-low_rank.shape[1] // 16) * 16
-        delta = low_rank if scan.delta is None else scan.delta
-        rows = [scan.B, scan.C, *([] if low_rank is None else [low_rank])]
-        constants = dict(
-            **dict(STATES=padded, RANK=rank, THREADS=threads, CHANNELS=threads),
-            **dict(POSITIONS=CHUNK, KEPT=KEPT, SOFTPLUS=int(scan.softplus)),
-            GATE=int(scan.z is not None),
-            SPLIT=int(splits > 1),
-            U_DTYPE=_DTYPES[scan.u.dtype],
-            DELTA_DTYPE=_DTYPES[delta.dtype],
-            B_DTYPE=_DTYPES[scan.B.dtype],
-            WEIGHT_TERMS=_terms_of_weight(delta, exact),
-            VECTOR=int(all(_are_vectors(x, group_size) for x in arrays)),
-            PAIRS=int(all(map(_are_pairs, rows))),
-        )
-        return cls(scan, constants, threads, chains, splits, size, published)
-
-    def inputs(self) -> _Inputs:
-        """The structure; it is of use for as long as this object is there."""
-        scan = self.scan
-        batch, channels, places = scan.u.shape
-        groups, states = scan.B.shape[1:3]
-        low_rank = scan.dt_low_rank
-        delta = low_rank if scan.delta is None else scan.delta
-        return _Inputs(
-            **dict(batch=batch, groups=groups, group_size=channels // groups),
-            **dict(length=scan.length, places=places, width=scan.width or places),
-            **dict(route=scan.route, states=states),
-            rank=0 if low_rank is None else low_rank.shape[1],
-            blocks=self.chains // (batch * groups),
-            **dict(chains=self.chains, splits=self.splits),
-            chunks_of_split=self.chunks_of_split,
-            along=int(scan.u.stride(2) < scan.u.stride(1)),
-            states_along=int(scan.B.stride(3) < scan.B.stride(2)),
-            order=pointer(scan.order),
-            u=_Rows.of(scan.u),
-            z=_Rows.of(scan.z),
-            delta=_Rows.of(delta),
-            B=_Weights.of(scan.B),
-            C=_Weights.of(scan.C),
-            dt_weight=pointer(scan.dt_weight),
-            A=pointer(scan.A),
-            D=pointer(scan.D),
-            bias=pointer(scan.bias),
-            published=pointer(self.published),
-        )
-
-
-def _as_read(scan: Scan) -> Scan:
-    """In dtypes and strides that the kernels read."""
-    u, z = _of_one_dtype(scan.u, scan.z)
-    B, C = _of_one_dtype(scan.B, scan.C)
-    delta, low_rank, weight = scan.delta, scan.dt_low_rank, parameter(scan.dt_weight)
-    if low_rank is not None and low_rank.shape[1] > _LARGEST_RANK:
-        assert weight is not None, 'there is one with the low-rank form'
-        delta = linear_product(low_rank.mT.float(), weight).mT
-        low_rank = weight = None
-    (delta,), (low_rank,) = _of_one_dtype(delta), _of_one_dtype(low_rank)
-    return replace(
-        scan,
-        **dict(u=u, z=z, B=B, C=C, delta=delta, dt_low_rank=low_rank),
-        **dict(dt_weight=weight, A=parameter(scan.A), D=parameter(scan.D)),
-        bias=parameter(scan.bias),
-    )
-
-
-def _of_one_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
-    """In float32, unless they are of one dtype that the kernels read."""
-    dtypes = {x.dtype for x in tensors if x is not None}
-    if len(dtypes) > 1 or not dtypes <= _DTYPES.keys():
-        tensors = tuple(None if x is None else x.float() for x in tensors)
-    return [_with_short_strides(x) for x in tensors]
-
-
-def _with_short_strides(x: Tensor | None) -> Tensor | None:
-    """The kernels multiply places by strides in bytes of 32 bits."""
-    if x is not None and x.stride(-1) * x.element_size() >= 2**31:
-        x = x.contiguous()
-    return x
 
 
 def _state_blocks(scan: Scan) -> Iterator[tuple[Scan, slice]]:
     """Scans of at most 16 states whose outputs add up, and which states they have."""
-    size = _STATES[-1]
-    states = scan.A.shape[1]
+    states, size = scan.A.shape[1], STATES[-1]
     for first in range(0, states, size):
         own = slice(first, min(first + size, states))
-        yield (
-            replace(
-                scan,
-                **dict(A=scan.A[:, own], B=scan.B[:, :, own], C=scan.C[:, :, own]),
-                D=scan.D if first == 0 else None,
-            ),
-            own,
+        part = replace(
+            scan,
+            A=scan.A[:, own],
+            B=scan.B[:, :, own],
+            C=scan.C[:, :, own],
+            D=scan.D if first == 0 else None,
         )
-
-
-def _terms_of_weight(delta: Tensor, exact: bool) -> int:
-    """Numbers of 16 bits that a weight of the low-rank form is the sum of."""
-    if delta.dtype == torch.float32:
-        return 3
-    return 1 if exact and delta.dtype == torch.bfloat16 else 2
-
-
-def _padded(states: int) -> int:
-    """States of the kernel that a scan of so many gets."""
-    return next((size for size in _STATES if states <= size), _STATES[-1])
-
-
-def _channels_of_block(group_size: int) -> int:
-    """So many that the fewest threads are idle."""
-    return min((128, 96, 64, 32), key=lambda size: -group_size % size)
-
-
-def _split_size(warps: int, chunks: int, on: Tensor) -> int:
-    """Chunks of a split, for as many warps of each."""
-    wanted = _WARPS * kernels.multiprocessors(on)
-    # Splits cost nearly twice as much work.
-    if 2 * warps >= wanted:
-        return chunks
-    return max(1, chunks // -(-wanted // warps))
-
-
-def _byte_strides(x: Tensor) -> list[int]:
-    return [stride * x.element_size() for stride in x.stride()]
-
-
-def _are_vectors(x: Tensor, group_size: int) -> bool:
-    """Whether the channels of a place can be read by 16 bytes."""
-    batch, channel, place = _byte_strides(x)
-    found = (x.data_ptr(), batch, place, group_size * x.element_size())
-    return channel == x.element_size() and not any(n % 16 for n in found)
-
-
-def _are_pairs(x: Tensor) -> bool:
-    """Whether two neighbours of the states or the rank can be read at once."""
-    *others, inner, place = _byte_strides(x)
-    found = (x.data_ptr(), *others, place)
-    is_dense = inner == x.element_size() and x.shape[-2] % 2 == 0
-    return is_dense and not any(n % (2 * x.element_size()) for n in found)
+        yield part, own
