@@ -288,7 +288,7 @@ MMVSSM_DEVICE int place_of(const Inputs& p, int t) {
 // The places of chunks, found for kBatch of them at once, in the order in which they are
 // walked; those of two batches are kept.
 struct Places {
-  static constexpr int kBatch = 8;
+  static constexpr int kBatch = 4;
   static constexpr int kBytes = 2 * kBatch * kPositions * 4;
   int* data;
   int first, step;  // chunk, and from one to the next

@@ -285,13 +285,6 @@ struct Walk {
         r[k] += rates[k][i] * w;
         sums.A[k][i] += dts[k] * w;
       }
-    const int group = work.lane / kLanes;
-    float* to = products + ((t % kSub * (kWarp / kLanes) + group) * 2) * kStates +
-                work.lane % kLanes * kOwn;
-    // Swapped in every other group: no conflicts of banks.
-    store_floats(to + (group % 2 ? kStates : 0), by_B);
-    store_floats(to + (group % 2 ? 0 : kStates), by_C);
-
     const float by_input = gather<kLanes>(q), by_decay = gather<kLanes>(r);
     float by_u = skip * dy + own * by_input;
     sums.D += dy * input;
@@ -303,6 +296,13 @@ struct Walk {
     if (ADD) by_u += grad_u.get(grad_u_tile, t);
     grad_u.put(grad_u_tile, t, by_u);
     grad_delta.put(grad_delta_tile, t, by_delta);
+
+    const int group = work.lane / kLanes;
+    float* to = products + ((t % kSub * (kWarp / kLanes) + group) * 2) * kStates +
+                work.lane % kLanes * kOwn;
+    // Swapped in every other group: no conflicts of banks.
+    store_floats(to + (group % 2 ? kStates : 0), by_B);
+    store_floats(to + (group % 2 ? 0 : kStates), by_C);
   }
 
   // What comes out of a state, before the gate.

@@ -256,7 +256,7 @@ def _steps_bytes(constants: dict[str, int]) -> int:
 def _staged_bytes(constants: dict[str, int]) -> int:
     """Of B and C, of delta or what it is made of, and of the places."""
     rank = constants['RANK']
-    found = 2 * CHUNK * 2 * constants['STATES'] * 4 + 16 * CHUNK * 4
+    found = 2 * CHUNK * 2 * constants['STATES'] * 4 + 8 * CHUNK * 4
     if not rank:
         return found + 2 * _rows_bytes(constants, 'DELTA_DTYPE')
     terms = 1 if constants['DELTA_DTYPE'] else 3

@@ -194,7 +194,6 @@ MMVSSM_KERNEL(many_states_forward, Args, THREADS, kResident / THREADS) {
       splits.publish_split(added, sum);
       splits.find_start(rates, {}, h);
       splits.publish_group(rates, h, added, sum);
-      sync_cta("ends");
     } else {
       splits.find_start(rates, {}, h);
     }
