@@ -314,6 +314,13 @@ MMVSSM_DEVICE char* address(char* base, int x, int y) {
   return reinterpret_cast<char*>(found);
 }
 
+// The same address, of which the compiler now knows that it is in global memory.
+template <typename Value>
+MMVSSM_DEVICE Value* in_global(Value* x) {
+  __builtin_assume(__isGlobal(x));
+  return x;
+}
+
 // A zero that the compiler does not know of. What is made of it in a loop is worked
 // out where it is needed, and takes no register between.
 MMVSSM_DEVICE int fresh_zero() {

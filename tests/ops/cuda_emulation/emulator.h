@@ -353,6 +353,10 @@ inline bool rarely(bool condition) { return condition; }
 inline float inverse_root(float x) { return 1.0f / sqrtf(x); }
 inline float rcp_fast(float x) { return 1.0f / x; }
 inline float divide_fast(float x, float y) { return x / y; }
+template <typename Value>
+Value* in_global(Value* x) {
+  return x;
+}
 inline int fresh_zero() { return 0; }
 template <typename T>
 T* global_pointer(T* x) {
