@@ -22,11 +22,14 @@ from mmvssm.ops.backends import (
     BackendUnavailableError,
     backend_status,
     backend_summary,
-    choose_backend,
+    explain_backend,
 )
 from mmvssm.ops.cache import CACHE_VARIABLE, cache_folder
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cuda import kernels
+from mmvssm.ops.gpu_check.verdicts import HOW
+from mmvssm.ops.gpu_check.verdicts import VARIABLE as GPU_CHECK_VARIABLE
+from mmvssm.ops.operator import all_ops
 
 # Import name -> the distributions that supply it; one at most may be there.
 _DISTRIBUTIONS = {
@@ -67,6 +70,7 @@ def collect_env() -> dict[str, dict[str, str]]:
             for name, reason in backend_status().items()
         },
         'CPU kernels': _kernels(),
+        'GPU kernels unasked': _gpu_check() | _variables(GPU_CHECK_VARIABLE),
         'CUDA kernels': _cuda_kernels() | _variables(CACHE_VARIABLE),
         'Backend a tensor gets': {device: _choice(device) for device in ('cpu', 'cuda')}
         | _variables(ENV_VARIABLE),
@@ -239,12 +243,24 @@ def _variables(*names: str) -> dict[str, str]:
     return {name: os.environ.get(name) or 'not set' for name in names}
 
 
+def _gpu_check() -> dict[str, str]:
+    """What this machine's check of the GPU kernels has found, op by op."""
+    if not torch.cuda.is_available():
+        return {'all ops': 'there is no GPU that torch can use'}
+    return {
+        name: explain_backend('cuda', torch.float32, op=name)['cuda']
+        for name, op in all_ops.items()
+        if 'cuda' in op.backends
+    } | {'checked by hand with': HOW}
+
+
 def _choice(device: str) -> str:
     """The backend for tensors of this device, by dtype where it differs."""
     chosen = {}
     for dtype in _DTYPES:
         try:
-            backend = choose_backend(device, dtype)
+            found = explain_backend(device, dtype)
+            backend = next(n for n, why in found.items() if why.startswith('chosen'))
         except (BackendUnavailableError, ValueError) as error:
             backend = f'none: {error}'
         chosen.setdefault(backend, []).append(str(dtype).removeprefix('torch.'))

@@ -1,6 +1,9 @@
-"""Long files first, for runs in several processes."""
+"""Long files first, for runs in several processes; the longest tests by request."""
 
+import os
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).parent
 # Those of half a minute or more on one core, the longest first. A process takes one
@@ -9,6 +12,7 @@ HERE = Path(__file__).parent
 LONG_FILES = (
     'slurm/test_jobs.py',
     'test_packaging.py',
+    'benchmarks/test_gpu_counts.py',
     'ops/test_cuda.py',
     'test_benchmarks.py',
     'benchmarks/test_gpu_suite.py',
@@ -20,6 +24,14 @@ LONG_FILES = (
     'test_contracts.py',
 )
 PLACES = {HERE / name: place for place, name in enumerate(LONG_FILES)}
+
+
+LONG_TESTS = os.environ.get('MMVSSM_LONG_TESTS', '0') not in ('', '0')
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker('long') and not LONG_TESTS:
+        pytest.skip('takes minutes; MMVSSM_LONG_TESTS=1 runs it')
 
 
 def pytest_collection_modifyitems(config, items):

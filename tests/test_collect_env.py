@@ -77,10 +77,11 @@ def test_unknown_backend_is_reported_not_raised(monkeypatch):
 
 
 def test_choice_that_differs_by_dtype_names_the_dtypes(monkeypatch):
-    def choose(device, dtype):
-        return 'cpu' if dtype == torch.float32 else 'torch'
+    def explain(device, dtype):
+        first = 'chosen' if dtype == torch.float32 else 'not needed'
+        return {'cpu': first, 'torch': 'chosen'}
 
-    monkeypatch.setattr(module, 'choose_backend', choose)
+    monkeypatch.setattr(module, 'explain_backend', explain)
     chosen = module.collect_env()['Backend a tensor gets']
     assert chosen['cpu'] == 'cpu (float32); torch (bfloat16, float16)'
 

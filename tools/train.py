@@ -100,6 +100,7 @@ def main(args: argparse.Namespace) -> None:
     runner = engine.build_runner(cfg)
     if cfg.get('load_from') and not cfg.get('resume'):
         engine.check_load_from(runner.model, cfg.load_from)
+    engine.check_gpu(runner)
     runner.train()
 
 

@@ -14,6 +14,7 @@ from .config import (
 from .data import check_datasets
 from .epoch_loop import ResumableEpochLoop
 from .errors import UsageError, require_file, run_tool
+from .gpu_check import check_gpu
 from .launch import prepare_launch
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .loaders import install_safe_loaders
@@ -36,6 +37,7 @@ __all__ = [
     'UsageError',
     'build_runner',
     'check_datasets',
+    'check_gpu',
     'check_load_from',
     'enable_amp',
     'enable_painting',

@@ -1,9 +1,12 @@
 """Which scan backends there are, which can run here, and which one a call gets.
 
-The choice follows the tensors of the call and torch's deterministic mode, never
-what the machine has. It can be overridden, in this order, by the ``backend=``
-argument of an op, by :func:`use_backend` and by the environment variable
-``MMVSSM_SCAN_BACKEND``. :func:`explain_backend` says how it comes about.
+The choice follows the tensors of the call, torch's deterministic mode and, on a GPU,
+the machine: kernels for it are taken where a check on that very machine found them
+right and faster than the next (``gpu_check/``); else those of ``mamba_ssm`` where that
+is installed; else plain tensor code, with a warning that says why. It can be
+overridden, in this order, by the ``backend=`` argument of an op, by
+:func:`use_backend` and by the environment variable ``MMVSSM_SCAN_BACKEND``.
+:func:`explain_backend` says how it comes about.
 """
 
 import contextlib
@@ -16,6 +19,7 @@ import torch
 from mmvssm.ops import mamba_ssm
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cuda import kernels as cuda_kernels
+from mmvssm.ops.gpu_check import choice
 
 ENV_VARIABLE = 'MMVSSM_SCAN_BACKEND'
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,6 +42,9 @@ class Supplier:
         states: Numbers of states it takes, None for any.
         deterministic: Whether the same inputs give the same bits.
         automatic: Whether it may be chosen without being asked for.
+        checked: Device types on which it is so chosen if its check passed there, and
+            on no others; empty if it needs no check.
+        last_state_gradient: Whether it knows the gradient of a scan's last state.
     """
 
     name: str
@@ -48,6 +55,8 @@ class Supplier:
     states: Collection[int] | None = None
     deterministic: bool = True
     automatic: bool = True
+    checked: tuple[str, ...] = ()
+    last_state_gradient: bool = True
 
     def refuses(
         self, device_type: str, dtype: torch.dtype, states: int | None = None
@@ -89,8 +98,7 @@ CUDA = Supplier(
     devices=cuda_kernels.devices,
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     states=range(1, 257),
-    # Checked on the CPU, but not yet run on a GPU.
-    automatic=False,
+    checked=('cuda',),
 )
 MAMBA_SSM = Supplier(
     'mamba_ssm',
@@ -100,8 +108,7 @@ MAMBA_SSM = Supplier(
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     states=range(1, 257),
     deterministic=False,
-    # The choice must not follow what happens to be installed.
-    automatic=False,
+    last_state_gradient=False,
 )
 TORCH = Supplier('torch', 'plain tensor code, any device, nothing compiled')
 REFERENCE = Supplier(
@@ -165,31 +172,38 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose_backend(
-    device_type: str,
+    device: torch.device | str,
     dtype: torch.dtype,
     requested: str | None = None,
     *,
     states: int | None = None,
+    last_state: bool = False,
+    op: str = 'selective_scan',
     among: Container[str] = OURS,
 ) -> str:
     """Name of the backend that serves a call.
 
+    On a GPU whose kernels have not been checked it has that done first.
+
     Args:
-        device_type: ``'cpu'``, ``'cuda'`` ...
+        device: Of the tensors: ``'cpu'``, ``'cuda'`` ...
         dtype: Dtype of the activations.
         requested: The caller's ``backend=`` argument.
         states: Of a channel, None for an op that has none.
+        last_state: Whether the caller wants a scan's last state.
+        op: Name of the op.
         among: Those that may be chosen without being asked for.
 
     Returns:
         The requested backend, else the one of the innermost
         :func:`use_backend`, else the one named by ``MMVSSM_SCAN_BACKEND``,
-        else the first that takes the tensors.
+        else the first that takes the tensors and has passed its check, if it has one.
 
     Raises:
         ValueError: The name is unknown.
         BackendUnavailableError: The named backend cannot serve the tensors.
     """
+    device_type, index = _kind(device)
     call = device_type, dtype, states
     name = requested or (_forced[-1] if _forced else _from_environment())
     if name:
@@ -200,52 +214,115 @@ def choose_backend(
                 f'Leave the choice to mmvssm, or take one of {_servers(*call)}'
             )
         return name
+    checked, other = _candidates(call, last_state, among)
+    if checked is None:
+        return other
+    reason = checked.refuses(*call)
+    if reason is None:
+        reason = choice.objection(checked.name, op, device_type, index, other)
+    elif reason == checked.unavailable():
+        choice.warn_unavailable(checked.name, reason)
+    return other if reason else checked.name
+
+
+def explain_backend(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    requested: str | None = None,
+    *,
+    states: int | None = None,
+    last_state: bool = False,
+    op: str = 'selective_scan',
+    among: Container[str] = OURS,
+) -> dict[str, str]:
+    """Why a call would get the backend that it gets.
+
+    It runs no check: where there is none yet, it says so.
+
+    Args:
+        device, dtype, requested, states, last_state, op, among: See
+            :func:`choose_backend`.
+
+    Returns:
+        For every backend, in order of preference, one line that begins with
+        ``chosen``, ``not needed``, ``not taken``, ``only when asked for`` or ``cannot
+        run``.
+
+    Raises:
+        ValueError: The name is unknown.
+        BackendUnavailableError: No backend, or not the one asked for, takes it.
+    """
+    device_type, index = _kind(device)
+    call = device_type, dtype, states
+    asked = requested or (_forced[-1] if _forced else _from_environment())
+    why, objection = 'the first that takes it unasked', ''
+    if asked:
+        chosen = choose_backend(device, dtype, asked, states=states)
+        checked, why = None, _who_asks(requested)
+    else:
+        checked, chosen = _candidates(call, last_state, among)
+        if checked is not None and not checked.refuses(*call):
+            of_check = checked.name, op, device_type, index, chosen
+            passed, text = choice.explanation(*of_check)
+            if passed:
+                chosen, why = checked.name, text
+            else:
+                objection = text
+    found = {}
+    for name, backend in suppliers.items():
+        reason = backend.refuses(*call)
+        if name == chosen:
+            found[name] = f'chosen: {why}'
+        elif reason:
+            found[name] = f'cannot run: {reason}'
+        elif checked is backend and objection:
+            found[name] = f'not taken: {objection}'
+        elif not _unasked(backend, device_type, last_state):
+            found[name] = 'only when asked for'
+        else:
+            found[name] = f'not needed: {chosen} is taken'
+    return found
+
+
+def _candidates(
+    call: tuple[str, torch.dtype, int | None],
+    last_state: bool,
+    among: Container[str],
+) -> tuple[Supplier | None, str]:
+    """The one to take if it runs and its check passed, and the one to take else.
+
+    Raises:
+        BackendUnavailableError: There is none.
+    """
+    device_type, dtype, _ = call
+    checked = None
     for supplier in suppliers.values():
-        chosen = supplier.automatic and supplier.name in among
-        if chosen and not supplier.refuses(*call):
-            return supplier.name
+        if supplier.name not in among:
+            continue
+        if not _unasked(supplier, device_type, last_state):
+            continue
+        if supplier.checked:
+            checked = checked or supplier
+        elif not supplier.refuses(*call):
+            return checked, supplier.name
     raise BackendUnavailableError(
         f'no scan backend takes {dtype} tensors on {device_type}; '
         f'python -m mmvssm.collect_env says what each one takes'
     )
 
 
-def explain_backend(
-    device_type: str,
-    dtype: torch.dtype,
-    requested: str | None = None,
-    *,
-    states: int | None = None,
-    among: Container[str] = OURS,
-) -> dict[str, str]:
-    """Why a call would get the backend that it gets.
+def _unasked(supplier: Supplier, device_type: str, last_state: bool) -> bool:
+    """Whether it may be chosen for such a call without being asked for."""
+    fits = not supplier.checked or device_type in supplier.checked
+    gradient = supplier.last_state_gradient or not last_state
+    return supplier.automatic and fits and gradient
 
-    Args:
-        device_type, dtype, requested, states, among: See :func:`choose_backend`.
 
-    Returns:
-        For every backend, in order of preference, one line that begins with
-        ``chosen``, ``not needed``, ``only when asked for`` or ``cannot run``.
-
-    Raises:
-        ValueError: The name is unknown.
-        BackendUnavailableError: No backend, or not the one asked for, takes it.
-    """
-    chosen = choose_backend(device_type, dtype, requested, states=states, among=among)
-    asked = requested or (_forced[-1] if _forced else _from_environment())
-    found = {}
-    for name, backend in suppliers.items():
-        reason = backend.refuses(device_type, dtype, states)
-        if name == chosen:
-            how = _who_asks(requested) if asked else 'the first that takes it unasked'
-            found[name] = f'chosen: {how}'
-        elif reason:
-            found[name] = f'cannot run: {reason}'
-        elif not backend.automatic:
-            found[name] = 'only when asked for'
-        else:
-            found[name] = f'not needed: {chosen} is taken'
-    return found
+def _kind(device: torch.device | str) -> tuple[str, int | None]:
+    """Type and number of a device."""
+    if isinstance(device, str):
+        device = torch.device(device)
+    return device.type, device.index
 
 
 def _who_asks(requested: str | None) -> str:

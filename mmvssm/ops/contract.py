@@ -92,12 +92,14 @@ class Call(NamedTuple):
         inputs, options: Of the op.
         backend: The backend asked for, None for the op's choice.
         states: Of a channel, where the op has states.
+        last_state: Whether the caller wants a scan's last state.
     """
 
     inputs: Any
     options: Any
     backend: str | None = None
     states: int | None = None
+    last_state: bool = False
 
 
 class Composed:

@@ -20,7 +20,6 @@ _HOW = (
 )
 
 
-@cache
 def scan_function() -> Callable[..., Any]:
     """``selective_scan_fn`` of mamba_ssm.
 
@@ -28,46 +27,53 @@ def scan_function() -> Callable[..., Any]:
         ImportError: The package or its compiled module is missing or broken; the
             message says which.
     """
+    found = _found()
+    if isinstance(found, str):
+        raise ImportError(found)
+    return found
+
+
+# Asked at every call; a failed import is not quick.
+@cache
+def _found() -> Callable[..., Any] | str:
+    """The function, or why there is none."""
     try:
         import_module('mamba_ssm')
     except ModuleNotFoundError as error:
         if error.name == 'mamba_ssm':
-            raise ImportError(f'mamba_ssm is not installed ({_HOW})') from None
+            return f'mamba_ssm is not installed ({_HOW})'
         # Its first lines import all of its layers, and these the kernels.
         if error.name != 'selective_scan_cuda':
-            raise ImportError(f'mamba_ssm cannot be imported: {error}') from error
+            return f'mamba_ssm cannot be imported: {error}'
     except Exception as error:
-        raise ImportError(f'mamba_ssm cannot be imported: {error}') from error
+        return f'mamba_ssm cannot be imported: {error}'
     try:
         import_module('selective_scan_cuda')
     except ModuleNotFoundError:
-        raise ImportError(
+        return (
             f'mamba_ssm is installed without its compiled module '
             f'selective_scan_cuda, as releases since 2.3.2 are by default ({_HOW})'
-        ) from None
+        )
     except Exception as error:
-        raise ImportError(
+        return (
             f'selective_scan_cuda of mamba_ssm cannot be loaded, perhaps because it '
             f'was built for another torch than {torch.__version__}: {error}'
-        ) from error
+        )
     try:
         interface = import_module('mamba_ssm.ops.selective_scan_interface')
-        found: Callable[..., Any] = interface.selective_scan_fn
-        return found
+        function: Callable[..., Any] = interface.selective_scan_fn
     except Exception as error:
-        raise ImportError(
-            f'mamba_ssm has no selective_scan_fn to import: {error}'
-        ) from error
+        return f'mamba_ssm has no selective_scan_fn to import: {error}'
+    return function
 
 
 # torch.compile asks once and does not trace what follows.
 @assume_constant_result
 def unavailable() -> str | None:
     """Why mamba_ssm's scan cannot run here, or None."""
-    try:
-        scan_function()
-    except ImportError as error:
-        return str(error)
+    found = _found()
+    if isinstance(found, str):
+        return found
     if not torch.cuda.is_available():
         return 'torch sees no CUDA device'
     return None

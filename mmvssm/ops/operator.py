@@ -18,7 +18,8 @@ definition.
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
 from mmvssm.ops import autocast, bypass, checks
-from mmvssm.ops.backends import OURS, choose_backend
+from mmvssm.ops.backends import OURS, choose_backend, suppliers
 from mmvssm.ops.contract import Backend, Call, Flops, Outputs, Result
 from mmvssm.ops.leaves import (
     leaves_of,
@@ -41,6 +42,8 @@ I = TypeVar('I', bound=NamedTuple)  # noqa: E741
 O = TypeVar('O', bound=tuple[Any, ...])  # noqa: E741
 P = ParamSpec('P')
 R = TypeVar('R')
+
+_NO_AXES: Mapping[str, tuple[int | None, int | None]] = MappingProxyType({})
 
 
 class Op(Generic[I, O]):
@@ -57,6 +60,8 @@ class Op(Generic[I, O]):
             shapes, dtypes and strides.
         flops: The cost by parts, from inputs whose tensors are replaced by their
             shapes.
+        axes: Of the inputs that have them the axes of the batch and of the positions,
+            by the inputs' labels. Outputs have the batch first.
         keep: What is kept for the backward pass in place of the inputs, from inputs,
             outputs and options; the inputs themselves if not given.
         gradients_like: Tensors that the gradients are to be like, from what is kept;
@@ -74,6 +79,7 @@ class Op(Generic[I, O]):
         saves: int = 0,
         outputs_like: Callable[[I, O], Outputs],
         flops: Callable[[I, O], Sequence[Flops]],
+        axes: Mapping[str, tuple[int | None, int | None]] = _NO_AXES,
         keep: Callable[[I, Outputs, O], I] | None = None,
         gradients_like: Callable[[I, O], I] | None = None,
         spread: Callable[[I, O], I] | None = None,
@@ -82,6 +88,8 @@ class Op(Generic[I, O]):
         self.flops, self.outputs_like = flops, outputs_like
         self.names = names_of(inputs)
         self.labels = names_of(inputs, between='.')
+        self.option_types = typing.get_type_hints(options)
+        self.axes = axes
         self.backends: dict[str, Backend[I, O]] = {}
         self._composed: Callable[[str], Backend[I, O]] | None = None
         self._among: Collection[str] = OURS
@@ -108,7 +116,9 @@ class Op(Generic[I, O]):
         for backend in backends:
             self.backends[backend.supplier.name] = backend
         self._composed = composed or self._composed
-        self._among = OURS | set(self.backends)
+        # Kernels that must be checked first are there to be checked.
+        unchecked = {name for name in OURS if not suppliers[name].checked}
+        self._among = unchecked | set(self.backends)
 
     def backend(self, name: str, inputs: I, options: O) -> Backend[I, O]:
         """The backend that serves a call if the supplier ``name`` does."""
@@ -156,6 +166,7 @@ class Op(Generic[I, O]):
             A decorator for a function that checks its arguments and says what it
             asks of the op. Its docstring is the public one.
         """
+        self.finish: Callable[[Outputs, O], Any] = finish
 
         def decorate(prepare: Callable[P, Call]) -> Callable[P, R]:
             @functools.wraps(prepare)
@@ -194,10 +205,14 @@ class Op(Generic[I, O]):
             ValueError: The backend asked for is unknown.
             BackendUnavailableError: It cannot run.
         """
-        inputs, options, backend, states = call
+        inputs, options, backend, states, last_state = call
         x = inputs[0]
         name = choose_backend(
-            x.device.type, x.dtype, backend, states=states, among=self._among
+            *(x.device, x.dtype, backend),
+            states=states,
+            last_state=last_state,
+            op=self.name,
+            among=self._among,
         )
         chosen = self.backend(name, inputs, options)
         tensors = tuple(leaves_of(inputs))
@@ -237,8 +252,9 @@ class Op(Generic[I, O]):
     # Registration with torch
 
     def _register(self) -> tuple[Any, Any]:
-        types = typing.get_type_hints(self._options)
-        options = [f'{_SCHEMA_TYPES[kind]} {name}' for name, kind in types.items()]
+        options = [
+            f'{_SCHEMA_TYPES[kind]} {name}' for name, kind in self.option_types.items()
+        ]
         optional = optional_of(self._inputs)
         tensors = [
             f'Tensor{"?" if may else ""} {name}'
@@ -525,9 +541,12 @@ def _schema(*arguments: str, returns: int | None = None) -> str:
 
 
 def _as(gradient: Tensor | None, x: Tensor) -> Tensor:
-    """A gradient with the dtype and strides of a tensor."""
+    """A gradient with the dtype of a tensor and the strides of a new one like it."""
     if gradient is None:
         return torch.zeros_like(x)
-    if gradient.dtype == x.dtype and gradient.stride() == x.stride():
-        return gradient
+    if gradient.dtype == x.dtype:
+        # A part of a larger tensor, as of a projection, has other strides itself.
+        strides = x.stride(), torch.empty_like(x, device='meta').stride()
+        if gradient.stride() in strides:
+            return gradient
     return torch.empty_like(x).copy_(gradient)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmvssm import ops
+from mmvssm.layers import rotary_tables
 from mmvssm.ops import backend_status, backends, list_backends
 from ops.bidirectional_inputs import call as call_bidirectional
 from ops.bidirectional_inputs import make_inputs
@@ -20,6 +21,7 @@ cuda = pytest.mark.cuda
 
 def _serves(name: str) -> bool:
     devices = backends.suppliers[name].devices
+    devices = devices() if callable(devices) else devices
     return name != 'reference' and (
         devices is None or torch.device(DEVICE).type in devices
     )
@@ -87,6 +89,21 @@ def _norm_inputs():
     return {k: torch.randn(s, generator=generator).double() for k, s in shapes.items()}
 
 
+def _attention(inputs, backend):
+    q = inputs['q']
+    rotary = rotary_tables(13, 27, q.shape[2], like=q).unbind()
+    heads = q.shape[2] // 32
+    return (
+        ops.linear_attention(**inputs, heads=heads, rotary=rotary, backend=backend),
+    )
+
+
+def _attention_inputs():
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 13 * 27, 96)
+    return {k: torch.randn(shape, generator=generator).double() for k in 'qkv'}
+
+
 # Of the sizes that models have, and none a multiple of anything.
 OPS = {
     'selective_scan': Op(
@@ -103,5 +120,6 @@ OPS = {
     ),
     'bidirectional_scan': Op(_two_ways, lambda: make_inputs(2, 96, 197, 6, 16, 4)),
     'add_rms_norm': Op(_add_norm, _norm_inputs),
+    'linear_attention': Op(_attention, _attention_inputs),
 }
 every_op = pytest.mark.parametrize('op', OPS.values(), ids=OPS.keys())

@@ -1,8 +1,9 @@
 """The scan backends that tests run on, and how exact each one is.
 
-They are those for tensors on the CPU. What cannot run here is skipped with the
-reason. MMVSSM_REQUIRE_KERNELS=1, which also makes a failed build an error, turns
-the absence of the compiled kernels into failures.
+They are those for tensors on the CPU, and the CUDA kernels, which an emulator runs
+there (see ``cuda_emulation/``). What cannot run here is skipped with the reason.
+MMVSSM_REQUIRE_KERNELS=1, which also makes a failed build an error, turns the absence
+of the compiled kernels into failures.
 """
 
 import os
@@ -13,11 +14,13 @@ import torch
 from mmvssm.ops import backend_status, backends, list_backends
 from mmvssm.ops.cpu import library
 
+from .cuda_emulation import Emulator
+
+EMULATED = 'cuda'
 BACKENDS = [
     name
     for name in list_backends()
-    if backends.suppliers[name].devices is None
-    or backends.suppliers[name].devices == ('cpu',)
+    if name == EMULATED or backends.suppliers[name].devices in (None, ('cpu',))
 ]
 FAST_BACKENDS = [name for name in BACKENDS if name != 'reference']
 ISAS = ('baseline', 'avx2', 'avx512')
@@ -38,7 +41,8 @@ def precision(backend: str) -> tuple[torch.dtype, float]:
 
 def skips(backend: str) -> tuple[pytest.MarkDecorator, ...]:
     """Marks that skip what needs the backend where it cannot run."""
-    reason = backend_status()[backend]
+    status = backend_status() | {EMULATED: Emulator().unavailable()}
+    reason = status[backend]
     if reason is None or (backend == 'cpu' and _KERNELS_REQUIRED):
         return ()
     return (pytest.mark.skip(reason=f'{backend}: {reason}'),)

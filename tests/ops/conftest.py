@@ -1,15 +1,16 @@
-import dataclasses
-import os
-
 import pytest
 import torch
 
-from mmvssm.ops import backends
+from mmvssm.ops.cuda import kernels
 
-if os.environ.get('MMVSSM_TEST_CUDA_ON_CPU') == '1':
-    # The CUDA kernels, compiled for the CPU by test_cuda.py, take its tensors.
-    emulated = dataclasses.replace(backends.suppliers['cuda'], devices=('cpu',))
-    backends.suppliers['cuda'] = emulated
+from .cuda_emulation import Emulator
+
+
+@pytest.fixture(autouse=True)
+def emulated_gpu():
+    """The CUDA kernels run on the CPU and take its tensors."""
+    with kernels.use_machine(Emulator()):
+        yield
 
 
 @pytest.fixture(autouse=True)

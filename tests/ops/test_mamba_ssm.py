@@ -79,13 +79,13 @@ def selective_scan_fn(
 @pytest.fixture
 def installed(monkeypatch):
     """Put a stand-in where the package would be."""
-    mamba_ssm.scan_function.cache_clear()
+    mamba_ssm._found.cache_clear()
     modules = {name: ModuleType(name) for name in MODULES}
     modules[INTERFACE].selective_scan_fn = selective_scan_fn
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     yield modules
-    mamba_ssm.scan_function.cache_clear()
+    mamba_ssm._found.cache_clear()
 
 
 @pytest.fixture
@@ -210,8 +210,18 @@ def test_refused_in_deterministic_mode(on_cpu):
         run(inputs)
 
 
-def test_never_chosen_unasked(on_cpu):
-    assert ops.choose_backend('cpu', torch.float32) != 'mamba_ssm'
+def test_chosen_behind_fused_kernels(on_cpu, monkeypatch):
+    without = dataclasses.replace(backends.CPU, unavailable=lambda: 'not compiled')
+    monkeypatch.setitem(backends.suppliers, 'cpu', without)
+    assert ops.choose_backend('cpu', torch.float32) == 'mamba_ssm'
+    # It knows no gradient of the last state, and torch may ask for the same bits.
+    assert ops.choose_backend('cpu', torch.float32, last_state=True) == 'torch'
+    torch.use_deterministic_algorithms(True)
+    assert ops.choose_backend('cpu', torch.float32) == 'torch'
+    torch.use_deterministic_algorithms(False)
+
+
+def test_chosen_by_name(on_cpu):
     with ops.use_backend('mamba_ssm'):
         assert ops.choose_backend('cpu', torch.float32) == 'mamba_ssm'
         with pytest.raises(ops.BackendUnavailableError, match='1 to 256 states'):
@@ -220,7 +230,7 @@ def test_never_chosen_unasked(on_cpu):
 
 def test_what_it_needs(installed, monkeypatch):
     def reason():
-        mamba_ssm.scan_function.cache_clear()
+        mamba_ssm._found.cache_clear()
         return ops.backend_status()['mamba_ssm']
 
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
@@ -246,7 +256,7 @@ def test_what_it_needs(installed, monkeypatch):
 )
 def test_broken_installations(monkeypatch, tmp_path, package, kernels, expected):
     """Packages on disk that fail in the middle of their import."""
-    mamba_ssm.scan_function.cache_clear()
+    mamba_ssm._found.cache_clear()
     (tmp_path / 'mamba_ssm').mkdir()
     (tmp_path / 'mamba_ssm' / '__init__.py').write_text(package)
     if kernels is not None:

@@ -84,6 +84,7 @@ ADD_RMS_NORM = Op(
     outputs_like=outputs_like,
     # Counters of the published models do not see their RMS norms.
     flops=lambda shapes, options: [],
+    axes=dict(x=(0, -2), residual=(0, -2)),
     keep=_keep,
     gradients_like=new_gradients,
     spread=_spread,

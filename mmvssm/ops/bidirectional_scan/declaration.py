@@ -78,6 +78,7 @@ BIDIRECTIONAL_SCAN = Op(
     saves=4,
     outputs_like=outputs_like,
     flops=_flops,
+    axes=dict(x=(0, 2), z=(0, 2)),
 )
 
 

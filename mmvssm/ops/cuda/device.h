@@ -168,6 +168,47 @@ MMVSSM_DEVICE void mma_16816(float (&d)[4], const uint32_t (&a)[4],
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// d = a b + c, which may be another matrix.
+template <bool kIsBfloat16>
+MMVSSM_DEVICE void mma_16816(float (&d)[4], const uint32_t (&a)[4],
+                             const uint32_t (&b)[2], const float (&c)[4]) {
+  if constexpr (kIsBfloat16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
+        "{%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]),
+          "f"(c[1]), "f"(c[2]), "f"(c[3]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, "
+        "{%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]),
+          "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// The operand a of mma_16816 from shared memory: lane i gives the address of row i % 16
+// at column i / 16 * 8, aligned to 16 bytes.
+MMVSSM_DEVICE void load_matrix(uint32_t (&a)[4], const void* shared) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(from)
+               : "memory");
+}
+
+// d += a b for a (16, 8) and b (8, 8) in tf32, of whose floats the last 13 bits do not
+// count, and d (16, 8) in float32, one warp. With g = lane / 4 and c = lane % 4:
+//   a: (g, c), (g + 8, c), (g, c + 4), (g + 8, c + 4);  b: (c, g), (c + 4, g);
+//   d: (g, 2c), (g, 2c + 1), (g + 8, 2c), (g + 8, 2c + 1).
+MMVSSM_DEVICE void mma_1688(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, "
+      "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])),
+        "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
 // A number that says by itself whether it is there: other CTAs read it until it is not
 // what its memory was filled with. Each is written and read as a whole.
 MMVSSM_DEVICE void publish(uint64_t* to, uint64_t value) {
@@ -233,6 +274,16 @@ MMVSSM_DEVICE uint16_t to_bfloat16(float x) {
   uint16_t bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
   return bits;
+}
+
+// base + x y bytes, in one instruction; in global memory.
+MMVSSM_DEVICE const char* global_address(const char* base, int x, int y) {
+  uint64_t found;
+  asm("mad.wide.s32 %0, %1, %2, %3;"
+      : "=l"(found)
+      : "r"(x), "r"(y), "l"(reinterpret_cast<uint64_t>(base)));
+  // Generic addresses of global memory are these numbers; now the compiler knows.
+  return static_cast<const char*>(__cvta_global_to_generic(found));
 }
 
 // base + x y bytes, in one instruction.

@@ -51,4 +51,5 @@ LINEAR = Op(
     returns=('y',),
     outputs_like=_outputs_like,
     flops=_flops,
+    axes=dict(x=(0, -2)),
 )

@@ -61,6 +61,8 @@ LINEAR_ATTENTION = Op(
     AttentionInputs,
     AttentionOptions,
     returns=('y',),
+    saves=1,
     outputs_like=_outputs_like,
     flops=_flops,
+    axes=dict(q=(0, 1), k=(0, 1), v=(0, 1), cos=(None, 0), sin=(None, 0)),
 )

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mmvssm.ops import autocast, backends
 from mmvssm.ops.contract import Call
+from mmvssm.ops.linear_attention.cuda_backend import CudaAttention
 from mmvssm.ops.linear_attention.declaration import (
     LINEAR_ATTENTION,
     AttentionInputs,
@@ -14,6 +15,7 @@ from mmvssm.ops.linear_attention.linear_form import LinearForm
 from mmvssm.ops.linear_attention.reference import ReferenceAttention
 
 LINEAR_ATTENTION.supply(
+    CudaAttention(),
     LinearForm(backends.TORCH),
     ReferenceAttention(),
     composed=lambda name: LinearForm(backends.suppliers[name]),
@@ -65,9 +67,9 @@ def linear_attention(
             still a mean over j.
         eps: :math:`\epsilon`.
         backend: ``'reference'``, the definition by the L x L matrix of
-            weights, or any other of :func:`mmvssm.ops.list_backends`: all of
-            them take the same tensor code. See
-            :func:`mmvssm.ops.selective_scan`.
+            weights; ``'cuda'``, own kernels for heads of up to 64 channels; or
+            any other of :func:`mmvssm.ops.list_backends`: all of them take the
+            same tensor code. See :func:`mmvssm.ops.selective_scan`.
 
     Returns:
         (B, L, C') in v's dtype, under autocast in float32. Everything is

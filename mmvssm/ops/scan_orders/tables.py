@@ -124,6 +124,11 @@ def order_word(orders: Orders) -> str:
     return token
 
 
+def name_orders(word: str, orders: Orders) -> None:
+    """Let :func:`orders_of` take a word for these orders, if it does not yet."""
+    _keys.setdefault(word, key_of(orders))
+
+
 @torch.library.custom_op('mmvssm::scan_order', mutates_args=())
 def _table_op(
     token: str, kind: str, height: int, width: int, device: torch.device

@@ -82,4 +82,5 @@ SELECTIVE_SCAN = Op(
     saves=1,
     outputs_like=outputs_like,
     flops=_flops,
+    axes=dict(u=(0, 2), delta=(0, 2), B=(0, 3), C=(0, 3), z=(0, 2)),
 )

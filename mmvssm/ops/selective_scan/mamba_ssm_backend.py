@@ -3,8 +3,8 @@
 They take 16-bit tensors and return such; here inputs are cast beforehand
 where the output is to be float32. Their weight gradients are made by atomic
 additions, whose order differs from run to run, so this is the one backend that
-does not promise the same bits; it is never chosen unasked, nor in torch's
-deterministic mode. They know no gradient of the last state.
+does not promise the same bits; torch's deterministic mode rules it out. They know
+no gradient of the last state.
 """
 
 import contextlib

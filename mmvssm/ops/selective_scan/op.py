@@ -99,7 +99,7 @@ def selective_scan(
     if B.ndim == 3:
         inputs = inputs._replace(B=B.unsqueeze(1), C=C.unsqueeze(1))
     options = ScanOptions(delta_softplus, out_dtype, return_last_state)
-    return Call(inputs, options, backend, states=A.shape[1])
+    return Call(inputs, options, backend, A.shape[1], return_last_state)
 
 
 # The checks

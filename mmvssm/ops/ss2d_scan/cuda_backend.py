@@ -1,29 +1,25 @@
-"""SS2D's core by own CUDA kernels: one scan after the other, in the image's order.
+"""SS2D's core by own CUDA kernels, in the order of the image.
 
-The kernels of the selective scan read the map and the projections along a scan
-order, by index arithmetic or by a table, and add to the merged map, so there is
-never an array with all scans, forward or backward. The forward kernels make the
-step sizes of their low-rank form on the way, unless its rank is high. Scans follow
-one another on the device, and each writes every place once: the same inputs give
-the same bits.
+The kernels of the selective scan read the map and the projections along a scan order,
+by index arithmetic or by a table, so there is never an array in the order of a scan.
+The forward kernels make the step sizes of their low-rank form on the way. Scans follow
+one another on the device, each adding to the sum, or, where one alone would leave most
+of a GPU idle, run side by side and are merged then. Either way each writes every place
+once and the sums are in a fixed order: the same inputs give the same bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mmvssm.ops import backends
 from mmvssm.ops.contract import Result
-from mmvssm.ops.cuda import library
+from mmvssm.ops.cuda import one_state
+from mmvssm.ops.cuda.scan import Scan
 from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.scan_orders import KernelOrders
-from mmvssm.ops.selective_scan.cuda_backend import (
-    Scan,
-    saved_states_shape,
-    scan_backward,
-    scan_forward,
-)
+from mmvssm.ops.selective_scan.cuda_backend import kernels_for
 from mmvssm.ops.ss2d_scan.declaration import (
     FusedSs2d,
     KernelInputs,
@@ -52,21 +48,22 @@ class CudaSs2d(FusedSs2d):
         self, batch: int, positions: int, states: int, channels: int
     ) -> tuple[int, ...]:
         """Of the states before each chunk but the first."""
-        return saved_states_shape(batch, positions, states, channels)
+        return kernels_for(states).saved_shape(batch, positions, states, channels)
 
     def forward(self, inputs: Ss2dInputs, options: Ss2dOptions, keep: bool) -> Result:
         """See :func:`mmvssm.ops.ss2d_scan`."""
         orders = walked_orders(inputs, options)
         read = KernelInputs.of(inputs, options, self.dtypes)
-        rank, states = read.dt_weight.shape[2], read.A.shape[1]
-        out = torch.empty_like(read.x, dtype=torch.float32)
+        memory = read.x.new_empty(read.x.shape, dtype=options.out_dtype)
         kept = self.states_like(inputs, orders) if keep else None
-        low_rank = rank <= library.MAX_RANK and states <= library.MAX_RANK_STATES
-        for k, (scan, _) in enumerate(_scans(read, orders, low_rank)):
-            to = None if kept is None else kept[k]
-            scan_forward(scan, sequence(out), saved=to, add=k > 0)
+        scans = [scan for scan, _ in _scans(read, orders, low_rank=True)]
+        if inputs.A.shape[1] == 1:
+            states = None if kept is None else list(kept)
+            one_state.forward_merged(scans, sequence(memory), states)
+        else:
+            _forward_in_turn(scans, sequence(memory), kept)
         saved = () if kept is None else (read.kept(options), kept)
-        return Result((out.permute(0, 3, 1, 2).to(options.out_dtype),), saved)
+        return Result((memory.permute(0, 3, 1, 2),), saved)
 
     def backward(
         self,
@@ -81,11 +78,12 @@ class CudaSs2d(FusedSs2d):
         read = KernelInputs.of(inputs, options, self.dtypes, projected=saved[0])
         grad_out = sequence(sole(grads).permute(0, 2, 3, 1).contiguous())
         grad_x = torch.empty_like(read.x, dtype=torch.float32)
+        kernels = kernels_for(inputs.A.shape[1])
         found = []
         for k, (scan, own) in enumerate(_scans(read, orders, low_rank=False)):
             assert scan.delta is not None, 'the backward pass takes whole steps'
             grad_delta = torch.empty_like(scan.delta)
-            by_A, by_B, by_C, by_D, by_bias = scan_backward(
+            by_A, by_B, by_C, by_D, by_bias = kernels.backward(
                 *(scan, saved[1][k], grad_out, None),
                 rows=(sequence(grad_x), grad_delta, None),
                 add=k > 0,
@@ -108,6 +106,18 @@ class CudaSs2d(FusedSs2d):
         return gradients_of(inputs, options, grad_x, *rest)
 
 
+def _forward_in_turn(scans: Sequence[Scan], out: Tensor, saved: Tensor | None) -> None:
+    """Scans of several states, each adding to the sum of those before it."""
+    total = torch.empty_like(out, dtype=torch.float32)
+    forward = kernels_for(scans[0].A.shape[1]).forward
+    for k, scan in enumerate(scans):
+        forward(
+            *(scan, out if k + 1 == len(scans) else total),
+            saved=None if saved is None else saved[k],
+            add=total if k else None,
+        )
+
+
 def _scans(
     inputs: KernelInputs, orders: KernelOrders, low_rank: bool
 ) -> Iterator[tuple[Scan, OrderInputs]]:
@@ -123,10 +133,10 @@ def _scans(
             bias=own.bias,
             width=width,
             route=orders.route(k),
-            table=orders.row(k),
+            order=orders.row(k),
         )
         if low_rank:
-            scan_inputs.features, scan_inputs.weight = own.dt.mT, own.weight
+            scan_inputs.dt_low_rank, scan_inputs.dt_weight = own.dt.mT, own.weight
         else:
             scan_inputs.delta = linear_product(own.dt.float(), own.weight).mT
         yield scan_inputs, own

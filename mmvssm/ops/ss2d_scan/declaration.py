@@ -75,6 +75,7 @@ SS2D_SCAN = Op(
     saves=2,
     outputs_like=outputs_like,
     flops=_flops,
+    axes=dict(x=(0, 2)),
 )
 
 

@@ -346,6 +346,9 @@ inline float inverse_root(float x) { return 1.0f / sqrtf(x); }
 inline float rcp_fast(float x) { return 1.0f / x; }
 inline float divide_fast(float x, float y) { return x / y; }
 inline int fresh_zero() { return 0; }
+inline const char* global_address(const char* base, int x, int y) {
+  return base + static_cast<int64_t>(x) * y;
+}
 inline char* moved(char* at, int64_t bytes) { return at + bytes; }
 inline char* address(char* base, int x, int y) {
   return base + static_cast<int64_t>(x) * y;
@@ -399,6 +402,56 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
       d[i] += number(row % 8 * 4 + c, upper * 2 + row / 8, k % 2) *
               number(column * 4 + c, 4 + upper, k % 2);
     }
+  }
+}
+
+template <bool kIsBfloat16>
+void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+               const float (&c)[4]) {
+  memcpy(d, c, sizeof d);
+  mma_16816<kIsBfloat16>(d, a, b);
+}
+
+inline void load_matrix(uint32_t (&a)[4], const void* from) {
+  const auto address = reinterpret_cast<uintptr_t>(from);
+  if (address % 16) {
+    std::fprintf(stderr, "a row of a matrix is not aligned\n");
+    std::abort();
+  }
+  const uint32_t values[2] = {static_cast<uint32_t>(address),
+                              static_cast<uint32_t>(address >> 32)};
+  unsigned turn;
+  const Fiber* const* lanes = exchange(values, &turn);
+  const int own = machine.thread.x % kLanesOfWarp;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t* row = lanes[i * 8 + own / 4]->offered[turn];
+    const uintptr_t start = row[0] | static_cast<uintptr_t>(row[1]) << 32;
+    memcpy(&a[i], reinterpret_cast<const char*>(start) + own % 4 * 4, 4);
+  }
+}
+
+
+// Tensor cores cut off what float32 has no room for, and so does this.
+inline float toward_zero(double x) {
+  const float near = static_cast<float>(x);
+  return fabs(static_cast<double>(near)) > fabs(x) ? nextafterf(near, 0.0f) : near;
+}
+inline void mma_1688(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  const uint32_t values[6] = {bits_of(a[0]), bits_of(a[1]), bits_of(a[2]),
+                              bits_of(a[3]), bits_of(b[0]), bits_of(b[1])};
+  unsigned turn;
+  const Fiber* const* lanes = exchange(values, &turn);
+  const auto number = [&](int lane, int place) {
+    return float_of(lanes[lane]->offered[turn][place] & 0xffffe000u);
+  };
+  const int own = machine.thread.x % kLanesOfWarp;
+  for (int i = 0; i < 4; ++i) {
+    const int row = own / 4 + i / 2 * 8, column = own % 4 * 2 + i % 2;
+    double sum = d[i];
+    for (int k = 0; k < 8; ++k)
+      sum += static_cast<double>(number(row % 8 * 4 + k % 4, k / 4 * 2 + row / 8)) *
+             number(column * 4 + k % 4, 4 + k / 4);
+    d[i] = toward_zero(sum);
   }
 }
 

@@ -1,0 +1,369 @@
+// What the kernels of the selective scan of several states share.
+//
+// A CTA has one thread for each channel of its block and walks the positions in chunks.
+// kLanes neighbouring lanes share kLanes channels: each works out for one channel, its
+// own, what does not depend on the state, and has STATES / kLanes states of all of them.
+// Registers name channels by how their lanes differ: number k is that of lane ^ k, so
+// number 0 is the own one, and nothing is ever chosen by the number of the lane.
+//
+// dt is kept times log2(e), as the hardware has powers of two, and B times ln(2).
+#pragma once
+
+#include "device.h"
+
+namespace mmvssm {
+
+constexpr int kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2;
+constexpr int kWarp = 32;
+constexpr int kThreads = THREADS, kStates = STATES, kRank = RANK;
+constexpr int kPositions = POSITIONS;  // of a chunk
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLargest = 3.4028234663852886e38f;
+static_assert(CHANNELS == THREADS && THREADS % kWarp == 0, "a thread for a channel");
+static_assert(kPositions == 16, "rows of a product on tensor cores");
+
+template <int kDtype>
+constexpr int kSize = kDtype == kFloat32 ? 4 : 2;
+
+// An array (batch, channel, place), or with the rank for channels; strides in bytes.
+struct Rows {
+  char* data;
+  int64_t batch, channel, place;
+};
+// B or C (batch, group, state, place), likewise.
+struct Weights {
+  const char* data;
+  int64_t batch, group, state, place;
+};
+
+// What forward and backward pass read; null for what is not there. Plain pointers are
+// contiguous float32. The `places` of the map, with rows of `width`, lie in memory in
+// the order of the image; an order says which of them each of `length` positions is:
+// route 0 row by row, 1 column by column, 2 and 3 the same from the end, or a table,
+// in which -1 is a padded place: there everything is zero and nothing is stored.
+struct Inputs {
+  int32_t batch, groups, group_size;  // channels are groups * group_size
+  int32_t length, places, width, route;
+  int32_t states, rank;
+  int32_t blocks;  // of the channels of a group
+  int32_t chains;  // batch * groups * blocks
+  int32_t splits, chunks_of_split;
+  int32_t along;         // neighbouring places are next to each other, not channels
+  int32_t states_along;  // so are they in B and C
+  const int32_t* order;  // (length), null for a route
+  Rows u, z;
+  Rows delta;  // or with a rank, its low-rank form
+  Weights B, C;
+  const float* dt_weight;  // (channel, rank)
+  const float *A, *D, *bias;
+  uint64_t* published;  // see splits.h
+};
+
+// Numbers in memory
+
+template <int kDtype>
+MMVSSM_DEVICE float load_float(const char* from) {
+  if constexpr (kDtype == kFloat32) return *reinterpret_cast<const float*>(from);
+  const uint32_t bits = *reinterpret_cast<const uint16_t*>(from);
+  if constexpr (kDtype == kBfloat16) return float_of(bits << 16);
+  return from_half(bits);
+}
+template <int kDtype>
+MMVSSM_DEVICE void store_float(char* to, float x) {
+  if constexpr (kDtype == kFloat32)
+    *reinterpret_cast<float*>(to) = x;
+  else
+    *reinterpret_cast<uint16_t*>(to) = kDtype == kBfloat16 ? to_bfloat16(x) : to_half(x);
+}
+
+// kCount neighbouring floats, aligned as a whole or to 16 bytes.
+template <int kCount>
+MMVSSM_DEVICE void load_floats(const float* from, float (&x)[kCount]) {
+  if constexpr (kCount % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + i);
+      x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+    }
+  } else if constexpr (kCount == 2) {
+    const float2 two = *reinterpret_cast<const float2*>(from);
+    x[0] = two.x, x[1] = two.y;
+  } else {
+    static_assert(kCount == 1, "a power of two");
+    x[0] = *from;
+  }
+}
+template <int kCount>
+MMVSSM_DEVICE void store_floats(float* to, const float (&x)[kCount]) {
+  if constexpr (kCount % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4)
+      *reinterpret_cast<float4*>(to + i) = float4{x[i], x[i + 1], x[i + 2], x[i + 3]};
+  } else if constexpr (kCount == 2) {
+    *reinterpret_cast<float2*>(to) = float2{x[0], x[1]};
+  } else {
+    *to = x[0];
+  }
+}
+
+// Functions
+
+// log2(1 + exp(x ln 2)), accurate in relative terms for any x. The larger part is
+// max(x, 0). The other is log2(1 + e), e = 2^-abs(x), as 2 artanh(s) log2(e),
+// s = e / (2 + e) <= 1/3, by a polynomial (4e-9, fitted at the Chebyshev nodes).
+MMVSSM_DEVICE float softplus_of_log2(float x, float e) {
+  const float s = e * rcp_fast(2.0f + e);
+  const float q = s * s;
+  float p = 0.28157778f * kLog2E;
+  p = p * q + 0.27965158f * kLog2E;
+  p = p * q + 0.40024595f * kLog2E;
+  p = p * q + 0.66666324f * kLog2E;
+  p = p * q + 2.0f * kLog2E;
+  return fmaxf(x, 0.0f) + s * p;
+}
+
+MMVSSM_DEVICE float minus_infinity() { return float_of(0xff800000u); }
+
+MMVSSM_DEVICE float sigmoid(float x) {
+  return rcp_fast(1.0f + exp2_fast(-kLog2E * x));
+}
+
+// Of all that share a channel: register k from lane ^ k, and the sum of what they have
+// for the lane's own channel.
+template <int kLanes>
+MMVSSM_DEVICE void spread(float own, float (&x)[kLanes]) {
+  x[0] = own;
+#pragma unroll
+  for (int k = 1; k < kLanes; ++k) x[k] = shuffle_xor(own, k);
+}
+template <int kLanes>
+MMVSSM_DEVICE float gather(const float (&x)[kLanes]) {
+  float sum = x[0];
+#pragma unroll
+  for (int k = 1; k < kLanes; ++k) sum += shuffle_xor(x[k], k);
+  return sum;
+}
+
+// What a CTA, a warp and a lane work on
+
+struct Work {
+  int batch, group, split;
+  int chain;              // numbers batch, group and block
+  int warp, lane;
+  int first, end;         // channels of the warp; the end is that of the group
+  int own;                // the lane's channel
+  bool valid;             // whether there is such a channel
+  int begin_chunk, end_chunk;
+
+  // A CTA has a higher number than those of its chain's splits that come `before` it.
+  MMVSSM_DEVICE Work(const Inputs& p, bool from_end) {
+    chain = blockIdx.x % p.chains;
+    split = blockIdx.x / p.chains;
+    if (from_end) split = p.splits - 1 - split;
+    const int block = chain % p.blocks;
+    group = chain / p.blocks % p.groups;
+    batch = chain / p.blocks / p.groups;
+    warp = threadIdx.x / kWarp;
+    lane = threadIdx.x % kWarp;
+    end = (group + 1) * p.group_size;
+    first = group * p.group_size + block * kThreads + warp * kWarp;
+    own = first + lane;
+    valid = own < end;
+    const int chunks = (p.length + kPositions - 1) / kPositions;
+    begin_chunk = split * p.chunks_of_split;
+    end_chunk = begin_chunk + p.chunks_of_split;
+    if (end_chunk > chunks) end_chunk = chunks;
+  }
+
+  MMVSSM_DEVICE float parameter(const float* x) const {
+    return x != nullptr && valid ? x[own] : 0.0f;
+  }
+};
+
+// The states of a thread, by channel.
+template <int kLanes>
+using States = float[kLanes][kStates / kLanes];
+
+// The place in memory of the thread's states of a channel, in an array (batch, channel,
+// `states`) of float32.
+template <int kLanes>
+MMVSSM_DEVICE int64_t offset_of_states(const Inputs& p, const Work& work, int k,
+                                       int states) {
+  const int64_t channels = static_cast<int64_t>(p.groups) * p.group_size;
+  const int64_t row = work.batch * channels + work.first + (work.lane ^ k);
+  return row * states + work.lane % kLanes * (kStates / kLanes);
+}
+
+// From or to an array of as many states as there are; those that fill up are zero.
+template <int kLanes>
+MMVSSM_DEVICE void load_states(const Inputs& p, const Work& work, const float* from,
+                               States<kLanes>& x) {
+  constexpr int kOwn = kStates / kLanes;
+#pragma unroll
+  for (int k = 0; k < kLanes; ++k) {
+    const float* row = from + offset_of_states<kLanes>(p, work, k, p.states);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+      x[k][i] = work.first + (work.lane ^ k) < work.end &&
+                        work.lane % kLanes * kOwn + i < p.states
+                    ? row[i]
+                    : 0.0f;
+  }
+}
+template <int kLanes>
+MMVSSM_DEVICE void store_states(const Inputs& p, const Work& work, float* to,
+                                const States<kLanes>& x) {
+  constexpr int kOwn = kStates / kLanes;
+#pragma unroll
+  for (int k = 0; k < kLanes; ++k) {
+    float* row = to + offset_of_states<kLanes>(p, work, k, p.states);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+      if (work.first + (work.lane ^ k) < work.end &&
+          work.lane % kLanes * kOwn + i < p.states)
+        row[i] = x[k][i];
+  }
+}
+// A: of every channel, whatever the batch.
+template <int kLanes>
+MMVSSM_DEVICE void load_rates(const Inputs& p, const Work& work, States<kLanes>& x) {
+  Work first = work;
+  first.batch = 0;
+  load_states<kLanes>(p, first, p.A, x);
+}
+
+// The states before a chunk, kept for the backward pass: (chunks - 1, batch, channel,
+// STATES), those that fill up as well.
+template <int kLanes>
+MMVSSM_DEVICE float* kept_states(const Inputs& p, const Work& work, float* kept,
+                                 int chunk, int k) {
+  const int64_t rows = static_cast<int64_t>(p.batch) * p.groups * p.group_size;
+  return kept + (chunk - 1) * rows * kStates +
+         offset_of_states<kLanes>(p, work, k, kStates);
+}
+
+// Positions of a chunk that there are.
+MMVSSM_DEVICE int count_of(const Inputs& p, int chunk) {
+  const int left = p.length - chunk * kPositions;
+  return left < kPositions ? left : kPositions;
+}
+
+// The place of position t, below 0 if there is none.
+MMVSSM_DEVICE int place_of(const Inputs& p, int t) {
+  if (t < 0 || t >= p.length) return -1;
+  if (p.order != nullptr) return p.order[t];
+  if (p.route >= 2) t = p.length - 1 - t;
+  if (p.route % 2 == 1) {
+    const unsigned height = p.length / p.width;
+    t = t % height * p.width + t / height;
+  }
+  return t;
+}
+
+// The places of the chunks that are under way, four at most.
+struct Places {
+  int* data;
+
+  MMVSSM_DEVICE int* of(int chunk) const { return data + chunk % 4 * kPositions; }
+  MMVSSM_DEVICE void find(const Inputs& p, int chunk) const {
+    if (threadIdx.x < kPositions)
+      of(chunk)[threadIdx.x] = place_of(p, chunk * kPositions + threadIdx.x);
+  }
+};
+
+// A chunk of an array of rows: what one warp has of it in shared memory, its 32 channels
+// of each position. With VECTOR it is copied by 16 bytes, else number by number.
+template <int kDtype>
+struct RowsOfWarp {
+  static constexpr int kPitch = (VECTOR ? kWarp : kWarp + 2) * kSize<kDtype>;
+  static constexpr int kBytes = kPositions * kPitch;
+  static constexpr int kPieces = kWarp * kSize<kDtype> / 16;  // of a row
+  static constexpr int kRowsAtOnce = kWarp / kPieces;
+  char* memory;
+  int stride;
+  int64_t of_channel;
+  int lane, along;
+  bool valid;
+
+  MMVSSM_DEVICE RowsOfWarp(const Rows& x, const Work& work, int is_along)
+      : stride(static_cast<int>(x.place)), of_channel(x.channel), lane(work.lane),
+        along(is_along) {
+    int channel = work.first;
+    if (VECTOR)
+      channel += lane % kPieces * (16 / kSize<kDtype>);
+    else
+      channel += along ? lane / 16 : lane;
+    valid = channel < work.end;
+    left = work.end - channel;
+    memory = x.data + work.batch * x.batch + channel * x.channel;
+  }
+
+  // Begins to copy in what is there; the rest is zero.
+  MMVSSM_DEVICE void load(char* tile, const int* places) const {
+    if constexpr (VECTOR) {
+      tile += lane / kPieces * kPitch + lane % kPieces * 16;
+#pragma unroll
+      for (int i = 0; i < kPositions; i += kRowsAtOnce) {
+        const int place = places[i + lane / kPieces];
+        copy_async_or_zero<16>(tile + i * kPitch, address(memory, place, stride),
+                               valid && place >= 0);
+      }
+    } else {
+      float x[kPositions];
+#pragma unroll
+      for (int i = 0; i < kPositions; ++i) {
+        const int place = places[position(i)];
+        x[i] = there(i, place) ? load_float<kDtype>(element(i, place)) : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kPositions; ++i)
+        store_float<kDtype>(tile + position(i) * kPitch + offset(i), x[i]);
+    }
+  }
+
+  // Copies out. The warp has written all of it.
+  MMVSSM_DEVICE void store(const char* tile, const int* places) const {
+    if constexpr (VECTOR) {
+      tile += lane / kPieces * kPitch + lane % kPieces * 16;
+#pragma unroll
+      for (int i = 0; i < kPositions; i += kRowsAtOnce) {
+        const int place = places[i + lane / kPieces];
+        if (valid && place >= 0)
+          *reinterpret_cast<uint4*>(address(memory, place, stride)) =
+              *reinterpret_cast<const uint4*>(tile + i * kPitch);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPositions; ++i) {
+        const int place = places[position(i)];
+        if (there(i, place))
+          store_float<kDtype>(element(i, place),
+                              load_float<kDtype>(tile + position(i) * kPitch + offset(i)));
+      }
+    }
+  }
+
+  MMVSSM_DEVICE float get(const char* tile, int t) const {
+    return load_float<kDtype>(tile + t * kPitch + lane * kSize<kDtype>);
+  }
+  MMVSSM_DEVICE void put(char* tile, int t, float x) const {
+    store_float<kDtype>(tile + t * kPitch + lane * kSize<kDtype>, x);
+  }
+
+ private:
+  int left;
+
+  // Number by number: neighbouring lanes have neighbours in memory.
+  MMVSSM_DEVICE int position(int i) const { return along ? lane % 16 : i; }
+  MMVSSM_DEVICE int offset(int i) const {
+    return (along ? 2 * i + lane / 16 : lane) * kSize<kDtype>;
+  }
+  MMVSSM_DEVICE bool there(int i, int place) const {
+    return place >= 0 && (along ? 2 * i < left : valid);
+  }
+  MMVSSM_DEVICE char* element(int i, int place) const {
+    return address(memory, place, stride) + (along ? 2 * i * of_channel : 0);
+  }
+};
+
+}  // namespace mmvssm

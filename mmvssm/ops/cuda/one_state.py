@@ -1,0 +1,149 @@
+"""The selective scan with one state a channel by CUDA kernels.
+
+A CTA has a block of channels and walks the sequence chunk by chunk, its threads side by
+side in the channels and in the positions of a chunk, see ``one_state.h``. Where batch
+and channels alone would leave most of a GPU idle, each chunk has a CTA of its own that
+looks back at those before it; and several scans may share a launch. All sums are in a
+fixed order: the same inputs give the same bits.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from mmvssm.ops.cuda.kernels import Kernel
+from mmvssm.ops.cuda.one_state_call import (
+    CHUNK,
+    DTYPES,
+    MAX_SCANS,
+    Args,
+    Call,
+    Strides,
+    fills_a_gpu,
+    shared_bytes,
+)
+from mmvssm.ops.cuda.scan import Scan
+from mmvssm.ops.kernel_args import fields, pointer
+
+FORWARD = Kernel('one_state_forward.cu', 'one_state_forward')
+MERGE = Kernel('merge.cu', 'merge')
+
+
+class _MergeArgs(ctypes.Structure):
+    _fields_ = fields((c_void_p, 'parts out'), (c_int64, 'size count'))
+
+
+def saved_shape(
+    batch: int, length: int, states: int, channels: int
+) -> tuple[int, int, int, int]:
+    """Shape of what forward keeps: the state before each chunk but the first.
+
+    Returns:
+        (B, chunks - 1, D, N).
+    """
+    return (batch, -(-length // CHUNK) - 1, channels, states)
+
+
+def forward(
+    scan: Scan,
+    out: Tensor,
+    last_state: Tensor | None = None,
+    saved: Tensor | None = None,
+    add: Tensor | None = None,
+) -> None:
+    """Put the kernel of the forward pass onto the stream.
+
+    Args:
+        scan: The inputs.
+        out: (B, D, L), to be written.
+        last_state: float32 (B, D, 1), to be written unless None.
+        saved: See :func:`saved_shape`, to be written unless None.
+        add: float32 (B, D, L) to be added before the gate, which may be ``out``.
+
+    Raises:
+        ValueError: There are more positions or channels than the kernels count.
+    """
+    _forward(
+        *([scan], [out]),
+        saved=None if saved is None else [saved],
+        last_state=last_state,
+        add=add,
+    )
+
+
+def forward_merged(
+    scans: Sequence[Scan], out: Tensor, saved: Sequence[Tensor] | None = None
+) -> None:
+    """Scan the same map along several orders, and add up.
+
+    Where one scan keeps the GPU busy they follow one another, each adding to the sum
+    of those before it. Else they are scanned at the same time, and then merged.
+
+    Args:
+        scans: The inputs, ``u`` and all strides the same.
+        out: (B, D, L), to be written; (B, L, D) is contiguous.
+        saved: Of each scan see :func:`saved_shape`, to be written unless None.
+
+    Raises:
+        ValueError: There are more positions or channels than the kernels count.
+    """
+    memory = out.mT
+    assert memory.is_contiguous(), 'the sums are laid out like the output'
+    if len(scans) == 1 or fills_a_gpu(scans[0]):
+        total = memory.new_empty(memory.shape, dtype=torch.float32).mT
+        for k, scan in enumerate(scans):
+            to = out if k + 1 == len(scans) else total
+            states = None if saved is None else saved[k]
+            forward(scan, to, saved=states, add=total if k else None)
+        return
+    parts = memory.new_empty((len(scans), *memory.shape), dtype=torch.float32)
+    for first in range(0, len(scans), MAX_SCANS):
+        some = slice(first, first + MAX_SCANS)
+        kept = None if saved is None else saved[some]
+        _forward(scans[some], parts[some].mT, saved=kept)
+    _merge(parts, memory)
+
+
+def _forward(
+    scans: Sequence[Scan],
+    outs: Sequence[Tensor] | Tensor,
+    saved: Sequence[Tensor] | None = None,
+    last_state: Tensor | None = None,
+    add: Tensor | None = None,
+) -> None:
+    call = Call.of(
+        scans,
+        constants=dict(OUT_DTYPE=DTYPES[outs[0].dtype], ADD=int(add is not None)),
+        stored=(outs[0],) if add is None else (outs[0], add),
+        shared_bytes=shared_bytes,
+        args=Args,
+    )
+    args = call.args()
+    args.out_strides, args.add_strides = Strides.of(outs[0]), Strides.of(add)
+    for k, to in enumerate(outs):
+        own = args.scans[k]
+        own.out, own.add, own.last_state = map(pointer, (to, add, last_state))
+        own.saved = None if saved is None else pointer(saved[k])
+    call.launch(FORWARD, args, args)
+
+
+def _merge(parts: Tensor, out: Tensor) -> None:
+    """Add up the first axis of float32 ``parts``; both are contiguous."""
+    width = 4 if out.numel() % 4 == 0 else 1
+    threads = 256
+    args = _MergeArgs(
+        parts=parts.data_ptr(),
+        out=out.data_ptr(),
+        size=out.numel(),
+        count=len(parts),
+    )
+    MERGE.launch(
+        dict(THREADS=threads, WIDTH=width, OUT_DTYPE=DTYPES[out.dtype]),
+        args,
+        grid=-(-out.numel() // (threads * width)),
+        threads=threads,
+        on=out,
+    )

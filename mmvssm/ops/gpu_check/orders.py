@@ -1,0 +1,44 @@
+"""Scan orders of recorded calls.
+
+Another process knows the scan orders of this package by their names, but none that a
+program has registered or made up. For these stands one with as many rows in no order: a
+kernel reads them from a table as well.
+"""
+
+import torch
+from torch import Tensor
+
+from mmvssm.ops.scan_orders import builtin, count_orders
+from mmvssm.ops.scan_orders.registry import OrderFunction, _functions
+from mmvssm.ops.scan_orders.tables import name_orders, orders_of
+
+_SHUFFLED = 'shuffled '
+
+
+def portable(word: str) -> str:
+    """A word that means the same or such a one in every process.
+
+    Args:
+        word: What ``order_word`` gives.
+    """
+    function = _functions.get(word)
+    own = function is not None and function.__module__ == builtin.__name__
+    if own or word.startswith(_SHUFFLED):
+        return word
+    return f'{_SHUFFLED}{count_orders(orders_of(word), 1, 1)}'
+
+
+def make_known(word: str) -> None:
+    """Let ops take a word of :func:`portable`."""
+    if word.startswith(_SHUFFLED):
+        name_orders(word, _shuffled(int(word.removeprefix(_SHUFFLED))))
+
+
+def _shuffled(rows: int) -> OrderFunction:
+    def orders(height: int, width: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        places = height * width
+        every = [torch.randperm(places, generator=generator) for _ in range(rows)]
+        return torch.stack(every)
+
+    return orders

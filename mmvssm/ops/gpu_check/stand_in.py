@@ -1,0 +1,117 @@
+"""A stand-in for the GPU's kernels on the CPU, sound or broken on purpose.
+
+It shows what the check does about kernels that are wrong, give NaN, never return, take
+the process with them or are slow. Only ``check_gpu --device cpu`` and tests install it.
+"""
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmvssm.ops import backends
+from mmvssm.ops.contract import Backend, KernelBackend, Outputs, Result
+from mmvssm.ops.leaves import leaves_of, pack
+from mmvssm.ops.operator import all_ops
+
+
+def _wrong(x: Tensor) -> None:
+    x.view(-1)[-1] += 1
+
+
+def _nan(x: Tensor) -> None:
+    x.view(-1)[-1] = float('nan')
+
+
+def _hang(x: Tensor) -> None:
+    while True:
+        time.sleep(1)
+
+
+def _crash(x: Tensor) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def _slow(x: Tensor) -> None:
+    time.sleep(0.2)
+
+
+FAULTS: dict[str, Callable[[Tensor], None]] = dict(
+    wrong=_wrong, nan=_nan, hang=_hang, crash=_crash, slow=_slow
+)
+
+
+class StandIn(KernelBackend):
+    """A backend for the CPU under another name.
+
+    Args:
+        inner: What computes.
+        supplier: Whose it is said to be.
+        fault: One of ``FAULTS``, in the backward pass, or None.
+    """
+
+    def __init__(
+        self, inner: Backend[Any, Any], supplier: backends.Supplier, fault: str | None
+    ):
+        self._inner, self.supplier, self._fault = inner, supplier, fault
+
+    def refuses(self, inputs: Any, options: Any) -> str | None:
+        """What the inner one refuses."""
+        return self._inner.refuses(inputs, options)
+
+    def saved_like(self, inputs: Any, options: Any) -> Outputs:
+        """As the inner one."""
+        return self._inner.saved_like(inputs, options)
+
+    def forward(self, inputs: Any, options: Any, keep: bool) -> Result:
+        """As the inner one."""
+        return self._inner.forward(inputs, options, keep)
+
+    def backward(
+        self,
+        inputs: Any,
+        options: Any,
+        saved: Outputs,
+        grads: tuple[Tensor | None, ...],
+        wanted: Any,
+    ) -> Any:
+        """As the inner one, then the fault."""
+        found = self._inner.backward(inputs, options, saved, grads, wanted)
+        if self._fault is None:
+            return found
+        first, *rest = leaves_of(found)
+        # Whatever memory it shares stays as it is.
+        first = first.contiguous().clone()
+        FAULTS[self._fault](first)
+        return pack(type(found), iter([first, *rest]))
+
+
+def install(fault: str | None = None) -> None:
+    """Let ``cuda`` take tensors on the CPU, in the place of the kernels for the CPU.
+
+    Args:
+        fault: One of ``FAULTS``, or None.
+
+    Raises:
+        RuntimeError: There are no kernels for the CPU to stand in.
+    """
+    reason = backends.CPU.unavailable()
+    if reason:
+        raise RuntimeError(f'the check on the CPU needs its kernels: {reason}')
+    supplier = dataclasses.replace(
+        backends.suppliers['cuda'],
+        devices=('cpu',),
+        dtypes=(torch.float32, torch.bfloat16),
+        unavailable=lambda: None,
+        checked=('cpu',),
+    )
+    backends.suppliers['cuda'] = supplier
+    backends.suppliers['cpu'] = dataclasses.replace(backends.CPU, automatic=False)
+    for op in all_ops.values():
+        if 'cuda' in op.backends and 'cpu' in op.backends:
+            op.supply(StandIn(op.backends['cpu'], supplier, fault))

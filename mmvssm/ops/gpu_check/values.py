@@ -1,0 +1,152 @@
+"""Values for a recorded call, such as a trained model has.
+
+A batch of a real size is too much for a check in float64. It is made of a few distinct
+elements, in random order: what is known of these is known of all, and gradients of
+weights are those of the few, each as often as it comes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmvssm.ops.gpu_check.calls import Layout, OpCall
+
+# Distinct elements of a batch.
+DISTINCT = 3
+# Inputs that never get a gradient.
+_CONSTANTS = ('cos', 'sin')
+# Step sizes of a model that starts to train, before the softplus.
+_LOW, _HIGH = (math.log(math.expm1(step)) for step in (1e-3, 1e-1))
+
+
+@dataclass
+class Values:
+    """Values of a call's tensors.
+
+    Attributes:
+        call: The call.
+        few: Inputs in float64 with the distinct elements of the batch.
+        places: Of every element of the batch, which distinct one it is.
+        few_grads: Gradients of the outputs for ``few``, float64, None where there is
+            none.
+    """
+
+    call: OpCall
+    few: list[Tensor | None]
+    places: list[int]
+    few_grads: list[Tensor | None]
+
+    @classmethod
+    def of(cls, call: OpCall, device: torch.device, seed: int = 0) -> 'Values':
+        """Random ones, the same for the same call and seed."""
+        generator = torch.Generator().manual_seed(seed)
+        batch = call.batch()
+        distinct = min(batch, DISTINCT)
+        # Without a period: a wrong step from one element to another shows.
+        rest = torch.randint(distinct, (batch - distinct,), generator=generator)
+        places = torch.cat((torch.arange(distinct), rest))
+        places = places[torch.randperm(batch, generator=generator)]
+        small = call.with_batch(distinct)
+        few = [
+            None if x is None else _random(call, name, x, generator).to(device)
+            for name, x in zip(call.declaration.labels, small.tensors)
+        ]
+        inputs, options = packed(small, [empty(x) for x in small.tensors])
+        outputs = call.declaration.outputs_like(inputs, options)
+        few_grads = [
+            _rounded(_normal(out.shape, generator), out.dtype).to(device)
+            if wanted
+            else None
+            for out, wanted in zip(outputs, graded(call))
+        ]
+        return cls(call, few, places.tolist(), few_grads)
+
+    def counts(self) -> list[int]:
+        """How often each distinct element comes."""
+        return [self.places.count(i) for i in range(max(self.places) + 1)]
+
+    def fill(self, tensors: Sequence[Tensor | None]) -> None:
+        """Write the inputs' values into tensors of the call's layouts."""
+        for name, x, values in zip(self.call.declaration.labels, tensors, self.few):
+            if x is None or values is None:
+                continue
+            axis = self.call.axis_of(name, 0)
+            if axis is None:
+                x.copy_(values)
+            else:
+                self._spread(x.movedim(axis, 0), values.movedim(axis, 0))
+
+    def grads(self, outputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients of the outputs of the whole call, in their dtypes and strides."""
+        found: list[Tensor | None] = []
+        for out, values in zip(outputs, self.few_grads):
+            grad = None if values is None else torch.empty_like(out)
+            if grad is not None and values is not None:
+                self._spread(grad, values)
+            found.append(grad)
+        return found
+
+    def _spread(self, x: Tensor, values: Tensor) -> None:
+        for element, place in zip(x, self.places):
+            element.copy_(values[place])
+
+
+def graded(call: OpCall) -> list[bool]:
+    """Of every output whether it gets a gradient: if the call asks for the output."""
+    options = dict(call.options)
+    return [bool(options.get(f'return_{x}', True)) for x in call.declaration.returns]
+
+
+def wanted(call: OpCall) -> list[bool]:
+    """Of every input whether its gradient is wanted."""
+    return [
+        x is not None and name not in _CONSTANTS
+        for name, x in zip(call.declaration.labels, call.tensors)
+    ]
+
+
+def packed(call: OpCall, tensors: Sequence[Any]) -> tuple[Any, Any]:
+    """Inputs and options as the op takes them."""
+    return call.declaration.pack(tensors, call.option_values())
+
+
+def empty(layout: Layout | None, device: str = 'meta') -> Tensor | None:
+    """A tensor of a layout, by default without memory."""
+    if layout is None:
+        return None
+    dtype = getattr(torch, layout.dtype)
+    return torch.empty_strided(layout.shape, layout.stride, dtype=dtype, device=device)
+
+
+def _random(
+    call: OpCall, name: str, layout: Layout, generator: torch.Generator
+) -> Tensor:
+    """Float64 values that the layout's dtype has exactly."""
+    kind, shape = name.rpartition('.')[2], layout.shape
+    x = _normal(shape, generator)
+    if kind == 'A':
+        x = -x.exp()
+    elif kind in ('delta_bias', 'dt_proj_bias', 'dt_projs_bias'):
+        x = _LOW + (_HIGH - _LOW) * torch.rand(shape, generator=generator).double()
+    if kind.startswith('delta') and not dict(call.options)['delta_softplus']:
+        # Steps as they are: a state decays by none below zero.
+        x = F.softplus(x - 3)
+    elif kind.endswith('weight') and x.ndim > 1:
+        x /= shape[-1] ** 0.5
+    elif kind in _CONSTANTS:
+        angles = torch.arange(x.numel(), dtype=torch.float64).view(shape)
+        x = angles.cos() if kind == 'cos' else angles.sin()
+    return _rounded(x, getattr(torch, layout.dtype))
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(tuple(shape), generator=generator).double()
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).double()
