@@ -9,7 +9,7 @@ from mmvssm.ops.add_norm.cuda_backend import CudaNorm
 from mmvssm.ops.add_norm.declaration import NormInputs, NormOptions
 from mmvssm.ops.cuda import kernels
 
-from .cuda_emulation import AVAILABLE, Emulator
+from .cuda_emulation import AVAILABLE
 from .cuda_emulation.guarded import guarded, stays_inside
 from .cuda_emulation.orders import differs_in_some_order, fails_without
 from .scan_inputs import gradients, relative_error
@@ -21,12 +21,6 @@ BARRIERS = (
     'sums of rows are read',
     'sums of the warps of a row',
 )
-
-
-@pytest.fixture(autouse=True)
-def emulated():
-    with kernels.use_machine(Emulator()):
-        yield
 
 
 def make_inputs(rows, channels, residual=True, dtype=FLOAT, stream=None, scale=1.0):
