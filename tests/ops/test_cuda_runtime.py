@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmvssm.collect_env import collect_env
+from mmvssm import collect_env
 from mmvssm.ops import backend_status
 from mmvssm.ops.cache import CACHE_VARIABLE
 from mmvssm.ops.cuda import driver, kernels, nvrtc
@@ -32,6 +32,13 @@ MMVSSM_KERNEL(store_value, mmvssm::Args, 32, 1) {
 HAS_NVRTC = nvrtc.find_library() is not None
 needs_nvrtc = pytest.mark.skipif(not HAS_NVRTC, reason='pip install nvidia-cuda-nvrtc')
 CACHES = (kernels._machine_lacks, kernels._nvrtc_path, kernels.compiler)
+
+
+@pytest.fixture(autouse=True)
+def emulated_gpu():
+    """Not here: the machine is what it is."""
+    with kernels.use_machine(kernels.Gpu()):
+        yield
 
 
 class Args(ctypes.Structure):
@@ -287,26 +294,23 @@ def test_nvrtc_is_found_by_its_package():
 
 
 def test_environment_report(gpu, monkeypatch):
+    """What compiles, and for what; or why nothing does."""
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
-    monkeypatch.setattr(
-        torch.cuda,
-        'get_device_properties',
-        lambda _: SimpleNamespace(name='H', major=9, minor=0, total_memory=2**30),
-    )
     compiler = SimpleNamespace(
         version='13.0', path='/nvrtc', architecture='sm_{}'.format
     )
     monkeypatch.setattr(kernels, 'compiler', lambda: compiler)
-    found = collect_env()['CUDA kernels']
+    found = collect_env._cuda_kernels()
     assert found['NVRTC'] == '13.0, /nvrtc'
     assert found['GPU 0'] == 'compute capability 9.0, gets sm_90'
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert collect_env._cuda_kernels()['GPU'] == 'none that torch can use'
 
     def none():
         raise OSError('there is no NVRTC')
 
     monkeypatch.setattr(kernels, 'compiler', none)
-    found = collect_env()['CUDA kernels']
-    assert found['NVRTC'] == 'cannot be used: there is no NVRTC'
+    assert collect_env._cuda_kernels()['NVRTC'] == 'cannot be used: there is no NVRTC'
 
 
 # Launching
