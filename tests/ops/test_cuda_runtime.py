@@ -227,6 +227,27 @@ def test_prepare_says_what_fails(kernel):
     assert '\n' not in text
 
 
+@needs_nvrtc
+def test_all_kernels_are_compiled_without_nvcc(tmp_path):
+    """No compiler is on the path, and nothing is kept yet."""
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, '-m', 'ops.cuda_kernels'],
+        cwd=tests,
+        env={
+            'PYTHONPATH': str(tests.parent),
+            'PATH': '',
+            CACHE_VARIABLE: str(tmp_path / 'cache'),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    sources = set(map(str, nvrtc.FOLDER.glob('*.cu')))
+    assert set(done.stdout.split()) == sources
+    assert len(list((tmp_path / 'cache').rglob('*.cubin'))) >= len(sources)
+
+
 # Whether it can run here
 
 

@@ -5,18 +5,12 @@
 #include "emulator.h"
 #else
 
-#ifdef __CUDACC_RTC__
 using int32_t = int;
 using int64_t = long long;
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
 using uint64_t = unsigned long long;
 using uintptr_t = unsigned long long;
-#else
-#include <cuda_runtime.h>
-
-#include <cstdint>
-#endif
 
 #define MMVSSM_DEVICE __device__ __forceinline__
 // By value and never copied to a thread's own memory.
@@ -321,20 +315,6 @@ MMVSSM_DEVICE float shuffle(float x, int lane, int width) {
 MMVSSM_DEVICE float shuffle_xor(float x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
-
-#ifndef __CUDACC_RTC__
-template <typename Kernel, typename Problem>
-int launch(Kernel kernel, int64_t blocks, int threads, void* stream,
-           const Problem& problem) {
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  // This library has a runtime of its own, which must be told of torch's device.
-  const cudaError_t error = cudaSetDevice(problem.device);
-  if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), threads, 0,
-           static_cast<cudaStream_t>(stream)>>>(problem);
-  return cudaGetLastError();
-}
-#endif
 
 }  // namespace mmvssm
 
