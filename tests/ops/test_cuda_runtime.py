@@ -1,9 +1,11 @@
 """How CUDA kernels are compiled, kept and launched, without a GPU."""
 
 import ctypes
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_int, c_int32, c_void_p
 from pathlib import Path
@@ -162,30 +164,25 @@ def test_locks_that_the_file_system_lacks(kernel, monkeypatch):
     assert kernels.compiled(kernel, dict(FACTOR=2), 90).startswith(b'\x7fELF')
 
 
-COMPILE = """
-import sys, time
-from mmvssm.ops.cuda import kernels, nvrtc
-
-compile_ = nvrtc.Nvrtc.compile
-def slowly(*arguments):
-    with open(sys.argv[2], 'a') as log:
-        log.write('compiles\\n')
-    time.sleep(1)
-    return compile_(*arguments)
-
-nvrtc.Nvrtc.compile = slowly
-code = kernels.compiled(kernels.Kernel(sys.argv[1], 'store_value'), dict(FACTOR=2), 90)
-print(len(code))
-"""
-
-
 @needs_nvrtc
-def test_of_several_processes_one_compiles(kernel, tmp_path):
-    log = tmp_path / 'log'
-    command = [sys.executable, '-c', COMPILE, kernel.source, str(log)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
-    sizes = {worker.communicate()[0] for worker in both}
-    assert [worker.returncode for worker in both] == [0, 0] and len(sizes) == 1
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are not forked here')
+def test_of_several_processes_one_compiles(kernel, monkeypatch, tmp_path):
+    log, compile_ = tmp_path / 'log', nvrtc.Nvrtc.compile
+
+    def slowly(*arguments):
+        with log.open('a') as file:
+            file.write('compiles\n')
+        time.sleep(1)
+        return compile_(*arguments)
+
+    monkeypatch.setattr(nvrtc.Nvrtc, 'compile', slowly)
+    task = dict(target=kernels.compiled, args=(kernel, dict(FACTOR=2), 90))
+    workers = [multiprocessing.get_context('fork').Process(**task) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
     assert log.read_text() == 'compiles\n'
 
 

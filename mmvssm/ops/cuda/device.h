@@ -251,9 +251,6 @@ MMVSSM_DEVICE float exp2_fast(float x) {
   return y;
 }
 
-// For divisors far from the limits of float32.
-MMVSSM_DEVICE float divide_fast(float x, float y) { return __fdividef(x, y); }
-
 MMVSSM_DEVICE float from_half(uint32_t bits) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));

@@ -344,7 +344,6 @@ inline float exp2_fast(float x) { return exp2f(x); }
 inline bool rarely(bool condition) { return condition; }
 inline float inverse_root(float x) { return 1.0f / sqrtf(x); }
 inline float rcp_fast(float x) { return 1.0f / x; }
-inline float divide_fast(float x, float y) { return x / y; }
 inline int fresh_zero() { return 0; }
 inline const char* global_address(const char* base, int x, int y) {
   return base + static_cast<int64_t>(x) * y;
