@@ -146,5 +146,5 @@ format: install ## Sort imports, format, apply ruff's safe fixes.
 .PHONY: clean
 clean: ## Remove the virtual environment, builds and caches (work_dirs/ and data/ stay).
 	rm -rf $(VENV) $(ORIGINALS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
-	rm -f $(KERNELS)/_kernels*.so mmvssm/ops/cuda/_kernels*.so
+	rm -f $(KERNELS)/_kernels*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,14 +2,9 @@
 
 Everything that is only metadata is in pyproject.toml. The kernels are optional:
 without a C++ compiler the package is built without those for the CPU. Those for
-CUDA GPUs are built where nvcc and a CUDA build of torch are found (pip hides
-torch unless called with --no-build-isolation); otherwise the first call on a GPU
-compiles them. Environment variables:
+GPUs are compiled where they run, see mmvssm/ops/cuda/nvrtc.py. Environment variables:
     MMVSSM_REQUIRE_KERNELS: 1 makes it an error if the CPU kernels cannot be compiled.
     CXX, CPPFLAGS, CFLAGS, CXXFLAGS, LDFLAGS: The compiler and further flags.
-    MMVSSM_BUILD_CUDA: 0 leaves the CUDA kernels to the first call, 1 builds them
-        without a look at torch, and makes it an error if that fails.
-    CUDACXX: The nvcc, see mmvssm/ops/cuda/build.py.
 """
 
 import logging
@@ -19,10 +14,8 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import module_from_spec, spec_from_file_location
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -32,7 +25,6 @@ from setuptools.modified import newer_group
 
 ROOT = Path(__file__).resolve().parent
 KERNELS = 'mmvssm/ops/cpu'
-CUDA_KERNELS = 'mmvssm/ops/cuda'
 REQUIRED = os.environ.get('MMVSSM_REQUIRE_KERNELS', '0') not in ('', '0')
 
 COMPILERS = ('c++', 'g++', 'clang++')
@@ -85,58 +77,19 @@ def kernels() -> list[Extension]:
     ]
 
 
-def cuda_kernels() -> list[Extension]:
-    """The library of CUDA kernels, where it is wanted and can be built."""
-    asked = os.environ.get('MMVSSM_BUILD_CUDA', '')
-    if sys.platform == 'win32' or asked == '0' or not (asked or has_cuda()):
-        return []
-    folder = ROOT / CUDA_KERNELS
-    return [
-        Extension(
-            'mmvssm.ops.cuda._kernels',
-            sources=[f'{CUDA_KERNELS}/{p.name}' for p in sorted(folder.glob('*.cu'))],
-            depends=[
-                *(f'{CUDA_KERNELS}/{path.name}' for path in sorted(folder.glob('*.h'))),
-                f'{CUDA_KERNELS}/build.py',
-            ],
-            optional=not asked,
-        )
-    ]
-
-
-def has_cuda() -> bool:
-    """Whether there are nvcc and a torch built for CUDA."""
-    try:
-        cuda_build().find_nvcc()
-        import torch
-    except (ImportError, OSError):
-        return False
-    return torch.version.cuda is not None
-
-
-def cuda_build() -> ModuleType:
-    """The package's own module, which is not installed yet."""
-    spec = spec_from_file_location('build', ROOT / CUDA_KERNELS / 'build.py')
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class BuildKernels(build_ext):
     """Compiles kernels.cpp once for each instruction set into one library.
 
-    And the CUDA kernels for several GPUs into another. The libraries are loaded
-    by ctypes and have nothing of Python in them. So Python's own compiler and
-    flags stay out of them, too: they may name an instruction set, or a compiler
+    It is loaded by ctypes and has nothing of Python in it. So Python's own compiler
+    and flags stay out of it, too: they may name an instruction set, or a compiler
     that exists only where Python was built.
     """
 
     def run(self) -> None:
         if self.inplace:
             # If compiling fails, no library of older sources may stay behind.
-            for folder in (KERNELS, CUDA_KERNELS):
-                for library in (ROOT / folder).glob('_kernels*.so'):
-                    library.unlink()
+            for library in (ROOT / KERNELS).glob('_kernels*.so'):
+                library.unlink()
         super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -152,9 +105,6 @@ class BuildKernels(build_ext):
         if not self.force and not newer_group(ext.sources + ext.depends, str(library)):
             return
         library.unlink(missing_ok=True)
-        if ext.name.startswith('mmvssm.ops.cuda'):
-            self.compile_for_cuda(library)
-            return
         try:
             self.compile_and_link(ext, library)
         except (OSError, subprocess.SubprocessError) as error:
@@ -164,17 +114,6 @@ class BuildKernels(build_ext):
                 'code, many times slower. To have them put g++ or clang++ on the path, '
                 'or name a compiler in CXX, and install mmvssm again (pip install '
                 '--force-reinstall --no-deps --no-cache-dir).'
-            ) from error
-
-    def compile_for_cuda(self, library: Path) -> None:
-        """Compile the CUDA kernels for all GPUs that the package names."""
-        build = cuda_build()
-        try:
-            build.compile_library(library, build.find_nvcc(), build.ARCHITECTURES)
-        except (OSError, RuntimeError) as error:
-            raise CompileError(
-                f'{error}\nThe CUDA kernels will be compiled at the first call on a '
-                f'GPU, if nvcc works there.'
             ) from error
 
     def compile_and_link(self, ext: Extension, library: Path) -> None:
@@ -262,6 +201,6 @@ def execute(command: list[str]) -> str:
 
 fill_mim_folder()
 setup(
-    ext_modules=kernels() + cuda_kernels(),
+    ext_modules=kernels(),
     cmdclass={'build_ext': BuildKernels, 'bdist_wheel': BuildWheel},
 )

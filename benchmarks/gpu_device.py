@@ -15,6 +15,8 @@ from importlib import metadata
 import torch
 from timing import Effort, samples
 
+from mmvssm.ops.cuda import kernels
+
 # What is measured is to read this many times the cache before it reads the
 # same memory again; more sets of inputs than that are not made.
 _CACHES = 3
@@ -139,7 +141,7 @@ class Device:
             torch=torch.__version__,
             mamba_ssm=_version('mamba-ssm'),
             timm=_version('timm'),
-            nvcc=_last_line('nvcc', '--version'),
+            nvrtc=_nvrtc(),
             tf32_matmul=torch.backends.cuda.matmul.allow_tf32,
             tf32_convolution=torch.backends.cudnn.allow_tf32,
             argv=sys.argv[1:],
@@ -176,6 +178,14 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return 'not installed'
+
+
+def _nvrtc() -> str:
+    """The version of what compiles our kernels, or why there is none."""
+    try:
+        return kernels.compiler().version
+    except (OSError, RuntimeError) as error:
+        return reason(error)
 
 
 def _last_line(program: str, *arguments: str) -> str:

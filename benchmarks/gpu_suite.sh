@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Tests and measurements on a GPU: gpu_suite.sh [--wheels DIR] [arguments of gpu_suite.py]
 #
-# Needs a Python with torch (PYTHON names another than python3) and, for the
-# backend cuda, nvcc. What else mmvssm needs and this Python lacks (mmengine
-# and its needs) is taken from the wheels in DIR, without a network and without
-# touching the installation.
+# Needs a Python with a CUDA build of torch (PYTHON names another than python3).
+# What else mmvssm needs and this Python lacks (mmengine and its needs) is taken
+# from the wheels in DIR, without a network and without touching the installation.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}

@@ -18,12 +18,6 @@ FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 BARRIERS = ('rows', 'rows are read', 'sums of the warps')
 
 
-@pytest.fixture(autouse=True)
-def emulated():
-    with kernels.use_machine(Emulator()):
-        yield
-
-
 class Wide(Emulator):
     """A GPU of many multiprocessors, to which a sequence is shared out."""
 

@@ -1,9 +1,11 @@
 """How CUDA kernels are compiled, kept and launched, without a GPU."""
 
 import ctypes
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_int, c_int32, c_void_p
 from pathlib import Path
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmvssm.collect_env import collect_env
+from mmvssm import collect_env
 from mmvssm.ops import backend_status
 from mmvssm.ops.cache import CACHE_VARIABLE
 from mmvssm.ops.cuda import driver, kernels, nvrtc
@@ -32,6 +34,13 @@ MMVSSM_KERNEL(store_value, mmvssm::Args, 32, 1) {
 HAS_NVRTC = nvrtc.find_library() is not None
 needs_nvrtc = pytest.mark.skipif(not HAS_NVRTC, reason='pip install nvidia-cuda-nvrtc')
 CACHES = (kernels._machine_lacks, kernels._nvrtc_path, kernels.compiler)
+
+
+@pytest.fixture(autouse=True)
+def emulated_gpu():
+    """Not here: the machine is what it is."""
+    with kernels.use_machine(kernels.Gpu()):
+        yield
 
 
 class Args(ctypes.Structure):
@@ -155,30 +164,25 @@ def test_locks_that_the_file_system_lacks(kernel, monkeypatch):
     assert kernels.compiled(kernel, dict(FACTOR=2), 90).startswith(b'\x7fELF')
 
 
-COMPILE = """
-import sys, time
-from mmvssm.ops.cuda import kernels, nvrtc
-
-compile_ = nvrtc.Nvrtc.compile
-def slowly(*arguments):
-    with open(sys.argv[2], 'a') as log:
-        log.write('compiles\\n')
-    time.sleep(1)
-    return compile_(*arguments)
-
-nvrtc.Nvrtc.compile = slowly
-code = kernels.compiled(kernels.Kernel(sys.argv[1], 'store_value'), dict(FACTOR=2), 90)
-print(len(code))
-"""
-
-
 @needs_nvrtc
-def test_of_several_processes_one_compiles(kernel, tmp_path):
-    log = tmp_path / 'log'
-    command = [sys.executable, '-c', COMPILE, kernel.source, str(log)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
-    sizes = {worker.communicate()[0] for worker in both}
-    assert [worker.returncode for worker in both] == [0, 0] and len(sizes) == 1
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are not forked here')
+def test_of_several_processes_one_compiles(kernel, monkeypatch, tmp_path):
+    log, compile_ = tmp_path / 'log', nvrtc.Nvrtc.compile
+
+    def slowly(*arguments):
+        with log.open('a') as file:
+            file.write('compiles\n')
+        time.sleep(1)
+        return compile_(*arguments)
+
+    monkeypatch.setattr(nvrtc.Nvrtc, 'compile', slowly)
+    task = dict(target=kernels.compiled, args=(kernel, dict(FACTOR=2), 90))
+    workers = [multiprocessing.get_context('fork').Process(**task) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
     assert log.read_text() == 'compiles\n'
 
 
@@ -218,6 +222,27 @@ def test_prepare_says_what_fails(kernel):
         "the scan backend 'cuda' cannot run: store_value.cu(7): error"
     )
     assert '\n' not in text
+
+
+@needs_nvrtc
+def test_all_kernels_are_compiled_without_nvcc(tmp_path):
+    """No compiler is on the path, and nothing is kept yet."""
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, '-m', 'ops.cuda_kernels'],
+        cwd=tests,
+        env={
+            'PYTHONPATH': str(tests.parent),
+            'PATH': '',
+            CACHE_VARIABLE: str(tmp_path / 'cache'),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    sources = set(map(str, nvrtc.FOLDER.glob('*.cu')))
+    assert set(done.stdout.split()) == sources
+    assert len(list((tmp_path / 'cache').rglob('*.cubin'))) >= len(sources)
 
 
 # Whether it can run here
@@ -287,26 +312,23 @@ def test_nvrtc_is_found_by_its_package():
 
 
 def test_environment_report(gpu, monkeypatch):
+    """What compiles, and for what; or why nothing does."""
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
-    monkeypatch.setattr(
-        torch.cuda,
-        'get_device_properties',
-        lambda _: SimpleNamespace(name='H', major=9, minor=0, total_memory=2**30),
-    )
     compiler = SimpleNamespace(
         version='13.0', path='/nvrtc', architecture='sm_{}'.format
     )
     monkeypatch.setattr(kernels, 'compiler', lambda: compiler)
-    found = collect_env()['CUDA kernels']
+    found = collect_env._cuda_kernels()
     assert found['NVRTC'] == '13.0, /nvrtc'
     assert found['GPU 0'] == 'compute capability 9.0, gets sm_90'
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert collect_env._cuda_kernels()['GPU'] == 'none that torch can use'
 
     def none():
         raise OSError('there is no NVRTC')
 
     monkeypatch.setattr(kernels, 'compiler', none)
-    found = collect_env()['CUDA kernels']
-    assert found['NVRTC'] == 'cannot be used: there is no NVRTC'
+    assert collect_env._cuda_kernels()['NVRTC'] == 'cannot be used: there is no NVRTC'
 
 
 # Launching

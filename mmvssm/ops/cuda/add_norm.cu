@@ -278,7 +278,10 @@ MMVSSM_KERNEL(add_norm_backward, mmvssm::BackwardArgs, THREADS, 512 / THREADS) {
     for (int v = 0; v < VECTOR; ++v)
       shared[group() * kBlock + column(0, i) + v] = by_row[i][v];
   sync_cta("gradients of the weight");
-  for (int c = threadIdx.x; c < p.channels; c += THREADS) {
+#pragma unroll
+  for (int start = 0; start < kBlock; start += THREADS) {
+    const int c = start + threadIdx.x;
+    if (c >= p.channels) break;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) sum += shared[i * kBlock + c];

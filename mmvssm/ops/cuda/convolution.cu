@@ -41,12 +41,11 @@ struct Place {
 
   MMVSSM_DEVICE explicit Place(const Shape& shape) {
     block = blockIdx.x % shape.channel_blocks;
-    const int64_t item =
-        static_cast<int64_t>(blockIdx.x / shape.channel_blocks) * kGroups +
-        threadIdx.x / kWarp;
+    const unsigned item =
+        blockIdx.x / shape.channel_blocks * kGroups + threadIdx.x / kWarp;
     channel = block * CHANNELS + lane() * kVector;
-    batch = static_cast<int>(item / shape.runs);
-    first = static_cast<int>(item % shape.runs) * shape.rows_of_run;
+    batch = item / shape.runs;
+    first = item % shape.runs * shape.rows_of_run;
     valid = batch < shape.batch && channel < shape.channels;
   }
 
@@ -140,7 +139,7 @@ MMVSSM_DEVICE float silu(float scaled) {
 
 }  // namespace mmvssm
 
-MMVSSM_KERNEL(convolve, mmvssm::ForwardArgs, THREADS, 640 / THREADS) {
+MMVSSM_KERNEL(convolve, mmvssm::ForwardArgs, THREADS, 512 / THREADS) {
   using namespace mmvssm;
   const Place place(p.shape);
   if (!place.valid) return;
@@ -380,9 +379,10 @@ MMVSSM_DEVICE void store_sums(const Walk& walk, float* to, const Shape& shape) {
   sync_cta("sums of the warps");
   const int first = blockIdx.x % shape.channel_blocks * CHANNELS;
   to += blockIdx.x / shape.channel_blocks * (static_cast<int64_t>(kSums) * shape.channels);
-  for (int i = threadIdx.x; i < kSums * CHANNELS; i += THREADS) {
-    const int channel = first + i % CHANNELS;
-    if (channel >= shape.channels) continue;
+#pragma unroll
+  for (int start = 0; start < kSums * CHANNELS; start += THREADS) {
+    const int i = start + threadIdx.x, channel = first + i % CHANNELS;
+    if (i >= kSums * CHANNELS || channel >= shape.channels) continue;
     float sum = 0.0f;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) sum += shared_sums(group)[i];
@@ -426,7 +426,7 @@ MMVSSM_KERNEL(convolve_backward, mmvssm::BackwardArgs, THREADS, 512 / THREADS) {
       const char* const rows = shared + stage * Streams::kBytes;
       stage = stage + 1 == STAGES ? 0 : stage + 1;
       streams.copy(shared + (stage + STAGES - 2) % STAGES * Streams::kBytes, end);
-      if (row < place.first) {
+      if (rarely(row < place.first)) {
 #pragma unroll
         for (int j = 0; j < kRows; ++j) {
           walk.take(rows, j);

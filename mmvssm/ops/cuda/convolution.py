@@ -93,6 +93,8 @@ class _Config(NamedTuple):
             POSITIONS=rows * _WARPS,
             THREADS=_WARP * _WARPS,
         )
+        if batch * runs >= 2**30:
+            raise ValueError(f"too large for the backend 'cuda': {tuple(x.shape)}")
         shape = _Shape(length, channels, blocks, of_run, runs, batch)
         return cls(shape, constants, parts=-(-batch * runs // _WARPS))
 
@@ -136,7 +138,7 @@ def convolve(x: Tensor, weights: Sequence[Direction]) -> list[Tensor]:
         return us
     x, ways = aligned(x), [_Weights.of(w) for w in weights]
     taps = ways[0].weight.shape[1]
-    config = _Config.of(x, taps, vector=4 if taps <= 4 else 2, rows=16 // x.itemsize)
+    config = _Config.of(x, taps, vector=4 if taps <= 4 else 2, rows=6)
     args = _ForwardArgs(
         x=Rows.of(x),
         ways=tuple(

@@ -5,18 +5,12 @@
 #include "emulator.h"
 #else
 
-#ifdef __CUDACC_RTC__
 using int32_t = int;
 using int64_t = long long;
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
 using uint64_t = unsigned long long;
 using uintptr_t = unsigned long long;
-#else
-#include <cuda_runtime.h>
-
-#include <cstdint>
-#endif
 
 #define MMVSSM_DEVICE __device__ __forceinline__
 // By value and never copied to a thread's own memory.
@@ -257,9 +251,6 @@ MMVSSM_DEVICE float exp2_fast(float x) {
   return y;
 }
 
-// For divisors far from the limits of float32.
-MMVSSM_DEVICE float divide_fast(float x, float y) { return __fdividef(x, y); }
-
 MMVSSM_DEVICE float from_half(uint32_t bits) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
@@ -354,20 +345,6 @@ MMVSSM_DEVICE float shuffle_up(float x, int by) {
 MMVSSM_DEVICE float shuffle_down(float x, int by) {
   return __shfl_down_sync(0xffffffffu, x, by);
 }
-
-#ifndef __CUDACC_RTC__
-template <typename Kernel, typename Problem>
-int launch(Kernel kernel, int64_t blocks, int threads, void* stream,
-           const Problem& problem) {
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  // This library has a runtime of its own, which must be told of torch's device.
-  const cudaError_t error = cudaSetDevice(problem.device);
-  if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), threads, 0,
-           static_cast<cudaStream_t>(stream)>>>(problem);
-  return cudaGetLastError();
-}
-#endif
 
 }  // namespace mmvssm
 
