@@ -85,8 +85,8 @@ def ensure(
             return sets
         cases = with_kernels(cases_of(), backend)
         logger.warning(
-            'mmvssm checks its GPU kernels, once for this machine: %d calls of %s, about '
-            '%.0f s and the time to compile them (%s=0 leaves it out)',
+            'mmvssm checks its GPU kernels, once for this machine: %d calls of %s, '
+            'about %.0f s and the time to compile them (%s=0 leaves it out)',
             *(len(cases), ', '.join(sorted({case.call.op for case in cases}))),
             *(min(estimate(cases), limits.total), VARIABLE),
         )
