@@ -352,7 +352,6 @@ inline float exp2_fast(float x) { return exp2f(x); }
 inline bool rarely(bool condition) { return condition; }
 inline float inverse_root(float x) { return 1.0f / sqrtf(x); }
 inline float rcp_fast(float x) { return 1.0f / x; }
-inline float divide_fast(float x, float y) { return x / y; }
 template <typename Value>
 Value* in_global(Value* x) {
   return x;
