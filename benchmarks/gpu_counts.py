@@ -203,15 +203,19 @@ class Row:
 
 
 def numbers_in(args: ctypes.Structure) -> dict[str, int]:
-    """All integers of kernel args by their names, also of structures inside."""
-    found = {}
+    """All integers of kernel args by their names.
+
+    Of several with a name, that of the outermost structure, then of the first one.
+    """
+    own: dict[str, int] = {}
+    inside: dict[str, int] = {}
     for name, *_ in args._fields_:
         value = getattr(args, name)
         if isinstance(value, ctypes.Structure):
-            found |= numbers_in(value)
+            inside = numbers_in(value) | inside
         elif isinstance(value, int):
-            found[name] = value
-    return found
+            own[name] = value
+    return inside | own
 
 
 class Counter:
