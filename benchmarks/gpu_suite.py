@@ -38,7 +38,7 @@ SHARES = {'check': 15, 'tests': 20, 'op': 15, 'blocks': 15, 'models': 35}
 # Seconds a row may go on beyond the time of its part, and those kept to the end.
 GRACE, REPORT = 30, 5
 # Those that show that the check and the tests run at all.
-QUICK_CHECK = ('add_norm',)
+QUICK_CHECK = ('selective_scan',)
 QUICK_TESTS = 'add_rms_norm or (test_16_bit and 49)'
 _SUMMARY = re.compile(r'(\d+) (passed|failed|skipped|errors?)')
 

@@ -66,14 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check, print and keep what was found; 1 if kernels are not taken."""
     args = parse_args(arguments)
     device = torch.device(args.device or 'cuda')
-    if device.type == 'cpu':
-        stand_in.install(args.fault)
-    elif device.index is None and torch.cuda.is_available():
-        device = torch.device('cuda', torch.cuda.current_device())
-    reason = backends.suppliers[BACKEND].unavailable()
+    # On the CPU its own kernels stand in.
+    supplier = backends.CPU if device.type == 'cpu' else backends.suppliers[BACKEND]
+    reason = supplier.unavailable()
     if reason:
         _print_nothing_to_check(reason, args.json)
         return int(torch.cuda.is_available())
+    if device.type == 'cpu':
+        stand_in.install(args.fault)
+    elif device.index is None:
+        device = torch.device('cuda', torch.cuda.current_device())
     store = Store(device)
     store.forget()
     choice.forget()

@@ -22,6 +22,9 @@ LONG_FILES = (
     'test_builders.py',
     'backbones/test_compile.py',
     'test_contracts.py',
+    'ops/gpu_check/test_command.py',
+    'ops/gpu_check/test_run.py',
+    'engine/test_gpu_check.py',
 )
 PLACES = {HERE / name: place for place, name in enumerate(LONG_FILES)}
 

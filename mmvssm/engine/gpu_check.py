@@ -57,9 +57,9 @@ def check_model(model: nn.Module, cfg: Config, device: torch.device) -> str:
         What is taken from now on and why, in one line.
     """
     model, dtype = unwrap(model), autocast_dtype(cfg)
-    training = training_batches(cfg)
+    training, inference = training_batches(cfg), inference_batches(cfg)
     calls = calls_of(model, training[:1], device, dtype)
-    name = digest(calls)
+    name = digest(calls, training, inference)
     sets = ensure(
         name,
         lambda: of_calls(calls),
@@ -67,7 +67,7 @@ def check_model(model: nn.Module, cfg: Config, device: torch.device) -> str:
         BACKEND,
         kernels_of=lambda: (
             calls_of(model, training, device, dtype),
-            calls_of(model, inference_batches(cfg), device),
+            calls_of(model, inference, device),
         ),
     )
     ops = list(sets[name])

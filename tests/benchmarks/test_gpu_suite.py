@@ -319,7 +319,7 @@ def test_quick_run(load, tmp_path):
     done = run_suite(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((out / 'gpu_suite.json').read_text())
-    assert 'add_norm by' in found['check']['verdict']
+    assert found['check']['verdict'] == 'selective_scan by cuda'
     assert found['tests']['passed'] > 3 and found['tests'].get('failed') is None
     device, op = load('gpu_device').Device('cpu'), load('gpu_op')
     names = [name for name, _ in op.rows(device, None, quick=True)]

@@ -310,10 +310,13 @@ def test_a_model_is_checked_once(quick_check, caplog, monkeypatch):
     assert backends.choose_backend('cpu', torch.float32, op='ss2d_scan') == 'cuda'
     choice.forget()
     assert check_model(model, cfg, CPU) == line and len(quick_check) == 1
-    # Another size is another matter.
-    cfg.train_dataloader.batch_size = 3
+    # Other sizes are another matter.
+    cfg.val_dataloader.dataset.pipeline = [dict(type='Resize', scale=(96, 96))]
     check_model(model, cfg, CPU)
     assert len(quick_check) == 2
+    cfg.train_dataloader.batch_size = 3
+    check_model(model, cfg, CPU)
+    assert len(quick_check) == 3
 
 
 def test_a_model_without_our_ops(quick_check, monkeypatch):

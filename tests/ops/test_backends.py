@@ -11,6 +11,11 @@ from .bidirectional_inputs import make_inputs
 from .scan_inputs import scan_inputs, ss2d_inputs
 
 
+@pytest.fixture(autouse=True)
+def emulated_gpu():
+    """There is none here: the choice is that of a machine without a GPU."""
+
+
 def without_kernels(monkeypatch, reason='not compiled', name='cpu'):
     broken = dataclasses.replace(backends.suppliers[name], unavailable=lambda: reason)
     monkeypatch.setitem(backends.suppliers, name, broken)

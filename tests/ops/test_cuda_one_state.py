@@ -17,6 +17,7 @@ import torch
 
 from mmvssm.ops import scan_order, ss2d_scan
 from mmvssm.ops.cuda import kernels, nvrtc, one_state
+from mmvssm.ops.cuda.merge import merge
 from mmvssm.ops.cuda.scan import Scan
 from mmvssm.ops.selective_scan.cuda_backend import CudaScan
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions
@@ -263,7 +264,7 @@ def test_merge(dtype, size):
     parts = torch.randn(5, *size, generator=torch.Generator().manual_seed(0))
     out = torch.empty(size, dtype=dtype)
     with kernels.use_machine(Gpu(0)):
-        one_state._merge(parts, out)
+        merge(parts, out)
     want = parts[0]
     for part in parts[1:]:
         want = want + part

@@ -6,6 +6,7 @@ from torch import Tensor
 from mmvssm.ops import autocast, backends
 from mmvssm.ops.bidirectional_scan.composed import ComposedBidirectional
 from mmvssm.ops.bidirectional_scan.cpu_backend import CpuBidirectional
+from mmvssm.ops.bidirectional_scan.cuda_backend import CudaBidirectional
 from mmvssm.ops.bidirectional_scan.declaration import (
     BIDIRECTIONAL_SCAN,
     BidirectionalInputs,
@@ -17,6 +18,7 @@ from mmvssm.ops.contract import Call
 
 BIDIRECTIONAL_SCAN.supply(
     CpuBidirectional(),
+    CudaBidirectional(),
     ReferenceBidirectional(),
     composed=lambda name: ComposedBidirectional(backends.suppliers[name]),
 )

@@ -277,6 +277,25 @@ MMVSSM_DEVICE const char* global_address(const char* base, int x, int y) {
   return static_cast<const char*>(__cvta_global_to_generic(found));
 }
 
+// The same pointer; now the compiler knows that it is to global memory.
+template <typename T>
+MMVSSM_DEVICE T* global_pointer(T* x) {
+  // NVRTC 13.0 never ends if it sees that nothing happens here.
+  uint64_t found;
+  asm("mov.b64 %0, %1;" : "=l"(found) : "l"(reinterpret_cast<uint64_t>(x)));
+  return static_cast<T*>(__cvta_global_to_generic(found));
+}
+
+// Number `index` of elements of kBytes, in one instruction.
+template <int kBytes>
+MMVSSM_DEVICE const char* global_element(const char* base, uint32_t index) {
+  uint64_t found;
+  asm("mad.wide.u32 %0, %1, %2, %3;"
+      : "=l"(found)
+      : "r"(index), "n"(kBytes), "l"(reinterpret_cast<uint64_t>(base)));
+  return static_cast<const char*>(__cvta_global_to_generic(found));
+}
+
 // base + x y bytes, in one instruction.
 MMVSSM_DEVICE char* address(char* base, int x, int y) {
   uint64_t found;
@@ -284,6 +303,13 @@ MMVSSM_DEVICE char* address(char* base, int x, int y) {
       : "=l"(found)
       : "r"(x), "r"(y), "l"(reinterpret_cast<uint64_t>(base)));
   return reinterpret_cast<char*>(found);
+}
+
+// The same address, of which the compiler now knows that it is in global memory.
+template <typename Value>
+MMVSSM_DEVICE Value* in_global(Value* x) {
+  __builtin_assume(__isGlobal(x));
+  return x;
 }
 
 // A zero that the compiler does not know of. What is made of it in a loop is worked
@@ -311,6 +337,13 @@ MMVSSM_DEVICE float shuffle(float x, int lane, int width) {
 }
 MMVSSM_DEVICE float shuffle_xor(float x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+// Of the lane `by` before this one, and behind it; the own value where there is none.
+MMVSSM_DEVICE float shuffle_up(float x, int by) {
+  return __shfl_up_sync(0xffffffffu, x, by);
+}
+MMVSSM_DEVICE float shuffle_down(float x, int by) {
+  return __shfl_down_sync(0xffffffffu, x, by);
 }
 
 }  // namespace mmvssm

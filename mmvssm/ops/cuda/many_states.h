@@ -73,7 +73,8 @@ MMVSSM_DEVICE void store_float(char* to, float x) {
   if constexpr (kDtype == kFloat32)
     *reinterpret_cast<float*>(to) = x;
   else
-    *reinterpret_cast<uint16_t*>(to) = kDtype == kBfloat16 ? to_bfloat16(x) : to_half(x);
+    *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(
+        kDtype == kBfloat16 ? to_bfloat16x2(x, 0.0f) : to_half2(x, 0.0f));
 }
 
 // kCount neighbouring floats, aligned as a whole or to 16 bytes.
@@ -124,8 +125,12 @@ MMVSSM_DEVICE float softplus_of_log2(float x, float e) {
 
 MMVSSM_DEVICE float minus_infinity() { return float_of(0xff800000u); }
 
-MMVSSM_DEVICE float sigmoid(float x) {
-  return rcp_fast(1.0f + exp2_fast(-kLog2E * x));
+// The sigmoid of x ln(2), and of x, over `inverse`.
+MMVSSM_DEVICE float sigmoid_of_log2(float x, float inverse) {
+  return rcp_fast(exp2_fast(-x) * inverse + inverse);
+}
+MMVSSM_DEVICE float sigmoid(float x, float inverse) {
+  return sigmoid_of_log2(kLog2E * x, inverse);
 }
 
 // Of all that share a channel: register k from lane ^ k, and the sum of what they have
@@ -232,15 +237,35 @@ MMVSSM_DEVICE void load_rates(const Inputs& p, const Work& work, States<kLanes>&
   load_states<kLanes>(p, first, p.A, x);
 }
 
-// The states before a chunk, kept for the backward pass: (chunks - 1, batch, channel,
-// STATES), those that fill up as well.
+// The states before every KEPT-th position but the first, kept for the backward pass:
+// (number, batch, channel, STATES), those that fill up as well.
+constexpr int kKept = KEPT;
+static_assert(kPositions % kKept == 0, "whole parts of a chunk");
+
 template <int kLanes>
-MMVSSM_DEVICE float* kept_states(const Inputs& p, const Work& work, float* kept,
-                                 int chunk, int k) {
-  const int64_t rows = static_cast<int64_t>(p.batch) * p.groups * p.group_size;
-  return kept + (chunk - 1) * rows * kStates +
-         offset_of_states<kLanes>(p, work, k, kStates);
-}
+struct KeptStates {
+  float* data;  // before position 0, of the first of the thread's channels
+  int64_t stride;
+  int offsets[kLanes];
+  bool valid[kLanes];
+
+  MMVSSM_DEVICE KeptStates(const Inputs& p, const Work& work, float* kept)
+      : stride(static_cast<int64_t>(p.batch) * p.groups * p.group_size * kStates) {
+    const int64_t channels = static_cast<int64_t>(p.groups) * p.group_size;
+    const int64_t row = work.batch * channels + work.first + work.lane / kLanes * kLanes;
+    data = in_global(kept) + row * kStates - stride;
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k) {
+      const int lane = work.lane ^ k;
+      offsets[k] = lane % kLanes * kStates + work.lane % kLanes * (kStates / kLanes);
+      valid[k] = work.first + lane < work.end;
+    }
+  }
+
+  MMVSSM_DEVICE float* at(int t, int k) const {
+    return data + t / kKept * stride + offsets[k];
+  }
+};
 
 // Positions of a chunk that there are.
 MMVSSM_DEVICE int count_of(const Inputs& p, int chunk) {
@@ -254,20 +279,30 @@ MMVSSM_DEVICE int place_of(const Inputs& p, int t) {
   if (p.order != nullptr) return p.order[t];
   if (p.route >= 2) t = p.length - 1 - t;
   if (p.route % 2 == 1) {
-    const unsigned height = p.length / p.width;
-    t = t % height * p.width + t / height;
+    const int height = p.length / p.width, column = t / height;
+    t = (t - column * height) * p.width + column;
   }
   return t;
 }
 
-// The places of the chunks that are under way, four at most.
+// The places of chunks, found for kBatch of them at once, in the order in which they are
+// walked; those of two batches are kept.
 struct Places {
+  static constexpr int kBatch = 4;
+  static constexpr int kBytes = 2 * kBatch * kPositions * 4;
   int* data;
+  int first, step;  // chunk, and from one to the next
 
-  MMVSSM_DEVICE int* of(int chunk) const { return data + chunk % 4 * kPositions; }
-  MMVSSM_DEVICE void find(const Inputs& p, int chunk) const {
-    if (threadIdx.x < kPositions)
-      of(chunk)[threadIdx.x] = place_of(p, chunk * kPositions + threadIdx.x);
+  MMVSSM_DEVICE int* of(int chunk) const {
+    return data + ((chunk - first) * step & (2 * kBatch - 1)) * kPositions;
+  }
+  MMVSSM_DEVICE bool is_due(int chunk) const { return ((chunk - first) * step & (kBatch - 1)) == 0; }
+  MMVSSM_DEVICE void find(const Inputs& p, int first_of_batch) const {
+    int* to = of(first_of_batch);
+    for (int i = threadIdx.x; i < kBatch * kPositions; i += kThreads) {
+      const int chunk = first_of_batch + i / kPositions * step;
+      to[i] = place_of(p, chunk * kPositions + i % kPositions);
+    }
   }
 };
 
@@ -305,7 +340,7 @@ struct RowsOfWarp {
 #pragma unroll
       for (int i = 0; i < kPositions; i += kRowsAtOnce) {
         const int place = places[i + lane / kPieces];
-        copy_async_or_zero<16>(tile + i * kPitch, address(memory, place, stride),
+        copy_async_or_zero<16>(tile + i * kPitch, in_global(address(memory, place, stride)),
                                valid && place >= 0);
       }
     } else {
@@ -328,9 +363,10 @@ struct RowsOfWarp {
 #pragma unroll
       for (int i = 0; i < kPositions; i += kRowsAtOnce) {
         const int place = places[i + lane / kPieces];
-        if (valid && place >= 0)
-          *reinterpret_cast<uint4*>(address(memory, place, stride)) =
-              *reinterpret_cast<const uint4*>(tile + i * kPitch);
+        const uint4 row = *reinterpret_cast<const uint4*>(tile + i * kPitch);
+        uint4* to = in_global(
+            reinterpret_cast<uint4*>(address(memory, place, stride)));
+        if (valid && place >= 0) *to = row;
       }
     } else {
 #pragma unroll
@@ -362,7 +398,7 @@ struct RowsOfWarp {
     return place >= 0 && (along ? 2 * i < left : valid);
   }
   MMVSSM_DEVICE char* element(int i, int place) const {
-    return address(memory, place, stride) + (along ? 2 * i * of_channel : 0);
+    return in_global(address(memory, place, stride)) + (along ? 2 * i * of_channel : 0);
   }
 };
 

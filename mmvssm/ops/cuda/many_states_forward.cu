@@ -13,10 +13,9 @@ constexpr int kWarps = kThreads / kWarp;
 struct Args {
   Inputs in;
   Rows out;
-  Rows add;    // float32, added before the gate
-  Rows total;  // float32: that sum
+  Rows add;  // float32, added before the gate; with TOTAL that sum is put there
   float *last_state, *kept;
-  float scale;  // of the gate
+  float inverse;  // of the gate's factor
 };
 
 using URows = RowsOfWarp<U_DTYPE>;
@@ -24,25 +23,30 @@ using DeltaRows = RowsOfWarp<DELTA_DTYPE>;
 using AddRows = RowsOfWarp<kFloat32>;
 using OutRows = RowsOfWarp<OUT_DTYPE>;
 
+// Results are put in place of what is read no more: u, or what is added, if it is as large.
+constexpr bool kOutInU = kSize<OUT_DTYPE> == kSize<U_DTYPE>;
+constexpr bool kOutInAdd = !kOutInU && ADD && !TOTAL && OUT_DTYPE == kFloat32;
+
 struct Shared {
   static constexpr int kU = 0;
   static constexpr int kZ = kU + 2 * kWarps * URows::kBytes;
-  static constexpr int kAdd = kZ + (GATE ? 2 * kWarps * URows::kBytes : 0);
-  static constexpr int kOut = kAdd + (ADD ? 2 * kWarps * AddRows::kBytes : 0);
-  static constexpr int kDelta = kOut + kWarps * OutRows::kBytes;
+  static constexpr int kAdd = kZ + (GATE ? kWarps * URows::kBytes : 0);
+  static constexpr int kOut = kAdd + (ADD ? kWarps * AddRows::kBytes : 0);
+  static constexpr int kDelta =
+      kOut + (kOutInU || kOutInAdd ? 0 : kWarps * OutRows::kBytes);
   static constexpr int kDt = kDelta + (kRank ? 0 : 2 * kWarps * DeltaRows::kBytes);
   static constexpr int kWeights = kDt + (kRank ? kDtBytes : 0);
   static constexpr int kLowRank = kWeights + 2 * kWeightsBytes;
   static constexpr int kFragment = kLowRank + 2 * kLowRankBytes;
   static constexpr int kPlaces = kFragment + kFragmentsBytes;
-  static constexpr int kBytes = kPlaces + 4 * kPositions * 4;
+  static constexpr int kBytes = kPlaces + Places::kBytes;
 };
 static_assert(Shared::kBytes == SHARED, "as Python has it");
 
 // One buffer of two, of those of all warps.
 template <typename Array>
 MMVSSM_DEVICE char* buffer(char* smem, int offset, int chunk, int warp) {
-  return smem + offset + (chunk % 2 * kWarps + warp) * Array::kBytes;
+  return smem + offset + ((chunk & 1) * kWarps + warp) * Array::kBytes;
 }
 
 // A walk along a split. With kEnds it finds only what the split makes of a state, and the
@@ -54,14 +58,16 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
   const int warp = work.warp, lane = work.lane;
   const URows u(p.in.u, work, p.in.along), z(p.in.z, work, p.in.along);
   const DeltaRows delta(p.in.delta, work, p.in.along);
-  const AddRows add(p.add, work, p.in.along), total(p.total, work, p.in.along);
+  const AddRows add(p.add, work, p.in.along);
   const OutRows out(p.out, work, p.in.along);
   StagedWeights<!kEnds> weights(p.in, work);
   StagedLowRank low_rank(p.in, work);
-  const Places places{reinterpret_cast<int*>(smem + Shared::kPlaces)};
+  const Places places{reinterpret_cast<int*>(smem + Shared::kPlaces), work.begin_chunk, 1};
   const Projection projection(p.in, work, smem + Shared::kFragment);
-  char* out_tile = smem + Shared::kOut + warp * OutRows::kBytes;
+  char* z_tile = smem + Shared::kZ + warp * URows::kBytes;
+  char* add_tile = smem + Shared::kAdd + warp * AddRows::kBytes;
   float* dt_column = reinterpret_cast<float*>(smem + Shared::kDt) + warp * kWarp;
+  const KeptStates<kLanes> kept(p.in, work, p.kept);
   const float skip = work.parameter(p.in.D);
   const float shift = work.parameter(p.in.bias) * kLog2E;
   float sum = 0.0f;
@@ -70,43 +76,48 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
     const int* where = places.of(chunk);
     u.load(buffer<URows>(smem, Shared::kU, chunk, warp), where);
     if (!kRank) delta.load(buffer<DeltaRows>(smem, Shared::kDelta, chunk, warp), where);
-    if (kGate) z.load(buffer<URows>(smem, Shared::kZ, chunk, warp), where);
-    if (kAdd) add.load(buffer<AddRows>(smem, Shared::kAdd, chunk, warp), where);
-    copy_commit();
     weights.fetch(p.in, where);
     if (kRank) low_rank.fetch(p.in, where);
   };
   const auto put = [&](int chunk) {
     weights.put(reinterpret_cast<float*>(smem + Shared::kWeights +
-                                         chunk % 2 * kWeightsBytes));
-    if (kRank) low_rank.put(smem + Shared::kLowRank + chunk % 2 * kLowRankBytes);
+                                         (chunk & 1) * kWeightsBytes));
+    if (kRank) low_rank.put(smem + Shared::kLowRank + (chunk & 1) * kLowRankBytes);
+  };
+
+  const auto keep = [&](int t) {
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k)
+      if (kept.valid[k] && t > 0 && t < p.in.length) store_floats(kept.at(t, k), h[k]);
   };
 
   places.find(p.in, work.begin_chunk);
-  places.find(p.in, work.begin_chunk + 1);
   sync_cta("first places");
   copy(work.begin_chunk);
+  copy_commit();
   put(work.begin_chunk);
 
 #pragma unroll 1
   for (int chunk = work.begin_chunk; chunk < work.end_chunk; ++chunk) {
     copy_wait<0>();
     sync_cta("chunk");
+    // What is used last has the shortest way ahead, and one buffer.
+    if (kGate) z.load(z_tile, places.of(chunk));
+    if (kAdd) add.load(add_tile, places.of(chunk));
+    copy_commit();
     if (chunk + 1 < work.end_chunk) copy(chunk + 1);
-    places.find(p.in, chunk + 2);
-
-    if (!kEnds && KEEP && chunk > 0) {
-#pragma unroll
-      for (int k = 0; k < kLanes; ++k)
-        if (work.first + (lane ^ k) < work.end)
-          store_floats(kept_states<kLanes>(p.in, work, p.kept, chunk, k), h[k]);
+    copy_commit();
+    if (rarely(places.is_due(chunk))) {
+      places.find(p.in, chunk + Places::kBatch);
     }
+
     char* delta_tile = buffer<DeltaRows>(smem, Shared::kDelta, chunk, warp);
     if (kRank) {
-      projection.run(smem + Shared::kLowRank + chunk % 2 * kLowRankBytes, lane,
+      projection.run(smem + Shared::kLowRank + (chunk & 1) * kLowRankBytes, lane,
                      dt_column);
-      sync_warp("dt");
     }
+    copy_wait<1>();
+    sync_warp("dt");
     const int count = count_of(p.in, chunk);
     if (rarely(count < kPositions)) {
       // No time passes where there are no positions.
@@ -118,14 +129,16 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
       }
     }
 
-    const char* u_tile = buffer<URows>(smem, Shared::kU, chunk, warp);
-    const char* z_tile = buffer<URows>(smem, Shared::kZ, chunk, warp);
-    char* add_tile = buffer<AddRows>(smem, Shared::kAdd, chunk, warp);
+    char* u_tile = buffer<URows>(smem, Shared::kU, chunk, warp);
+    char* out_tile = kOutInU     ? u_tile
+                     : kOutInAdd ? add_tile
+                                 : smem + Shared::kOut + warp * OutRows::kBytes;
     const float* row = reinterpret_cast<const float*>(smem + Shared::kWeights +
-                                                      chunk % 2 * kWeightsBytes) +
+                                                      (chunk & 1) * kWeightsBytes) +
                        lane % kLanes * kOwn;
 #pragma unroll
     for (int t = 0; t < kPositions; ++t) {
+      if (!kEnds && KEEP && t % kKept == 0) keep(chunk * kPositions + t);
       const float raw = kRank ? dt_column[t * kDtPitch + lane] : delta.get(delta_tile, t);
       const float x = raw * kLog2E + shift, input = u.get(u_tile, t);
       const float dt = SOFTPLUS      ? softplus_of_log2(x, exp2_fast(-fabsf(x)))
@@ -133,6 +146,7 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
                                    : 0.0f;
       if (kEnds) sum += dt;
       float dts[kLanes], inputs[kLanes], y[kLanes] = {};
+      if (kAdd) y[0] = add.get(add_tile, t);
       spread<kLanes>(dt, dts);
       spread<kLanes>(dt * input, inputs);
       float B[kOwn], C[kOwn];
@@ -147,25 +161,27 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
         }
       if (kEnds) continue;
       float result = gather<kLanes>(y) + skip * input;
-      if (kAdd) result += add.get(add_tile, t);
-      if (TOTAL) total.put(add_tile, t, result);
+      if (TOTAL) add.put(add_tile, t, result);
       if (kGate) {
         const float gate = z.get(z_tile, t);
-        result *= gate * sigmoid(gate) * p.scale;
+        result *= gate * sigmoid(gate, p.inverse);
       }
       out.put(out_tile, t, result);
     }
     if (!kEnds) {
       sync_warp("rows");
       out.store(out_tile, places.of(chunk));
-      if (TOTAL) total.store(add_tile, places.of(chunk));
+      if (TOTAL) add.store(add_tile, places.of(chunk));
     }
     if (chunk + 1 < work.end_chunk) put(chunk + 1);
   }
   return sum;
 }
 
-MMVSSM_KERNEL(many_states_forward, Args, THREADS, 512 / THREADS) {
+// Sixteen warps on a multiprocessor; float32 takes more registers to multiply.
+constexpr int kResident = RANK && DELTA_DTYPE == kFloat32 ? 384 : 512;
+
+MMVSSM_KERNEL(many_states_forward, Args, THREADS, kResident / THREADS) {
   const Work work(p.in, false);
   char* smem = shared_memory();
   States<kLanes> rates, h = {};
@@ -178,7 +194,6 @@ MMVSSM_KERNEL(many_states_forward, Args, THREADS, 512 / THREADS) {
       splits.publish_split(added, sum);
       splits.find_start(rates, {}, h);
       splits.publish_group(rates, h, added, sum);
-      sync_cta("ends");
     } else {
       splits.find_start(rates, {}, h);
     }

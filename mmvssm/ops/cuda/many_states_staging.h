@@ -14,6 +14,7 @@ struct Pair {
 
   // The first `left` of them. With PAIRS there are both or none.
   MMVSSM_DEVICE void load(const char* from, int64_t step, int left) {
+    from = in_global(from);
     low = high = 0;
     if (PAIRS && left > 0) {
       if constexpr (kDtype == kFloat32) {
@@ -46,7 +47,7 @@ struct Pair {
 template <int kPairsOfRow>
 struct Shares {
   static constexpr int kAll = kPositions * kPairsOfRow;
-  static constexpr int kCount = (kAll + kThreads - 1) / kThreads;
+  static constexpr int kCount = kAll ? (kAll + kThreads - 1) / kThreads : 1;
   int along;
 
   MMVSSM_DEVICE static int number(int i) { return i * kThreads + threadIdx.x; }
@@ -110,10 +111,11 @@ struct StagedWeights {
 };
 
 // The low-rank form of delta as a matrix (position, rank) of 16-bit numbers; float32 is
-// the sum of three such matrices. The weight, float32, is the sum of two or of three.
+// the sum of three such matrices. The weight is the sum of WEIGHT_TERMS, as float32 of two
+// or of three.
 constexpr bool kIsBfloat16 = DELTA_DTYPE != kFloat16;
 constexpr int kTerms = DELTA_DTYPE == kFloat32 ? 3 : 1;
-constexpr int kTermsOfWeight = DELTA_DTYPE == kFloat32 ? 3 : 2;
+constexpr int kTermsOfWeight = WEIGHT_TERMS;
 constexpr int kRankPitch = kRank + 8;  // in numbers
 constexpr int kLowRankBytes = kRank ? kTerms * kPositions * kRankPitch * 2 : 0;
 constexpr int kRankSteps = kRank / 16;
@@ -227,7 +229,7 @@ struct Projection {
       for (int other = kTermsOfWeight - 1; other >= 0; --other)
 #pragma unroll
         for (int term = kTerms - 1; term >= 0; --term) {
-          if (term + other >= kTermsOfWeight) continue;
+          if (term + other > 2) continue;
 #pragma unroll
           for (int block = 0; block < kWarp / 8; ++block) {
             const uint2 two = fragment(step, other, block);

@@ -7,14 +7,14 @@ looks back at those before it; and several scans may share a launch. All sums ar
 fixed order: the same inputs give the same bits.
 """
 
-import ctypes
 from collections.abc import Sequence
-from ctypes import c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
+from mmvssm.ops.cuda import one_state_backward
 from mmvssm.ops.cuda.kernels import Kernel
+from mmvssm.ops.cuda.merge import merge
 from mmvssm.ops.cuda.one_state_call import (
     CHUNK,
     DTYPES,
@@ -26,14 +26,14 @@ from mmvssm.ops.cuda.one_state_call import (
     shared_bytes,
 )
 from mmvssm.ops.cuda.scan import Scan
-from mmvssm.ops.kernel_args import fields, pointer
+from mmvssm.ops.kernel_args import pointer
 
 FORWARD = Kernel('one_state_forward.cu', 'one_state_forward')
-MERGE = Kernel('merge.cu', 'merge')
 
 
-class _MergeArgs(ctypes.Structure):
-    _fields_ = fields((c_void_p, 'parts out'), (c_int64, 'size count'))
+Gradients = one_state_backward.Gradients
+backward = one_state_backward.backward
+backward_merged = one_state_backward.backward_merged
 
 
 def saved_shape(
@@ -104,7 +104,7 @@ def forward_merged(
         some = slice(first, first + MAX_SCANS)
         kept = None if saved is None else saved[some]
         _forward(scans[some], parts[some].mT, saved=kept)
-    _merge(parts, memory)
+    merge(parts, memory)
 
 
 def _forward(
@@ -128,22 +128,3 @@ def _forward(
         own.out, own.add, own.last_state = map(pointer, (to, add, last_state))
         own.saved = None if saved is None else pointer(saved[k])
     call.launch(FORWARD, args, args)
-
-
-def _merge(parts: Tensor, out: Tensor) -> None:
-    """Add up the first axis of float32 ``parts``; both are contiguous."""
-    width = 4 if out.numel() % 4 == 0 else 1
-    threads = 256
-    args = _MergeArgs(
-        parts=parts.data_ptr(),
-        out=out.data_ptr(),
-        size=out.numel(),
-        count=len(parts),
-    )
-    MERGE.launch(
-        dict(THREADS=threads, WIDTH=width, OUT_DTYPE=DTYPES[out.dtype]),
-        args,
-        grid=-(-out.numel() // (threads * width)),
-        threads=threads,
-        on=out,
-    )

@@ -22,6 +22,8 @@ from mmvssm.ops.kernel_args import fields, parameter, pointer
 # Positions of a chunk, of which a thread has so many of so many channels.
 CHUNK = 64
 OWN, WIDTH = 8, 4
+# Channels of a CTA.
+CHANNEL_BLOCKS = (64, 32)
 # Scans of a launch, at most.
 MAX_SCANS = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -43,7 +45,7 @@ class Strides(ctypes.Structure):
     @classmethod
     def of(cls, x: Tensor | None) -> 'Strides':
         """All zeros for None."""
-        return cls() if x is None else cls(*_byte_strides(x))
+        return cls() if x is None else cls(*byte_strides(x))
 
 
 class ScanPointers(ctypes.Structure):
@@ -98,6 +100,7 @@ class Call:
         shared_bytes: Callable[[Constants], int],
         args: type[ctypes.Structure],
         copied: Iterable[Tensor] = (),
+        channel_blocks: Sequence[int] = CHANNEL_BLOCKS,
     ) -> 'Call':
         """For inputs, and what else a kernel has.
 
@@ -108,6 +111,7 @@ class Call:
             shared_bytes: Gives the bytes of shared memory, for constants.
             args: What the kernel takes.
             copied: Further arrays (B, D, L) that it brings into shared memory.
+            channel_blocks: How many channels a CTA may have, the best first.
 
         Raises:
             ValueError: There are more positions or channels than the kernels count.
@@ -135,9 +139,20 @@ class Call:
             VECTOR=int(all(_are_vectors(x, group_size) for x in stored)),
             ARGS=ctypes.sizeof(args),
         )
-        found |= _channel_block(group_size, found, shared_bytes)
+        found |= _channel_block(group_size, found, shared_bytes, channel_blocks)
         blocks = -(-group_size // found['CHANNELS'])
         return cls(scans, found, blocks, len(scans) * batch * groups * blocks)
+
+    @property
+    def chunks(self) -> int:
+        """Of a sequence."""
+        return -(-self.scans[0].length // CHUNK)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether each chunk has a CTA of its own."""
+        warps = self.chains * self.constants['THREADS'] // 32
+        return self.chunks > 1 and warps < wanted_warps(self.scans[0].u)
 
     def args(self) -> Args:
         """The structure; it is of use for as long as this object is there."""
@@ -147,7 +162,6 @@ class Call:
         width = scan.width or places
         height = places // width
         shift = (height - 1).bit_length()
-        chunks = -(-scan.length // CHUNK)
         args = Args(
             **dict(u=pointer(scan.u), z=pointer(scan.z)),
             u_strides=Strides.of(scan.u),
@@ -160,7 +174,7 @@ class Call:
             **dict(width=width, height=height, height_shift=shift),
             # So that 2 t height_inverse >> 32 + height_shift is t // height.
             height_inverse=-(-(2 ** (31 + shift)) // height),
-            **dict(chunks=chunks, chunks_of_cta=chunks),
+            **dict(chunks=self.chunks, chunks_of_cta=self.chunks),
         )
         for k, one in enumerate(self.scans):
             args.scans[k] = _scan_pointers(one)
@@ -176,7 +190,7 @@ class Call:
         """
         on = self.scans[0].u
         grid, threads = self.chains, self.constants['THREADS']
-        if inputs.chunks > 1 and grid * threads // 32 < wanted_warps(on):
+        if self.looks_back:
             entries = inputs.chunks + -(-inputs.chunks // _LOOK_BACK)
             shape = (self.chains, entries, self.constants['CHANNELS'])
             published = on.new_full(shape, -1, dtype=torch.int64)
@@ -255,10 +269,10 @@ def _of_one_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
     dtypes = {x.dtype for x in tensors if x is not None}
     if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
         tensors = tuple(None if x is None else x.float() for x in tensors)
-    return [_with_short_strides(x) for x in tensors]
+    return [with_short_strides(x) for x in tensors]
 
 
-def _with_short_strides(x: Tensor | None) -> Tensor | None:
+def with_short_strides(x: Tensor | None) -> Tensor | None:
     """The kernels multiply places by strides in bytes of 32 bits."""
     if x is not None and x.stride(-1) * x.element_size() >= 2**31:
         x = x.contiguous()
@@ -286,11 +300,14 @@ def _scan_pointers(scan: Scan) -> ScanPointers:
 
 
 def _channel_block(
-    group_size: int, constants: Constants, shared_bytes: Callable[[Constants], int]
+    group_size: int,
+    constants: Constants,
+    shared_bytes: Callable[[Constants], int],
+    channel_blocks: Sequence[int],
 ) -> dict[str, int]:
     """Channels of a CTA, and what follows: those of which the fewest are idle."""
     found = []
-    for size in (64, 32):
+    for size in channel_blocks:
         sizes = dict(CHANNELS=size, THREADS=size // WIDTH * (CHUNK // OWN))
         sizes['SHARED'] = shared_bytes({**constants, **sizes})
         if sizes['SHARED'] <= _SHARED:
@@ -298,7 +315,7 @@ def _channel_block(
     return min(found, key=lambda sizes: -group_size % sizes['CHANNELS'])
 
 
-def _byte_strides(x: Tensor) -> list[int]:
+def byte_strides(x: Tensor) -> list[int]:
     """Of a tensor (batch, channel, position); 0 where there is only one."""
     size = x.element_size()
     return [
@@ -322,15 +339,15 @@ def _are_vectors(x: Tensor, group_size: int) -> bool:
 
 def _are_aligned(x: Tensor, group_size: int, size: int) -> bool:
     """Whether the channels of a group lie side by side, in pieces of ``size`` bytes."""
-    batch, channel, position = _byte_strides(x)
+    batch, channel, position = byte_strides(x)
     found = (x.data_ptr(), batch, position, group_size * x.element_size())
-    is_dense = channel in (0, x.element_size())
+    is_dense = x.shape[1] == 1 or channel == x.element_size()
     return is_dense and not any(n % size for n in found)
 
 
 def _are_pairs(x: Tensor) -> bool:
     """Whether two neighbours of the low-rank form can be read at once."""
-    batch, rank, position = _byte_strides(x)
+    batch, rank, position = byte_strides(x)
     is_dense = rank == x.element_size() and x.shape[1] % 2 == 0
     found = (x.data_ptr(), batch, position)
     return is_dense and not any(n % (2 * x.element_size()) for n in found)

@@ -9,16 +9,18 @@ namespace mmvssm {
 constexpr int kWarpTiles = kChannelTiles / (kThreads / 32);  // of 8 channels
 static_assert(kWarpTiles * (kThreads / 32) == kChannelTiles, "no rest");
 
-// Puts the weights into shared memory as mma_16816 wants them, times log2(e).
+// Puts the weights into shared memory as mma_16816 wants them, times log2(e). `Memory`
+// says where that is, and which channel a column.
+template <typename Memory>
 MMVSSM_DEVICE void put_dt_weight(const ScanPointers& scan, const Chain& chain,
-                                   char* smem) {
+                                 char* smem) {
   constexpr int kCount = kRankTiles * kChannelTiles * 32 * 2;
-  uint32_t* fragments = reinterpret_cast<uint32_t*>(smem + Layout::kFragments);
+  uint32_t* fragments = reinterpret_cast<uint32_t*>(smem + Memory::kFragments);
   const float* weight = scan.weight + static_cast<int64_t>(chain.channel) * RANK;
 #pragma unroll 1
   for (int index = threadIdx.x; index < kCount; index += kThreads) {
     const int lane = index / 2 % 32, tile = index / 64;
-    const int channel = tile % kChannelTiles * 8 + lane / 4;
+    const int channel = Memory::channel_of(tile % kChannelTiles, lane / 4);
     const int r = tile / kChannelTiles * 16 + index % 2 * 8 + lane % 4 * 2;
     float low = 0.0f, high = 0.0f;
     if (channel < chain.count) {
@@ -49,7 +51,8 @@ MMVSSM_DEVICE void multiply_terms(float (&d)[4], const uint32_t (&a)[kTerms][4],
     }
 }
 
-template <int kRankTile>
+// The result of this lane, in tiles of 16 positions and 8 channels.
+template <typename Memory, int kRankTile = 0>
 MMVSSM_DEVICE void project_tiles(const char* smem,
                                  float (&d)[kPositions / 16][kWarpTiles][4],
                                  const float (&bias)[kWarpTiles][4]) {
@@ -60,7 +63,7 @@ MMVSSM_DEVICE void project_tiles(const char* smem,
     for (int j = 0; j < kWarpTiles; ++j)
 #pragma unroll
       for (int i = 0; i < kWeightTerms; ++i)
-        b[j][i] = reinterpret_cast<const uint2*>(smem + Layout::kFragments)
+        b[j][i] = reinterpret_cast<const uint2*>(smem + Memory::kFragments)
             [((i * kRankTiles + kRankTile) * kChannelTiles + warp * kWarpTiles + j) * 32 +
              lane];
 #pragma unroll
@@ -68,7 +71,7 @@ MMVSSM_DEVICE void project_tiles(const char* smem,
       uint32_t a[kTerms][4];
 #pragma unroll
       for (int i = 0; i < kTerms; ++i)
-        load_matrix(a[i], smem + Layout::kLowRank +
+        load_matrix(a[i], smem + Memory::kLowRank +
                               ((i * kPositions + 16 * m + lane % 16) * kRankPitch +
                                16 * kRankTile + lane / 16 * 8) *
                                   2);
@@ -76,7 +79,7 @@ MMVSSM_DEVICE void project_tiles(const char* smem,
       for (int j = 0; j < kWarpTiles; ++j)
         multiply_terms<kRankTile == 0>(d[m][j], a, b[j], bias[j]);
     }
-    project_tiles<kRankTile + 1>(smem, d, bias);
+    project_tiles<Memory, kRankTile + 1>(smem, d, bias);
   }
 }
 
@@ -92,7 +95,7 @@ MMVSSM_DEVICE void project(char* smem) {
     bias[j][0] = bias[j][2] = two.x;
     bias[j][1] = bias[j][3] = two.y;
   }
-  project_tiles<0>(smem, d, bias);
+  project_tiles<Layout>(smem, d, bias);
   float* to = reinterpret_cast<float*>(smem + Layout::kDt) + lane / 4 * kDtPitch + column;
 #pragma unroll
   for (int m = 0; m < kPositions / 16; ++m)

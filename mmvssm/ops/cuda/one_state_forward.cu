@@ -5,6 +5,8 @@
 
 namespace mmvssm {
 
+static_assert(Layout::kBytes == SHARED, "as Python has it");
+
 // Own part of the recurrence, h = a h + b at each position.
 struct Recurrence {
   float a[kOwn][kWidth], b[kOwn][kWidth];
@@ -37,8 +39,8 @@ struct Recurrence {
                            int buffer, int left) {
     float B[kOwn], rate[kWidth], shift[kWidth];
     read_weights(smem, own, buffer, 0, B);
-    get_parameter(smem, kRate, own, rate);
-    get_parameter(smem, kShift, own, shift);
+    get_parameter<Layout>(smem, kRate, own, rate);
+    get_parameter<Layout>(smem, kShift, own, shift);
     Step step;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -123,7 +125,7 @@ struct Outputs {
     float C[kOwn], skip[kWidth];
     int places[kOwn];
     read_places(smem, own, buffer, places);
-    get_parameter(smem, kSkip, own, skip);
+    get_parameter<Layout>(smem, kSkip, own, skip);
     Recurrence::read_weights(smem, own, buffer, 1, C);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -167,9 +169,9 @@ MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, mmvssm::kCtas) {
   Outputs outputs(p, scan, chain, own, smem);
   Supply supply(p, chain);
   Held held;
-  put_parameters(scan, chain, smem);
+  put_parameters<Layout>(scan, chain, smem);
   if constexpr (kProjects) {
-    put_dt_weight(scan, chain, smem);
+    put_dt_weight<Layout>(scan, chain, smem);
     supply.pad_low_rank(smem);
   }
   supply.fetch(p, smem, chain.begin, 0, held);

@@ -43,9 +43,11 @@ struct Layout {
   static constexpr int kDt =
       kFragments + kWeightTerms * kRankTiles * kChannelTiles * 32 * 8;
   static constexpr int kDtRows = kProjects || ADD ? kOwn : 2;  // of a team
+  // The channel of a column of the matrix of weights, in tiles of 8 columns.
+  static MMVSSM_DEVICE int channel_of(int tile, int column) { return 8 * tile + column; }
+
   static constexpr int kBytes = kDt + kTeams * kDtRows * kDtPitch * 4;
 };
-static_assert(Layout::kBytes == SHARED, "as Python has it");
 
 // CTAs that a multiprocessor is to hold, which bounds registers: 16 warps, unless there
 // is not enough shared memory for them.
@@ -56,9 +58,10 @@ constexpr int kCtas = kFit < kWanted ? kFit : kWanted;
 enum Parameter { kRate, kSkip, kShift };
 
 // A, D, and the bias in the log2 domain.
+template <typename Memory>
 MMVSSM_DEVICE void put_parameters(const ScanPointers& scan, const Chain& chain,
                                   char* smem) {
-  float* to = reinterpret_cast<float*>(smem + Layout::kParameters);
+  float* to = reinterpret_cast<float*>(smem + Memory::kParameters);
 #pragma unroll 1
   for (int c = threadIdx.x; c < kChannels; c += kThreads) {
     const bool there = c < chain.count;
@@ -69,10 +72,11 @@ MMVSSM_DEVICE void put_parameters(const ScanPointers& scan, const Chain& chain,
         there && scan.bias != nullptr ? scan.bias[channel] * kLog2E : 0.0f;
   }
 }
+template <typename Memory>
 MMVSSM_DEVICE void get_parameter(const char* smem, Parameter which, const Own& own,
                                  float (&x)[kWidth]) {
   load_channels<kFloat32>(
-      smem + Layout::kParameters + (which * kChannels + own.channel) * 4, x);
+      smem + Memory::kParameters + (which * kChannels + own.channel) * 4, x);
 }
 
 // The part of one thread in bringing in rows of an array (batch, channel, place).

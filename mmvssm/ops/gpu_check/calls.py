@@ -223,9 +223,10 @@ class Recorder(TorchFunctionMode):
         return op.finish(op.outputs_like(call.inputs, call.options), call.options)
 
 
-def digest(calls: Sequence[OpCall]) -> str:
-    """A name for a set of calls, whatever their order."""
+def digest(calls: Sequence[OpCall], *more: object) -> str:
+    """A name for a set of calls, whatever their order, and what else it is of."""
     lines = sorted(json.dumps(replace(call, count=1).as_json()) for call in calls)
+    lines += map(repr, more)
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
 
 

@@ -85,9 +85,10 @@ def ensure(
             return sets
         cases = with_kernels(cases_of(), backend)
         logger.warning(
-            'mmvssm checks its GPU kernels for %s: %d calls, about %.0f s and the time '
-            'to compile them, once for this machine (%s=0 leaves it out)',
-            *(name, len(cases), estimate(cases), VARIABLE),
+            'mmvssm checks its GPU kernels, once for this machine: %d calls of %s, '
+            'about %.0f s and the time to compile them (%s=0 leaves it out)',
+            *(len(cases), ', '.join(sorted({case.call.op for case in cases}))),
+            *(min(estimate(cases), limits.total), VARIABLE),
         )
         more = kernels_of()
         found = check(cases, backend, str(device), kernels_of=more, limits=limits)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mmvssm.ops.gpu_check.calls import Layout, OpCall
 
-# Distinct elements of a batch.
-DISTINCT = 3
+# Distinct elements of a batch, and how many values they may have: in float64, with all
+# that is made of them, these take a few GB.
+DISTINCT, _VALUES = 3, 2**24
 # Inputs that never get a gradient.
 _CONSTANTS = ('cos', 'sin')
 # Step sizes of a model that starts to train, before the softplus.
@@ -46,7 +47,7 @@ class Values:
         """Random ones, the same for the same call and seed."""
         generator = torch.Generator().manual_seed(seed)
         batch = call.batch()
-        distinct = min(batch, DISTINCT)
+        distinct = min(batch, _distinct(call))
         # Without a period: a wrong step from one element to another shows.
         rest = torch.randint(distinct, (batch - distinct,), generator=generator)
         places = torch.cat((torch.arange(distinct), rest))
@@ -94,6 +95,12 @@ class Values:
     def _spread(self, x: Tensor, values: Tensor) -> None:
         for element, place in zip(x, self.places):
             element.copy_(values[place])
+
+
+def _distinct(call: OpCall) -> int:
+    first = call.tensors[0]
+    assert first is not None, 'the first input of an op is always there'
+    return max(1, min(DISTINCT, _VALUES * call.batch() // max(first.places(), 1)))
 
 
 def graded(call: OpCall) -> list[bool]:

@@ -77,33 +77,65 @@ class CudaSs2d(FusedSs2d):
         orders = walked_orders(inputs, options)
         read = KernelInputs.of(inputs, options, self.dtypes, projected=saved[0])
         grad_out = sequence(sole(grads).permute(0, 2, 3, 1).contiguous())
-        grad_x = torch.empty_like(read.x, dtype=torch.float32)
-        kernels = kernels_for(inputs.A.shape[1])
-        found = []
-        for k, (scan, own) in enumerate(_scans(read, orders, low_rank=False)):
-            assert scan.delta is not None, 'the backward pass takes whole steps'
-            grad_delta = torch.empty_like(scan.delta)
-            by_A, by_B, by_C, by_D, by_bias = kernels.backward(
-                *(scan, saved[1][k], grad_out, None),
-                rows=(sequence(grad_x), grad_delta, None),
-                add=k > 0,
-            )
-            assert by_D is not None and by_bias is not None, 'SS2D has both'
-            dt = own.dt.float().flatten(0, 1)
-            by_weight = linear_product(grad_delta.transpose(0, 1).flatten(1), dt.t())
-            found.append(
-                OrderGradients(
-                    dt=linear_product(grad_delta.mT, own.weight.t()),
-                    B=by_B[:, 0],
-                    C=by_C[:, 0],
-                    weight=by_weight,
-                    bias=by_bias,
-                    A=by_A,
-                    D=by_D,
-                )
-            )
+        backward = _backward_of_one_state
+        if inputs.A.shape[1] > 1:
+            backward = _backward_in_turn
+        grad_x, found = backward(read, orders, saved[1], grad_out)
         rest = join_gradients(read.projected, found)
         return gradients_of(inputs, options, grad_x, *rest)
+
+
+def _backward_of_one_state(
+    inputs: KernelInputs, orders: KernelOrders, saved: Tensor, grad_out: Tensor
+) -> tuple[Tensor, list[OrderGradients]]:
+    """Gradients of the map, and of the rest of every order."""
+    scans, own = zip(*_scans(inputs, orders, low_rank=True))
+    grad_x = torch.empty_like(inputs.x, dtype=torch.float32)
+    # Before the softplus, in the dtype of the low-rank form.
+    shape = (len(scans), *grad_out.mT.shape)
+    by_delta = inputs.projected.new_empty(shape).mT
+    found = one_state.backward_merged(
+        scans, list(saved), grad_out, sequence(grad_x), list(by_delta)
+    )
+    return grad_x, [_order_gradients(*order) for order in zip(own, by_delta, found)]
+
+
+def _backward_in_turn(
+    inputs: KernelInputs, orders: KernelOrders, saved: Tensor, grad_out: Tensor
+) -> tuple[Tensor, list[OrderGradients]]:
+    """The same for several states, one scan after the other."""
+    grad_x = torch.empty_like(inputs.x, dtype=torch.float32)
+    kernels = kernels_for(inputs.A.shape[1])
+    found = []
+    for k, (scan, own) in enumerate(_scans(inputs, orders, low_rank=False)):
+        assert scan.delta is not None, 'this backward pass takes whole steps'
+        by_delta = torch.empty_like(scan.delta)
+        rest = kernels.backward(
+            *(scan, saved[k], grad_out, None),
+            rows=(sequence(grad_x), by_delta, None),
+            add=k > 0,
+        )
+        found.append(_order_gradients(own, by_delta, rest))
+    return grad_x, found
+
+
+def _order_gradients(
+    inputs: OrderInputs, by_delta: Tensor, rest: one_state.Gradients
+) -> OrderGradients:
+    """Put together, given those of step sizes (B, D, L) and what kernels give."""
+    by_A, by_B, by_C, by_D, by_bias = rest
+    assert by_D is not None and by_bias is not None, 'SS2D has both'
+    dt = inputs.dt.to(by_delta.dtype).flatten(0, 1)
+    weight = inputs.weight.to(by_delta.dtype)
+    return OrderGradients(
+        dt=linear_product(by_delta.mT, weight.t()),
+        B=by_B[:, 0],
+        C=by_C[:, 0],
+        weight=linear_product(by_delta.transpose(0, 1).flatten(1), dt.t()),
+        bias=by_bias,
+        A=by_A,
+        D=by_D,
+    )
 
 
 def _forward_in_turn(scans: Sequence[Scan], out: Tensor, saved: Tensor | None) -> None:

@@ -282,6 +282,14 @@ inline float shuffle(float x, int lane, int width) {
 inline float shuffle_xor(float x, int mask) {
   return exchange_one(x, machine.thread.x % kLanesOfWarp ^ mask);
 }
+inline float shuffle_up(float x, unsigned by) {
+  const unsigned own = machine.thread.x % kLanesOfWarp;
+  return exchange_one(x, own < by ? own : own - by);
+}
+inline float shuffle_down(float x, unsigned by) {
+  const unsigned own = machine.thread.x % kLanesOfWarp;
+  return exchange_one(x, own + by < kLanesOfWarp ? own + by : own);
+}
 
 template <int kBytes>
 void check_alignment(const void* address, const char* what) {
@@ -344,7 +352,19 @@ inline float exp2_fast(float x) { return exp2f(x); }
 inline bool rarely(bool condition) { return condition; }
 inline float inverse_root(float x) { return 1.0f / sqrtf(x); }
 inline float rcp_fast(float x) { return 1.0f / x; }
+template <typename Value>
+Value* in_global(Value* x) {
+  return x;
+}
 inline int fresh_zero() { return 0; }
+template <typename T>
+T* global_pointer(T* x) {
+  return x;
+}
+template <int kBytes>
+const char* global_element(const char* base, uint32_t index) {
+  return base + static_cast<uint64_t>(index) * kBytes;
+}
 inline const char* global_address(const char* base, int x, int y) {
   return base + static_cast<int64_t>(x) * y;
 }

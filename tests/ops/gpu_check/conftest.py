@@ -9,6 +9,11 @@ from mmvssm.ops.operator import all_ops
 
 
 @pytest.fixture(autouse=True)
+def emulated_gpu():
+    """There is none here."""
+
+
+@pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """Verdicts of a test are its own."""
     monkeypatch.setenv('MMVSSM_CACHE_DIR', str(tmp_path / 'cache'))

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmvssm import ops
-from mmvssm.ops.gpu_check import measure
+from mmvssm.ops.gpu_check import measure, values
 from mmvssm.ops.gpu_check.calls import Layout, OpCall, Recorder, digest
 from mmvssm.ops.gpu_check.cases import everything, of_calls
 from mmvssm.ops.gpu_check.values import DISTINCT, Values, empty
@@ -136,15 +136,23 @@ def test_other_calls_like_it(scan):
     assert len(of_calls([exact])) == 2
 
 
+def test_large_images_are_fewer(scan, monkeypatch):
+    """In float64 they would not fit."""
+    monkeypatch.setattr(values, '_VALUES', 6 * 7)
+    assert len(Values.of(scan, torch.device('cpu')).counts()) == 1
+    monkeypatch.setattr(values, '_VALUES', 2 * 6 * 7)
+    assert len(Values.of(scan, torch.device('cpu')).counts()) == 2
+
+
 def test_values_fill_the_whole_batch(scan):
     """With few distinct elements, each of which comes, and in no period."""
     scan = scan.with_batch(64)
-    values = Values.of(scan, torch.device('cpu'))
+    made = Values.of(scan, torch.device('cpu'))
     tensors = [None if x is None else empty(x, 'cpu') for x in scan.tensors]
-    values.fill(tensors)
-    assert len(values.counts()) == DISTINCT and min(values.counts()) > 0
-    assert all(values.places[s:] != values.places[:-s] for s in range(1, 9))
-    for name, x, few in zip(scan.declaration.labels, tensors, values.few):
-        rows = few[values.places] if few.shape[0] == DISTINCT else few
+    made.fill(tensors)
+    assert len(made.counts()) == DISTINCT and min(made.counts()) > 0
+    assert all(made.places[s:] != made.places[:-s] for s in range(1, 9))
+    for name, x, few in zip(scan.declaration.labels, tensors, made.few):
+        rows = few[made.places] if few.shape[0] == DISTINCT else few
         assert torch.equal(x.double(), rows), name
-    assert len(torch.stack(list(values.few[0])).unique(dim=0)) == DISTINCT
+    assert len(torch.stack(list(made.few[0])).unique(dim=0)) == DISTINCT

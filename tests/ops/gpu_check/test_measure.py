@@ -218,6 +218,30 @@ def test_numbers_that_no_sum_has_exactly(spoiled, monkeypatch):
     assert 'the gradient of u has' in measure.fault(call, 'cuda', CPU, repeats=0)
 
 
+@pytest.mark.parametrize('factor', [2, 1e4])
+def test_what_cancels_out(monkeypatch, factor):
+    """The only position has all of the attention: its query's gradient is noise."""
+    shapes = {
+        case.call: case.call.named()['q'].shape
+        for case in of_op('linear_attention', small=True)
+    }
+    call = next(call for call, shape in shapes.items() if shape[1] == 1)
+    known = all_ops['linear_attention'].backends
+
+    class Noisy(StandIn):
+        differentiable = True
+
+        def forward(self, inputs, options, keep):
+            q = inputs.q.detach()
+            inputs = inputs._replace(q=q + factor * (inputs.q - q))
+            return known['torch'].forward(inputs, options, keep)
+
+    supplier = backends.Supplier('cuda', 'noisy')
+    monkeypatch.setitem(known, 'cuda', Noisy(known['torch'], supplier, None))
+    fault = measure.fault(call, 'cuda', CPU, repeats=0)
+    assert (fault is None) == (factor == 2), fault
+
+
 def test_time_is_that_of_both_passes(spoiled):
     spoiled('selective_scan')
     passes = []

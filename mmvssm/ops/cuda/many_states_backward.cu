@@ -1,0 +1,513 @@
+// The selective scan of several states: the gradients of all inputs.
+//
+// A chunk begins with the states that the forward pass has kept. A first walk finds those
+// before its sub-chunks. Then, from the last sub-chunk to the first, its states and
+// decays are found once more and kept in registers, and the gradient g of the state is
+// walked backwards: g_t = C_t dy_t + a_t+1 g_t+1.
+#include "many_states_splits.h"
+#include "many_states_staging.h"
+
+namespace mmvssm {
+
+// Four lanes share four channels: sums over the channels and over the states are about
+// as long as each other, and the fewest numbers go from lane to lane.
+constexpr int kLanes = 4;
+constexpr int kOwn = kStates / kLanes;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kSub = 4, kSubs = kPositions / kSub;  // positions of a sub-chunk
+// Of the gate: there is one; its gradient is wanted, which takes the output before the
+// gate; that one was kept, or is found once more.
+constexpr bool kGate = GATE > 0, kGradZ = GATE > 1;
+constexpr bool kReadsTotal = GATE == 2, kFindsTotal = GATE == 3;
+
+struct Args {
+  Inputs in;
+  Rows grad_out, total;
+  Rows grad_u, grad_delta, grad_z;
+  const float *kept, *grad_last_state;
+  // Sums of a CTA: (split, batch, channel, STATES), (split, batch, channel), likewise;
+  // (block, batch, group, place, STATES), likewise.
+  float *grad_A, *grad_D, *grad_bias, *grad_B, *grad_C;
+  float inverse;  // of the gate's factor
+};
+
+using URows = RowsOfWarp<U_DTYPE>;
+using DeltaRows = RowsOfWarp<DELTA_DTYPE>;
+using GradOutRows = RowsOfWarp<GRAD_OUT_DTYPE>;
+using TotalRows = RowsOfWarp<kFloat32>;
+using GradURows = RowsOfWarp<GRAD_U_DTYPE>;
+using GradDeltaRows = RowsOfWarp<GRAD_DELTA_DTYPE>;
+
+// Results are put in place of what is read no more, if it is as large; that of the gate
+// always is.
+constexpr bool kGradUInU = !ADD && kSize<GRAD_U_DTYPE> == kSize<U_DTYPE>;
+constexpr bool kGradDeltaInOut = kSize<GRAD_DELTA_DTYPE> == kSize<GRAD_OUT_DTYPE>;
+
+// The states before sub-chunks, in slots of which a thread reads its own alone.
+static_assert(kKept % kSub == 0, "whole sub-chunks");
+constexpr int kSlotBytes = kStates * kThreads * 4;
+// What the threads of a warp have for the gradients of B and C of a sub-chunk. Their
+// sums take the place of dt, which is then read no more.
+constexpr int kProductsBytes = kSub * (kWarp / kLanes) * 2 * kStates * 4;  // of a warp
+static_assert(2 * kStates <= kWarp, "a warp has as many sums as columns of dt");
+
+struct Shared {
+  static constexpr int kU = 0;
+  static constexpr int kGradOut = kU + kWarps * URows::kBytes;
+  static constexpr int kZ = kGradOut + kWarps * GradOutRows::kBytes;
+  static constexpr int kTotal = kZ + (kGate ? kWarps * URows::kBytes : 0);
+  static constexpr int kGradU = kTotal + (kGradZ ? kWarps * TotalRows::kBytes : 0);
+  static constexpr int kGradDelta = kGradU + (kGradUInU ? 0 : kWarps * GradURows::kBytes);
+  static constexpr int kDelta =
+      kGradDelta + (kGradDeltaInOut ? 0 : kWarps * GradDeltaRows::kBytes);
+  static constexpr int kDt = kDelta + (kRank ? 0 : 2 * kWarps * DeltaRows::kBytes);
+  static constexpr int kSlope = kDt + kDtBytes;
+  static constexpr int kSlot = kSlope + kDtBytes;
+  static constexpr int kProducts = kSlot + kSubs * kSlotBytes;
+  static constexpr int kWeights = kProducts + kWarps * kProductsBytes;
+  static constexpr int kLowRank = kWeights + 2 * kWeightsBytes;
+  static constexpr int kFragment = kLowRank + 2 * kLowRankBytes;
+  static constexpr int kPlaces = kFragment + kFragmentsBytes;
+  static constexpr int kBytes = kPlaces + Places::kBytes;
+};
+static_assert(Shared::kBytes == SHARED, "as Python has it");
+
+// The gradients of a split.
+struct Sums {
+  States<kLanes> A = {};
+  float D = 0.0f, bias = 0.0f;
+};
+
+// A walk along a split from its end. With kEnds it finds only what the split makes of
+// the gradient of a state, and the sum of dt.
+template <bool kEnds>
+struct Walk {
+  const Args& p;
+  const Work& work;
+  const States<kLanes>& rates;
+  char* smem;
+  URows u, z, grad_z;
+  DeltaRows delta;
+  GradOutRows grad_out;
+  TotalRows total;
+  GradURows grad_u;
+  GradDeltaRows grad_delta;
+  Places places;
+  Projection projection;
+  KeptStates<kLanes> kept;
+  float skip, shift;
+  char *u_tile, *out_tile, *z_tile, *total_tile, *delta_tiles;
+  char *grad_u_tile, *grad_delta_tile;
+  float *dt, *slope, *products;  // of the lane, of the lane, of the warp
+
+  MMVSSM_DEVICE Walk(const Args& args, const Work& w, const States<kLanes>& r,
+                     char* memory)
+      : p(args), work(w), rates(r), smem(memory),
+        u(p.in.u, w, p.in.along), z(p.in.z, w, p.in.along),
+        grad_z(p.grad_z, w, p.in.along), delta(p.in.delta, w, p.in.along),
+        grad_out(p.grad_out, w, p.in.along), total(p.total, w, p.in.along),
+        grad_u(p.grad_u, w, p.in.along), grad_delta(p.grad_delta, w, p.in.along),
+        places{reinterpret_cast<int*>(memory + Shared::kPlaces), w.end_chunk - 1, -1},
+        projection(p.in, w, memory + Shared::kFragment),
+        kept(p.in, w, const_cast<float*>(p.kept)) {
+    skip = work.parameter(p.in.D);
+    shift = work.parameter(p.in.bias) * kLog2E;
+    u_tile = smem + Shared::kU + work.warp * URows::kBytes;
+    out_tile = smem + Shared::kGradOut + work.warp * GradOutRows::kBytes;
+    z_tile = smem + Shared::kZ + work.warp * URows::kBytes;
+    total_tile = smem + Shared::kTotal + work.warp * TotalRows::kBytes;
+    delta_tiles = smem + Shared::kDelta + work.warp * DeltaRows::kBytes;
+    grad_u_tile = kGradUInU
+                      ? u_tile
+                      : smem + Shared::kGradU + work.warp * GradURows::kBytes;
+    grad_delta_tile =
+        kGradDeltaInOut
+            ? out_tile
+            : smem + Shared::kGradDelta + work.warp * GradDeltaRows::kBytes;
+    const int column = work.warp * kWarp + work.lane;
+    dt = reinterpret_cast<float*>(smem + Shared::kDt) + column;
+    slope = reinterpret_cast<float*>(smem + Shared::kSlope) + column;
+    products = reinterpret_cast<float*>(smem + Shared::kProducts) +
+               work.warp * (kProductsBytes / 4);
+  }
+
+  MMVSSM_DEVICE float* slot(int number, int k) const {
+    return reinterpret_cast<float*>(smem + Shared::kSlot + number * kSlotBytes) +
+           (k * kThreads + static_cast<int>(threadIdx.x)) * kOwn;
+  }
+  MMVSSM_DEVICE void load_slot(int number, States<kLanes>& h) const {
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k) load_floats(slot(number, k), h[k]);
+  }
+
+  MMVSSM_DEVICE char* delta_tile(int chunk) const {
+    return delta_tiles + (chunk & 1) * kWarps * DeltaRows::kBytes;
+  }
+
+  // Begins to bring in the rows of a chunk that are not needed at once.
+  MMVSSM_DEVICE void copy_rows(int chunk) const {
+    const int* where = places.of(chunk);
+    if (kGate) z.load(z_tile, where);
+    grad_out.load(out_tile, where);
+    if (kEnds) return;
+    u.load(u_tile, where);
+    if (kReadsTotal) total.load(total_tile, where);
+    if (ADD) grad_u.load(grad_u_tile, where);
+  }
+
+  // Begins to bring in the states that are kept before sub-chunks.
+  MMVSSM_DEVICE void copy_states(int chunk) const {
+#pragma unroll
+    for (int i = 0; i < kPositions; i += kKept) {
+      const int t = chunk * kPositions + i;
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k)
+        copy_async_or_zero<4 * kOwn>(slot(i / kSub, k), kept.at(t, k),
+                                     kept.valid[k] && t > 0 && t < p.in.length);
+    }
+  }
+  MMVSSM_DEVICE static constexpr bool is_kept(int sub) { return sub * kSub % kKept == 0; }
+
+  // dt of all positions, and its slope where it is a function of delta.
+  MMVSSM_DEVICE void find_steps(int chunk) const {
+    if (kRank)
+      projection.run(smem + Shared::kLowRank + (chunk & 1) * kLowRankBytes, work.lane,
+                     dt - work.lane);
+    copy_wait<1>();
+    sync_warp("dt");
+    const char* tile = delta_tile(chunk);
+#pragma unroll
+    for (int t = 0; t < kPositions; ++t) {
+      const float raw = kRank ? dt[t * kDtPitch] : delta.get(tile, t);
+      const float x = raw * kLog2E + shift;
+      if (SOFTPLUS) {
+        const float e = exp2_fast(-fabsf(x));
+        dt[t * kDtPitch] = softplus_of_log2(x, e);
+        slope[t * kDtPitch] = sigmoid_of_log2(x, 1.0f);
+      } else {
+        dt[t * kDtPitch] = x;
+        slope[t * kDtPitch] = 1.0f;
+      }
+    }
+    const int count = count_of(p.in, chunk);
+    if (rarely(count < kPositions)) {
+      // No time passes where there are no positions.
+      for (int t = count; t < kPositions; ++t)
+        dt[t * kDtPitch] = slope[t * kDtPitch] = 0.0f;
+    }
+  }
+
+  // B, or C, of a position.
+  MMVSSM_DEVICE void load_weights(int chunk, int t, int offset, float (&x)[kOwn]) const {
+    load_floats(reinterpret_cast<const float*>(smem + Shared::kWeights +
+                                               (chunk & 1) * kWeightsBytes) +
+                    t * kWeightsPitch + offset + work.lane % kLanes * kOwn,
+                x);
+  }
+  // The factor of the gate, and its derivative.
+  MMVSSM_DEVICE float gate_of(int t, float& slope_of_gate) const {
+    if (!kGate) return 1.0f;
+    const float gate = z.get(z_tile, t), open = sigmoid(gate, p.inverse);
+    const float factor = gate * open;
+    // d(z s(z)) = s + z s (1 - s)
+    slope_of_gate = open + factor - factor * (open * p.inverse);
+    return factor;
+  }
+
+  MMVSSM_DEVICE void step(const float (&dts)[kLanes], const float (&inputs)[kLanes],
+                          const float (&B)[kOwn], const States<kLanes>& before,
+                          States<kLanes>& a, States<kLanes>& h) const {
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k)
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        a[k][i] = exp2_fast(rates[k][i] * dts[k]);
+        h[k][i] = a[k][i] * before[k][i] + inputs[k] * B[i];
+      }
+  }
+
+  // One step forwards: dt and dt u of the channels, the decays, and the states.
+  MMVSSM_DEVICE void advance(int chunk, int t,
+                             const States<kLanes>& before, States<kLanes>& a,
+                             States<kLanes>& h) const {
+    const float own = dt[t * kDtPitch];
+    float dts[kLanes], inputs[kLanes], B[kOwn];
+    spread<kLanes>(own, dts);
+    spread<kLanes>(own * u.get(u_tile, t), inputs);
+    load_weights(chunk, t, 0, B);
+    step(dts, inputs, B, before, a, h);
+  }
+
+  // The states before the sub-chunks that were not kept. Those before the last one are
+  // left in h.
+  MMVSSM_DEVICE void find_states(int chunk, States<kLanes>& h) const {
+#pragma unroll
+    for (int t = 0; t < kPositions - kSub; ++t) {
+      const int sub = t / kSub;
+      if (t % kSub == 0 && is_kept(sub)) load_slot(sub, h);
+      if (is_kept(sub + 1)) continue;
+      if (t % kSub == 0 && !is_kept(sub)) {
+#pragma unroll
+        for (int k = 0; k < kLanes; ++k) store_floats(slot(sub, k), h[k]);
+      }
+      States<kLanes> a;
+      advance(chunk, t, h, a, h);
+    }
+    if (is_kept(kSubs - 1)) load_slot(kSubs - 1, h);
+  }
+
+  // One step backwards. g is the gradient of the state after the position times the
+  // decay to there, then that before it.
+  MMVSSM_DEVICE void retreat(int chunk, int t,
+                             const States<kLanes>& a, const States<kLanes>& h,
+                             const States<kLanes>& before, States<kLanes>& g,
+                             Sums& sums) const {
+    const float own = dt[t * kDtPitch], input = u.get(u_tile, t);
+    float slope_of_gate;
+    const float grad = grad_out.get(out_tile, t), dy = grad * gate_of(t, slope_of_gate);
+    float dts[kLanes], inputs[kLanes], dys[kLanes], B[kOwn], C[kOwn];
+    spread<kLanes>(own, dts);
+    spread<kLanes>(own * input, inputs);
+    spread<kLanes>(dy, dys);
+    load_weights(chunk, t, 0, B);
+    load_weights(chunk, t, kStates, C);
+    float by_B[kOwn] = {}, by_C[kOwn] = {}, q[kLanes] = {}, r[kLanes] = {};
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k)
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const float now = C[i] * dys[k] + g[k][i];
+        q[k] += now * B[i];
+        by_B[i] += now * inputs[k];
+        by_C[i] += h[k][i] * dys[k];
+        g[k][i] = now * a[k][i];
+        const float w = g[k][i] * before[k][i];
+        r[k] += rates[k][i] * w;
+        sums.A[k][i] += dts[k] * w;
+      }
+    const float by_input = gather<kLanes>(q), by_decay = gather<kLanes>(r);
+    float by_u = skip * dy + own * by_input;
+    sums.D += dy * input;
+    const float by_dt = input * by_input * kLog2E + by_decay;
+    const float by_delta = by_dt * slope[t * kDtPitch];
+    sums.bias += by_delta;
+    if (kGradZ)
+      grad_z.put(z_tile, t, grad * total.get(total_tile, t) * slope_of_gate);
+    if (ADD) by_u += grad_u.get(grad_u_tile, t);
+    grad_u.put(grad_u_tile, t, by_u);
+    grad_delta.put(grad_delta_tile, t, by_delta);
+
+    const int group = work.lane / kLanes;
+    float* to = products + ((t % kSub * (kWarp / kLanes) + group) * 2) * kStates +
+                work.lane % kLanes * kOwn;
+    // Swapped in every other group: no conflicts of banks.
+    store_floats(to + (group % 2 ? kStates : 0), by_B);
+    store_floats(to + (group % 2 ? 0 : kStates), by_C);
+  }
+
+  // What comes out of a state, before the gate.
+  MMVSSM_DEVICE float output(int chunk, int t, const States<kLanes>& h) const {
+    float C[kOwn], y[kLanes] = {};
+    load_weights(chunk, t, kStates, C);
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k)
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) y[k] += C[i] * h[k][i];
+    return gather<kLanes>(y) + skip * u.get(u_tile, t);
+  }
+
+  // A sub-chunk forwards and backwards; `start` holds the states before it.
+  MMVSSM_DEVICE void sub_chunk(int chunk, int first,
+                               const States<kLanes>& start, States<kLanes>& g,
+                               Sums& sums) const {
+    States<kLanes> a[kSub], h[kSub];
+    const auto before = [&](int i) -> const States<kLanes>& {
+      return i == 0 ? start : static_cast<const States<kLanes>&>(h[i == 0 ? 0 : i - 1]);
+    };
+#pragma unroll
+    for (int i = 0; i < kSub; ++i) {
+      advance(chunk, first + i, before(i), a[i], h[i]);
+      if (kFindsTotal) total.put(total_tile, first + i, output(chunk, first + i, h[i]));
+    }
+#pragma unroll
+    for (int i = kSub - 1; i >= 0; --i)
+      retreat(chunk, first + i, a[i], h[i], before(i), g, sums);
+    sync_warp("products");
+    add_up(first);
+    sync_warp("products read");
+  }
+
+  // The sums over the warp of what its threads have for B and C.
+  MMVSSM_DEVICE void add_up(int first) const {
+    constexpr int kGroups = kWarp / kLanes, kFours = 2 * kStates / 4;
+    if (kSub * kFours < kWarp && work.lane >= kSub * kFours) return;
+    const int t = work.lane / kFours, four = work.lane % kFours;
+    const float* from = products + t * kGroups * 2 * kStates + four * 4;
+    const int other = four < kFours / 2 ? kStates : -kStates;
+    float sum[4];
+    load_floats(from, sum);
+#pragma unroll
+    for (int i = 1; i < kGroups; ++i) {
+      float x[4];
+      load_floats(from + i * 2 * kStates + (i % 2 ? other : 0), x);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum[k] += x[k];
+    }
+    store_floats(dt - work.lane + (first + t) * kDtPitch + four * 4, sum);
+  }
+
+  // The sums over the CTA, to global memory.
+  MMVSSM_DEVICE void store_sums(int chunk) const {
+    constexpr int kFours = 2 * kStates / 4;
+    const int block = work.chain % p.in.blocks;
+    const int64_t row = (static_cast<int64_t>(block) * p.in.batch + work.batch) *
+                            p.in.groups + work.group;
+#pragma unroll
+    for (int i = threadIdx.x; i < kPositions * kFours; i += kThreads) {
+      const int t = i / kFours, four = i % kFours, place = places.of(chunk)[t];
+      const float* from =
+          reinterpret_cast<const float*>(smem + Shared::kDt) + t * kDtPitch + four * 4;
+      float sum[4];
+      load_floats(from, sum);
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) {
+        float x[4];
+        load_floats(from + w * kWarp, x);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sum[k] += x[k];
+      }
+      const bool is_B = four < kFours / 2;
+      const float factor = is_B ? kLn2 : 1.0f;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum[k] *= factor;
+      float* to = (is_B ? p.grad_B : p.grad_C) + (row * p.in.places + place) * kStates +
+                  four % (kFours / 2) * 4;
+      if (place >= 0) store_floats(to, sum);
+    }
+  }
+
+  MMVSSM_DEVICE float run(States<kLanes>& g, Sums& sums) const {
+    StagedWeights<true> weights(p.in, work);
+    StagedLowRank low_rank(p.in, work);
+    float sum = 0.0f;
+    const auto fetch = [&](int chunk) {
+      if (!kRank) delta.load(delta_tile(chunk), places.of(chunk));
+      weights.fetch(p.in, places.of(chunk));
+      if (kRank) low_rank.fetch(p.in, places.of(chunk));
+    };
+    const auto put = [&](int chunk) {
+      weights.put(reinterpret_cast<float*>(smem + Shared::kWeights +
+                                           (chunk & 1) * kWeightsBytes));
+      if (kRank) low_rank.put(smem + Shared::kLowRank + (chunk & 1) * kLowRankBytes);
+    };
+    const int last = work.end_chunk - 1;
+    places.find(p.in, last);
+    sync_cta("first places");
+    fetch(last);
+    copy_commit();
+    if (!kEnds) copy_states(last);
+    copy_commit();
+    put(last);
+
+#pragma unroll 1
+    for (int chunk = last; chunk >= work.begin_chunk; --chunk) {
+      // All but the states.
+      copy_wait<1>();
+      sync_cta("chunk");
+      copy_rows(chunk);
+      copy_commit();
+      if (chunk > work.begin_chunk) fetch(chunk - 1);
+      copy_commit();
+      if (rarely(places.is_due(chunk))) {
+        places.find(p.in, chunk - Places::kBatch);
+      }
+      find_steps(chunk);
+      if (kEnds) {
+#pragma unroll
+        for (int t = kPositions - 1; t >= 0; --t) sum += retreat_end(chunk, t, g);
+        copy_commit();
+      } else {
+        States<kLanes> h;
+        find_states(chunk, h);
+#pragma unroll 1
+        for (int sub = kSubs - 1; sub >= 0; --sub) {  // 4 trips
+          if (sub < kSubs - 1) load_slot(sub, h);
+          sub_chunk(chunk, sub * kSub, h, g, sums);
+        }
+        if (chunk > work.begin_chunk) copy_states(chunk - 1);
+        copy_commit();
+        sync_cta("sums");
+        store_sums(chunk);
+        const int* where = places.of(chunk);
+        grad_u.store(grad_u_tile, where);
+        grad_delta.store(grad_delta_tile, where);
+        if (kGradZ) grad_z.store(z_tile, where);
+      }
+      if (chunk > work.begin_chunk) put(chunk - 1);
+    }
+    return sum;
+  }
+
+  // A step backwards of the gradient of the state alone.
+  MMVSSM_DEVICE float retreat_end(int chunk, int t, States<kLanes>& g) const {
+    const float own = dt[t * kDtPitch];
+    const float grad = grad_out.get(out_tile, t);
+    float slope_of_gate, dts[kLanes], dys[kLanes], C[kOwn];
+    spread<kLanes>(own, dts);
+    spread<kLanes>(grad * gate_of(t, slope_of_gate), dys);
+    load_weights(chunk, t, kStates, C);
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k)
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i)
+        g[k][i] = exp2_fast(rates[k][i] * dts[k]) * (C[i] * dys[k] + g[k][i]);
+    return own;
+  }
+};
+
+// Eight warps on a multiprocessor.
+MMVSSM_KERNEL(many_states_backward, Args, THREADS, 256 / THREADS) {
+  const Work work(p.in, true);
+  char* smem = shared_memory();
+  States<kLanes> rates, g = {};
+  load_rates<kLanes>(p.in, work, rates);
+  if (p.grad_last_state != nullptr)
+    load_states<kLanes>(p.in, work, p.grad_last_state, g);
+  Sums sums;
+  if (SPLIT) {
+    const Splits<kLanes> splits(p.in, work);
+    States<kLanes> added = {}, before;
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k)
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) before[k][i] = g[k][i];
+    if (splits.number + 1 < p.in.splits) {
+      const float sum = Walk<true>(p, work, rates, smem).run(added, sums);
+      splits.publish_split(added, sum);
+      splits.find_start(rates, before, g);
+      splits.publish_group(rates, g, added, sum);
+      sync_cta("ends");
+    } else {
+      splits.find_start(rates, before, g);
+    }
+  }
+  Walk<false>(p, work, rates, smem).run(g, sums);
+
+  const int64_t rows = static_cast<int64_t>(p.in.batch) * p.in.groups * p.in.group_size;
+#pragma unroll
+  for (int k = 0; k < kLanes; ++k) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) sums.A[k][i] *= kLn2;
+    if (work.first + (work.lane ^ k) < work.end)
+      store_floats(p.grad_A + work.split * rows * kStates +
+                       offset_of_states<kLanes>(p.in, work, k, kStates),
+                   sums.A[k]);
+  }
+  const int64_t row = work.split * rows +
+                      static_cast<int64_t>(work.batch) * p.in.groups * p.in.group_size +
+                      work.own;
+  if (work.valid && p.grad_D != nullptr) p.grad_D[row] = sums.D;
+  if (work.valid && p.grad_bias != nullptr) p.grad_bias[row] = sums.bias;
+}
+
+}  // namespace mmvssm

@@ -1,0 +1,426 @@
+// The selective scan with one state a channel: gradients of all inputs.
+//
+// A CTA goes through its chunks from the last to the first, or does one and looks back
+// at what CTAs of later chunks found. Of a chunk it recomputes the decays and the states,
+// from the state before it, and then goes back through them with the gradient.
+#include "one_state_teams.h"
+
+namespace mmvssm {
+
+// Puts pointers into shared memory.
+MMVSSM_DEVICE void put_rows(const BackwardArgs& p, const Chain& chain, char* smem) {
+  MapRows* rows = reinterpret_cast<MapRows*>(smem + WarpLayout::kRows);
+  if (threadIdx.x < kChannels / kWidth)
+    rows[threadIdx.x] = MapRows(p, chain, threadIdx.x * kWidth);
+  if (threadIdx.x == 0)
+    *reinterpret_cast<ChainRows*>(smem + WarpLayout::kChain) = ChainRows(p, chain);
+}
+
+// 1 - 2^-dt, the derivative of the softplus, times log2(e).
+MMVSSM_DEVICE float softplus_slope(float dt) {
+  const float slope = kLog2E - kLog2E * exp2_fast(-dt);
+  if constexpr (DELTA_DTYPE != kFloat32) return slope;
+  // For float32 accurate in relative terms, by a polynomial (error 3e-8).
+  float p = 1.6654660e-3f;
+  p = p * dt - 1.3766981e-2f;
+  p = p * dt + 8.0057147e-2f;
+  p = p * dt - 0.34657265f;
+  p = p * dt + 1.0f;
+  return dt < 0.5f ? p * dt : slope;
+}
+
+MMVSSM_DEVICE float sigmoid(float x) {
+  return rcp_fast(1.0f + exp2_fast(-x * kLog2E));
+}
+
+// The maps of a chunk in shared memory.
+struct Maps {
+  char* smem;
+  int channels;  // of the CTA
+
+  // Pointer to the first channel of own part of rows that are copied.
+  template <int kDtype>
+  MMVSSM_DEVICE const char* from(const char* MapRows::* map) const {
+    const int channel = WarpRows<kDtype>::channel();
+    const MapRows* rows = reinterpret_cast<const MapRows*>(smem + WarpLayout::kRows);
+    return rows[channel / kWidth].*map + channel % kWidth * kSize<kDtype>;
+  }
+
+  // Begins to bring in half of a chunk, see WarpRows.
+  MMVSSM_DEVICE void fetch(const BackwardArgs& p, int half, const int* indices) const {
+    constexpr int kDelta = kProjects ? kFloat32 : DELTA_DTYPE;
+    using U = WarpRows<U_DTYPE>;
+    using GradOut = WarpRows<GRAD_DTYPE>;
+    using Delta = WarpRows<kDelta>;
+    int of_u[U::kParts], of_grad_out[GradOut::kParts], of_delta[Delta::kParts];
+    U::look_up(half, channels, indices, of_u);
+    GradOut::look_up(half, channels, indices, of_grad_out);
+    if constexpr (!kProjects) Delta::look_up(half, channels, indices, of_delta);
+    U::fetch(smem + WarpLayout::kU, half, from<U_DTYPE>(&MapRows::u), p.u_strides, of_u,
+             channels);
+    GradOut::fetch(smem + WarpLayout::kGradOut, half, from<GRAD_DTYPE>(&MapRows::grad_out),
+                   p.grad_out_strides, of_grad_out, channels);
+    if constexpr (!kProjects)
+      Delta::fetch(smem + WarpLayout::kDelta, half, from<kDelta>(&MapRows::delta),
+                   p.delta_strides, of_delta, channels);
+    if constexpr (GATE)
+      U::fetch(smem + WarpLayout::kZ, half, from<U_DTYPE>(&MapRows::z), p.z_strides, of_u,
+               channels);
+    copy_commit();
+  }
+
+  MMVSSM_DEVICE void read_u(int i, float (&x)[kWidth]) const {
+    load_channels<U_DTYPE>(own_part<U_DTYPE>(smem + WarpLayout::kU, i), x);
+  }
+  MMVSSM_DEVICE void read_z(int i, float (&x)[kWidth]) const {
+    load_channels<U_DTYPE>(own_part<U_DTYPE>(smem + WarpLayout::kZ, i), x);
+  }
+  MMVSSM_DEVICE void read_grad_out(int i, float (&x)[kWidth]) const {
+    load_channels<GRAD_DTYPE>(own_part<GRAD_DTYPE>(smem + WarpLayout::kGradOut, i), x);
+  }
+  // The gradient before the gate.
+  MMVSSM_DEVICE void read_gradient(int i, float (&x)[kWidth]) const {
+    read_grad_out(i, x);
+    if constexpr (GATE) {
+      float z[kWidth];
+      read_z(i, z);
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) x[c] *= z[c] * sigmoid(z[c]);
+    }
+  }
+  MMVSSM_DEVICE char* step(int i) const {
+    return own_part<kFloat32>(smem + WarpLayout::kDt, i);
+  }
+  // B ln(2) and C.
+  MMVSSM_DEVICE float2 weights(int i) const {
+    return reinterpret_cast<const float2*>(
+        smem + WarpLayout::kWeights)[i * kTeams + threadIdx.x % 32 / kWidth];
+  }
+
+  // Step sizes before the softplus, log2(e) included.
+  MMVSSM_DEVICE void raw_steps(const Own& own, float (&x)[kOwn][kWidth]) const {
+    float bias[kWidth];
+    get_parameter<WarpLayout>(smem, kShift, own, bias);
+    if constexpr (kProjects) {
+      float d[kPositions / 16][kWarpTiles][4], tiles[kWarpTiles][4];
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c)
+        tiles[c / 2][c % 2] = tiles[c / 2][c % 2 + 2] = bias[c];
+      project_tiles<WarpLayout>(smem, d, tiles);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i)
+#pragma unroll
+        for (int c = 0; c < kWidth; ++c) x[i][c] = d[i / 2][c / 2][i % 2 * 2 + c % 2];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        load_channels<DELTA_DTYPE>(own_part<DELTA_DTYPE>(smem + WarpLayout::kDelta, i),
+                                   x[i]);
+#pragma unroll
+        for (int c = 0; c < kWidth; ++c) x[i][c] = x[i][c] * kLog2E + bias[c];
+      }
+    }
+  }
+};
+
+// Own part of the recurrence.
+struct Recurrence {
+  float a[kOwn][kWidth];  // decays
+  float b[kOwn][kWidth];  // what is added; then the decayed states
+
+  // From raw step sizes. Leaves the step sizes in shared memory.
+  MMVSSM_DEVICE Sides start(const Maps& maps, const float (&rate)[kWidth],
+                            const float (&x)[kOwn][kWidth]) {
+    Sides sides;
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c)
+      sides.decay[c] = 1.0f, sides.forward[c] = sides.backward[c] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      float dt[kWidth], u[kWidth], grad[kWidth];
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) dt[c] = SOFTPLUS ? softplus(x[i][c]) : x[i][c];
+      store_channels<kFloat32>(maps.step(i), dt);
+      maps.read_u(i, u);
+      maps.read_gradient(i, grad);
+      const float2 weight = maps.weights(i);
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) {
+        a[i][c] = exp2_fast(rate[c] * dt[c]);
+        b[i][c] = dt[c] * weight.x * u[c];
+        sides.forward[c] = a[i][c] * sides.forward[c] + b[i][c];
+        sides.decay[c] *= a[i][c];
+        sides.backward[c] += sides.decay[c] * (weight.y * grad[c]);
+      }
+    }
+    float largest = sides.decay[0];
+#pragma unroll
+    for (int c = 1; c < kWidth; ++c) largest = fmaxf(largest, sides.decay[c]);
+    if (rarely(!(largest <= kLargest))) {
+      go_back(maps, sides);
+    }
+    return sides;
+  }
+
+  // What a gradient that comes from behind does, where the product of decays overflows.
+  MMVSSM_DEVICE void go_back(const Maps& maps, Sides& sides) const {
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) sides.backward[c] = 0.0f;
+#pragma unroll
+    for (int i = kOwn - 1; i >= 0; --i) {
+      float grad[kWidth];
+      maps.read_gradient(i, grad);
+      const float C = maps.weights(i).y;
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c)
+        sides.backward[c] = a[i][c] * (C * grad[c] + sides.backward[c]);
+    }
+  }
+
+  // From the state before own positions.
+  MMVSSM_DEVICE void decay_states(float (&h)[kWidth]) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) {
+        const float decayed = a[i][c] * h[c];
+        h[c] = decayed + b[i][c];
+        b[i][c] = decayed;
+      }
+  }
+};
+
+// Gradients of own channels' parameters, of own positions of all chunks.
+struct ParameterGradients {
+  float rate[kWidth], skip[kWidth], bias[kWidth];
+
+  // Adds up what the teams have.
+  static MMVSSM_DEVICE void store(const Own& own, float* to, float (&x)[kWidth],
+                                  float factor) {
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) {
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) x[c] += shuffle_xor(x[c], mask);
+      x[c] *= factor;
+    }
+    if (to == nullptr || own.team > 0) return;
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c)
+      if (c < own.count) to[own.channel + c] = x[c];
+  }
+};
+
+// The way back through own positions of a chunk.
+struct WayBack {
+  int left;            // own positions before the end
+  float rate[kWidth];  // times ln(2)
+  float skip[kWidth];
+  float g[kWidth];     // what later positions give
+  float added[kOwn][kWidth];
+
+  // Begins to load what is to be added at position i, of this index.
+  MMVSSM_DEVICE void fetch(const BackwardArgs& p, const Own& own, const MapRows& rows,
+                           int i, int index) {
+    if constexpr (!ADD) return;
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) added[i][c] = 0.0f;
+    if (index >= 0)
+      fetch_channels(own, element<kFloat32>(rows.add, index, p.add_strides.position),
+                     p.add_strides.channel, added[i]);
+  }
+
+  template <int kDtype>
+  static MMVSSM_DEVICE void store(const Own& own, char* row, const Strides& strides,
+                                  int index, const float (&x)[kWidth]) {
+    own.store<kDtype>(
+        const_cast<char*>(element<kDtype>(row, index, strides.position)),
+        strides.channel, index >= 0, x);
+  }
+
+  // Position i. Where its dt was are now its parts of the gradients of B / ln(2) and C.
+  MMVSSM_DEVICE void step(const BackwardArgs& p, const Own& own, const Maps& maps,
+                          const MapRows& rows, const Recurrence& recurrence, int i,
+                          int index, ParameterGradients& sums) {
+    float dt[kWidth], u[kWidth], grad[kWidth], y[kWidth], by_u[kWidth], by_delta[kWidth];
+    load_channels<kFloat32>(maps.step(i), dt);
+    maps.read_u(i, u);
+    maps.read_gradient(i, grad);
+    const float2 weight = maps.weights(i);
+    float by_B = 0.0f, by_C = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) {
+      const float decayed = recurrence.b[i][c], fed = weight.x * u[c];
+      const float h = dt[c] * fed + decayed;
+      const float own_g = weight.y * grad[c] + g[c];
+      g[c] = recurrence.a[i][c] * own_g;
+      const float by_added = own_g * dt[c];
+      by_B += by_added * u[c];
+      by_C += grad[c] * h;
+      y[c] = weight.y * h + skip[c] * u[c];
+      by_u[c] = by_added * weight.x +
+                (ADD ? skip[c] * grad[c] + added[i][c] : skip[c] * grad[c]);
+      float slope = i < left ? kLog2E : 0.0f;
+      if constexpr (SOFTPLUS) slope = softplus_slope(dt[c]);
+      by_delta[c] = (rate[c] * decayed + fed) * own_g * slope;
+      sums.rate[c] += by_added * decayed;
+      sums.skip[c] += u[c] * grad[c];
+      sums.bias[c] += by_delta[c];
+    }
+    *reinterpret_cast<float2*>(maps.step(i)) = float2{by_B, by_C};
+    store<OUT_DTYPE>(own, rows.by_u, p.out_strides, index, by_u);
+    store<GRAD_DELTA_DTYPE>(own, rows.by_delta, p.grad_delta_strides, index, by_delta);
+    if constexpr (GATE) {
+      float z[kWidth];
+      maps.read_grad_out(i, grad);
+      maps.read_z(i, z);
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) {
+        const float opened = sigmoid(z[c]);
+        y[c] *= grad[c] * opened * (1.0f + z[c] * (1.0f - opened));
+      }
+      store<GRAD_Z_DTYPE>(own, rows.by_z, p.grad_z_strides, index, y);
+    }
+  }
+};
+
+// Adds up the parts of the gradients of B and C that all channels of the CTA have.
+MMVSSM_DEVICE void sum_channels(char* smem, const int* places) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const char* from = smem + WarpLayout::kDt + threadIdx.x * kWidth * 4;
+  const ChainRows& rows = *reinterpret_cast<const ChainRows*>(smem + WarpLayout::kChain);
+#pragma unroll
+  for (int round = 0; round < (kOwn + kWarps - 1) / kWarps; ++round) {
+    const int i = round * kWarps + warp;
+    if (kOwn % kWarps != 0 && i >= kOwn) return;
+    float by_B = 0.0f, by_C = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float2 two = *reinterpret_cast<const float2*>(
+          from + (w * kOwn + round * kWarps) * 32 * kWidth * 4);
+      by_B += two.x;
+      by_C += two.y;
+    }
+    by_B += shuffle_xor(by_B, 1);
+    by_C += shuffle_xor(by_C, 1);
+    by_B += shuffle_xor(by_B, 2);
+    by_C += shuffle_xor(by_C, 2);
+    const int place = places[i * kTeams + lane / 4];
+    if (place >= 0 && lane % 4 == 0)
+      global_pointer(rows.weights)[place] = float2{by_B * kLn2, by_C};
+  }
+}
+
+}  // namespace mmvssm
+
+MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
+              (511 + THREADS) / THREADS) {
+  using namespace mmvssm;
+  char* smem = shared_memory();
+  const Chain chain(p);
+  const Own own = own_of_warp(chain);
+  const ScanPointers& scan = p.scans[chain.scan];
+  const GradientPointers& gradients = p.gradients[chain.scan];
+  const Maps maps{smem, chain.count};
+  PositionSupply supply;
+  put_rows(p, chain, smem);
+  put_parameters<WarpLayout>(scan, chain, smem);
+  if constexpr (kProjects) {
+    put_dt_weight<WarpLayout>(scan, chain, smem);
+    supply.pad(smem);
+  }
+  supply.look_up(p, scan, chain.begin, smem);
+  supply.fetch(p, ChainRows(p, chain));
+  supply.put(smem);
+  supply.look_up(p, scan, chain.begin + 1, smem);
+  sync_cta("channels");
+  maps.fetch(p, 0, indices_of(smem, chain.begin));
+  maps.fetch(p, 1, indices_of(smem, chain.begin));
+  const ChainRows& rows = *reinterpret_cast<const ChainRows*>(smem + WarpLayout::kChain);
+  const MapRows* all_rows = reinterpret_cast<const MapRows*>(smem + WarpLayout::kRows);
+  ParameterGradients sums = {};
+  float g[kWidth] = {};
+  if (gradients.last_state != nullptr)
+    own.load(gradients.last_state + chain.row(p, 0), g);
+
+#pragma unroll 1
+  for (int step = chain.begin; step < chain.end; ++step) {
+    const int chunk = p.chunks - 1 - step;
+    const int left = p.length - chunk * kPositions - own.team * kOwn;
+    const bool more = step + 1 < chain.end;
+    float h[kWidth] = {};
+    if (chunk > 0)
+      fetch_channels(own,
+                     reinterpret_cast<const char*>(
+                         global_pointer(rows.saved) +
+                         static_cast<int64_t>(chunk - 1) * p.groups * p.group_size +
+                         own.channel),
+                     4, h);
+    copy_wait<0>();
+    sync_cta("inputs");
+
+    float x[kOwn][kWidth], rate[kWidth];
+    maps.raw_steps(own, x);
+    if (rarely(left < kOwn)) {
+      // Positions behind the end leave states and gradients as they are.
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i)
+        for (int c = 0; c < kWidth; ++c)
+          if (i >= left) x[i][c] = SOFTPLUS ? -1e30f : 0.0f;
+    }
+    get_parameter<WarpLayout>(smem, kRate, own, rate);
+    Recurrence recurrence;
+    Sides sides = recurrence.start(maps, rate, x);
+    if (rarely(p.published != nullptr)) {
+      look_back(p, own, step, sides, g);
+    }
+    pass_on(own.team, sides, h, g);
+    recurrence.decay_states(h);
+
+    WayBack back;
+    back.left = left;
+    get_parameter<WarpLayout>(smem, kSkip, own, back.skip);
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) back.rate[c] = rate[c] * kLn2, back.g[c] = g[c];
+    const MapRows maps_rows = all_rows[own.channel / kWidth];
+    int indices[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+      indices[i] = indices_of(smem, step)[i * kTeams + own.team];
+    back.fetch(p, own, maps_rows, kOwn - 1, indices[kOwn - 1]);
+    back.fetch(p, own, maps_rows, kOwn - 2, indices[kOwn - 2]);
+#pragma unroll
+    for (int i = kOwn - 1; i >= 0; --i) {
+      back.step(p, own, maps, maps_rows, recurrence, i, indices[i], sums);
+      if (i >= 2) back.fetch(p, own, maps_rows, i - 2, indices[i - 2]);
+      if (i == kOwn / 2) {
+        sync_warp("later rows");
+        if (more) {
+          maps.fetch(p, 1, indices_of(smem, step + 1));
+          supply.fetch(p, rows);
+        }
+      }
+    }
+    sync_warp("earlier rows");
+    if (more) maps.fetch(p, 0, indices_of(smem, step + 1));
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) g[c] = shuffle(back.g[c], threadIdx.x % 4, 32);
+    if (rarely(p.published != nullptr && step % kLookBack == kLookBack - 1 &&
+               own.team == 0)) {
+      Published(p, own).put_state(step, g);
+    }
+    sync_cta("sums");
+    if (more) {
+      supply.put(smem);
+      supply.look_up(p, scan, step + 2, smem);
+    }
+    sum_channels(smem, places_of(smem, step));
+  }
+
+  const int64_t part = chain.row(p, chain.begin / p.chunks_of_cta);
+  ParameterGradients::store(own, gradients.A + part, sums.rate, kLn2);
+  ParameterGradients::store(own, gradients.D == nullptr ? nullptr : gradients.D + part,
+                            sums.skip, 1.0f);
+  ParameterGradients::store(own,
+                            gradients.bias == nullptr ? nullptr : gradients.bias + part,
+                            sums.bias, 1.0f);
+}
