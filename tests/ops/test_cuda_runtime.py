@@ -118,7 +118,9 @@ def test_digest_follows_sources_and_options(monkeypatch, tmp_path):
 
 @needs_nvrtc
 def test_error_is_one_clear_line(kernel):
-    kernel.path.write_text(SOURCE.replace('p.value', 'p.values'))
+    # NVRTC says something else before.
+    source = SOURCE.replace('\n', '#warning a look\n', 1)
+    kernel.path.write_text(source.replace('p.value', 'p.values'))
     with pytest.raises(nvrtc.CompileError) as caught:
         kernels.compiled(kernel, dict(FACTOR=2), 90)
     text = str(caught.value)
