@@ -48,7 +48,6 @@ struct Place {
     first = item % shape.runs * shape.rows_of_run;
     valid = batch < shape.batch && channel < shape.channels;
   }
-
 };
 
 // Where a thread's channels are in an array, going from row to row.
@@ -132,7 +131,7 @@ struct ForwardArgs {
   Shape shape;
 };
 
-// y SiLU's way, from y times kScale: y / (1 + exp(-y)).
+// y / (1 + exp(-y)), from y times kScale.
 MMVSSM_DEVICE float silu(float scaled) {
   return scaled * rcp_fast(exp2_fast(scaled) * kScale + kScale);
 }
@@ -378,7 +377,8 @@ MMVSSM_DEVICE void store_sums(const Walk& walk, float* to, const Shape& shape) {
       own[i * CHANNELS + v] = walk.sums[i / (TAPS + 1)][i % (TAPS + 1)][v];
   sync_cta("sums of the warps");
   const int first = blockIdx.x % shape.channel_blocks * CHANNELS;
-  to += blockIdx.x / shape.channel_blocks * (static_cast<int64_t>(kSums) * shape.channels);
+  const int64_t part = blockIdx.x / shape.channel_blocks;
+  to += part * kSums * shape.channels;
 #pragma unroll
   for (int start = 0; start < kSums * CHANNELS; start += THREADS) {
     const int i = start + threadIdx.x, channel = first + i % CHANNELS;
