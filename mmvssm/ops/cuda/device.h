@@ -195,6 +195,12 @@ MMVSSM_DEVICE const char* global_address(const char* base, int x, int y) {
   return static_cast<const char*>(__cvta_global_to_generic(found));
 }
 
+// The same pointer; now the compiler knows that it is to global memory.
+template <typename T>
+MMVSSM_DEVICE T* global_pointer(T* x) {
+  return static_cast<T*>(__cvta_global_to_generic(reinterpret_cast<uint64_t>(x)));
+}
+
 // base + x y bytes, in one instruction.
 MMVSSM_DEVICE char* address(char* base, int x, int y) {
   uint64_t found;
@@ -219,6 +225,13 @@ MMVSSM_DEVICE float shuffle(float x, int lane, int width) {
 }
 MMVSSM_DEVICE float shuffle_xor(float x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+// Of the lane `by` before this one, and behind it; the own value where there is none.
+MMVSSM_DEVICE float shuffle_up(float x, int by) {
+  return __shfl_up_sync(0xffffffffu, x, by);
+}
+MMVSSM_DEVICE float shuffle_down(float x, int by) {
+  return __shfl_down_sync(0xffffffffu, x, by);
 }
 
 #ifndef __CUDACC_RTC__

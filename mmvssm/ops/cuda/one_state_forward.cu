@@ -169,7 +169,7 @@ MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, mmvssm::kCtas) {
   Held held;
   put_parameters(scan, chain, smem);
   if constexpr (kProjects) {
-    put_dt_weight(scan, chain, smem);
+    put_dt_weight<Layout>(scan, chain, smem);
     supply.pad_low_rank(smem);
   }
   supply.fetch(p, smem, chain.begin, 0, held);

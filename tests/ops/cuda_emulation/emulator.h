@@ -276,6 +276,14 @@ inline float shuffle(float x, int lane, int width) {
 inline float shuffle_xor(float x, int mask) {
   return exchange_one(x, machine.thread.x % kLanesOfWarp ^ mask);
 }
+inline float shuffle_up(float x, unsigned by) {
+  const unsigned own = machine.thread.x % kLanesOfWarp;
+  return exchange_one(x, own < by ? own : own - by);
+}
+inline float shuffle_down(float x, unsigned by) {
+  const unsigned own = machine.thread.x % kLanesOfWarp;
+  return exchange_one(x, own + by < kLanesOfWarp ? own + by : own);
+}
 
 template <int kBytes>
 void copy_async(void* to, const void* from) {
@@ -317,6 +325,10 @@ inline bool rarely(bool condition) { return condition; }
 inline float rcp_fast(float x) { return 1.0f / x; }
 inline float divide_fast(float x, float y) { return x / y; }
 inline int fresh_zero() { return 0; }
+template <typename T>
+T* global_pointer(T* x) {
+  return x;
+}
 inline const char* global_address(const char* base, int x, int y) {
   return base + static_cast<int64_t>(x) * y;
 }

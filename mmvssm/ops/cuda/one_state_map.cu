@@ -1,0 +1,331 @@
+// The scans of a map with one state a channel, merged: a CTA walks all of them over a
+// whole map and keeps their sum in shared memory.
+#include "one_state_map.h"
+
+namespace mmvssm {
+
+// What positions do to the states of own channels: decay h + added.
+struct MapStep {
+  float decay[kWidth], added[kWidth];
+
+  // From those of the teams, those of all teams up to each.
+  MMVSSM_DEVICE void append_teams(int team) {
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) {
+      // An overflowing growth must not turn a zero state into NaN.
+      decay[c] = fminf(decay[c], kLargest);
+#pragma unroll
+      for (int by = 1; by < 8; by *= 2) {
+        const float before = shuffle_up(decay[c], 4 * by);
+        const float state = shuffle_up(added[c], 4 * by);
+        if (team >= by) {
+          added[c] = decay[c] * state + added[c];
+          decay[c] = fminf(decay[c] * before, kLargest);
+        }
+      }
+    }
+  }
+  // And those of all teams before each.
+  MMVSSM_DEVICE void shift(int team) {
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) {
+      decay[c] = shuffle_up(decay[c], 4);
+      added[c] = shuffle_up(added[c], 4);
+      if (team == 0) decay[c] = 1.0f, added[c] = 0.0f;
+    }
+  }
+};
+
+// Step sizes before the softplus, log2(e) included: tiles of 8 channels, see MapLayout.
+template <int kRankTile = 0>
+MMVSSM_DEVICE void project_map(const char* fragments, const MapInputs& inputs,
+                               const float (&bias)[2][4], float (&d)[kOwn / 2][2][4]) {
+  if constexpr (kRankTile < kRankTiles) {
+    const int lane = threadIdx.x % 32, set = threadIdx.x / 32 % kSets;
+    uint2 b[2][kWeightTerms];
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int i = 0; i < kWeightTerms; ++i)
+        b[j][i] = reinterpret_cast<const uint2*>(fragments)
+            [((i * kRankTiles + kRankTile) * kChannelTiles + set * 2 + j) * 32 + lane];
+    // Where the rank ends in the first half, that has the zero weights of the second.
+    constexpr int kFirst = 2 * kRankTile;
+    constexpr int kSecond = kFirst + 1 < MapInputs::kPieces ? kFirst + 1 : kFirst;
+#pragma unroll
+    for (int m = 0; m < kOwn / 2; ++m) {
+      uint32_t a[kTerms][4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const auto& pair = inputs.low[2 * m + k % 2][k < 2 ? kFirst : kSecond];
+        if constexpr (DELTA_DTYPE == kFloat32) {
+          uint32_t terms[kTerms];
+          split(float_of(pair[0]), float_of(pair[1]), terms);
+#pragma unroll
+          for (int i = 0; i < kTerms; ++i) a[i][k] = terms[i];
+        } else {
+          a[0][k] = pair[0];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) multiply_terms<kRankTile == 0>(d[m][j], a, b[j], bias[j]);
+    }
+    project_map<kRankTile + 1>(fragments, inputs, bias, d);
+  }
+}
+
+// Own part of the recurrence, h = a h + b at each position.
+struct MapRecurrence {
+  float a[kOwn][kWidth], b[kOwn][kWidth];
+  float C[kOwn];
+
+  // From zero; returns the step of all own positions.
+  MMVSSM_DEVICE MapStep start(const char* smem, int scan, int channel,
+                              const MapInputs& inputs) {
+    float d[kOwn / 2][2][4], bias[2][4], rate[kWidth], shift[kWidth];
+    get_map_parameter(smem, scan, kMapShift, channel, shift);
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) bias[c / 2][c % 2] = bias[c / 2][c % 2 + 2] = shift[c];
+    project_map(smem + MapLayout::kFragments + scan * MapLayout::kScanFragments, inputs,
+                bias, d);
+    get_map_parameter(smem, scan, kMapRate, channel, rate);
+    MapStep step;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      float u[kWidth], B;
+      inputs.get_u(i, u);
+      MapInputs::unpack_pair(inputs.weights[i], B, C[i]);
+      B *= kLn2;
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) {
+        float dt = d[i / 2][c / 2][i % 2 * 2 + c % 2];
+        if constexpr (SOFTPLUS) dt = softplus(dt);
+        a[i][c] = exp2_fast(rate[c] * dt);
+        b[i][c] = dt * u[c] * B;
+        step.added[c] = i == 0 ? b[i][c] : a[i][c] * step.added[c] + b[i][c];
+        step.decay[c] = i == 0 ? a[i][c] : a[i][c] * step.decay[c];
+      }
+    }
+    return step;
+  }
+
+  // From the state before own positions to what they give; leaves that in b.
+  MMVSSM_DEVICE void finish(float (&h)[kWidth]) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) {
+        h[c] = a[i][c] * h[c] + b[i][c];
+        b[i][c] = C[i] * h[c];
+      }
+  }
+  // Adds what some positions give to the sum.
+  template <int kFirst, int kCount>
+  MMVSSM_DEVICE void add(char* smem, int channel, const int (&cells)[kOwn]) const {
+    float y[kCount][kWidth];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (cells[kFirst + i] >= 0)
+        load_channels<kFloat32>(sum_at(smem, cells[kFirst + i], channel), y[i]);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) y[i][c] += b[kFirst + i][c];
+      if (cells[kFirst + i] >= 0)
+        store_channels<kFloat32>(sum_at(smem, cells[kFirst + i], channel), y[i]);
+    }
+  }
+};
+
+// How states get from part to part, and from pass to pass.
+struct Parts {
+  float2* steps;  // two buffers
+  float* carry;   // two buffers
+  int part, set;
+
+  MMVSSM_DEVICE explicit Parts(char* smem)
+      : steps(reinterpret_cast<float2*>(smem + MapLayout::kSteps)),
+        carry(reinterpret_cast<float*>(smem + MapLayout::kCarry)),
+        part(threadIdx.x / 32 / kSets),
+        set(threadIdx.x / 32 % kSets) {}
+
+  // The last team has the step of all.
+  MMVSSM_DEVICE void put(int buffer, int channel, const MapStep& step) const {
+    if (threadIdx.x % 32 / 4 < 7) return;
+    float4* to = reinterpret_cast<float4*>(steps + (buffer * kParts + part) * kChannels +
+                                           channel);
+    to[0] = float4{step.decay[0], step.added[0], step.decay[1], step.added[1]};
+    to[1] = float4{step.decay[2], step.added[2], step.decay[3], step.added[3]};
+  }
+
+  // The state before the chunk of this warp, in the upper half of the lanes each has
+  // one of its channels. The halves go through the parts of the earlier chunks.
+  MMVSSM_DEVICE float before(int buffer, int chunk) const {
+    const int lane = threadIdx.x % 32, half = lane / 16;
+    const int channel = set * kWarpChannels + lane % 16;
+    float h = 0.0f;
+    if (chunk > part && (half == 0 || kParts == 1)) h = carry[buffer * kChannels + channel];
+    if constexpr (kParts > 1) {
+      const int first = chunk < part ? part - chunk : 0;
+      const float2* from =
+          steps + (buffer * kParts + half * (kParts / 2)) * kChannels + channel;
+      float decay = 1.0f;
+#pragma unroll
+      for (int j = 0; j < kParts / 2; ++j) {
+        const int q = half * (kParts / 2) + j;
+        if (q >= first && q < part) {
+          const float2 step = from[j * kChannels];
+          h = step.x * h + step.y;
+          decay = fminf(decay * step.x, kLargest);
+        }
+      }
+      const float lower = shuffle(h, lane % 16, 32);
+      if (half == 1) h = decay * lower + h;
+    }
+    return h;
+  }
+  // Keeps the state behind the last part for the next pass.
+  MMVSSM_DEVICE void pass_on(int buffer, float h) const {
+    const int lane = threadIdx.x % 32;
+    if (part != kParts - 1 || lane < 16) return;
+    const int channel = set * kWarpChannels + lane % 16;
+    const float2 step = steps[(buffer * kParts + part) * kChannels + channel];
+    carry[(buffer ^ 1) * kChannels + channel] = step.x * h + step.y;
+  }
+  static MMVSSM_DEVICE void sync() {
+    if constexpr (kParts > 1)
+      sync_cta("exchange");
+    else
+      sync_warp("own exchange");
+  }
+};
+
+// The sum begins with what D adds, of all scans.
+MMVSSM_DEVICE void begin_sum(const MapArgs& p, const Chain& chain, char* smem) {
+  constexpr int kLanesOfPlace = kChannels / kWidth;
+  const int channel = threadIdx.x % kLanesOfPlace * kWidth;
+  const bool there = channel < chain.count;
+  float skip[kWidth] = {};
+  for (int k = 0; k < p.count; ++k)
+    if (there && p.scans[k].D != nullptr)
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) skip[c] += p.scans[k].D[chain.channel + channel + c];
+  const char* u = p.u + chain.batch * p.u_strides.batch +
+                  (chain.channel + channel) * p.u_strides.channel;
+#pragma unroll 4
+  for (int place = threadIdx.x / kLanesOfPlace; place < p.width * p.height;
+       place += kThreads / kLanesOfPlace) {
+    float x[kWidth] = {};
+    if (there) load_channels<U_DTYPE>(at(u, place, p.u_strides.position), x);
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) x[c] *= skip[c];
+    store_channels<kFloat32>(sum_at(smem, cell_of(p, place), channel), x);
+  }
+}
+
+MMVSSM_DEVICE void store_sum(const MapArgs& p, const Chain& chain, char* smem) {
+  constexpr int kLanesOfPlace = kChannels / kWidth;
+  const int channel = threadIdx.x % kLanesOfPlace * kWidth;
+  if (channel >= chain.count) return;
+  char* out = p.scans[0].out + chain.batch * p.out_strides.batch +
+              (chain.channel + channel) * p.out_strides.channel;
+#pragma unroll 4
+  for (int place = threadIdx.x / kLanesOfPlace; place < p.width * p.height;
+       place += kThreads / kLanesOfPlace) {
+    float x[kWidth];
+    load_channels<kFloat32>(sum_at(smem, cell_of(p, place), channel), x);
+    store_channels<OUT_DTYPE>(const_cast<char*>(at(out, place, p.out_strides.position)),
+                              x);
+  }
+}
+
+}  // namespace mmvssm
+
+MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
+  using namespace mmvssm;
+  char* smem = shared_memory();
+  const Chain chain(p);
+  const Parts parts(smem);
+  const int team = threadIdx.x % 32 / 4;
+  Own own(chain);
+  own.channel = parts.set * kWarpChannels + threadIdx.x % 4 * kWidth;
+  own.count = chain.count - own.channel;
+  put_map_parameters(p, chain, smem);
+#pragma unroll 1
+  for (int k = 0; k < p.count; ++k)
+    put_dt_weight<MapLayout>(p.scans[k], chain, smem + k * MapLayout::kScanFragments);
+  begin_sum(p, chain, smem);
+
+  const WarpPlaces warp(smem);
+  MapSource source(p, chain, own);
+  MapInputs inputs;
+  Turn turn{0, parts.part};
+  Turn coming = turn;
+  int places[2], coming_places[2], own_places[kOwn];
+  turn.find_places(p, places);
+  warp.put(kNext, 1, places[0], places[1]);
+  coming.next(p);
+  coming.find_places(p, coming_places);
+  sync_cta("parameters");
+  warp.get(kNext, 1, own_places);
+  source.choose(p, chain, 0);
+  source.fetch_some<0, kOwn>(p, own_places, inputs);
+
+  const int passes = (p.count * p.chunks + kParts - 1) / kParts;
+  const int channel = chain.channel + parts.set * kWarpChannels + threadIdx.x % 16;
+  const bool saves = threadIdx.x % 32 >= 16 &&
+                     channel < chain.channel + chain.count && p.scans[0].saved != nullptr;
+  int buffer = 0;
+#pragma unroll 1
+  for (int pass = 0; pass < passes; ++pass) {
+    const int scan = turn.scan < p.count ? turn.scan : p.count - 1;
+    if (rarely(inputs.lowest < 0)) {
+      warp.get(kNext, buffer ^ 1, own_places);
+      inputs.hide(own_places);
+    }
+    MapRecurrence recurrence;
+    MapStep step = recurrence.start(smem, scan, own.channel, inputs);
+    step.append_teams(team);
+    parts.put(buffer, own.channel, step);
+    warp.put(kNext, buffer, coming_places[0], coming_places[1]);
+    warp.put(kCells, buffer, places[0] < 0 ? -1 : cell_of(p, places[0]),
+             places[1] < 0 ? -1 : cell_of(p, places[1]));
+    step.shift(team);
+    Parts::sync();
+
+    const float state = parts.before(buffer, turn.chunk);
+    parts.pass_on(buffer, state);
+    if (saves && turn.chunk > 0 && turn.scan < p.count)
+      p.scans[scan].saved[(static_cast<int64_t>(chain.batch) * (p.chunks - 1) +
+                           turn.chunk - 1) * p.group_size + channel] = state;
+    float h[kWidth];
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c)
+      h[c] = step.decay[c] * shuffle(state, 16 + threadIdx.x % 4 * kWidth + c, 32) +
+             step.added[c];
+    recurrence.finish(h);
+
+    // Inputs of the next pass.
+    int cells[kOwn];
+    warp.get(kNext, buffer, own_places);
+    warp.get(kCells, buffer, cells);
+    source.choose(p, chain, coming.scan);
+    source.fetch_some<0, kOwn>(p, own_places, inputs);
+
+    // In a pass with the end of a scan and the begin of the next, those wait.
+    const bool later = turn.chunk < parts.part;
+    const bool mixed = later || turn.chunk - parts.part + kParts > p.chunks;
+    if (kParts > 1 && later) sync_cta("scans");
+    recurrence.add<0, kOwn / 2>(smem, own.channel, cells);
+    recurrence.add<kOwn / 2, kOwn / 2>(smem, own.channel, cells);
+    if (kParts > 1 && mixed && !later) sync_cta("scans");
+
+    turn = coming;
+    places[0] = coming_places[0], places[1] = coming_places[1];
+    coming.next(p);
+    coming.find_places(p, coming_places);
+    buffer ^= 1;
+  }
+  sync_cta("sum");
+  store_sum(p, chain, smem);
+}

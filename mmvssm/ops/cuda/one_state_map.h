@@ -1,0 +1,236 @@
+// How warps share a map in the forward pass that merges the scans of a map on chip, and
+// what they have in shared memory.
+//
+// A warp owns 16 channels of a chunk: its lane 4 g + c has positions 8 g to 8 g + 7 of
+// channels 4 c to 4 c + 3. So the matrix product that makes step sizes leaves each lane
+// its own, and the states go from team to team (the lanes with the same g) by shuffles.
+// Warps side by side in the channels are sets, side by side in the positions parts: the
+// chunks of all scans, one scan after the other, are dealt out to the parts. Inputs come
+// straight into registers, a pass before they are needed.
+#pragma once
+
+#include "one_state_terms.h"
+
+namespace mmvssm {
+
+constexpr int kChunk = 64, kWarpChannels = 16;
+constexpr int kSets = kChannels / kWarpChannels, kParts = kPositions / kChunk;
+static_assert(kWidth == 4 && kSets * kParts * 32 == kThreads, "as a warp multiplies");
+static_assert(kParts == 1 || kParts % 2 == 0, "halves of a warp go through the parts");
+
+// Of each scan `delta` is its low-rank form, with B and C right behind it in memory.
+struct MapArgs : Args {
+  int32_t count;  // of scans
+  int32_t fold;   // see cell_of
+};
+static_assert(sizeof(MapArgs) == MAP_ARGS, "as Python has it");
+
+struct MapLayout {
+  static constexpr int kParameters = 0;  // of each scan, see MapParameter
+  static constexpr int kFragments = kParameters + kScans * 2 * kChannels * 4;
+  static constexpr int kScanFragments =
+      kWeightTerms * kRankTiles * kChannelTiles * 32 * 8;
+  // What each part does to a state, two buffers, and the states before the parts.
+  static constexpr int kSteps = kFragments + kScans * kScanFragments;
+  static constexpr int kCarry = kSteps + 2 * kParts * kChannels * 8;
+  // Of each warp, two buffers: the places of the next chunk, and cells of this one.
+  static constexpr int kPlaces = kCarry + 2 * kChannels * 4;
+  static constexpr int kWarpPlaces = 2 * 2 * kChunk * 4;
+  static constexpr int kSum = kPlaces + kThreads / 32 * kWarpPlaces;  // float32
+
+  // Column 2 c + e of tile 2 s + j is channel 16 s + 4 c + 2 j + e.
+  static MMVSSM_DEVICE int channel_of(int tile, int column) {
+    return tile / 2 * kWarpChannels + column / 2 * kWidth + tile % 2 * 2 + column % 2;
+  }
+};
+static_assert(MapLayout::kSum == MAP_SHARED && MapLayout::kSum % 128 == 0,
+              "as Python has it");
+
+enum MapParameter { kMapRate, kMapShift };
+
+// A, and the bias in the log2 domain, of every scan.
+MMVSSM_DEVICE void put_map_parameters(const MapArgs& p, const Chain& chain, char* smem) {
+  float* to = reinterpret_cast<float*>(smem + MapLayout::kParameters);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.count * kChannels; i += kThreads) {
+    const ScanPointers& scan = p.scans[i / kChannels];
+    const int c = i % kChannels, channel = chain.channel + c;
+    const bool there = c < chain.count;
+    to[i + i / kChannels * kChannels + kMapRate * kChannels] =
+        there ? scan.A[channel] : 0.0f;
+    to[i + i / kChannels * kChannels + kMapShift * kChannels] =
+        there && scan.bias != nullptr ? scan.bias[channel] * kLog2E : 0.0f;
+  }
+}
+MMVSSM_DEVICE void get_map_parameter(const char* smem, int scan, MapParameter which,
+                                     int channel, float (&x)[kWidth]) {
+  load_channels<kFloat32>(
+      smem + MapLayout::kParameters + ((scan * 2 + which) * kChannels + channel) * 4, x);
+}
+
+// Where a place has its channels in the sum, in bytes; which of them, is another part
+// to be combined by `xor`. Teams that are next to each other are 8 rows of the sum, or
+// along columns 8 rows of the map, apart. That these are in different banks, is what
+// the exchange of neighbouring cells is for, by bit 3 and bit `fold` of the place.
+MMVSSM_DEVICE int cell_of(const MapArgs& p, int place) {
+  constexpr int kHalf = kWarpChannels * 4;
+  return place * (kChannels * 4) ^ ((place >> 3 ^ place >> p.fold) & 1) * kHalf;
+}
+// The rows of the sum, with those that only the exchange needs.
+MMVSSM_DEVICE char* sum_at(char* smem, int cell, int channel) {
+  return smem + MapLayout::kSum + (cell ^ channel * 4);
+}
+
+// What a warp does next: a chunk of a scan. Behind the last scan there is nothing.
+struct Turn {
+  int scan, chunk;
+
+  MMVSSM_DEVICE void next(const MapArgs& p) {
+    chunk += kParts;
+    if (chunk >= p.chunks) chunk -= p.chunks, ++scan;
+  }
+  // The places of two positions of each lane.
+  MMVSSM_DEVICE void find_places(const MapArgs& p, int (&places)[2]) const {
+    const int t = chunk * kChunk + threadIdx.x % 32 * 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      places[i] = scan < p.count ? place_of(p, p.scans[scan], t + i) : -1;
+  }
+};
+
+// Inputs of own positions as they are in memory.
+struct MapInputs {
+  static constexpr int kPair = kSize<DELTA_DTYPE> / 2;  // words of two numbers
+  static constexpr int kWords = kSize<U_DTYPE> * kWidth / 4;
+  static constexpr int kPieces = (RANK + 7) / 8;  // of the rank, a pair for each lane
+
+  uint32_t u[kOwn][kWords];
+  uint32_t low[kOwn][kPieces][kPair];
+  uint32_t weights[kOwn][kPair];  // B and C
+  int lowest;                     // below 0 if a position has no place
+
+  static MMVSSM_DEVICE void load_pair(const char* from, uint32_t (&x)[kPair]) {
+    if constexpr (kPair == 2 && PAIRS) {
+      const uint2 two = *reinterpret_cast<const uint2*>(from);
+      x[0] = two.x, x[1] = two.y;
+    } else if constexpr (kPair == 2) {
+      x[0] = load_bits<DELTA_DTYPE>(from), x[1] = load_bits<DELTA_DTYPE>(from + 4);
+    } else if constexpr (PAIRS) {
+      x[0] = *reinterpret_cast<const uint32_t*>(from);
+    } else {
+      x[0] = load_bits<DELTA_DTYPE>(from) | load_bits<DELTA_DTYPE>(from + 2) << 16;
+    }
+  }
+  static MMVSSM_DEVICE void unpack_pair(const uint32_t (&x)[kPair], float& first,
+                                        float& second) {
+    if constexpr (kPair == 2)
+      first = float_of(x[0]), second = float_of(x[1]);
+    else
+      unpack<DELTA_DTYPE>(x[0], first, second);
+  }
+
+  MMVSSM_DEVICE void get_u(int i, float (&x)[kWidth]) const {
+    if constexpr (kWords == 4) {
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) x[c] = float_of(u[i][c]);
+    } else {
+      unpack<U_DTYPE>(u[i][0], x[0], x[1]);
+      unpack<U_DTYPE>(u[i][1], x[2], x[3]);
+    }
+  }
+
+  // Positions without a place: all is zero.
+  MMVSSM_DEVICE void hide(const int (&places)[kOwn]) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (places[i] >= 0) continue;
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) u[i][k] = 0;
+#pragma unroll
+      for (int k = 0; k < kPair; ++k) {
+        weights[i][k] = 0;
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) low[i][j][k] = 0;
+      }
+    }
+  }
+};
+
+// Where a lane reads its inputs.
+struct MapSource {
+  const char* u;    // own channels of the batch element
+  const char* low;  // of the scan that is read next
+  // Of the last piece of the rank. A lane that has none of it reads the first numbers
+  // instead, which its weights, zeros, make vanish.
+  int last;
+
+  MMVSSM_DEVICE MapSource(const Args& p, const Chain& chain, const Own& own) {
+    // Channels that are not there read those of others, and are never stored.
+    const int channel = chain.channel + (own.count > 0 ? own.channel : 0);
+    u = p.u + chain.batch * p.u_strides.batch + channel * p.u_strides.channel;
+    const int column = threadIdx.x % 4 * 2 + (MapInputs::kPieces - 1) * 8;
+    last = column < RANK ? column : 0;
+  }
+  MMVSSM_DEVICE void choose(const MapArgs& p, const Chain& chain, int scan) {
+    scan = scan < p.count ? scan : p.count - 1;
+    low = p.scans[scan].delta + chain.batch * p.delta_strides.batch;
+  }
+
+  MMVSSM_DEVICE void fetch(const Args& p, int i, int place, MapInputs& inputs) const {
+    constexpr int kNumber = kSize<DELTA_DTYPE>;
+    place = place < 0 ? 0 : place;
+    const char* row = at(u, place, p.u_strides.position);
+    if constexpr (MapInputs::kWords == 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(row);
+      inputs.u[i][0] = four.x, inputs.u[i][1] = four.y;
+      inputs.u[i][2] = four.z, inputs.u[i][3] = four.w;
+    } else {
+      const uint2 two = *reinterpret_cast<const uint2*>(row);
+      inputs.u[i][0] = two.x, inputs.u[i][1] = two.y;
+    }
+    row = at(low, place, p.delta_strides.position);
+    MapInputs::load_pair(row + RANK * kNumber, inputs.weights[i]);
+    const char* own = row + threadIdx.x % 4 * 2 * kNumber;
+#pragma unroll
+    for (int j = 0; j < MapInputs::kPieces - 1; ++j)
+      MapInputs::load_pair(own + j * 8 * kNumber, inputs.low[i][j]);
+    MapInputs::load_pair(row + last * kNumber, inputs.low[i][MapInputs::kPieces - 1]);
+  }
+  // A number of own positions.
+  template <int kFirst, int kCount>
+  MMVSSM_DEVICE void fetch_some(const Args& p, const int (&places)[kOwn],
+                                MapInputs& inputs) const {
+    if (kFirst == 0) inputs.lowest = 0;
+#pragma unroll
+    for (int i = kFirst; i < kFirst + kCount; ++i)
+      inputs.lowest = places[i] < inputs.lowest ? places[i] : inputs.lowest;
+#pragma unroll
+    for (int i = kFirst; i < kFirst + kCount; ++i) fetch(p, i, places[i], inputs);
+  }
+};
+
+// Arrays of a warp in shared memory, a number for each of the positions of a chunk.
+struct WarpPlaces {
+  int* base;
+
+  MMVSSM_DEVICE explicit WarpPlaces(char* smem)
+      : base(reinterpret_cast<int*>(smem + MapLayout::kPlaces +
+                                    threadIdx.x / 32 * MapLayout::kWarpPlaces)) {}
+  MMVSSM_DEVICE void put(int which, int buffer, int first, int second) const {
+    int* to = base + (which * 2 + buffer) * kChunk + threadIdx.x % 32 * 2;
+    *reinterpret_cast<uint2*>(to) =
+        uint2{static_cast<uint32_t>(first), static_cast<uint32_t>(second)};
+  }
+  MMVSSM_DEVICE void get(int which, int buffer, int (&x)[kOwn]) const {
+    const uint4* from = reinterpret_cast<const uint4*>(
+        base + (which * 2 + buffer) * kChunk + threadIdx.x % 32 / 4 * kOwn);
+#pragma unroll
+    for (int i = 0; i < kOwn; i += 4) {
+      const uint4 four = from[i / 4];
+      x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+    }
+  }
+};
+enum WhichPlaces { kNext, kCells };
+
+}  // namespace mmvssm
