@@ -77,7 +77,7 @@ MMVSSM_DEVICE void project_map(const char* fragments, const MapInputs& inputs,
 // Own part of the recurrence, h = a h + b at each position.
 struct MapRecurrence {
   float a[kOwn][kWidth], b[kOwn][kWidth];
-  float C[kOwn];
+  MapWeights weights;
 
   // From zero; returns the step of all own positions.
   MMVSSM_DEVICE MapStep start(const char* smem, int scan, int channel,
@@ -89,13 +89,13 @@ struct MapRecurrence {
     project_map(smem + MapLayout::kFragments + scan * MapLayout::kScanFragments, inputs,
                 bias, d);
     get_map_parameter(smem, scan, kMapRate, channel, rate);
+    inputs.get_weights(weights);
     MapStep step;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      float u[kWidth], B;
+      float u[kWidth];
       inputs.get_u(i, u);
-      MapInputs::unpack_pair(inputs.weights[i], B, C[i]);
-      B *= kLn2;
+      const float B = weights.B(i) * kLn2;
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
         float dt = d[i / 2][c / 2][i % 2 * 2 + c % 2];
@@ -109,14 +109,14 @@ struct MapRecurrence {
     return step;
   }
 
-  // From the state before own positions to what they give; leaves that in b.
+  // From the state before own positions to those at them, in place of b.
   MMVSSM_DEVICE void finish(float (&h)[kWidth]) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
         h[c] = a[i][c] * h[c] + b[i][c];
-        b[i][c] = C[i] * h[c];
+        b[i][c] = h[c];
       }
   }
   // Adds what some positions give to the sum.
@@ -130,7 +130,8 @@ struct MapRecurrence {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
 #pragma unroll
-      for (int c = 0; c < kWidth; ++c) y[i][c] += b[kFirst + i][c];
+      for (int c = 0; c < kWidth; ++c)
+        y[i][c] = weights.C(kFirst + i) * b[kFirst + i][c] + y[i][c];
       if (cells[kFirst + i] >= 0)
         store_channels<kFloat32>(sum_at(smem, cells[kFirst + i], channel), y[i]);
     }
@@ -167,14 +168,15 @@ struct Parts {
     if (chunk > part && (half == 0 || kParts == 1)) h = carry[buffer * kChannels + channel];
     if constexpr (kParts > 1) {
       const int first = chunk < part ? part - chunk : 0;
+      const uint32_t there =
+          ((1u << part) - (1u << first)) >> half * (kParts / 2);
       const float2* from =
           steps + (buffer * kParts + half * (kParts / 2)) * kChannels + channel;
       float decay = 1.0f;
 #pragma unroll
       for (int j = 0; j < kParts / 2; ++j) {
-        const int q = half * (kParts / 2) + j;
-        if (q >= first && q < part) {
-          const float2 step = from[j * kChannels];
+        const float2 step = from[j * kChannels];
+        if (there >> j & 1) {
           h = step.x * h + step.y;
           decay = fminf(decay * step.x, kLargest);
         }
@@ -272,9 +274,11 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
   source.fetch_some<0, kOwn>(p, own_places, inputs);
 
   const int passes = (p.count * p.chunks + kParts - 1) / kParts;
-  const int channel = chain.channel + parts.set * kWarpChannels + threadIdx.x % 16;
-  const bool saves = threadIdx.x % 32 >= 16 &&
-                     channel < chain.channel + chain.count && p.scans[0].saved != nullptr;
+  const int channel = parts.set * kWarpChannels + threadIdx.x % kWarpChannels;
+  const bool saves = threadIdx.x % 32 >= kWarpChannels && channel < chain.count &&
+                     p.scans[0].saved != nullptr;
+  const int64_t saved = 4 * (static_cast<int64_t>(chain.batch) * (p.chunks - 1) *
+                                 p.group_size + chain.channel + channel);
   int buffer = 0;
 #pragma unroll 1
   for (int pass = 0; pass < passes; ++pass) {
@@ -295,9 +299,11 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
 
     const float state = parts.before(buffer, turn.chunk);
     parts.pass_on(buffer, state);
-    if (saves && turn.chunk > 0 && turn.scan < p.count)
-      p.scans[scan].saved[(static_cast<int64_t>(chain.batch) * (p.chunks - 1) +
-                           turn.chunk - 1) * p.group_size + channel] = state;
+    if (saves && turn.chunk > 0 && turn.scan < p.count) {
+      const char* row = reinterpret_cast<const char*>(p.scans[scan].saved) + saved;
+      *reinterpret_cast<float*>(
+          const_cast<char*>(at(row, turn.chunk - 1, p.group_size * 4))) = state;
+    }
     float h[kWidth];
 #pragma unroll
     for (int c = 0; c < kWidth; ++c)
@@ -310,14 +316,17 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
     warp.get(kNext, buffer, own_places);
     warp.get(kCells, buffer, cells);
     source.choose(p, chain, coming.scan);
-    source.fetch_some<0, kOwn>(p, own_places, inputs);
+    source.fetch_some<0, kEarly>(p, own_places, inputs);
 
     // In a pass with the end of a scan and the begin of the next, those wait.
     const bool later = turn.chunk < parts.part;
     const bool mixed = later || turn.chunk - parts.part + kParts > p.chunks;
     if (kParts > 1 && later) sync_cta("scans");
     recurrence.add<0, kOwn / 2>(smem, own.channel, cells);
+    if constexpr (kEarly < kOwn) source.fetch_some<0, kOwn / 2>(p, own_places, inputs);
     recurrence.add<kOwn / 2, kOwn / 2>(smem, own.channel, cells);
+    if constexpr (kEarly < kOwn)
+      source.fetch_some<kOwn / 2, kOwn / 2>(p, own_places, inputs);
     if (kParts > 1 && mixed && !later) sync_cta("scans");
 
     turn = coming;

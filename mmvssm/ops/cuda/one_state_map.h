@@ -98,36 +98,49 @@ struct Turn {
   }
 };
 
+// Two numbers of the dtype of the low-rank form, side by side.
+constexpr int kPair = kSize<DELTA_DTYPE> / 2;  // words
+MMVSSM_DEVICE void load_pair(const char* from, uint32_t (&x)[kPair]) {
+  if constexpr (kPair == 2 && PAIRS) {
+    const uint2 two = *reinterpret_cast<const uint2*>(from);
+    x[0] = two.x, x[1] = two.y;
+  } else if constexpr (kPair == 2) {
+    x[0] = load_bits<DELTA_DTYPE>(from), x[1] = load_bits<DELTA_DTYPE>(from + 4);
+  } else if constexpr (PAIRS) {
+    x[0] = *reinterpret_cast<const uint32_t*>(from);
+  } else {
+    x[0] = load_bits<DELTA_DTYPE>(from) | load_bits<DELTA_DTYPE>(from + 2) << 16;
+  }
+}
+
+// B and C at own positions.
+struct MapWeights {
+  uint32_t pairs[kOwn][kPair];
+
+  MMVSSM_DEVICE float B(int i) const {
+    return to_float<DELTA_DTYPE>(kPair == 2                  ? pairs[i][0]
+                                 : DELTA_DTYPE == kBfloat16 ? pairs[i][0]
+                                                            : pairs[i][0] & 0xffff);
+  }
+  MMVSSM_DEVICE float C(int i) const {
+    const uint32_t word = pairs[i][kPair - 1];
+    if constexpr (kPair == 2) return float_of(word);
+    return DELTA_DTYPE == kBfloat16 ? float_of(word & 0xffff0000u) : from_half(word >> 16);
+  }
+};
+
 // Inputs of own positions as they are in memory.
 struct MapInputs {
-  static constexpr int kPair = kSize<DELTA_DTYPE> / 2;  // words of two numbers
   static constexpr int kWords = kSize<U_DTYPE> * kWidth / 4;
-  static constexpr int kPieces = (RANK + 7) / 8;  // of the rank, a pair for each lane
+  // Pieces of the rank, of 8 numbers: a pair for each lane of a team. The last one may
+  // have B and C, too: then they are a lane's.
+  static constexpr int kPieces = (RANK + 7) / 8;
+  static constexpr bool kWithWeights = PAIRS && RANK % 8 != 0;
 
   uint32_t u[kOwn][kWords];
   uint32_t low[kOwn][kPieces][kPair];
-  uint32_t weights[kOwn][kPair];  // B and C
-  int lowest;                     // below 0 if a position has no place
-
-  static MMVSSM_DEVICE void load_pair(const char* from, uint32_t (&x)[kPair]) {
-    if constexpr (kPair == 2 && PAIRS) {
-      const uint2 two = *reinterpret_cast<const uint2*>(from);
-      x[0] = two.x, x[1] = two.y;
-    } else if constexpr (kPair == 2) {
-      x[0] = load_bits<DELTA_DTYPE>(from), x[1] = load_bits<DELTA_DTYPE>(from + 4);
-    } else if constexpr (PAIRS) {
-      x[0] = *reinterpret_cast<const uint32_t*>(from);
-    } else {
-      x[0] = load_bits<DELTA_DTYPE>(from) | load_bits<DELTA_DTYPE>(from + 2) << 16;
-    }
-  }
-  static MMVSSM_DEVICE void unpack_pair(const uint32_t (&x)[kPair], float& first,
-                                        float& second) {
-    if constexpr (kPair == 2)
-      first = float_of(x[0]), second = float_of(x[1]);
-    else
-      unpack<DELTA_DTYPE>(x[0], first, second);
-  }
+  uint32_t weights[kWithWeights ? 1 : kOwn][kPair];  // B and C
+  int lowest;  // below 0 if a position has no place
 
   MMVSSM_DEVICE void get_u(int i, float (&x)[kWidth]) const {
     if constexpr (kWords == 4) {
@@ -137,6 +150,18 @@ struct MapInputs {
       unpack<U_DTYPE>(u[i][0], x[0], x[1]);
       unpack<U_DTYPE>(u[i][1], x[2], x[3]);
     }
+  }
+  MMVSSM_DEVICE void get_weights(MapWeights& x) const {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+#pragma unroll
+      for (int k = 0; k < kPair; ++k) {
+        if constexpr (kWithWeights)
+          x.pairs[i][k] = bits_of(
+              shuffle(float_of(low[i][kPieces - 1][k]), RANK % 8 / 2, kWidth));
+        else
+          x.pairs[i][k] = weights[i][k];
+      }
   }
 
   // Positions without a place: all is zero.
@@ -148,36 +173,44 @@ struct MapInputs {
       for (int k = 0; k < kWords; ++k) u[i][k] = 0;
 #pragma unroll
       for (int k = 0; k < kPair; ++k) {
-        weights[i][k] = 0;
+        if constexpr (!kWithWeights) weights[i][k] = 0;
 #pragma unroll
         for (int j = 0; j < kPieces; ++j) low[i][j][k] = 0;
       }
     }
   }
 };
+// Own positions whose next inputs are asked for before this pass has ended, as far as
+// there are registers for them.
+constexpr int kEarly = MapInputs::kWords + MapInputs::kPieces * kPair +
+                                   (MapInputs::kWithWeights ? 0 : kPair) <=
+                               5
+                           ? kOwn
+                           : 0;
 
 // Where a lane reads its inputs.
 struct MapSource {
-  const char* u;    // own channels of the batch element
-  const char* low;  // of the scan that is read next
-  // Of the last piece of the rank. A lane that has none of it reads the first numbers
-  // instead, which its weights, zeros, make vanish.
-  int last;
+  const char* u;  // own channels of the batch element
+  // Of the scan that is read next: own pair of the first piece of the rank, and of the
+  // last. A lane that has no more of the rank reads B and C there, which its weights,
+  // zeros, make vanish.
+  const char *first, *last;
 
   MMVSSM_DEVICE MapSource(const Args& p, const Chain& chain, const Own& own) {
     // Channels that are not there read those of others, and are never stored.
     const int channel = chain.channel + (own.count > 0 ? own.channel : 0);
     u = p.u + chain.batch * p.u_strides.batch + channel * p.u_strides.channel;
-    const int column = threadIdx.x % 4 * 2 + (MapInputs::kPieces - 1) * 8;
-    last = column < RANK ? column : 0;
   }
   MMVSSM_DEVICE void choose(const MapArgs& p, const Chain& chain, int scan) {
     scan = scan < p.count ? scan : p.count - 1;
-    low = p.scans[scan].delta + chain.batch * p.delta_strides.batch;
+    const int column = threadIdx.x % 4 * 2;
+    const int of_last = column + (MapInputs::kPieces - 1) * 8;
+    first = p.scans[scan].delta + chain.batch * p.delta_strides.batch;
+    last = first + (of_last < RANK ? of_last : RANK) * kSize<DELTA_DTYPE>;
+    first += column * kSize<DELTA_DTYPE>;
   }
 
   MMVSSM_DEVICE void fetch(const Args& p, int i, int place, MapInputs& inputs) const {
-    constexpr int kNumber = kSize<DELTA_DTYPE>;
     place = place < 0 ? 0 : place;
     const char* row = at(u, place, p.u_strides.position);
     if constexpr (MapInputs::kWords == 4) {
@@ -188,18 +221,24 @@ struct MapSource {
       const uint2 two = *reinterpret_cast<const uint2*>(row);
       inputs.u[i][0] = two.x, inputs.u[i][1] = two.y;
     }
-    row = at(low, place, p.delta_strides.position);
-    MapInputs::load_pair(row + RANK * kNumber, inputs.weights[i]);
-    const char* own = row + threadIdx.x % 4 * 2 * kNumber;
+    const int stride = static_cast<int>(p.delta_strides.position);
+    load_pair(at(last, place, stride), inputs.low[i][MapInputs::kPieces - 1]);
+    if constexpr (MapInputs::kPieces > 1) {
+      row = at(first, place, stride);
 #pragma unroll
-    for (int j = 0; j < MapInputs::kPieces - 1; ++j)
-      MapInputs::load_pair(own + j * 8 * kNumber, inputs.low[i][j]);
-    MapInputs::load_pair(row + last * kNumber, inputs.low[i][MapInputs::kPieces - 1]);
+      for (int j = 0; j < MapInputs::kPieces - 1; ++j)
+        load_pair(row + j * 8 * kSize<DELTA_DTYPE>, inputs.low[i][j]);
+    }
+    if constexpr (!MapInputs::kWithWeights)
+      load_pair(at(first - threadIdx.x % 4 * 2 * kSize<DELTA_DTYPE>, place, stride) +
+                    RANK * kSize<DELTA_DTYPE>,
+                inputs.weights[i]);
   }
   // A number of own positions.
   template <int kFirst, int kCount>
   MMVSSM_DEVICE void fetch_some(const Args& p, const int (&places)[kOwn],
                                 MapInputs& inputs) const {
+    if (kCount == 0) return;
     if (kFirst == 0) inputs.lowest = 0;
 #pragma unroll
     for (int i = kFirst; i < kFirst + kCount; ++i)
