@@ -37,6 +37,7 @@ struct Layout {
   static constexpr int kDtRows = kProjects || ADD ? kOwn : 2;  // of a team
   static constexpr int kBytes = kDt + kTeams * kDtRows * kDtPitch * 4;
 
+  static constexpr int kBiasRow = -1;
   // The channel of a column of the matrix of weights, in tiles of 8 columns.
   static MMVSSM_DEVICE int channel_of(int tile, int column) { return 8 * tile + column; }
 };

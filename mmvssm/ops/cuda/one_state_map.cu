@@ -49,23 +49,28 @@ MMVSSM_DEVICE void project_map(const char* fragments, const MapInputs& inputs,
       for (int i = 0; i < kWeightTerms; ++i)
         b[j][i] = reinterpret_cast<const uint2*>(fragments)
             [((i * kRankTiles + kRankTile) * kChannelTiles + set * 2 + j) * 32 + lane];
-    // Where the rank ends in the first half, that has the zero weights of the second.
     constexpr int kFirst = 2 * kRankTile;
-    constexpr int kSecond = kFirst + 1 < MapInputs::kPieces ? kFirst + 1 : kFirst;
+    constexpr bool kHasSecond = kFirst + 1 < MapInputs::kPieces;
+    constexpr bool kHasBias =
+        MapLayout::kBiasRow >= 0 && MapLayout::kBiasRow / 16 == kRankTile;
+    const float one = lane % 4 == MapLayout::kBiasRow % 8 / 2 ? 1.0f : 0.0f;
 #pragma unroll
     for (int m = 0; m < kOwn / 2; ++m) {
       uint32_t a[kTerms][4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const auto& pair = inputs.low[2 * m + k % 2][k < 2 ? kFirst : kSecond];
-        if constexpr (DELTA_DTYPE == kFloat32) {
-          uint32_t terms[kTerms];
-          split(float_of(pair[0]), float_of(pair[1]), terms);
-#pragma unroll
-          for (int i = 0; i < kTerms; ++i) a[i][k] = terms[i];
-        } else {
-          a[0][k] = pair[0];
+        uint32_t terms[kTerms];
+        if (k >= 2 && kHasBias && (!kHasSecond || one != 0.0f)) {
+          split(one, one, terms);
+        } else if (k < 2 || kHasSecond) {
+          const auto& pair = inputs.low[2 * m + k % 2][kFirst + k / 2];
+          if constexpr (DELTA_DTYPE == kFloat32)
+            split(float_of(pair[0]), float_of(pair[1]), terms);
+          else
+            terms[0] = pair[0];
         }
+#pragma unroll
+        for (int i = 0; i < kTerms; ++i) a[i][k] = terms[i];
       }
 #pragma unroll
       for (int j = 0; j < 2; ++j) multiply_terms<kRankTile == 0>(d[m][j], a, b[j], bias[j]);
@@ -85,7 +90,9 @@ struct MapRecurrence {
     float d[kOwn / 2][2][4], bias[2][4], rate[kWidth], shift[kWidth];
     get_map_parameter(smem, scan, kMapShift, channel, shift);
 #pragma unroll
-    for (int c = 0; c < kWidth; ++c) bias[c / 2][c % 2] = bias[c / 2][c % 2 + 2] = shift[c];
+    for (int c = 0; c < kWidth; ++c)
+      bias[c / 2][c % 2] = bias[c / 2][c % 2 + 2] =
+          MapLayout::kBiasRow < 0 ? shift[c] : 0.0f;
     project_map(smem + MapLayout::kFragments + scan * MapLayout::kScanFragments, inputs,
                 bias, d);
     get_map_parameter(smem, scan, kMapRate, channel, rate);
@@ -140,12 +147,14 @@ struct MapRecurrence {
 
 // How states get from part to part, and from pass to pass.
 struct Parts {
+  char* smem;
   float2* steps;  // two buffers
   float* carry;   // two buffers
   int part, set;
 
   MMVSSM_DEVICE explicit Parts(char* smem)
-      : steps(reinterpret_cast<float2*>(smem + MapLayout::kSteps)),
+      : smem(smem),
+        steps(reinterpret_cast<float2*>(smem + MapLayout::kSteps)),
         carry(reinterpret_cast<float*>(smem + MapLayout::kCarry)),
         part(threadIdx.x / 32 / kSets),
         set(threadIdx.x / 32 % kSets) {}
@@ -170,13 +179,15 @@ struct Parts {
       const int first = chunk < part ? part - chunk : 0;
       const uint32_t there =
           ((1u << part) - (1u << first)) >> half * (kParts / 2);
-      const float2* from =
-          steps + (buffer * kParts + half * (kParts / 2)) * kChannels + channel;
+      // In one register: not worked out for every step again.
+      const int from = ((buffer * kParts + half * (kParts / 2)) * kChannels + channel) * 8 +
+                       fresh_zero();
       float decay = 1.0f;
 #pragma unroll
       for (int j = 0; j < kParts / 2; ++j) {
-        const float2 step = from[j * kChannels];
-        if (there >> j & 1) {
+        const float2 step = *reinterpret_cast<const float2*>(
+            smem + from + MapLayout::kSteps + j * kChannels * 8);
+        if (there & 1u << j) {
           h = step.x * h + step.y;
           decay = fminf(decay * step.x, kLargest);
         }
@@ -253,13 +264,13 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
   own.channel = parts.set * kWarpChannels + threadIdx.x % 4 * kWidth;
   own.count = chain.count - own.channel;
   put_map_parameters(p, chain, smem);
+  MapSource::put_pointers(p, chain, smem);
 #pragma unroll 1
   for (int k = 0; k < p.count; ++k)
     put_dt_weight<MapLayout>(p.scans[k], chain, smem + k * MapLayout::kScanFragments);
   begin_sum(p, chain, smem);
 
   const WarpPlaces warp(smem);
-  MapSource source(p, chain, own);
   MapInputs inputs;
   Turn turn{0, parts.part};
   Turn coming = turn;
@@ -270,8 +281,7 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
   coming.find_places(p, coming_places);
   sync_cta("parameters");
   warp.get(kNext, 1, own_places);
-  source.choose(p, chain, 0);
-  source.fetch_some<0, kOwn>(p, own_places, inputs);
+  MapSource(p, smem, 0, own.channel).fetch_some<0, kOwn>(p, own_places, inputs);
 
   const int passes = (p.count * p.chunks + kParts - 1) / kParts;
   const int channel = parts.set * kWarpChannels + threadIdx.x % kWarpChannels;
@@ -315,7 +325,7 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
     int cells[kOwn];
     warp.get(kNext, buffer, own_places);
     warp.get(kCells, buffer, cells);
-    source.choose(p, chain, coming.scan);
+    const MapSource source(p, smem, coming.scan, own.channel);
     source.fetch_some<0, kEarly>(p, own_places, inputs);
 
     // In a pass with the end of a scan and the begin of the next, those wait.

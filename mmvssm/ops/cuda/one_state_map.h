@@ -27,7 +27,8 @@ static_assert(sizeof(MapArgs) == MAP_ARGS, "as Python has it");
 
 struct MapLayout {
   static constexpr int kParameters = 0;  // of each scan, see MapParameter
-  static constexpr int kFragments = kParameters + kScans * 2 * kChannels * 4;
+  static constexpr int kPointers = kParameters + kScans * 2 * kChannels * 4;
+  static constexpr int kFragments = kPointers + kScans * kWidth * 16 + kChannels * 8;
   static constexpr int kScanFragments =
       kWeightTerms * kRankTiles * kChannelTiles * 32 * 8;
   // What each part does to a state, two buffers, and the states before the parts.
@@ -38,6 +39,9 @@ struct MapLayout {
   static constexpr int kWarpPlaces = 2 * 2 * kChunk * 4;
   static constexpr int kSum = kPlaces + kThreads / 32 * kWarpPlaces;  // float32
 
+  // A row behind the rank, where the last 16 have room for one.
+  static constexpr int kBiasRow =
+      RANK % 16 == 0 || RANK % 16 == 15 ? -1 : RANK / 16 * 16 + (RANK % 16 > 8 ? 14 : 8);
   // Column 2 c + e of tile 2 s + j is channel 16 s + 4 c + 2 j + e.
   static MMVSSM_DEVICE int channel_of(int tile, int column) {
     return tile / 2 * kWarpChannels + column / 2 * kWidth + tile % 2 * 2 + column % 2;
@@ -92,9 +96,10 @@ struct Turn {
   // The places of two positions of each lane.
   MMVSSM_DEVICE void find_places(const MapArgs& p, int (&places)[2]) const {
     const int t = chunk * kChunk + threadIdx.x % 32 * 2;
+    const ScanPointers& own = p.scans[scan < p.count ? scan : p.count - 1];
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      places[i] = scan < p.count ? place_of(p, p.scans[scan], t + i) : -1;
+      places[i] = scan < p.count ? place_of(p, own, t + i) : -1;
   }
 };
 
@@ -188,29 +193,48 @@ constexpr int kEarly = MapInputs::kWords + MapInputs::kPieces * kPair +
                            ? kOwn
                            : 0;
 
-// Where a lane reads its inputs.
+// Where the lanes of a team read their inputs. The pointers are in shared memory: in
+// registers there is no room for them, and the compiler would work them out again.
 struct MapSource {
-  const char* u;  // own channels of the batch element
-  // Of the scan that is read next: own pair of the first piece of the rank, and of the
-  // last. A lane that has no more of the rank reads B and C there, which its weights,
-  // zeros, make vanish.
-  const char *first, *last;
+  // A lane's part of the low-rank form of a scan: its pair of the first piece, and of
+  // the last one. Where the rank ends before that, its weights are zeros.
+  struct Pair {
+    const char *first, *last;
+  };
+  const char* u;  // own channels
+  Pair low;       // of the scan that is read next
 
-  MMVSSM_DEVICE MapSource(const Args& p, const Chain& chain, const Own& own) {
-    // Channels that are not there read those of others, and are never stored.
-    const int channel = chain.channel + (own.count > 0 ? own.channel : 0);
-    u = p.u + chain.batch * p.u_strides.batch + channel * p.u_strides.channel;
+  static MMVSSM_DEVICE void put_pointers(const MapArgs& p, const Chain& chain,
+                                         char* smem) {
+    if (threadIdx.x < kScans * kWidth) {
+      const int scan = threadIdx.x / kWidth, column = threadIdx.x % kWidth * 2;
+      const int of_last = column + (MapInputs::kPieces - 1) * 8;
+      const int last = MapInputs::kWithWeights && of_last < RANK ? of_last : RANK;
+      const char* row = p.scans[scan < p.count ? scan : 0].delta +
+                        chain.batch * p.delta_strides.batch;
+      const int first = column < RANK ? column : 0;
+      reinterpret_cast<Pair*>(smem + MapLayout::kPointers)[threadIdx.x] =
+          Pair{row + first * kSize<DELTA_DTYPE>, row + last * kSize<DELTA_DTYPE>};
+    }
+    if (threadIdx.x < kChannels / kWidth) {
+      // Channels that are not there read those of others, and are never stored.
+      int channel = threadIdx.x * kWidth;
+      channel = chain.channel + (channel < chain.count ? channel : 0);
+      reinterpret_cast<const char**>(smem + MapLayout::kPointers +
+                                     kScans * kWidth * 16)[threadIdx.x] =
+          p.u + chain.batch * p.u_strides.batch + channel * p.u_strides.channel;
+    }
   }
-  MMVSSM_DEVICE void choose(const MapArgs& p, const Chain& chain, int scan) {
+  MMVSSM_DEVICE MapSource(const MapArgs& p, const char* smem, int scan, int channel) {
     scan = scan < p.count ? scan : p.count - 1;
-    const int column = threadIdx.x % 4 * 2;
-    const int of_last = column + (MapInputs::kPieces - 1) * 8;
-    first = p.scans[scan].delta + chain.batch * p.delta_strides.batch;
-    last = first + (of_last < RANK ? of_last : RANK) * kSize<DELTA_DTYPE>;
-    first += column * kSize<DELTA_DTYPE>;
+    low = reinterpret_cast<const Pair*>(
+        smem + MapLayout::kPointers)[scan * kWidth + threadIdx.x % kWidth];
+    u = *reinterpret_cast<const char* const*>(smem + MapLayout::kPointers +
+                                              kScans * kWidth * 16 + channel * 2);
   }
 
   MMVSSM_DEVICE void fetch(const Args& p, int i, int place, MapInputs& inputs) const {
+    constexpr int kPiece = 8 * kSize<DELTA_DTYPE>, kLast = MapInputs::kPieces - 1;
     place = place < 0 ? 0 : place;
     const char* row = at(u, place, p.u_strides.position);
     if constexpr (MapInputs::kWords == 4) {
@@ -221,18 +245,20 @@ struct MapSource {
       const uint2 two = *reinterpret_cast<const uint2*>(row);
       inputs.u[i][0] = two.x, inputs.u[i][1] = two.y;
     }
-    const int stride = static_cast<int>(p.delta_strides.position);
-    load_pair(at(last, place, stride), inputs.low[i][MapInputs::kPieces - 1]);
-    if constexpr (MapInputs::kPieces > 1) {
-      row = at(first, place, stride);
+    row = at(low.last, place, p.delta_strides.position);
+    if constexpr (MapInputs::kWithWeights)
+      load_pair(row, inputs.low[i][kLast]);
+    else
+      load_pair(row, inputs.weights[i]);
+    if constexpr (kLast > 0 || !MapInputs::kWithWeights) {
+      row = at(low.first, place, p.delta_strides.position);
 #pragma unroll
-      for (int j = 0; j < MapInputs::kPieces - 1; ++j)
-        load_pair(row + j * 8 * kSize<DELTA_DTYPE>, inputs.low[i][j]);
+      for (int j = 0; j < kLast; ++j) load_pair(row + j * kPiece, inputs.low[i][j]);
+      if constexpr (!MapInputs::kWithWeights) {
+        const bool there = threadIdx.x % kWidth * 2 + kLast * 8 < RANK;
+        load_pair(row + (there ? kLast * kPiece : 0), inputs.low[i][kLast]);
+      }
     }
-    if constexpr (!MapInputs::kWithWeights)
-      load_pair(at(first - threadIdx.x % 4 * 2 * kSize<DELTA_DTYPE>, place, stride) +
-                    RANK * kSize<DELTA_DTYPE>,
-                inputs.weights[i]);
   }
   // A number of own positions.
   template <int kFirst, int kCount>

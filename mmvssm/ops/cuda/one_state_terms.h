@@ -29,8 +29,22 @@ MMVSSM_DEVICE void split(float low, float high, uint32_t (&terms)[kCount]) {
   }
 }
 
+// What the terms of a weight lack.
+MMVSSM_DEVICE float rest_of(float x) {
+  uint32_t terms[kWeightTerms];
+  split(x, 0.0f, terms);
+#pragma unroll
+  for (int i = 0; i < kWeightTerms; ++i) {
+    float low, high;
+    unpack<kIsBfloat16 ? kBfloat16 : kFloat16>(terms[i], low, high);
+    x -= low;
+  }
+  return x;
+}
+
 // Puts the weights into shared memory as mma_16816 wants them, times log2(e). `Memory`
-// says where that is, and which channel a column.
+// says where that is, which channel a column is, and which row, if any, is for the bias
+// (that is to be multiplied by 1), and the one behind it for what its terms lack.
 template <typename Memory>
 MMVSSM_DEVICE void put_dt_weight(const ScanPointers& scan, const Chain& chain,
                                  char* smem) {
@@ -46,6 +60,10 @@ MMVSSM_DEVICE void put_dt_weight(const ScanPointers& scan, const Chain& chain,
     if (channel < chain.count) {
       if (r < RANK) low = weight[channel * RANK + r] * kLog2E;
       if (r + 1 < RANK) high = weight[channel * RANK + r + 1] * kLog2E;
+      if (r == Memory::kBiasRow && scan.bias != nullptr) {
+        low = scan.bias[chain.channel + channel] * kLog2E;
+        high = rest_of(low);
+      }
     }
     uint32_t terms[kWeightTerms];
     split(low, high, terms);
