@@ -236,12 +236,11 @@ MMVSSM_DEVICE void begin_sum(const MapArgs& p, const Chain& chain, char* smem) {
   }
 }
 
-MMVSSM_DEVICE void store_sum(const MapArgs& p, const Chain& chain, char* smem) {
+MMVSSM_DEVICE void store_sum(const MapArgs& p, int channels, char* smem) {
   constexpr int kLanesOfPlace = kChannels / kWidth;
   const int channel = threadIdx.x % kLanesOfPlace * kWidth;
-  if (channel >= chain.count) return;
-  char* out = p.scans[0].out + chain.batch * p.out_strides.batch +
-              (chain.channel + channel) * p.out_strides.channel;
+  if (channel >= channels) return;
+  const char* out = MapSource::rows_of(smem)->out + channel * kSize<OUT_DTYPE>;
 #pragma unroll 4
   for (int place = threadIdx.x / kLanesOfPlace; place < p.width * p.height;
        place += kThreads / kLanesOfPlace) {
@@ -273,12 +272,10 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
   const WarpPlaces warp(smem);
   MapInputs inputs;
   Turn turn{0, parts.part};
-  Turn coming = turn;
   int places[2], coming_places[2], own_places[kOwn];
   turn.find_places(p, places);
   warp.put(kNext, 1, places[0], places[1]);
-  coming.next(p);
-  coming.find_places(p, coming_places);
+  turn.next(p).find_places(p, coming_places);
   sync_cta("parameters");
   warp.get(kNext, 1, own_places);
   MapSource(p, smem, 0, own.channel).fetch_some<0, kOwn>(p, own_places, inputs);
@@ -287,8 +284,6 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
   const int channel = parts.set * kWarpChannels + threadIdx.x % kWarpChannels;
   const bool saves = threadIdx.x % 32 >= kWarpChannels && channel < chain.count &&
                      p.scans[0].saved != nullptr;
-  const int64_t saved = 4 * (static_cast<int64_t>(chain.batch) * (p.chunks - 1) *
-                                 p.group_size + chain.channel + channel);
   int buffer = 0;
 #pragma unroll 1
   for (int pass = 0; pass < passes; ++pass) {
@@ -310,7 +305,7 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
     const float state = parts.before(buffer, turn.chunk);
     parts.pass_on(buffer, state);
     if (saves && turn.chunk > 0 && turn.scan < p.count) {
-      const char* row = reinterpret_cast<const char*>(p.scans[scan].saved) + saved;
+      const char* row = MapSource::rows_of(smem)[scan * kWidth].saved + channel * 4;
       *reinterpret_cast<float*>(
           const_cast<char*>(at(row, turn.chunk - 1, p.group_size * 4))) = state;
     }
@@ -325,7 +320,7 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
     int cells[kOwn];
     warp.get(kNext, buffer, own_places);
     warp.get(kCells, buffer, cells);
-    const MapSource source(p, smem, coming.scan, own.channel);
+    const MapSource source(p, smem, turn.next(p).scan, own.channel);
     source.fetch_some<0, kEarly>(p, own_places, inputs);
 
     // In a pass with the end of a scan and the begin of the next, those wait.
@@ -339,12 +334,11 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
       source.fetch_some<kOwn / 2, kOwn / 2>(p, own_places, inputs);
     if (kParts > 1 && mixed && !later) sync_cta("scans");
 
-    turn = coming;
+    turn = turn.next(p);
     places[0] = coming_places[0], places[1] = coming_places[1];
-    coming.next(p);
-    coming.find_places(p, coming_places);
+    turn.next(p).find_places(p, coming_places);
     buffer ^= 1;
   }
   sync_cta("sum");
-  store_sum(p, chain, smem);
+  store_sum(p, chain.count, smem);
 }

@@ -28,7 +28,7 @@ static_assert(sizeof(MapArgs) == MAP_ARGS, "as Python has it");
 struct MapLayout {
   static constexpr int kParameters = 0;  // of each scan, see MapParameter
   static constexpr int kPointers = kParameters + kScans * 2 * kChannels * 4;
-  static constexpr int kFragments = kPointers + kScans * kWidth * 16 + kChannels * 8;
+  static constexpr int kFragments = kPointers + kScans * kWidth * 32 + kChannels * 8;
   static constexpr int kScanFragments =
       kWeightTerms * kRankTiles * kChannelTiles * 32 * 8;
   // What each part does to a state, two buffers, and the states before the parts.
@@ -89,17 +89,25 @@ MMVSSM_DEVICE char* sum_at(char* smem, int cell, int channel) {
 struct Turn {
   int scan, chunk;
 
-  MMVSSM_DEVICE void next(const MapArgs& p) {
-    chunk += kParts;
-    if (chunk >= p.chunks) chunk -= p.chunks, ++scan;
+  MMVSSM_DEVICE Turn next(const MapArgs& p) const {
+    const int found = chunk + kParts;
+    return found < p.chunks ? Turn{scan, found} : Turn{scan + 1, found - p.chunks};
   }
   // The places of two positions of each lane.
   MMVSSM_DEVICE void find_places(const MapArgs& p, int (&places)[2]) const {
     const int t = chunk * kChunk + threadIdx.x % 32 * 2;
-    const ScanPointers& own = p.scans[scan < p.count ? scan : p.count - 1];
+    places[0] = places[1] = -1;
+    if (scan >= p.count) return;
+    const ScanPointers& own = p.scans[scan];
+    if (own.order != nullptr) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      places[i] = scan < p.count ? place_of(p, own, t + i) : -1;
+      for (int i = 0; i < 2; ++i)
+        if (t + i < p.length) places[i] = own.order[t + i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (t + i < p.length) places[i] = place_on_route(p, own, t + i);
+    }
   }
 };
 
@@ -198,12 +206,17 @@ constexpr int kEarly = MapInputs::kWords + MapInputs::kPieces * kPair +
 struct MapSource {
   // A lane's part of the low-rank form of a scan: its pair of the first piece, and of
   // the last one. Where the rank ends before that, its weights are zeros.
-  struct Pair {
+  struct alignas(16) Rows {
     const char *first, *last;
+    char* saved;  // the states of the CTA's channels before chunk 1
+    char* out;    // of the CTA's channels
   };
   const char* u;  // own channels
-  Pair low;       // of the scan that is read next
+  Rows low;       // of the scan that is read next
 
+  static MMVSSM_DEVICE Rows* rows_of(char* smem) {
+    return reinterpret_cast<Rows*>(smem + MapLayout::kPointers);
+  }
   static MMVSSM_DEVICE void put_pointers(const MapArgs& p, const Chain& chain,
                                          char* smem) {
     if (threadIdx.x < kScans * kWidth) {
@@ -213,24 +226,30 @@ struct MapSource {
       const char* row = p.scans[scan < p.count ? scan : 0].delta +
                         chain.batch * p.delta_strides.batch;
       const int first = column < RANK ? column : 0;
-      reinterpret_cast<Pair*>(smem + MapLayout::kPointers)[threadIdx.x] =
-          Pair{row + first * kSize<DELTA_DTYPE>, row + last * kSize<DELTA_DTYPE>};
+      const int64_t state =
+          chain.batch * (p.chunks - 1) * static_cast<int64_t>(p.group_size) +
+          chain.channel;
+      rows_of(smem)[threadIdx.x] = {
+          row + first * kSize<DELTA_DTYPE>, row + last * kSize<DELTA_DTYPE>,
+          reinterpret_cast<char*>(p.scans[scan].saved) + state * 4,
+          p.scans[0].out + chain.batch * p.out_strides.batch +
+              chain.channel * p.out_strides.channel};
     }
     if (threadIdx.x < kChannels / kWidth) {
       // Channels that are not there read those of others, and are never stored.
       int channel = threadIdx.x * kWidth;
       channel = chain.channel + (channel < chain.count ? channel : 0);
       reinterpret_cast<const char**>(smem + MapLayout::kPointers +
-                                     kScans * kWidth * 16)[threadIdx.x] =
+                                     kScans * kWidth * 32)[threadIdx.x] =
           p.u + chain.batch * p.u_strides.batch + channel * p.u_strides.channel;
     }
   }
-  MMVSSM_DEVICE MapSource(const MapArgs& p, const char* smem, int scan, int channel) {
+  MMVSSM_DEVICE MapSource(const MapArgs& p, char* smem, int scan, int channel) {
     scan = scan < p.count ? scan : p.count - 1;
-    low = reinterpret_cast<const Pair*>(
-        smem + MapLayout::kPointers)[scan * kWidth + threadIdx.x % kWidth];
+    const Rows& rows = rows_of(smem)[scan * kWidth + threadIdx.x % kWidth];
+    low.first = rows.first, low.last = rows.last;
     u = *reinterpret_cast<const char* const*>(smem + MapLayout::kPointers +
-                                              kScans * kWidth * 16 + channel * 2);
+                                              kScans * kWidth * 32 + channel * 2);
   }
 
   MMVSSM_DEVICE void fetch(const Args& p, int i, int place, MapInputs& inputs) const {

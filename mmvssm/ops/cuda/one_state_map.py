@@ -180,7 +180,7 @@ def _fixed_bytes(constants: Constants) -> int:
     channels, warps = constants['CHANNELS'], constants['THREADS'] // 32
     terms = 2 if constants['DELTA_DTYPE'] else 3
     fragments = terms * -(-constants['RANK'] // 16) * channels // 8 * 32 * 8
-    found = MAX_SCANS * (2 * channels * 4 + WIDTH * 16 + fragments) + channels * 8
+    found = MAX_SCANS * (2 * channels * 4 + WIDTH * 32 + fragments) + channels * 8
     found += 2 * (constants['POSITIONS'] // CHUNK) * channels * 8 + 2 * channels * 4
     return found + warps * 2 * 2 * CHUNK * 4
 
