@@ -150,20 +150,25 @@ struct Parts {
   char* smem;
   float2* steps;  // two buffers
   float* carry;   // two buffers
-  int part, set;
+  int part, set, element;
 
   MMVSSM_DEVICE explicit Parts(char* smem)
       : smem(smem),
         steps(reinterpret_cast<float2*>(smem + MapLayout::kSteps)),
         carry(reinterpret_cast<float*>(smem + MapLayout::kCarry)),
-        part(threadIdx.x / 32 / kSets),
-        set(threadIdx.x / 32 % kSets) {}
+        part(threadIdx.x % kMapThreads / 32 / kSets),
+        set(threadIdx.x / 32 % kSets),
+        element(threadIdx.x / kMapThreads) {}
+
+  // Of the step of a part, in either buffer.
+  MMVSSM_DEVICE int index(int buffer, int of_part, int channel) const {
+    return ((buffer * kElements + element) * kParts + of_part) * kChannels + channel;
+  }
 
   // The last team has the step of all.
   MMVSSM_DEVICE void put(int buffer, int channel, const MapStep& step) const {
     if (threadIdx.x % 32 / 4 < 7) return;
-    float4* to = reinterpret_cast<float4*>(steps + (buffer * kParts + part) * kChannels +
-                                           channel);
+    float4* to = reinterpret_cast<float4*>(steps + index(buffer, part, channel));
     to[0] = float4{step.decay[0], step.added[0], step.decay[1], step.added[1]};
     to[1] = float4{step.decay[2], step.added[2], step.decay[3], step.added[3]};
   }
@@ -174,14 +179,14 @@ struct Parts {
     const int lane = threadIdx.x % 32, half = lane / 16;
     const int channel = set * kWarpChannels + lane % 16;
     float h = 0.0f;
-    if (chunk > part && (half == 0 || kParts == 1)) h = carry[buffer * kChannels + channel];
+    if (chunk > part && (half == 0 || kParts == 1)) 
+      h = carry[(buffer * kElements + element) * kChannels + channel];
     if constexpr (kParts > 1) {
       const int first = chunk < part ? part - chunk : 0;
       const uint32_t there =
           ((1u << part) - (1u << first)) >> half * (kParts / 2);
       // In one register: not worked out for every step again.
-      const int from = ((buffer * kParts + half * (kParts / 2)) * kChannels + channel) * 8 +
-                       fresh_zero();
+      const int from = index(buffer, half * (kParts / 2), channel) * 8 + fresh_zero();
       float decay = 1.0f;
 #pragma unroll
       for (int j = 0; j < kParts / 2; ++j) {
@@ -202,8 +207,8 @@ struct Parts {
     const int lane = threadIdx.x % 32;
     if (part != kParts - 1 || lane < 16) return;
     const int channel = set * kWarpChannels + lane % 16;
-    const float2 step = steps[(buffer * kParts + part) * kChannels + channel];
-    carry[(buffer ^ 1) * kChannels + channel] = step.x * h + step.y;
+    const float2 step = steps[index(buffer, part, channel)];
+    carry[((buffer ^ 1) * kElements + element) * kChannels + channel] = step.x * h + step.y;
   }
   static MMVSSM_DEVICE void sync() {
     if constexpr (kParts > 1)
@@ -223,11 +228,10 @@ MMVSSM_DEVICE void begin_sum(const MapArgs& p, const Chain& chain, char* smem) {
     if (there && p.scans[k].D != nullptr)
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) skip[c] += p.scans[k].D[chain.channel + channel + c];
-  const char* u = p.u + chain.batch * p.u_strides.batch +
-                  (chain.channel + channel) * p.u_strides.channel;
+  const char* u = MapSource::u_of(smem)[channel / kWidth];
 #pragma unroll 4
-  for (int place = threadIdx.x / kLanesOfPlace; place < p.width * p.height;
-       place += kThreads / kLanesOfPlace) {
+  for (int place = threadIdx.x % kMapThreads / kLanesOfPlace;
+       place < p.width * p.height; place += kMapThreads / kLanesOfPlace) {
     float x[kWidth] = {};
     if (there) load_channels<U_DTYPE>(at(u, place, p.u_strides.position), x);
 #pragma unroll
@@ -239,11 +243,12 @@ MMVSSM_DEVICE void begin_sum(const MapArgs& p, const Chain& chain, char* smem) {
 MMVSSM_DEVICE void store_sum(const MapArgs& p, int channels, char* smem) {
   constexpr int kLanesOfPlace = kChannels / kWidth;
   const int channel = threadIdx.x % kLanesOfPlace * kWidth;
-  if (channel >= channels) return;
-  const char* out = MapSource::rows_of(smem)->out + channel * kSize<OUT_DTYPE>;
+  const char* out = MapSource::rows_of(smem)->out;
+  if (channel >= channels || out == nullptr) return;
+  out += channel * kSize<OUT_DTYPE>;
 #pragma unroll 4
-  for (int place = threadIdx.x / kLanesOfPlace; place < p.width * p.height;
-       place += kThreads / kLanesOfPlace) {
+  for (int place = threadIdx.x % kMapThreads / kLanesOfPlace;
+       place < p.width * p.height; place += kMapThreads / kLanesOfPlace) {
     float x[kWidth];
     load_channels<kFloat32>(sum_at(smem, cell_of(p, place), channel), x);
     store_channels<OUT_DTYPE>(const_cast<char*>(at(out, place, p.out_strides.position)),
@@ -267,6 +272,7 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
 #pragma unroll 1
   for (int k = 0; k < p.count; ++k)
     put_dt_weight<MapLayout>(p.scans[k], chain, smem + k * MapLayout::kScanFragments);
+  sync_cta("pointers");
   begin_sum(p, chain, smem);
 
   const WarpPlaces warp(smem);
@@ -282,8 +288,7 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
 
   const int passes = (p.count * p.chunks + kParts - 1) / kParts;
   const int channel = parts.set * kWarpChannels + threadIdx.x % kWarpChannels;
-  const bool saves = threadIdx.x % 32 >= kWarpChannels && channel < chain.count &&
-                     p.scans[0].saved != nullptr;
+  const bool saves = threadIdx.x % 32 >= kWarpChannels && channel < chain.count;
   int buffer = 0;
 #pragma unroll 1
   for (int pass = 0; pass < passes; ++pass) {
@@ -304,11 +309,10 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
 
     const float state = parts.before(buffer, turn.chunk);
     parts.pass_on(buffer, state);
-    if (saves && turn.chunk > 0 && turn.scan < p.count) {
-      const char* row = MapSource::rows_of(smem)[scan * kWidth].saved + channel * 4;
-      *reinterpret_cast<float*>(
-          const_cast<char*>(at(row, turn.chunk - 1, p.group_size * 4))) = state;
-    }
+    char* saved = MapSource::rows_of(smem)[scan * kWidth].saved;
+    if (saves && turn.chunk > 0 && turn.scan < p.count && saved != nullptr)
+      *reinterpret_cast<float*>(const_cast<char*>(
+          at(saved + channel * 4, turn.chunk - 1, p.group_size * 4))) = state;
     float h[kWidth];
 #pragma unroll
     for (int c = 0; c < kWidth; ++c)

@@ -5,8 +5,9 @@
 // channels 4 c to 4 c + 3. So the matrix product that makes step sizes leaves each lane
 // its own, and the states go from team to team (the lanes with the same g) by shuffles.
 // Warps side by side in the channels are sets, side by side in the positions parts: the
-// chunks of all scans, one scan after the other, are dealt out to the parts. Inputs come
-// straight into registers, a pass before they are needed.
+// chunks of all scans, one scan after the other, are dealt out to the parts. Small maps
+// are several in a CTA, of as many batch elements. Inputs come straight into registers, a
+// pass before they are needed.
 #pragma once
 
 #include "one_state_terms.h"
@@ -14,28 +15,36 @@
 namespace mmvssm {
 
 constexpr int kChunk = 64, kWarpChannels = 16;
-constexpr int kSets = kChannels / kWarpChannels, kParts = kPositions / kChunk;
-static_assert(kWidth == 4 && kSets * kParts * 32 == kThreads, "as a warp multiplies");
+constexpr int kSets = kChannels / kWarpChannels, kElements = ELEMENTS;
+constexpr int kParts = kPositions / kChunk / kElements;
+constexpr int kMapThreads = kThreads / kElements;  // of a batch element
+static_assert(kWidth == 4 && kSets * kParts * 32 == kMapThreads, "as a warp multiplies");
+static_assert(kElements == 1 || kParts == 1, "what waits in a pass is one map");
 static_assert(kParts == 1 || kParts % 2 == 0, "halves of a warp go through the parts");
 
-// Of each scan `delta` is its low-rank form, with B and C right behind it in memory.
+// Of each scan `delta` is its low-rank form, with B and C right behind it in memory. The
+// batch consists of groups of kElements.
 struct MapArgs : Args {
-  int32_t count;  // of scans
-  int32_t fold;   // see cell_of
+  int32_t count;      // of scans
+  int32_t elements;   // of the batch
+  int32_t sum_bytes;  // of a batch element
+  int32_t fold;       // see cell_of
 };
 static_assert(sizeof(MapArgs) == MAP_ARGS, "as Python has it");
 
 struct MapLayout {
   static constexpr int kParameters = 0;  // of each scan, see MapParameter
+  // Of each batch element, see MapSource.
+  static constexpr int kPointersBytes = kScans * kWidth * 32 + kChannels * 8;
   static constexpr int kPointers = kParameters + kScans * 2 * kChannels * 4;
-  static constexpr int kFragments = kPointers + kScans * kWidth * 32 + kChannels * 8;
+  static constexpr int kFragments = kPointers + kElements * kPointersBytes;
   static constexpr int kScanFragments =
       kWeightTerms * kRankTiles * kChannelTiles * 32 * 8;
   // What each part does to a state, two buffers, and the states before the parts.
   static constexpr int kSteps = kFragments + kScans * kScanFragments;
-  static constexpr int kCarry = kSteps + 2 * kParts * kChannels * 8;
+  static constexpr int kCarry = kSteps + 2 * kElements * kParts * kChannels * 8;
   // Of each warp, two buffers: the places of the next chunk, and cells of this one.
-  static constexpr int kPlaces = kCarry + 2 * kChannels * 4;
+  static constexpr int kPlaces = kCarry + 2 * kElements * kChannels * 4;
   static constexpr int kWarpPlaces = 2 * 2 * kChunk * 4;
   static constexpr int kSum = kPlaces + kThreads / 32 * kWarpPlaces;  // float32
 
@@ -72,13 +81,14 @@ MMVSSM_DEVICE void get_map_parameter(const char* smem, int scan, MapParameter wh
       smem + MapLayout::kParameters + ((scan * 2 + which) * kChannels + channel) * 4, x);
 }
 
-// Where a place has its channels in the sum, in bytes; which of them, is another part
-// to be combined by `xor`. Teams that are next to each other are 8 rows of the sum, or
+// Where a place has its channels in the sum, in bytes; which of them is another part, to
+// be combined by `xor`. Teams that are next to each other are 8 rows of the sum, or
 // along columns 8 rows of the map, apart. That these are in different banks, is what
 // the exchange of neighbouring cells is for, by bit 3 and bit `fold` of the place.
 MMVSSM_DEVICE int cell_of(const MapArgs& p, int place) {
   constexpr int kHalf = kWarpChannels * 4;
-  return place * (kChannels * 4) ^ ((place >> 3 ^ place >> p.fold) & 1) * kHalf;
+  place = place * (kChannels * 4) ^ ((place >> 3 ^ place >> p.fold) & 1) * kHalf;
+  return place + static_cast<int>(threadIdx.x / kMapThreads) * p.sum_bytes;
 }
 // The rows of the sum, with those that only the exchange needs.
 MMVSSM_DEVICE char* sum_at(char* smem, int cell, int channel) {
@@ -208,48 +218,61 @@ struct MapSource {
   // the last one. Where the rank ends before that, its weights are zeros.
   struct alignas(16) Rows {
     const char *first, *last;
-    char* saved;  // the states of the CTA's channels before chunk 1
-    char* out;    // of the CTA's channels
+    // Of the CTA's channels, null where there is nothing to be stored.
+    char* saved;  // the states before chunk 1
+    char* out;
   };
   const char* u;  // own channels
   Rows low;       // of the scan that is read next
 
-  static MMVSSM_DEVICE Rows* rows_of(char* smem) {
-    return reinterpret_cast<Rows*>(smem + MapLayout::kPointers);
+  static MMVSSM_DEVICE char* pointers_of(char* smem) {
+    return smem + MapLayout::kPointers +
+           threadIdx.x / kMapThreads * MapLayout::kPointersBytes;
   }
+  // Of the batch element of this thread: of each scan and lane of a team.
+  static MMVSSM_DEVICE Rows* rows_of(char* smem) {
+    return reinterpret_cast<Rows*>(pointers_of(smem));
+  }
+  // Of each channel of a lane's first.
+  static MMVSSM_DEVICE const char** u_of(char* smem) {
+    return reinterpret_cast<const char**>(pointers_of(smem) + kScans * kWidth * 32);
+  }
+
   static MMVSSM_DEVICE void put_pointers(const MapArgs& p, const Chain& chain,
                                          char* smem) {
-    if (threadIdx.x < kScans * kWidth) {
-      const int scan = threadIdx.x / kWidth, column = threadIdx.x % kWidth * 2;
+    const int thread = threadIdx.x % kMapThreads;
+    int64_t element = chain.batch * kElements + threadIdx.x / kMapThreads;
+    const bool there = element < p.elements;
+    if (!there) element = p.elements - 1;
+    if (thread < kScans * kWidth) {
+      const int scan = thread / kWidth, column = thread % kWidth * 2;
       const int of_last = column + (MapInputs::kPieces - 1) * 8;
       const int last = MapInputs::kWithWeights && of_last < RANK ? of_last : RANK;
-      const char* row = p.scans[scan < p.count ? scan : 0].delta +
-                        chain.batch * p.delta_strides.batch;
       const int first = column < RANK ? column : 0;
-      const int64_t state =
-          chain.batch * (p.chunks - 1) * static_cast<int64_t>(p.group_size) +
-          chain.channel;
-      rows_of(smem)[threadIdx.x] = {
-          row + first * kSize<DELTA_DTYPE>, row + last * kSize<DELTA_DTYPE>,
-          reinterpret_cast<char*>(p.scans[scan].saved) + state * 4,
-          p.scans[0].out + chain.batch * p.out_strides.batch +
-              chain.channel * p.out_strides.channel};
+      const ScanPointers& own = p.scans[scan < p.count ? scan : 0];
+      const char* row = own.delta + element * p.delta_strides.batch;
+      const int64_t state = element * (p.chunks - 1) * p.group_size + chain.channel;
+      char* saved = reinterpret_cast<char*>(own.saved + state);
+      char* out = own.out + element * p.out_strides.batch +
+                  chain.channel * p.out_strides.channel;
+      rows_of(smem)[thread] = {row + first * kSize<DELTA_DTYPE>,
+                               row + last * kSize<DELTA_DTYPE>,
+                               there && own.saved != nullptr ? saved : nullptr,
+                               there ? out : nullptr};
     }
-    if (threadIdx.x < kChannels / kWidth) {
+    if (thread < kChannels / kWidth) {
       // Channels that are not there read those of others, and are never stored.
-      int channel = threadIdx.x * kWidth;
+      int channel = thread * kWidth;
       channel = chain.channel + (channel < chain.count ? channel : 0);
-      reinterpret_cast<const char**>(smem + MapLayout::kPointers +
-                                     kScans * kWidth * 32)[threadIdx.x] =
-          p.u + chain.batch * p.u_strides.batch + channel * p.u_strides.channel;
+      u_of(smem)[thread] =
+          p.u + element * p.u_strides.batch + channel * p.u_strides.channel;
     }
   }
   MMVSSM_DEVICE MapSource(const MapArgs& p, char* smem, int scan, int channel) {
     scan = scan < p.count ? scan : p.count - 1;
     const Rows& rows = rows_of(smem)[scan * kWidth + threadIdx.x % kWidth];
     low.first = rows.first, low.last = rows.last;
-    u = *reinterpret_cast<const char* const*>(smem + MapLayout::kPointers +
-                                              kScans * kWidth * 32 + channel * 2);
+    u = u_of(smem)[channel / kWidth];
   }
 
   MMVSSM_DEVICE void fetch(const Args& p, int i, int place, MapInputs& inputs) const {

@@ -35,8 +35,8 @@ from mmvssm.ops.kernel_args import fields, pointer
 MAP = Kernel('one_state_map.cu', 'one_state_map')
 # Channels of a warp.
 _WARP_CHANNELS = 16
-# Warps of a CTA: side by side in the channels, and in the positions.
-_SHAPES = ((4, 1), (4, 4), (2, 8), (1, 16))
+# Warps of a CTA: side by side in the channels, in the positions, and in the batch.
+_SHAPES = ((4, 1, 4), (4, 4, 1), (2, 8, 1), (1, 16, 1))
 # So many warps a multiprocessor is to hold.
 _RESIDENT = 16
 # Bytes of shared memory that CUDA adds to a CTA's.
@@ -48,7 +48,7 @@ class MapArgs(ctypes.Structure):
 
     _fields_ = [
         ('inputs', Args),
-        *fields((c_int32, 'count fold')),
+        *fields((c_int32, 'count elements sum_bytes fold')),
     ]
 
 
@@ -59,11 +59,13 @@ class Plan(NamedTuple):
         constants: What the kernel is compiled for.
         shared: Bytes of shared memory of a CTA.
         blocks: Of channels.
+        groups: Of batch elements.
     """
 
     constants: dict[str, int]
     shared: int
     blocks: int
+    groups: int
 
 
 def forward_on_chip(
@@ -85,13 +87,15 @@ def forward_on_chip(
     plan = _plan(scans, out)
     if plan is None:
         return False
-    call = Call(scans, plan.constants, plan.blocks, len(out) * plan.blocks)
+    call = Call(scans, plan.constants, plan.blocks, plan.groups * plan.blocks)
     args = MapArgs(
         inputs=call.args(),
         count=len(scans),
+        elements=len(out),
+        sum_bytes=_sum_bytes(plan.constants, out),
         fold=_fold(scans[0].width),
     )
-    args.inputs.out_strides = Strides.of(out)
+    args.inputs.batch, args.inputs.out_strides = plan.groups, Strides.of(out)
     for k in range(len(scans)):
         own = args.inputs.scans[k]
         own.out = pointer(out)
@@ -139,7 +143,7 @@ def _is_behind(low_rank: Tensor, x: Tensor, columns: int) -> bool:
 def _plan(scans: Sequence[Scan], out: Tensor) -> Plan | None:
     """The one with the fewest idle channels that keeps the device busy, if any does."""
     scan = scans[0]
-    batch, channels, places = out.shape
+    batch, channels, _ = out.shape
     low_rank = scan.dt_low_rank
     assert low_rank is not None, 'it was looked for'
     if not all(are_vectors(x, channels) for x in (scan.u, out)):
@@ -147,10 +151,11 @@ def _plan(scans: Sequence[Scan], out: Tensor) -> Plan | None:
     chunks = -(-scan.length // CHUNK)
     limit = kernels.shared_memory(scan.u)
     plans = []
-    for sets, parts in _SHAPES:
-        warps, block = sets * parts, sets * _WARP_CHANNELS
+    for sets, parts, elements in _SHAPES:
+        warps, block = sets * parts * elements, sets * _WARP_CHANNELS
         constants = dict(
-            **dict(CHANNELS=block, POSITIONS=parts * CHUNK, THREADS=32 * warps),
+            **dict(CHANNELS=block, POSITIONS=parts * elements * CHUNK),
+            **dict(ELEMENTS=elements, THREADS=32 * warps),
             **dict(RANK=low_rank.shape[1], SOFTPLUS=int(scan.softplus), VECTOR=1),
             U_DTYPE=DTYPES[scan.u.dtype],
             DELTA_DTYPE=DTYPES[low_rank.dtype],
@@ -159,29 +164,40 @@ def _plan(scans: Sequence[Scan], out: Tensor) -> Plan | None:
             **dict(ARGS=ctypes.sizeof(Args), MAP_ARGS=ctypes.sizeof(MapArgs)),
         )
         constants['MAP_SHARED'] = fixed = _fixed_bytes(constants)
-        # The sum's cells are exchanged in pairs, see cell_of in one_state_map.h.
-        shared = fixed + (places + places % 2) * block * 4
-        blocks = -(-channels // block)
+        shared = fixed + elements * _sum_bytes(constants, out)
+        blocks, groups = -(-channels // block), -(-batch // elements)
         resident = (limit + _RESERVED) // (shared + _RESERVED) * warps
         if (
             parts <= chunks
             and shared <= limit
             and resident >= _RESIDENT
-            and batch * blocks * warps >= wanted_warps(scan.u)
+            and batch * blocks * sets * parts >= wanted_warps(scan.u)
         ):
-            plans.append(Plan(constants, shared, blocks))
-    return min(
-        plans, key=lambda plan: plan.blocks * plan.constants['CHANNELS'], default=None
-    )
+            plans.append(Plan(constants, shared, blocks, groups))
+    return min(plans, key=_work, default=None)
+
+
+def _work(plan: Plan) -> int:
+    """Channels of batch elements, idle ones too."""
+    own = plan.constants['CHANNELS'] * plan.constants['ELEMENTS']
+    return plan.blocks * plan.groups * own
+
+
+def _sum_bytes(constants: Constants, out: Tensor) -> int:
+    """Of a map; its cells are exchanged in pairs, see cell_of in one_state_map.h."""
+    places = out.shape[2]
+    return (places + places % 2) * constants['CHANNELS'] * 4
 
 
 def _fixed_bytes(constants: Constants) -> int:
     """Bytes of shared memory before the sum, see ``MapLayout`` in one_state_map.h."""
     channels, warps = constants['CHANNELS'], constants['THREADS'] // 32
+    parts, elements = constants['POSITIONS'] // CHUNK, constants['ELEMENTS']
     terms = 2 if constants['DELTA_DTYPE'] else 3
-    fragments = terms * -(-constants['RANK'] // 16) * channels // 8 * 32 * 8
-    found = MAX_SCANS * (2 * channels * 4 + WIDTH * 32 + fragments) + channels * 8
-    found += 2 * (constants['POSITIONS'] // CHUNK) * channels * 8 + 2 * channels * 4
+    found = MAX_SCANS * 2 * channels * 4
+    found += elements * (MAX_SCANS * WIDTH * 32 + channels * 8)
+    found += MAX_SCANS * terms * -(-constants['RANK'] // 16) * channels // 8 * 32 * 8
+    found += 2 * parts * channels * 8 + 2 * elements * channels * 4
     return found + warps * 2 * 2 * CHUNK * 4
 
 
