@@ -126,21 +126,22 @@ struct MapRecurrence {
         b[i][c] = h[c];
       }
   }
-  // Adds what some positions give to the sum.
-  template <int kFirst, int kCount>
-  MMVSSM_DEVICE void add(char* smem, int channel, const int (&cells)[kOwn]) const {
-    float y[kCount][kWidth];
+  // Adds what four positions give to the sum.
+  template <int kFirst>
+  MMVSSM_DEVICE void add(char* smem, int channel, const WarpPlaces& warp,
+                         int buffer) const {
+    int cells[4];
+    float y[4][kWidth];
+    warp.get(kCells, buffer, kFirst, cells);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (cells[kFirst + i] >= 0)
-        load_channels<kFloat32>(sum_at(smem, cells[kFirst + i], channel), y[i]);
+    for (int i = 0; i < 4; ++i)
+      if (cells[i] >= 0) load_channels<kFloat32>(sum_at(smem, cells[i], channel), y[i]);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < 4; ++i) {
 #pragma unroll
       for (int c = 0; c < kWidth; ++c)
         y[i][c] = weights.C(kFirst + i) * b[kFirst + i][c] + y[i][c];
-      if (cells[kFirst + i] >= 0)
-        store_channels<kFloat32>(sum_at(smem, cells[kFirst + i], channel), y[i]);
+      if (cells[i] >= 0) store_channels<kFloat32>(sum_at(smem, cells[i], channel), y[i]);
     }
   }
 };
@@ -278,13 +279,12 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
   const WarpPlaces warp(smem);
   MapInputs inputs;
   Turn turn{0, parts.part};
-  int places[2], coming_places[2], own_places[kOwn];
+  int places[2], coming_places[2];
   turn.find_places(p, places);
   warp.put(kNext, 1, places[0], places[1]);
   turn.next(p).find_places(p, coming_places);
   sync_cta("parameters");
-  warp.get(kNext, 1, own_places);
-  MapSource(p, smem, 0, own.channel).fetch_some<0, kOwn>(p, own_places, inputs);
+  MapSource(p, smem, 0, own.channel).fetch_some<0, kOwn>(p, warp, 1, inputs);
 
   const int passes = (p.count * p.chunks + kParts - 1) / kParts;
   const int channel = parts.set * kWarpChannels + threadIdx.x % kWarpChannels;
@@ -294,8 +294,7 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
   for (int pass = 0; pass < passes; ++pass) {
     const int scan = turn.scan < p.count ? turn.scan : p.count - 1;
     if (rarely(inputs.lowest < 0)) {
-      warp.get(kNext, buffer ^ 1, own_places);
-      inputs.hide(own_places);
+      inputs.hide(warp, buffer ^ 1);
     }
     MapRecurrence recurrence;
     MapStep step = recurrence.start(smem, scan, own.channel, inputs);
@@ -321,21 +320,18 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
     recurrence.finish(h);
 
     // Inputs of the next pass.
-    int cells[kOwn];
-    warp.get(kNext, buffer, own_places);
-    warp.get(kCells, buffer, cells);
     const MapSource source(p, smem, turn.next(p).scan, own.channel);
-    source.fetch_some<0, kEarly>(p, own_places, inputs);
+    source.fetch_some<0, kEarly>(p, warp, buffer, inputs);
 
     // In a pass with the end of a scan and the begin of the next, those wait.
     const bool later = turn.chunk < parts.part;
     const bool mixed = later || turn.chunk - parts.part + kParts > p.chunks;
     if (kParts > 1 && later) sync_cta("scans");
-    recurrence.add<0, kOwn / 2>(smem, own.channel, cells);
-    if constexpr (kEarly < kOwn) source.fetch_some<0, kOwn / 2>(p, own_places, inputs);
-    recurrence.add<kOwn / 2, kOwn / 2>(smem, own.channel, cells);
+    recurrence.add<0>(smem, own.channel, warp, buffer);
+    if constexpr (kEarly < kOwn) source.fetch_some<0, kOwn / 2>(p, warp, buffer, inputs);
+    recurrence.add<kOwn / 2>(smem, own.channel, warp, buffer);
     if constexpr (kEarly < kOwn)
-      source.fetch_some<kOwn / 2, kOwn / 2>(p, own_places, inputs);
+      source.fetch_some<kOwn / 2, kOwn / 2>(p, warp, buffer, inputs);
     if (kParts > 1 && mixed && !later) sync_cta("scans");
 
     turn = turn.next(p);

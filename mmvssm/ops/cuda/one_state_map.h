@@ -121,6 +121,27 @@ struct Turn {
   }
 };
 
+// Arrays of a warp in shared memory, a number for each of the positions of a chunk.
+struct WarpPlaces {
+  int* base;
+
+  MMVSSM_DEVICE explicit WarpPlaces(char* smem)
+      : base(reinterpret_cast<int*>(smem + MapLayout::kPlaces +
+                                    threadIdx.x / 32 * MapLayout::kWarpPlaces)) {}
+  MMVSSM_DEVICE void put(int which, int buffer, int first, int second) const {
+    int* to = base + (which * 2 + buffer) * kChunk + threadIdx.x % 32 * 2;
+    *reinterpret_cast<uint2*>(to) =
+        uint2{static_cast<uint32_t>(first), static_cast<uint32_t>(second)};
+  }
+  // Of four of the own positions.
+  MMVSSM_DEVICE void get(int which, int buffer, int first, int (&x)[4]) const {
+    const uint4 four = *reinterpret_cast<const uint4*>(
+        base + (which * 2 + buffer) * kChunk + threadIdx.x % 32 / 4 * kOwn + first);
+    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+  }
+};
+enum WhichPlaces { kNext, kCells };
+
 // Two numbers of the dtype of the low-rank form, side by side.
 constexpr int kPair = kSize<DELTA_DTYPE> / 2;  // words
 MMVSSM_DEVICE void load_pair(const char* from, uint32_t (&x)[kPair]) {
@@ -188,10 +209,12 @@ struct MapInputs {
   }
 
   // Positions without a place: all is zero.
-  MMVSSM_DEVICE void hide(const int (&places)[kOwn]) {
+  MMVSSM_DEVICE void hide(const WarpPlaces& warp, int buffer) {
+    int places[4];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      if (places[i] >= 0) continue;
+      if (i % 4 == 0) warp.get(kNext, buffer, i, places);
+      if (places[i % 4] >= 0) continue;
 #pragma unroll
       for (int k = 0; k < kWords; ++k) u[i][k] = 0;
 #pragma unroll
@@ -302,42 +325,18 @@ struct MapSource {
       }
     }
   }
-  // A number of own positions.
+  // A number of own positions, beginning with the first one.
   template <int kFirst, int kCount>
-  MMVSSM_DEVICE void fetch_some(const Args& p, const int (&places)[kOwn],
+  MMVSSM_DEVICE void fetch_some(const Args& p, const WarpPlaces& warp, int buffer,
                                 MapInputs& inputs) const {
-    if (kCount == 0) return;
-    if (kFirst == 0) inputs.lowest = 0;
+    int places[4];
 #pragma unroll
-    for (int i = kFirst; i < kFirst + kCount; ++i)
-      inputs.lowest = places[i] < inputs.lowest ? places[i] : inputs.lowest;
-#pragma unroll
-    for (int i = kFirst; i < kFirst + kCount; ++i) fetch(p, i, places[i], inputs);
-  }
-};
-
-// Arrays of a warp in shared memory, a number for each of the positions of a chunk.
-struct WarpPlaces {
-  int* base;
-
-  MMVSSM_DEVICE explicit WarpPlaces(char* smem)
-      : base(reinterpret_cast<int*>(smem + MapLayout::kPlaces +
-                                    threadIdx.x / 32 * MapLayout::kWarpPlaces)) {}
-  MMVSSM_DEVICE void put(int which, int buffer, int first, int second) const {
-    int* to = base + (which * 2 + buffer) * kChunk + threadIdx.x % 32 * 2;
-    *reinterpret_cast<uint2*>(to) =
-        uint2{static_cast<uint32_t>(first), static_cast<uint32_t>(second)};
-  }
-  MMVSSM_DEVICE void get(int which, int buffer, int (&x)[kOwn]) const {
-    const uint4* from = reinterpret_cast<const uint4*>(
-        base + (which * 2 + buffer) * kChunk + threadIdx.x % 32 / 4 * kOwn);
-#pragma unroll
-    for (int i = 0; i < kOwn; i += 4) {
-      const uint4 four = from[i / 4];
-      x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+    for (int i = kFirst; i < kFirst + kCount; ++i) {
+      if (i % 4 == 0) warp.get(kNext, buffer, i, places);
+      inputs.lowest = i > 0 && inputs.lowest < places[i % 4] ? inputs.lowest : places[i % 4];
+      fetch(p, i, places[i % 4], inputs);
     }
   }
 };
-enum WhichPlaces { kNext, kCells };
 
 }  // namespace mmvssm
