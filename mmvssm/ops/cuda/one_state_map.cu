@@ -281,7 +281,7 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
   Turn turn{0, parts.part};
   int places[2], coming_places[2];
   turn.find_places(p, places);
-  warp.put(kNext, 1, places[0], places[1]);
+  warp.put_next(1, places);
   turn.next(p).find_places(p, coming_places);
   sync_cta("parameters");
   MapSource(p, smem, 0, own.channel).fetch_some<0, kOwn>(p, warp, 1, inputs);
@@ -293,14 +293,14 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
 #pragma unroll 1
   for (int pass = 0; pass < passes; ++pass) {
     const int scan = turn.scan < p.count ? turn.scan : p.count - 1;
-    if (rarely(inputs.lowest < 0)) {
-      inputs.hide(warp, buffer ^ 1);
+    if (rarely(any_lane(places[0] < 0 || places[1] < 0))) {
+      inputs.hide(places);
     }
     MapRecurrence recurrence;
     MapStep step = recurrence.start(smem, scan, own.channel, inputs);
     step.append_teams(team);
     parts.put(buffer, own.channel, step);
-    warp.put(kNext, buffer, coming_places[0], coming_places[1]);
+    warp.put_next(buffer, coming_places);
     warp.put(kCells, buffer, places[0] < 0 ? -1 : cell_of(p, places[0]),
              places[1] < 0 ? -1 : cell_of(p, places[1]));
     step.shift(team);

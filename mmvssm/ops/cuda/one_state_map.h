@@ -121,6 +121,9 @@ struct Turn {
   }
 };
 
+// Where the inputs of the next pass are; instead of none, the first place.
+enum WhichPlaces { kNext, kCells };
+
 // Arrays of a warp in shared memory, a number for each of the positions of a chunk.
 struct WarpPlaces {
   int* base;
@@ -128,10 +131,14 @@ struct WarpPlaces {
   MMVSSM_DEVICE explicit WarpPlaces(char* smem)
       : base(reinterpret_cast<int*>(smem + MapLayout::kPlaces +
                                     threadIdx.x / 32 * MapLayout::kWarpPlaces)) {}
+  // Of the two positions that this lane looks after.
   MMVSSM_DEVICE void put(int which, int buffer, int first, int second) const {
     int* to = base + (which * 2 + buffer) * kChunk + threadIdx.x % 32 * 2;
     *reinterpret_cast<uint2*>(to) =
         uint2{static_cast<uint32_t>(first), static_cast<uint32_t>(second)};
+  }
+  MMVSSM_DEVICE void put_next(int buffer, const int (&places)[2]) const {
+    put(kNext, buffer, places[0] < 0 ? 0 : places[0], places[1] < 0 ? 0 : places[1]);
   }
   // Of four of the own positions.
   MMVSSM_DEVICE void get(int which, int buffer, int first, int (&x)[4]) const {
@@ -140,7 +147,6 @@ struct WarpPlaces {
     x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
   }
 };
-enum WhichPlaces { kNext, kCells };
 
 // Two numbers of the dtype of the low-rank form, side by side.
 constexpr int kPair = kSize<DELTA_DTYPE> / 2;  // words
@@ -184,7 +190,6 @@ struct MapInputs {
   uint32_t u[kOwn][kWords];
   uint32_t low[kOwn][kPieces][kPair];
   uint32_t weights[kWithWeights ? 1 : kOwn][kPair];  // B and C
-  int lowest;  // below 0 if a position has no place
 
   MMVSSM_DEVICE void get_u(int i, float (&x)[kWidth]) const {
     if constexpr (kWords == 4) {
@@ -208,13 +213,12 @@ struct MapInputs {
       }
   }
 
-  // Positions without a place: all is zero.
-  MMVSSM_DEVICE void hide(const WarpPlaces& warp, int buffer) {
-    int places[4];
+  // Positions without a place: all is zero. Each lane has the places of two.
+  MMVSSM_DEVICE void hide(const int (&places)[2]) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      if (i % 4 == 0) warp.get(kNext, buffer, i, places);
-      if (places[i % 4] >= 0) continue;
+      const float place = float_of(static_cast<uint32_t>(places[i % 2]));
+      if (static_cast<int>(bits_of(shuffle(place, i / 2, kWidth))) >= 0) continue;
 #pragma unroll
       for (int k = 0; k < kWords; ++k) u[i][k] = 0;
 #pragma unroll
@@ -300,7 +304,6 @@ struct MapSource {
 
   MMVSSM_DEVICE void fetch(const Args& p, int i, int place, MapInputs& inputs) const {
     constexpr int kPiece = 8 * kSize<DELTA_DTYPE>, kLast = MapInputs::kPieces - 1;
-    place = place < 0 ? 0 : place;
     const char* row = at(u, place, p.u_strides.position);
     if constexpr (MapInputs::kWords == 4) {
       const uint4 four = *reinterpret_cast<const uint4*>(row);
@@ -333,7 +336,6 @@ struct MapSource {
 #pragma unroll
     for (int i = kFirst; i < kFirst + kCount; ++i) {
       if (i % 4 == 0) warp.get(kNext, buffer, i, places);
-      inputs.lowest = i > 0 && inputs.lowest < places[i % 4] ? inputs.lowest : places[i % 4];
       fetch(p, i, places[i % 4], inputs);
     }
   }

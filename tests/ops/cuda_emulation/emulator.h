@@ -284,6 +284,15 @@ inline float shuffle_down(float x, unsigned by) {
   const unsigned own = machine.thread.x % kLanesOfWarp;
   return exchange_one(x, own + by < kLanesOfWarp ? own + by : own);
 }
+inline bool any_lane(bool x) {
+  unsigned turn;
+  const uint32_t values[1] = {x};
+  const Fiber* const* lanes = exchange(values, &turn);
+  bool found = false;
+  for (unsigned i = 0; i < kLanesOfWarp; ++i)
+    found = found || lanes[i] != nullptr && lanes[i]->offered[turn][0];
+  return found;
+}
 
 template <int kBytes>
 void copy_async(void* to, const void* from) {
