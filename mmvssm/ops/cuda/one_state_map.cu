@@ -26,13 +26,15 @@ struct MapStep {
     }
   }
   // And those of all teams before each.
-  MMVSSM_DEVICE void shift(int team) {
+  MMVSSM_DEVICE MapStep of_earlier(int team) const {
+    MapStep found;
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
-      decay[c] = shuffle_up(decay[c], 4);
-      added[c] = shuffle_up(added[c], 4);
-      if (team == 0) decay[c] = 1.0f, added[c] = 0.0f;
+      found.decay[c] = shuffle_up(decay[c], 4);
+      found.added[c] = shuffle_up(added[c], 4);
+      if (team == 0) found.decay[c] = 1.0f, found.added[c] = 0.0f;
     }
+    return found;
   }
 };
 
@@ -299,11 +301,11 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
     MapRecurrence recurrence;
     MapStep step = recurrence.start(smem, scan, own.channel, inputs);
     step.append_teams(team);
+    const MapStep earlier = step.of_earlier(team);
     parts.put(buffer, own.channel, step);
     warp.put_next(buffer, coming_places);
     warp.put(kCells, buffer, places[0] < 0 ? -1 : cell_of(p, places[0]),
              places[1] < 0 ? -1 : cell_of(p, places[1]));
-    step.shift(team);
     Parts::sync();
 
     const float state = parts.before(buffer, turn.chunk);
@@ -315,8 +317,8 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
     float h[kWidth];
 #pragma unroll
     for (int c = 0; c < kWidth; ++c)
-      h[c] = step.decay[c] * shuffle(state, 16 + threadIdx.x % 4 * kWidth + c, 32) +
-             step.added[c];
+      h[c] = earlier.decay[c] * shuffle(state, 16 + threadIdx.x % 4 * kWidth + c, 32) +
+             earlier.added[c];
     recurrence.finish(h);
 
     // Inputs of the next pass.
