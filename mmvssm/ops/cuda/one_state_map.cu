@@ -38,10 +38,14 @@ struct MapStep {
   }
 };
 
-// Step sizes before the softplus, log2(e) included: tiles of 8 channels, see MapLayout.
+// Own positions whose step sizes are made at once, as far as there are registers.
+constexpr int kAtOnce = MapInputs::kPieces * kPair > 4 ? kOwn / 2 : kOwn;
+
+// Step sizes before the softplus of positions from `first` on, log2(e) included: tiles of
+// 8 channels, see MapLayout.
 template <int kRankTile = 0>
-MMVSSM_DEVICE void project_map(const char* fragments, const MapInputs& inputs,
-                               const float (&bias)[2][4], float (&d)[kOwn / 2][2][4]) {
+MMVSSM_DEVICE void project_map(const char* fragments, const MapInputs& inputs, int first,
+                               const float (&bias)[2][4], float (&d)[kAtOnce / 2][2][4]) {
   if constexpr (kRankTile < kRankTiles) {
     const int lane = threadIdx.x % 32, set = threadIdx.x / 32 % kSets;
     uint2 b[2][kWeightTerms];
@@ -57,7 +61,7 @@ MMVSSM_DEVICE void project_map(const char* fragments, const MapInputs& inputs,
         MapLayout::kBiasRow >= 0 && MapLayout::kBiasRow / 16 == kRankTile;
     const float one = lane % 4 == MapLayout::kBiasRow % 8 / 2 ? 1.0f : 0.0f;
 #pragma unroll
-    for (int m = 0; m < kOwn / 2; ++m) {
+    for (int m = 0; m < kAtOnce / 2; ++m) {
       uint32_t a[kTerms][4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -65,7 +69,7 @@ MMVSSM_DEVICE void project_map(const char* fragments, const MapInputs& inputs,
         if (k >= 2 && kHasBias && (!kHasSecond || one != 0.0f)) {
           split(one, one, terms);
         } else if (k < 2 || kHasSecond) {
-          const auto& pair = inputs.low[2 * m + k % 2][kFirst + k / 2];
+          const auto& pair = inputs.low[first + 2 * m + k % 2][kFirst + k / 2];
           if constexpr (DELTA_DTYPE == kFloat32)
             split(float_of(pair[0]), float_of(pair[1]), terms);
           else
@@ -77,7 +81,7 @@ MMVSSM_DEVICE void project_map(const char* fragments, const MapInputs& inputs,
 #pragma unroll
       for (int j = 0; j < 2; ++j) multiply_terms<kRankTile == 0>(d[m][j], a, b[j], bias[j]);
     }
-    project_map<kRankTile + 1>(fragments, inputs, bias, d);
+    project_map<kRankTile + 1>(fragments, inputs, first, bias, d);
   }
 }
 
@@ -89,25 +93,26 @@ struct MapRecurrence {
   // From zero; returns the step of all own positions.
   MMVSSM_DEVICE MapStep start(const char* smem, int scan, int channel,
                               const MapInputs& inputs) {
-    float d[kOwn / 2][2][4], bias[2][4], rate[kWidth], shift[kWidth];
+    float d[kAtOnce / 2][2][4], bias[2][4], rate[kWidth], shift[kWidth];
     get_map_parameter(smem, scan, kMapShift, channel, shift);
 #pragma unroll
     for (int c = 0; c < kWidth; ++c)
       bias[c / 2][c % 2] = bias[c / 2][c % 2 + 2] =
           MapLayout::kBiasRow < 0 ? shift[c] : 0.0f;
-    project_map(smem + MapLayout::kFragments + scan * MapLayout::kScanFragments, inputs,
-                bias, d);
     get_map_parameter(smem, scan, kMapRate, channel, rate);
     inputs.get_weights(weights);
     MapStep step;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
+      if (i % kAtOnce == 0)
+        project_map(smem + MapLayout::kFragments + scan * MapLayout::kScanFragments, inputs,
+                    i, bias, d);
       float u[kWidth];
       inputs.get_u(i, u);
       const float B = weights.B(i) * kLn2;
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        float dt = d[i / 2][c / 2][i % 2 * 2 + c % 2];
+        float dt = d[i % kAtOnce / 2][c / 2][i % 2 * 2 + c % 2];
         if constexpr (SOFTPLUS) dt = softplus(dt);
         a[i][c] = exp2_fast(rate[c] * dt);
         b[i][c] = dt * u[c] * B;
@@ -286,7 +291,9 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
   warp.put_next(1, places);
   turn.next(p).find_places(p, coming_places);
   sync_cta("parameters");
-  MapSource(p, smem, 0, own.channel).fetch_some<0, kOwn>(p, warp, 1, inputs);
+  const MapSource first(p, smem, 0, own.channel);
+  first.fetch_weights(p, places, inputs);
+  first.fetch_some<0, kOwn>(p, warp, 1, inputs);
 
   const int passes = (p.count * p.chunks + kParts - 1) / kParts;
   const int channel = parts.set * kWarpChannels + threadIdx.x % kWarpChannels;
@@ -323,6 +330,7 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
 
     // Inputs of the next pass.
     const MapSource source(p, smem, turn.next(p).scan, own.channel);
+    source.fetch_weights(p, coming_places, inputs);
     source.fetch_some<0, kEarly>(p, warp, buffer, inputs);
 
     // In a pass with the end of a scan and the begin of the next, those wait.

@@ -189,7 +189,8 @@ struct MapInputs {
 
   uint32_t u[kOwn][kWords];
   uint32_t low[kOwn][kPieces][kPair];
-  uint32_t weights[kWithWeights ? 1 : kOwn][kPair];  // B and C
+  // Else B and C of the two positions whose places a lane looks up.
+  uint32_t weights[2][kPair];
 
   MMVSSM_DEVICE void get_u(int i, float (&x)[kWidth]) const {
     if constexpr (kWords == 4) {
@@ -209,12 +210,17 @@ struct MapInputs {
           x.pairs[i][k] = bits_of(
               shuffle(float_of(low[i][kPieces - 1][k]), RANK % 8 / 2, kWidth));
         else
-          x.pairs[i][k] = weights[i][k];
+          x.pairs[i][k] = bits_of(shuffle(float_of(weights[i % 2][k]), i / 2, kWidth));
       }
   }
 
   // Positions without a place: all is zero. Each lane has the places of two.
   MMVSSM_DEVICE void hide(const int (&places)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int k = 0; k < kPair; ++k)
+        if (!kWithWeights && places[i] < 0) weights[i][k] = 0;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const float place = float_of(static_cast<uint32_t>(places[i % 2]));
@@ -223,7 +229,6 @@ struct MapInputs {
       for (int k = 0; k < kWords; ++k) u[i][k] = 0;
 #pragma unroll
       for (int k = 0; k < kPair; ++k) {
-        if constexpr (!kWithWeights) weights[i][k] = 0;
 #pragma unroll
         for (int j = 0; j < kPieces; ++j) low[i][j][k] = 0;
       }
@@ -232,11 +237,7 @@ struct MapInputs {
 };
 // Own positions whose next inputs are asked for before this pass has ended, as far as
 // there are registers for them.
-constexpr int kEarly = MapInputs::kWords + MapInputs::kPieces * kPair +
-                                   (MapInputs::kWithWeights ? 0 : kPair) <=
-                               5
-                           ? kOwn
-                           : 0;
+constexpr int kEarly = MapInputs::kWords + MapInputs::kPieces * kPair <= 4 ? kOwn : 0;
 
 // Where the lanes of a team read their inputs. The pointers are in shared memory: in
 // registers there is no room for them, and the compiler would work them out again.
@@ -313,13 +314,11 @@ struct MapSource {
       const uint2 two = *reinterpret_cast<const uint2*>(row);
       inputs.u[i][0] = two.x, inputs.u[i][1] = two.y;
     }
-    row = at(low.last, place, p.delta_strides.position);
+    const int stride = static_cast<int>(p.delta_strides.position);
     if constexpr (MapInputs::kWithWeights)
-      load_pair(row, inputs.low[i][kLast]);
-    else
-      load_pair(row, inputs.weights[i]);
+      load_pair(at(low.last, place, stride), inputs.low[i][kLast]);
     if constexpr (kLast > 0 || !MapInputs::kWithWeights) {
-      row = at(low.first, place, p.delta_strides.position);
+      row = at(low.first, place, stride);
 #pragma unroll
       for (int j = 0; j < kLast; ++j) load_pair(row + j * kPiece, inputs.low[i][j]);
       if constexpr (!MapInputs::kWithWeights) {
@@ -327,6 +326,15 @@ struct MapSource {
         load_pair(row + (there ? kLast * kPiece : 0), inputs.low[i][kLast]);
       }
     }
+  }
+  MMVSSM_DEVICE void fetch_weights(const Args& p, const int (&places)[2],
+                                   MapInputs& inputs) const {
+    if constexpr (!MapInputs::kWithWeights)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        load_pair(at(low.last, places[i] < 0 ? 0 : places[i],
+                     static_cast<int>(p.delta_strides.position)),
+                  inputs.weights[i]);
   }
   // A number of own positions, beginning with the first one.
   template <int kFirst, int kCount>
