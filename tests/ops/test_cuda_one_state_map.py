@@ -272,7 +272,10 @@ def test_others_take_the_other_kernels(options, gpu):
 def test_of_a_model():
     """All stages of VMamba-T at 224, batch 128, on an H100: one launch each."""
     for channels, rank, size in (96, 6, 56), (192, 12, 28), (384, 24, 14), (768, 48, 7):
-        e = [torch.empty(128, size**2, n, device='meta') for n in (channels, 4 * rank + 8)]
+        e = [
+            torch.empty(128, size**2, n, device='meta')
+            for n in (channels, 4 * rank + 8)
+        ]
         u, projected = (x.bfloat16() for x in e)
         scans = []
         for route, piece in enumerate(projected.chunk(4, dim=2)):

@@ -81,8 +81,8 @@ def forward_merged(
     """Scan the same map along several orders, and add up.
 
     In one launch where the sum has room in shared memory, see ``one_state_map.py``.
-    Else, where one scan keeps the GPU busy, they follow one another, each adding to the sum
-    of those before it; or they are scanned at the same time, and then merged.
+    Else, where one scan keeps the GPU busy, they follow one another, each adding to
+    the sum of those before it; or they are scanned at the same time, and then merged.
 
     Args:
         scans: The inputs, ``u`` and all strides the same.
