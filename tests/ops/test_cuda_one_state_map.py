@@ -99,7 +99,7 @@ def test_sizes(shape, cta):
     assert check_map(shape) == cta
 
 
-@pytest.mark.parametrize('rank', [1, 6, 8, 14, 15, 16, 17, 64])
+@pytest.mark.parametrize('rank', [1, 8, 14, 15, 16, 33])
 def test_ranks(rank):
     assert check_map((1, 16, 5, 13), rank=rank) is not None
 
@@ -193,7 +193,7 @@ def in_float64(scans):
 @pytest.mark.parametrize(
     ('dtype', 'rank'),
     [
-        *((torch.bfloat16, rank) for rank in (5, 12, 16, 48)),
+        *((torch.bfloat16, rank) for rank in (5, 12, 16, 64)),
         *((torch.float16, rank) for rank in (6, 24)),
     ],
 )
@@ -328,7 +328,7 @@ def test_same_bits_in_any_order(monkeypatch):
 
 
 def test_barriers_are_known():
-    names = ['exchange', 'own exchange', 'parameters', 'pointers', 'scans', 'sum']
+    names = ['exchange', 'low rank', 'parameters', 'pointers', 'scans', 'sum']
     assert BARRIERS == names
 
 

@@ -44,7 +44,8 @@ constexpr int kAtOnce = MapInputs::kPieces * kPair > 4 ? kOwn / 2 : kOwn;
 // Step sizes before the softplus of positions from `first` on, log2(e) included: tiles of
 // 8 channels, see MapLayout.
 template <int kRankTile = 0>
-MMVSSM_DEVICE void project_map(const char* fragments, const MapInputs& inputs, int first,
+MMVSSM_DEVICE void project_map(char* smem, const char* fragments,
+                               const MapInputs& inputs, int first,
                                const float (&bias)[2][4], float (&d)[kAtOnce / 2][2][4]) {
   if constexpr (kRankTile < kRankTiles) {
     const int lane = threadIdx.x % 32, set = threadIdx.x / 32 % kSets;
@@ -63,13 +64,18 @@ MMVSSM_DEVICE void project_map(const char* fragments, const MapInputs& inputs, i
 #pragma unroll
     for (int m = 0; m < kAtOnce / 2; ++m) {
       uint32_t a[kTerms][4];
+      MapFragment fragment;
+      if constexpr (kSets > 1)
+        fragment = MapFragment::at(smem, kRankTile, first / 2 + m);
+      else
+        inputs.get_low(kRankTile, first / 2 + m, fragment);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         uint32_t terms[kTerms];
         if (k >= 2 && kHasBias && (!kHasSecond || one != 0.0f)) {
           split(one, one, terms);
         } else if (k < 2 || kHasSecond) {
-          const auto& pair = inputs.low[first + 2 * m + k % 2][kFirst + k / 2];
+          const auto& pair = fragment.words[k];
           if constexpr (DELTA_DTYPE == kFloat32)
             split(float_of(pair[0]), float_of(pair[1]), terms);
           else
@@ -81,7 +87,7 @@ MMVSSM_DEVICE void project_map(const char* fragments, const MapInputs& inputs, i
 #pragma unroll
       for (int j = 0; j < 2; ++j) multiply_terms<kRankTile == 0>(d[m][j], a, b[j], bias[j]);
     }
-    project_map<kRankTile + 1>(fragments, inputs, first, bias, d);
+    project_map<kRankTile + 1>(smem, fragments, inputs, first, bias, d);
   }
 }
 
@@ -91,7 +97,7 @@ struct MapRecurrence {
   MapWeights weights;
 
   // From zero; returns the step of all own positions.
-  MMVSSM_DEVICE MapStep start(const char* smem, int scan, int channel,
+  MMVSSM_DEVICE MapStep start(char* smem, int scan, int channel,
                               const MapInputs& inputs) {
     float d[kAtOnce / 2][2][4], bias[2][4], rate[kWidth], shift[kWidth];
     get_map_parameter(smem, scan, kMapShift, channel, shift);
@@ -105,8 +111,9 @@ struct MapRecurrence {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       if (i % kAtOnce == 0)
-        project_map(smem + MapLayout::kFragments + scan * MapLayout::kScanFragments, inputs,
-                    i, bias, d);
+        project_map(smem,
+                    smem + MapLayout::kFragments + scan * MapLayout::kScanFragments,
+                    inputs, i, bias, d);
       float u[kWidth];
       inputs.get_u(i, u);
       const float B = weights.B(i) * kLn2;
@@ -218,12 +225,6 @@ struct Parts {
     const float2 step = steps[index(buffer, part, channel)];
     carry[((buffer ^ 1) * kElements + element) * kChannels + channel] = step.x * h + step.y;
   }
-  static MMVSSM_DEVICE void sync() {
-    if constexpr (kParts > 1)
-      sync_cta("exchange");
-    else
-      sync_warp("own exchange");
-  }
 };
 
 // The sum begins with what D adds, of all scans.
@@ -305,6 +306,8 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
     if (rarely(any_lane(places[0] < 0 || places[1] < 0))) {
       inputs.hide(places);
     }
+    inputs.put_low(smem);
+    if constexpr (kSets > 1) sync_cta("low rank");
     MapRecurrence recurrence;
     MapStep step = recurrence.start(smem, scan, own.channel, inputs);
     step.append_teams(team);
@@ -313,7 +316,7 @@ MMVSSM_KERNEL(one_state_map, mmvssm::MapArgs, THREADS, 512 / THREADS) {
     warp.put_next(buffer, coming_places);
     warp.put(kCells, buffer, places[0] < 0 ? -1 : cell_of(p, places[0]),
              places[1] < 0 ? -1 : cell_of(p, places[1]));
-    Parts::sync();
+    sync_cta("exchange");
 
     const float state = parts.before(buffer, turn.chunk);
     parts.pass_on(buffer, state);

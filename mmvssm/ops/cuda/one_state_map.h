@@ -46,7 +46,13 @@ struct MapLayout {
   // Of each warp, two buffers: the places of the next chunk, and cells of this one.
   static constexpr int kPlaces = kCarry + 2 * kElements * kChannels * 4;
   static constexpr int kWarpPlaces = 2 * 2 * kChunk * 4;
-  static constexpr int kSum = kPlaces + kThreads / 32 * kWarpPlaces;  // float32
+  // The low-rank form of a chunk of each part, where sets share it.
+  static constexpr int kLow = kPlaces + kThreads / 32 * kWarpPlaces;
+  static constexpr int kLowBytes =
+      kSets > 1 ? kParts * kElements * kRankTiles * (kOwn / 2) * 32 * 8 *
+                      kSize<DELTA_DTYPE>
+                : 0;
+  static constexpr int kSum = kLow + kLowBytes;  // float32
 
   // A row behind the rank, where the last 16 have room for one.
   static constexpr int kBiasRow =
@@ -140,6 +146,9 @@ struct WarpPlaces {
   MMVSSM_DEVICE void put_next(int buffer, const int (&places)[2]) const {
     put(kNext, buffer, places[0] < 0 ? 0 : places[0], places[1] < 0 ? 0 : places[1]);
   }
+  MMVSSM_DEVICE int get_one(int which, int buffer, int i) const {
+    return base[(which * 2 + buffer) * kChunk + threadIdx.x % 32 / 4 * kOwn + i];
+  }
   // Of four of the own positions.
   MMVSSM_DEVICE void get(int which, int buffer, int first, int (&x)[4]) const {
     const uint4 four = *reinterpret_cast<const uint4*>(
@@ -179,17 +188,33 @@ struct MapWeights {
   }
 };
 
+// The low-rank form of two of each lane's positions, 16 numbers of each: what
+// mma_16816 takes as a. The sets of a part need the same. Each brings in that of kMine
+// of the positions, and they are shared in shared memory.
+constexpr int kMine = kOwn / kSets;
+MMVSSM_DEVICE int first_mine() { return threadIdx.x / 32 % kSets * kMine; }
+
+struct alignas(16) MapFragment {
+  uint32_t words[4][kPair];
+
+  // Of the warp's part: of a piece of the rank and the m-th two positions.
+  static MMVSSM_DEVICE MapFragment& at(char* smem, int piece, int m) {
+    const int part = threadIdx.x / 32 / kSets;
+    return reinterpret_cast<MapFragment*>(
+        smem + MapLayout::kLow)[((part * kRankTiles + piece) * (kOwn / 2) + m) * 32 +
+                                threadIdx.x % 32];
+  }
+};
+
 // Inputs of own positions as they are in memory.
 struct MapInputs {
   static constexpr int kWords = kSize<U_DTYPE> * kWidth / 4;
-  // Pieces of the rank, of 8 numbers: a pair for each lane of a team. The last one may
-  // have B and C, too: then they are a lane's.
+  // Pieces of the rank, of 8 numbers: a pair for each lane of a team.
   static constexpr int kPieces = (RANK + 7) / 8;
-  static constexpr bool kWithWeights = PAIRS && RANK % 8 != 0;
 
   uint32_t u[kOwn][kWords];
-  uint32_t low[kOwn][kPieces][kPair];
-  // Else B and C of the two positions whose places a lane looks up.
+  uint32_t low[kMine][kPieces][kPair];
+  // B and C of the two positions whose places a lane looks up.
   uint32_t weights[2][kPair];
 
   MMVSSM_DEVICE void get_u(int i, float (&x)[kWidth]) const {
@@ -205,13 +230,8 @@ struct MapInputs {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
 #pragma unroll
-      for (int k = 0; k < kPair; ++k) {
-        if constexpr (kWithWeights)
-          x.pairs[i][k] = bits_of(
-              shuffle(float_of(low[i][kPieces - 1][k]), RANK % 8 / 2, kWidth));
-        else
-          x.pairs[i][k] = bits_of(shuffle(float_of(weights[i % 2][k]), i / 2, kWidth));
-      }
+      for (int k = 0; k < kPair; ++k)
+        x.pairs[i][k] = bits_of(shuffle(float_of(weights[i % 2][k]), i / 2, kWidth));
   }
 
   // Positions without a place: all is zero. Each lane has the places of two.
@@ -220,32 +240,62 @@ struct MapInputs {
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int k = 0; k < kPair; ++k)
-        if (!kWithWeights && places[i] < 0) weights[i][k] = 0;
+        if (places[i] < 0) weights[i][k] = 0;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const float place = float_of(static_cast<uint32_t>(places[i % 2]));
-      if (static_cast<int>(bits_of(shuffle(place, i / 2, kWidth))) >= 0) continue;
+    for (int i = 0; i < kOwn; ++i)
 #pragma unroll
-      for (int k = 0; k < kWords; ++k) u[i][k] = 0;
+      for (int k = 0; k < kWords; ++k)
+        if (is_hidden(places, i)) u[i][k] = 0;
 #pragma unroll
-      for (int k = 0; k < kPair; ++k) {
+    for (int i = 0; i < kMine; ++i) {
+      if (!is_hidden(places, first_mine() + i)) continue;
 #pragma unroll
-        for (int j = 0; j < kPieces; ++j) low[i][j][k] = 0;
-      }
+      for (int j = 0; j < kPieces; ++j)
+#pragma unroll
+        for (int k = 0; k < kPair; ++k) low[i][j][k] = 0;
     }
+  }
+  static MMVSSM_DEVICE bool is_hidden(const int (&places)[2], int i) {
+    const int own = i % 2 == 0 ? places[0] : places[1];
+    const float place = shuffle(float_of(static_cast<uint32_t>(own)), i / 2, kWidth);
+    return static_cast<int>(bits_of(place)) < 0;
+  }
+
+  // Hands the low-rank form to the other sets.
+  MMVSSM_DEVICE void put_low(char* smem) const {
+    if constexpr (kSets > 1)
+#pragma unroll
+      for (int t = 0; t < kRankTiles; ++t)
+#pragma unroll
+        for (int m = 0; m < kMine / 2; ++m) {
+          MapFragment fragment;
+          get_low(t, m, fragment);
+          MapFragment::at(smem, t, first_mine() / 2 + m) = fragment;
+        }
+  }
+  MMVSSM_DEVICE void get_low(int t, int m, MapFragment& fragment) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int word = 0; word < kPair; ++word)
+        fragment.words[k][word] = 2 * t + k / 2 < kPieces
+                                      ? low[2 * m + k % 2][2 * t + k / 2][word]
+                                      : 0;
   }
 };
 // Own positions whose next inputs are asked for before this pass has ended, as far as
 // there are registers for them.
-constexpr int kEarly = MapInputs::kWords + MapInputs::kPieces * kPair <= 4 ? kOwn : 0;
+constexpr int kEarly =
+    kOwn * MapInputs::kWords + kMine * MapInputs::kPieces * kPair <= 24 ? kOwn : 0;
 
 // Where the lanes of a team read their inputs. The pointers are in shared memory: in
 // registers there is no room for them, and the compiler would work them out again.
 struct MapSource {
-  // A lane's part of the low-rank form of a scan: its pair of the first piece, and of
-  // the last one. Where the rank ends before that, its weights are zeros.
+  // A lane's part of the low-rank form of a scan, its pair of the first piece; B and C.
+  // Where the rank ends before a pair of a lane, that reads another one, which its
+  // weights, zeros, make vanish.
   struct alignas(16) Rows {
-    const char *first, *last;
+    const char *first, *weights;
     // Of the CTA's channels, null where there is nothing to be stored.
     char* saved;  // the states before chunk 1
     char* out;
@@ -274,8 +324,6 @@ struct MapSource {
     if (!there) element = p.elements - 1;
     if (thread < kScans * kWidth) {
       const int scan = thread / kWidth, column = thread % kWidth * 2;
-      const int of_last = column + (MapInputs::kPieces - 1) * 8;
-      const int last = MapInputs::kWithWeights && of_last < RANK ? of_last : RANK;
       const int first = column < RANK ? column : 0;
       const ScanPointers& own = p.scans[scan < p.count ? scan : 0];
       const char* row = own.delta + element * p.delta_strides.batch;
@@ -284,7 +332,7 @@ struct MapSource {
       char* out = own.out + element * p.out_strides.batch +
                   chain.channel * p.out_strides.channel;
       rows_of(smem)[thread] = {row + first * kSize<DELTA_DTYPE>,
-                               row + last * kSize<DELTA_DTYPE>,
+                               row + RANK * kSize<DELTA_DTYPE>,
                                there && own.saved != nullptr ? saved : nullptr,
                                there ? out : nullptr};
     }
@@ -299,12 +347,11 @@ struct MapSource {
   MMVSSM_DEVICE MapSource(const MapArgs& p, char* smem, int scan, int channel) {
     scan = scan < p.count ? scan : p.count - 1;
     const Rows& rows = rows_of(smem)[scan * kWidth + threadIdx.x % kWidth];
-    low.first = rows.first, low.last = rows.last;
+    low.first = rows.first, low.weights = rows.weights;
     u = u_of(smem)[channel / kWidth];
   }
 
-  MMVSSM_DEVICE void fetch(const Args& p, int i, int place, MapInputs& inputs) const {
-    constexpr int kPiece = 8 * kSize<DELTA_DTYPE>, kLast = MapInputs::kPieces - 1;
+  MMVSSM_DEVICE void fetch_u(const Args& p, int i, int place, MapInputs& inputs) const {
     const char* row = at(u, place, p.u_strides.position);
     if constexpr (MapInputs::kWords == 4) {
       const uint4 four = *reinterpret_cast<const uint4*>(row);
@@ -314,29 +361,24 @@ struct MapSource {
       const uint2 two = *reinterpret_cast<const uint2*>(row);
       inputs.u[i][0] = two.x, inputs.u[i][1] = two.y;
     }
-    const int stride = static_cast<int>(p.delta_strides.position);
-    if constexpr (MapInputs::kWithWeights)
-      load_pair(at(low.last, place, stride), inputs.low[i][kLast]);
-    if constexpr (kLast > 0 || !MapInputs::kWithWeights) {
-      row = at(low.first, place, stride);
+  }
+  MMVSSM_DEVICE void fetch_low(const Args& p, int i, int place, MapInputs& inputs) const {
+    constexpr int kPiece = 8 * kSize<DELTA_DTYPE>, kLast = MapInputs::kPieces - 1;
+    const char* row = at(low.first, place, static_cast<int>(p.delta_strides.position));
 #pragma unroll
-      for (int j = 0; j < kLast; ++j) load_pair(row + j * kPiece, inputs.low[i][j]);
-      if constexpr (!MapInputs::kWithWeights) {
-        const bool there = threadIdx.x % kWidth * 2 + kLast * 8 < RANK;
-        load_pair(row + (there ? kLast * kPiece : 0), inputs.low[i][kLast]);
-      }
-    }
+    for (int j = 0; j < kLast; ++j) load_pair(row + j * kPiece, inputs.low[i][j]);
+    const bool there = threadIdx.x % kWidth * 2 + kLast * 8 < RANK;
+    load_pair(row + (there ? kLast * kPiece : 0), inputs.low[i][kLast]);
   }
   MMVSSM_DEVICE void fetch_weights(const Args& p, const int (&places)[2],
                                    MapInputs& inputs) const {
-    if constexpr (!MapInputs::kWithWeights)
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        load_pair(at(low.last, places[i] < 0 ? 0 : places[i],
-                     static_cast<int>(p.delta_strides.position)),
-                  inputs.weights[i]);
+    for (int i = 0; i < 2; ++i)
+      load_pair(at(low.weights, places[i] < 0 ? 0 : places[i],
+                   static_cast<int>(p.delta_strides.position)),
+                inputs.weights[i]);
   }
-  // A number of own positions, beginning with the first one.
+  // Of a number of own positions, beginning with the first one.
   template <int kFirst, int kCount>
   MMVSSM_DEVICE void fetch_some(const Args& p, const WarpPlaces& warp, int buffer,
                                 MapInputs& inputs) const {
@@ -344,8 +386,13 @@ struct MapSource {
 #pragma unroll
     for (int i = kFirst; i < kFirst + kCount; ++i) {
       if (i % 4 == 0) warp.get(kNext, buffer, i, places);
-      fetch(p, i, places[i % 4], inputs);
+      fetch_u(p, i, places[i % 4], inputs);
+      if constexpr (kSets == 1) fetch_low(p, i, places[i % 4], inputs);
     }
+    if constexpr (kSets > 1 && kFirst == 0 && kCount > 0)
+#pragma unroll
+      for (int i = 0; i < kMine; ++i)
+        fetch_low(p, i, warp.get_one(kNext, buffer, first_mine() + i), inputs);
   }
 };
 

@@ -198,6 +198,9 @@ def _fixed_bytes(constants: Constants) -> int:
     found += elements * (MAX_SCANS * WIDTH * 32 + channels * 8)
     found += MAX_SCANS * terms * -(-constants['RANK'] // 16) * channels // 8 * 32 * 8
     found += 2 * parts * channels * 8 + 2 * elements * channels * 4
+    if channels > _WARP_CHANNELS:
+        pairs = -(-constants['RANK'] // 16) * 2 * parts * CHUNK * WIDTH
+        found += pairs * (4 if constants['DELTA_DTYPE'] else 8)
     return found + warps * 2 * 2 * CHUNK * 4
 
 
