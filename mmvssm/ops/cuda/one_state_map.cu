@@ -85,7 +85,8 @@ MMVSSM_DEVICE void project_map(char* smem, const char* fragments,
         for (int i = 0; i < kTerms; ++i) a[i][k] = terms[i];
       }
 #pragma unroll
-      for (int j = 0; j < 2; ++j) multiply_terms<kRankTile == 0>(d[m][j], a, b[j], bias[j]);
+      for (int j = 0; j < 2; ++j)
+        multiply_terms<kRankTile == 0>(d[m][j], a, b[j], bias[j]);
     }
     project_map<kRankTile + 1>(smem, fragments, inputs, first, bias, d);
   }
@@ -223,7 +224,8 @@ struct Parts {
     if (part != kParts - 1 || lane < 16) return;
     const int channel = set * kWarpChannels + lane % 16;
     const float2 step = steps[index(buffer, part, channel)];
-    carry[((buffer ^ 1) * kElements + element) * kChannels + channel] = step.x * h + step.y;
+    carry[((buffer ^ 1) * kElements + element) * kChannels + channel] =
+        step.x * h + step.y;
   }
 };
 
@@ -236,7 +238,8 @@ MMVSSM_DEVICE void begin_sum(const MapArgs& p, const Chain& chain, char* smem) {
   for (int k = 0; k < p.count; ++k)
     if (there && p.scans[k].D != nullptr)
 #pragma unroll
-      for (int c = 0; c < kWidth; ++c) skip[c] += p.scans[k].D[chain.channel + channel + c];
+      for (int c = 0; c < kWidth; ++c)
+        skip[c] += p.scans[k].D[chain.channel + channel + c];
   const char* u = MapSource::u_of(smem)[channel / kWidth];
 #pragma unroll 4
   for (int place = threadIdx.x % kMapThreads / kLanesOfPlace;

@@ -184,7 +184,8 @@ struct MapWeights {
   MMVSSM_DEVICE float C(int i) const {
     const uint32_t word = pairs[i][kPair - 1];
     if constexpr (kPair == 2) return float_of(word);
-    return DELTA_DTYPE == kBfloat16 ? float_of(word & 0xffff0000u) : from_half(word >> 16);
+    return DELTA_DTYPE == kBfloat16 ? float_of(word & 0xffff0000u)
+                                    : from_half(word >> 16);
   }
 };
 

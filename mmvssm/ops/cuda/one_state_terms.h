@@ -51,8 +51,10 @@ MMVSSM_DEVICE void put_dt_weight(const ScanPointers& scan, const Chain& chain,
   constexpr int kCount = kRankTiles * kChannelTiles * 32 * 2;
   uint32_t* fragments = reinterpret_cast<uint32_t*>(smem + Memory::kFragments);
   const float* weight = scan.weight + static_cast<int64_t>(chain.channel) * RANK;
-#pragma unroll 1
-  for (int index = threadIdx.x; index < kCount; index += kThreads) {
+#pragma unroll 4
+  for (int first = 0; first < kCount; first += kThreads) {
+    const int index = first + threadIdx.x;
+    if (kCount % kThreads != 0 && index >= kCount) break;
     const int lane = index / 2 % 32, tile = index / 64;
     const int channel = Memory::channel_of(tile % kChannelTiles, lane / 4);
     const int r = tile / kChannelTiles * 16 + index % 2 * 8 + lane % 4 * 2;
