@@ -143,7 +143,9 @@ class Gpu:
 
     def shared_memory(self, on: Tensor) -> int:
         """Bytes that a CTA may have on a tensor's device."""
-        return _properties(on.device).shared_memory_per_block_optin
+        properties = _properties(on.device)
+        # What any GPU has without asking, where torch does not say more.
+        return int(getattr(properties, 'shared_memory_per_block_optin', 48 * 1024))
 
     def unavailable(self) -> str | None:
         """Why nothing can be launched here, or None."""

@@ -127,7 +127,8 @@ struct Turn {
   }
 };
 
-// Where the inputs of the next pass are; instead of none, the first place.
+// Where the inputs of the next pass are (the first place instead of none), and where
+// this pass adds to the sum.
 enum WhichPlaces { kNext, kCells };
 
 // Arrays of a warp in shared memory, a number for each of the positions of a chunk.
