@@ -345,6 +345,8 @@ MMVSSM_DEVICE float shuffle_up(float x, int by) {
 MMVSSM_DEVICE float shuffle_down(float x, int by) {
   return __shfl_down_sync(0xffffffffu, x, by);
 }
+// Whether it is so in any lane of the warp.
+MMVSSM_DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 
 }  // namespace mmvssm
 

@@ -27,6 +27,8 @@ from mmvssm.ops.typed import assume_constant_result
 
 # The oldest compute capability: asynchronous copies and bfloat16 products.
 OLDEST = 80
+# Bytes of shared memory that a CTA may have where there is no GPU to ask: an H100's.
+SHARED_MEMORY = 227 * 1024
 Constants = Mapping[str, int]
 
 
@@ -110,6 +112,9 @@ class Machine(Protocol):
     def multiprocessors(self, on: Tensor) -> int:
         """How many there are on a tensor's device."""
 
+    def shared_memory(self, on: Tensor) -> int:
+        """Bytes that a CTA may have on a tensor's device."""
+
     def unavailable(self) -> str | None:
         """Why nothing can be launched here, or None."""
 
@@ -135,6 +140,12 @@ class Gpu:
     def multiprocessors(self, on: Tensor) -> int:
         """How many there are on a tensor's device."""
         return _properties(on.device).multi_processor_count
+
+    def shared_memory(self, on: Tensor) -> int:
+        """Bytes that a CTA may have on a tensor's device."""
+        properties = _properties(on.device)
+        # What any GPU has without asking, where torch does not say more.
+        return int(getattr(properties, 'shared_memory_per_block_optin', 48 * 1024))
 
     def unavailable(self) -> str | None:
         """Why nothing can be launched here, or None."""
@@ -172,6 +183,10 @@ class Recorder:
     def multiprocessors(self, on: Tensor) -> int:
         """As many as were said."""
         return self._multiprocessors
+
+    def shared_memory(self, on: Tensor) -> int:
+        """As an H100 has."""
+        return SHARED_MEMORY
 
     def unavailable(self) -> str | None:
         """None: anything can be written down."""
@@ -214,6 +229,11 @@ def devices() -> tuple[str, ...]:
 def multiprocessors(on: Tensor) -> int:
     """How many there are on a tensor's device."""
     return _machines[-1].multiprocessors(on)
+
+
+def shared_memory(on: Tensor) -> int:
+    """Bytes that a CTA may have on a tensor's device."""
+    return _machines[-1].shared_memory(on)
 
 
 # torch.compile asks once and does not trace what follows.

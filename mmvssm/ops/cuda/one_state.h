@@ -90,10 +90,8 @@ struct Chain {
   }
 };
 
-// The place of position t, below 0 if it is padded or behind the end.
-MMVSSM_DEVICE int place_of(const Args& p, const ScanPointers& scan, int t) {
-  if (t >= p.length) return -1;
-  if (scan.order != nullptr) return scan.order[t];
+// The place of position t of a route.
+MMVSSM_DEVICE int place_on_route(const Args& p, const ScanPointers& scan, int t) {
   t = scan.start + scan.step * t;
   if (scan.columns) {
     const uint64_t product = static_cast<uint64_t>(2u * t) * p.height_inverse;
@@ -101,6 +99,12 @@ MMVSSM_DEVICE int place_of(const Args& p, const ScanPointers& scan, int t) {
     t = (t - column * p.height) * p.width + column;
   }
   return t;
+}
+
+// The place of position t, below 0 if it is padded or behind the end.
+MMVSSM_DEVICE int place_of(const Args& p, const ScanPointers& scan, int t) {
+  if (t >= p.length) return -1;
+  return scan.order != nullptr ? scan.order[t] : place_on_route(p, scan, t);
 }
 
 // Where a place is in a row of an array; the stride, in bytes, is one of 32 bits.

@@ -25,6 +25,7 @@ from mmvssm.ops.cuda.one_state_call import (
     fills_a_gpu,
     shared_bytes,
 )
+from mmvssm.ops.cuda.one_state_map import forward_on_chip
 from mmvssm.ops.cuda.scan import Scan
 from mmvssm.ops.kernel_args import pointer
 
@@ -79,8 +80,9 @@ def forward_merged(
 ) -> None:
     """Scan the same map along several orders, and add up.
 
-    Where one scan keeps the GPU busy they follow one another, each adding to the sum
-    of those before it. Else they are scanned at the same time, and then merged.
+    In one launch where the sum has room in shared memory, see ``one_state_map.py``.
+    Else, where one scan keeps the GPU busy, they follow one another, each adding to
+    the sum of those before it; or they are scanned at the same time, and then merged.
 
     Args:
         scans: The inputs, ``u`` and all strides the same.
@@ -92,6 +94,8 @@ def forward_merged(
     """
     memory = out.mT
     assert memory.is_contiguous(), 'the sums are laid out like the output'
+    if forward_on_chip(scans, out, saved):
+        return
     if len(scans) == 1 or fills_a_gpu(scans[0]):
         total = memory.new_empty(memory.shape, dtype=torch.float32).mT
         for k, scan in enumerate(scans):

@@ -28,7 +28,7 @@ CHANNEL_BLOCKS = (64, 32)
 MAX_SCANS = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # The largest rank whose low-rank form the kernels multiply themselves.
-_LARGEST_RANK = 64
+LARGEST_RANK = 64
 # A GPU is kept busy by so many warps a multiprocessor.
 _WARPS = 8
 # Chunks from one state that CTAs publish to the next, see one_state_exchange.h.
@@ -116,7 +116,7 @@ class Call:
         Raises:
             ValueError: There are more positions or channels than the kernels count.
         """
-        scans = [_as_read(scan) for scan in scans]
+        scans = [as_read(scan) for scan in scans]
         scan = scans[0]
         batch, channels, _ = scan.u.shape
         for name, size in dict(channels=channels, length=scan.length).items():
@@ -135,8 +135,8 @@ class Call:
             DELTA_DTYPE=DTYPES[delta.dtype],
             B_DTYPE=DTYPES[scan.B.dtype],
             COPY=_copied_bytes([x for x in rows if x is not None], group_size),
-            PAIRS=int(rank > 0 and _are_pairs(delta)),
-            VECTOR=int(all(_are_vectors(x, group_size) for x in stored)),
+            PAIRS=int(rank > 0 and are_pairs(delta)),
+            VECTOR=int(all(are_vectors(x, group_size) for x in stored)),
             ARGS=ctypes.sizeof(args),
         )
         found |= _channel_block(group_size, found, shared_bytes, channel_blocks)
@@ -237,11 +237,11 @@ def shared_bytes(constants: Constants) -> int:
     return found
 
 
-def _as_read(scan: Scan) -> Scan:
+def as_read(scan: Scan) -> Scan:
     """In dtypes and strides that the kernels read."""
     low_rank, weight = scan.dt_low_rank, parameter(scan.dt_weight)
     delta = scan.delta
-    if low_rank is not None and low_rank.shape[1] > _LARGEST_RANK:
+    if low_rank is not None and low_rank.shape[1] > LARGEST_RANK:
         assert weight is not None, 'there is one with the low-rank form'
         delta = linear_product(low_rank.mT.float(), weight).mT
         low_rank = weight = None
@@ -331,7 +331,7 @@ def _copied_bytes(rows: Sequence[Tensor], group_size: int) -> int:
     return 0
 
 
-def _are_vectors(x: Tensor, group_size: int) -> bool:
+def are_vectors(x: Tensor, group_size: int) -> bool:
     """Whether the channels of a thread can be stored at once, float32 states too."""
     width = WIDTH * x.element_size()
     return group_size % WIDTH == 0 and _are_aligned(x, group_size, width)
@@ -345,7 +345,7 @@ def _are_aligned(x: Tensor, group_size: int, size: int) -> bool:
     return is_dense and not any(n % size for n in found)
 
 
-def _are_pairs(x: Tensor) -> bool:
+def are_pairs(x: Tensor) -> bool:
     """Whether two neighbours of the low-rank form can be read at once."""
     batch, rank, position = byte_strides(x)
     is_dense = rank == x.element_size() and x.shape[1] % 2 == 0

@@ -9,48 +9,6 @@ namespace mmvssm {
 constexpr int kWarpTiles = kChannelTiles / (kThreads / 32);  // of 8 channels
 static_assert(kWarpTiles * (kThreads / 32) == kChannelTiles, "no rest");
 
-// Puts the weights into shared memory as mma_16816 wants them, times log2(e). `Memory`
-// says where that is, and which channel a column.
-template <typename Memory>
-MMVSSM_DEVICE void put_dt_weight(const ScanPointers& scan, const Chain& chain,
-                                 char* smem) {
-  constexpr int kCount = kRankTiles * kChannelTiles * 32 * 2;
-  uint32_t* fragments = reinterpret_cast<uint32_t*>(smem + Memory::kFragments);
-  const float* weight = scan.weight + static_cast<int64_t>(chain.channel) * RANK;
-#pragma unroll 1
-  for (int index = threadIdx.x; index < kCount; index += kThreads) {
-    const int lane = index / 2 % 32, tile = index / 64;
-    const int channel = Memory::channel_of(tile % kChannelTiles, lane / 4);
-    const int r = tile / kChannelTiles * 16 + index % 2 * 8 + lane % 4 * 2;
-    float low = 0.0f, high = 0.0f;
-    if (channel < chain.count) {
-      if (r < RANK) low = weight[channel * RANK + r] * kLog2E;
-      if (r + 1 < RANK) high = weight[channel * RANK + r + 1] * kLog2E;
-    }
-    uint32_t terms[kWeightTerms];
-    split(low, high, terms);
-#pragma unroll
-    for (int i = 0; i < kWeightTerms; ++i) fragments[i * kCount + index] = terms[i];
-  }
-}
-
-// The products of the terms of one piece of the rank, the smallest first.
-template <bool kFirst>
-MMVSSM_DEVICE void multiply_terms(float (&d)[4], const uint32_t (&a)[kTerms][4],
-                                  const uint2 (&b)[kWeightTerms], const float (&c)[4]) {
-#pragma unroll
-  for (int order = kWeightTerms - 1; order >= 0; --order)
-#pragma unroll
-    for (int i = 0; i < kTerms && i <= order; ++i) {
-      const uint2 two = b[order - i];
-      const uint32_t pair[2] = {two.x, two.y};
-      if (kFirst && order == kWeightTerms - 1 && i == 0)
-        mma_16816<kIsBfloat16>(d, a[i], pair, c);
-      else
-        mma_16816<kIsBfloat16>(d, a[i], pair);
-    }
-}
-
 // The result of this lane, in tiles of 16 positions and 8 channels.
 template <typename Memory, int kRankTile = 0>
 MMVSSM_DEVICE void project_tiles(const char* smem,

@@ -4,11 +4,9 @@
 // other one is worked on. What is small, or has to be converted, goes through registers.
 #pragma once
 
-#include "one_state.h"
+#include "one_state_terms.h"
 
 namespace mmvssm {
-
-constexpr bool kProjects = RANK > 0;
 
 // A row of an array is a position, padded against conflicts of banks where threads of a
 // warp write different rows.
@@ -17,12 +15,6 @@ constexpr int kPitch = (kChannels + (COPY ? 0 : kWidth)) * kSize<kDtype>;
 template <int kDtype>
 constexpr int kRowsBytes = kPitch<kDtype> * kPositions;
 
-// The low-rank form of delta is a matrix (position, rank) of 16-bit numbers, float32 as
-// the sum of three; the weight, float32, is the sum of two or three.
-constexpr bool kIsBfloat16 = DELTA_DTYPE != kFloat16;
-constexpr int kTerms = DELTA_DTYPE == kFloat32 ? 3 : 1;
-constexpr int kWeightTerms = DELTA_DTYPE == kFloat32 ? 3 : 2;
-constexpr int kRankTiles = (RANK + 15) / 16, kChannelTiles = kChannels / 8;
 constexpr int kRankPitch = 16 * kRankTiles + 8;
 constexpr int kRankPairs = (RANK + 1) / 2;
 constexpr int kDtPitch = kChannels + 8;
@@ -47,6 +39,10 @@ struct Layout {
   static MMVSSM_DEVICE int channel_of(int tile, int column) { return 8 * tile + column; }
 
   static constexpr int kBytes = kDt + kTeams * kDtRows * kDtPitch * 4;
+
+  static constexpr int kBiasRow = -1;
+  // The channel of a column of the matrix of weights, in tiles of 8 columns.
+  static MMVSSM_DEVICE int channel_of(int tile, int column) { return 8 * tile + column; }
 };
 
 // CTAs that a multiprocessor is to hold, which bounds registers: 16 warps, unless there
@@ -122,20 +118,6 @@ struct RowCopy {
     }
   }
 };
-
-// Splits two numbers into terms of 16 bits that add up to them.
-template <int kCount>
-MMVSSM_DEVICE void split(float low, float high, uint32_t (&terms)[kCount]) {
-  constexpr int kDtype = kIsBfloat16 ? kBfloat16 : kFloat16;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    float x, y;
-    terms[i] = pack<kDtype>(low, high);
-    unpack<kDtype>(terms[i], x, y);
-    low -= x;
-    high -= y;
-  }
-}
 
 // What one thread holds of the next chunk until it is its turn: pairs of the low-rank
 // form, and B and C of a position.

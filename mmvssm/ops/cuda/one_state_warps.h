@@ -132,6 +132,7 @@ struct WarpLayout {
   static constexpr int kIndices = kWeights + kPositions * 8;
   static constexpr int kPlaces = kIndices + kIndexBuffers * kPositions * 4;
   static constexpr int kBytes = kPlaces + kPlaceBuffers * kPositions * 4;
+  static constexpr int kBiasRow = -1;
 
   // Column 2 c + e of tile 2 w + j is channel 16 w + 4 c + 2 j + e.
   static MMVSSM_DEVICE int channel_of(int tile, int column) {

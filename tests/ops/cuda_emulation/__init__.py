@@ -40,6 +40,10 @@ class Emulator:
         """Few, so that short sequences are split as long ones are on a GPU."""
         return 2
 
+    def shared_memory(self, on):
+        """As a large GPU has."""
+        return kernels.SHARED_MEMORY
+
     def unavailable(self):
         """None: it runs on any CPU that has a compiler."""
         return None if AVAILABLE else 'there is no C++ compiler'

@@ -315,6 +315,16 @@ void store_bytes(void* to, bool valid, const uint32_t (&words)[(kBytes + 3) / 4]
   memcpy(to, words, kBytes);
 }
 
+inline bool any_lane(bool x) {
+  unsigned turn;
+  const uint32_t values[1] = {x};
+  const Fiber* const* lanes = exchange(values, &turn);
+  bool found = false;
+  for (unsigned i = 0; i < kLanesOfWarp; ++i)
+    found = found || lanes[i] != nullptr && lanes[i]->offered[turn][0];
+  return found;
+}
+
 template <int kBytes>
 void copy_async(void* to, const void* from) {
   check_alignment<kBytes>(to, "copy");
