@@ -35,8 +35,6 @@ struct Layout {
   static constexpr int kDt =
       kFragments + kWeightTerms * kRankTiles * kChannelTiles * 32 * 8;
   static constexpr int kDtRows = kProjects || ADD ? kOwn : 2;  // of a team
-  // The channel of a column of the matrix of weights, in tiles of 8 columns.
-  static MMVSSM_DEVICE int channel_of(int tile, int column) { return 8 * tile + column; }
 
   static constexpr int kBytes = kDt + kTeams * kDtRows * kDtPitch * 4;
 
