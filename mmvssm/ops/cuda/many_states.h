@@ -107,6 +107,19 @@ MMVSSM_DEVICE void store_floats(float* to, const float (&x)[kCount]) {
   }
 }
 
+// The same in global memory, unless not `valid`.
+template <int kCount>
+MMVSSM_DEVICE void store_global(float* to, bool valid, const float (&x)[kCount]) {
+  constexpr int kPiece = kCount < 4 ? kCount : 4;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kPiece) {
+    uint32_t words[kPiece];
+#pragma unroll
+    for (int k = 0; k < kPiece; ++k) words[k] = bits_of(x[i + k]);
+    store_bytes<4 * kPiece>(to + i, valid, words);
+  }
+}
+
 // Functions
 
 // log2(1 + exp(x ln 2)), accurate in relative terms for any x. The larger part is
@@ -253,7 +266,7 @@ struct KeptStates {
       : stride(static_cast<int64_t>(p.batch) * p.groups * p.group_size * kStates) {
     const int64_t channels = static_cast<int64_t>(p.groups) * p.group_size;
     const int64_t row = work.batch * channels + work.first + work.lane / kLanes * kLanes;
-    data = in_global(kept) + row * kStates - stride;
+    data = kept + row * kStates - stride;
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) {
       const int lane = work.lane ^ k;
@@ -299,6 +312,7 @@ struct Places {
   MMVSSM_DEVICE bool is_due(int chunk) const { return ((chunk - first) * step & (kBatch - 1)) == 0; }
   MMVSSM_DEVICE void find(const Inputs& p, int first_of_batch) const {
     int* to = of(first_of_batch);
+#pragma unroll 1
     for (int i = threadIdx.x; i < kBatch * kPositions; i += kThreads) {
       const int chunk = first_of_batch + i / kPositions * step;
       to[i] = place_of(p, chunk * kPositions + i % kPositions);
@@ -340,7 +354,7 @@ struct RowsOfWarp {
 #pragma unroll
       for (int i = 0; i < kPositions; i += kRowsAtOnce) {
         const int place = places[i + lane / kPieces];
-        copy_async_or_zero<16>(tile + i * kPitch, in_global(address(memory, place, stride)),
+        copy_async_or_zero<16>(tile + i * kPitch, address(memory, place, stride),
                                valid && place >= 0);
       }
     } else {
@@ -364,9 +378,8 @@ struct RowsOfWarp {
       for (int i = 0; i < kPositions; i += kRowsAtOnce) {
         const int place = places[i + lane / kPieces];
         const uint4 row = *reinterpret_cast<const uint4*>(tile + i * kPitch);
-        uint4* to = in_global(
-            reinterpret_cast<uint4*>(address(memory, place, stride)));
-        if (valid && place >= 0) *to = row;
+        const uint32_t words[4] = {row.x, row.y, row.z, row.w};
+        store_bytes<16>(address(memory, place, stride), valid && place >= 0, words);
       }
     } else {
 #pragma unroll

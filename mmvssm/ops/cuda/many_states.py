@@ -14,24 +14,21 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops.cuda import many_states_call
-from mmvssm.ops.cuda.kernels import Kernel
 from mmvssm.ops.cuda.many_states_call import (
+    BACKWARD,
     DTYPES,
+    FORWARD,
     STATES,
     BackwardArgs,
     Call,
     ForwardArgs,
     Rows,
-    backward_shared,
-    forward_shared,
     padded,
     readable,
 )
 from mmvssm.ops.cuda.scan import Scan
 from mmvssm.ops.kernel_args import parameter, pointer
 
-FORWARD = Kernel('many_states_forward.cu', 'many_states_forward')
-BACKWARD = Kernel('many_states_backward.cu', 'many_states_backward')
 # Of A, B, C, D and bias.
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -100,7 +97,13 @@ def _forward(
     scale: float,
     put_total: bool,
 ) -> None:
-    call = Call.of(scan, (out, add))
+    call = Call.of(
+        *(scan, FORWARD, (out, add)),
+        OUT_DTYPE=DTYPES[out.dtype],
+        ADD=int(add is not None),
+        TOTAL=int(put_total),
+        KEEP=int(kept is not None),
+    )
     args = ForwardArgs(
         inputs=call.inputs(),
         out=Rows.of(out),
@@ -109,14 +112,7 @@ def _forward(
         kept=pointer(kept),
         inverse=1 / scale,
     )
-    constants = dict(
-        call.constants,
-        OUT_DTYPE=DTYPES[out.dtype],
-        ADD=int(add is not None),
-        TOTAL=int(put_total),
-        KEEP=int(kept is not None),
-    )
-    call.launch(FORWARD, constants, args, forward_shared(constants))
+    call.launch(args)
 
 
 def backward(
@@ -212,9 +208,17 @@ def _backward(
     scale: float = 1.0,
 ) -> Gradients:
     grad_u, grad_delta, grad_z = rows
-    # float32 takes twice the shared memory.
-    largest = 128 if grad_out.dtype != torch.float32 else 64
-    call = Call.of(scan, (grad_out, *rows, total), largest)
+    gate = int(scan.z is not None)
+    if grad_z is not None:
+        gate = 3 if total is None else 2
+    call = Call.of(
+        *(scan, BACKWARD, (grad_out, *rows, total)),
+        GATE=gate,
+        ADD=int(add),
+        GRAD_OUT_DTYPE=DTYPES[grad_out.dtype],
+        GRAD_U_DTYPE=DTYPES[grad_u.dtype],
+        GRAD_DELTA_DTYPE=DTYPES[grad_delta.dtype],
+    )
     batch, channels, places = scan.u.shape
     groups, states = scan.B.shape[1:3]
     size = call.constants['STATES']
@@ -242,18 +246,7 @@ def _backward(
         **dict(grad_B=pointer(by_B), grad_C=pointer(by_C)),
         inverse=1 / scale,
     )
-    gate = call.constants['GATE']
-    if grad_z is not None:
-        gate = 3 if total is None else 2
-    constants = dict(
-        call.constants,
-        GATE=gate,
-        ADD=int(add),
-        GRAD_OUT_DTYPE=DTYPES[grad_out.dtype],
-        GRAD_U_DTYPE=DTYPES[grad_u.dtype],
-        GRAD_DELTA_DTYPE=DTYPES[grad_delta.dtype],
-    )
-    call.launch(BACKWARD, constants, args, backward_shared(constants))
+    call.launch(args)
     return (
         by_A.sum((0, 1))[:, :states],
         by_B.sum(0)[..., :states],

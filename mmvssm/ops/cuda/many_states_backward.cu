@@ -144,6 +144,10 @@ struct Walk {
     return delta_tiles + (chunk & 1) * kWarps * DeltaRows::kBytes;
   }
 
+  MMVSSM_DEVICE char* low_rank_of(int chunk) const {
+    return smem + Shared::kLowRank + (chunk & 1) * kLowRankBytes;
+  }
+
   // Begins to bring in the rows of a chunk that are not needed at once.
   MMVSSM_DEVICE void copy_rows(int chunk) const {
     const int* where = places.of(chunk);
@@ -171,8 +175,7 @@ struct Walk {
   // dt of all positions, and its slope where it is a function of delta.
   MMVSSM_DEVICE void find_steps(int chunk) const {
     if (kRank)
-      projection.run(smem + Shared::kLowRank + (chunk & 1) * kLowRankBytes, work.lane,
-                     dt - work.lane);
+      projection.run(low_rank_of(chunk), work.lane, dt - work.lane);
     copy_wait<1>();
     sync_warp("dt");
     const char* tile = delta_tile(chunk);
@@ -382,7 +385,7 @@ struct Walk {
       for (int k = 0; k < 4; ++k) sum[k] *= factor;
       float* to = (is_B ? p.grad_B : p.grad_C) + (row * p.in.places + place) * kStates +
                   four % (kFours / 2) * 4;
-      if (place >= 0) store_floats(to, sum);
+      store_global(to, place >= 0, sum);
     }
   }
 
@@ -393,12 +396,12 @@ struct Walk {
     const auto fetch = [&](int chunk) {
       if (!kRank) delta.load(delta_tile(chunk), places.of(chunk));
       weights.fetch(p.in, places.of(chunk));
-      if (kRank) low_rank.fetch(p.in, places.of(chunk));
+      if (kRank) low_rank.fetch(p.in, places.of(chunk), low_rank_of(chunk));
     };
     const auto put = [&](int chunk) {
       weights.put(reinterpret_cast<float*>(smem + Shared::kWeights +
                                            (chunk & 1) * kWeightsBytes));
-      if (kRank) low_rank.put(smem + Shared::kLowRank + (chunk & 1) * kLowRankBytes);
+      if (kRank) low_rank.put(low_rank_of(chunk));
     };
     const int last = work.end_chunk - 1;
     places.find(p.in, last);
@@ -498,10 +501,9 @@ MMVSSM_KERNEL(many_states_backward, Args, THREADS, 256 / THREADS) {
   for (int k = 0; k < kLanes; ++k) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) sums.A[k][i] *= kLn2;
-    if (work.first + (work.lane ^ k) < work.end)
-      store_floats(p.grad_A + work.split * rows * kStates +
-                       offset_of_states<kLanes>(p.in, work, k, kStates),
-                   sums.A[k]);
+    store_global(p.grad_A + work.split * rows * kStates +
+                     offset_of_states<kLanes>(p.in, work, k, kStates),
+                 work.first + (work.lane ^ k) < work.end, sums.A[k]);
   }
   const int64_t row = work.split * rows +
                       static_cast<int64_t>(work.batch) * p.in.groups * p.in.group_size +

@@ -5,6 +5,7 @@ sequence is cut.
 """
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,9 @@ _LARGEST_RANK = 64
 _WARPS = 8
 # Of look-back, see many_states_splits.h.
 _SPLITS_OF_GROUP = 8
+# Bytes of shared memory that every GPU has for a CTA, and a large one for all that a
+# multiprocessor runs, of which it keeps some for each.
+_SHARED, _SHARED_OF_ALL, _SHARED_KEPT = 99 * 1024, 228 * 1024, 1024
 
 
 class Rows(ctypes.Structure):
@@ -92,14 +96,43 @@ class BackwardArgs(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True)
+class Pass:
+    """The kernel of one pass.
+
+    Attributes:
+        kernel: The kernel.
+        shared: Bytes of shared memory of a CTA with given constants.
+        threads: That a multiprocessor has registers for.
+    """
+
+    kernel: Kernel
+    shared: Callable[[dict[str, int]], int]
+    threads: int
+
+    def block(self, constants: dict[str, int], group_size: int) -> int:
+        """Channels of a CTA: few idle threads, then many at once, then few CTAs."""
+
+        def order(size: int) -> tuple[int, int, int]:
+            shared = self.shared(dict(constants, THREADS=size))
+            ctas = min(self.threads // size, _SHARED_OF_ALL // (shared + _SHARED_KEPT))
+            return -group_size % size, -ctas * size, -size
+
+        sizes = [32, 64, 96, 128]
+        fitting = [
+            n for n in sizes if self.shared(dict(constants, THREADS=n)) <= _SHARED
+        ]
+        return min(fitting, key=order)
+
+
 @dataclass
 class Call:
     """A scan of at most 16 states as the kernels take it.
 
     Attributes:
         scan: Inputs of dtypes and strides that the kernels read.
-        constants: Of the inputs.
-        threads: Of a CTA, one for each channel of its block.
+        of_pass: The kernel.
+        constants: What it is compiled for.
         blocks: CTAs of a split for each group of each element of the batch.
         chains: CTAs of a split.
         splits, chunks_of_split: Of the sequence.
@@ -107,8 +140,8 @@ class Call:
     """
 
     scan: Scan
+    of_pass: Pass
     constants: dict[str, int]
-    threads: int
     blocks: int
     chains: int
     splits: int
@@ -117,14 +150,19 @@ class Call:
 
     @classmethod
     def of(
-        cls, scan: Scan, others: tuple[Tensor | None, ...], largest_block: int = 128
+        cls,
+        scan: Scan,
+        of_pass: Pass,
+        others: tuple[Tensor | None, ...],
+        **options: int,
     ) -> 'Call':
         """For inputs and other arrays (B, D, L).
 
         Args:
             scan: The inputs, any dtypes and strides.
+            of_pass: The kernel.
             others: Other arrays, of dtypes that the kernels read.
-            largest_block: Channels that a CTA has at most.
+            options: Further constants.
 
         Raises:
             ValueError: There are more positions or channels than the kernels count.
@@ -136,8 +174,12 @@ class Call:
             if size >= 2**31:
                 raise ValueError(f"{name} is {size}; the backend 'cuda' counts to 2^31")
         group_size = channels // groups
-        sizes = (size for size in (128, 96, 64, 32) if size <= largest_block)
-        threads = min(sizes, key=lambda size: -group_size % size)
+        arrays = [x for x in (read.u, read.delta, read.z, *others) if x is not None]
+        constants = _constants(scan, read) | dict(
+            VECTOR=int(all(_are_vectors(x, group_size) for x in arrays))
+        )
+        constants |= options
+        threads = of_pass.block(constants, group_size)
         blocks = -(-group_size // threads)
         chains = batch * groups * blocks
         chunks = -(-read.length // CHUNK)
@@ -150,35 +192,22 @@ class Call:
             published = read.u.new_full(
                 (entries, chains, words, threads), -1, dtype=torch.int64
             )
-        arrays = [x for x in (read.u, read.delta, read.z, *others) if x is not None]
-        rows = [read.B, read.C]
-        if read.dt_low_rank is not None:
-            rows.append(read.dt_low_rank)
-        constants = dict(
-            _constants(scan, read),
-            **dict(THREADS=threads, CHANNELS=threads, SPLIT=int(splits > 1)),
-            VECTOR=int(all(_are_vectors(x, group_size) for x in arrays)),
-            PAIRS=int(all(map(_are_pairs, rows))),
-        )
-        return cls(*(read, constants, threads, blocks, chains, splits, size, published))
+        constants |= dict(THREADS=threads, CHANNELS=threads, SPLIT=int(splits > 1))
+        return cls(read, of_pass, constants, blocks, chains, splits, size, published)
 
-    def launch(
-        self,
-        kernel: Kernel,
-        constants: dict[str, int],
-        args: ctypes.Structure,
-        shared: int,
-    ) -> None:
-        """Put a kernel onto the stream, unless the batch is empty."""
-        if self.chains:
-            kernel.launch(
-                dict(constants, SHARED=shared),
-                args,
-                grid=self.chains * self.splits,
-                threads=self.threads,
-                shared=shared,
-                on=self.scan.u,
-            )
+    def launch(self, args: ctypes.Structure) -> None:
+        """Put the kernel onto the stream, unless the batch is empty."""
+        if not self.chains:
+            return
+        shared = self.of_pass.shared(self.constants)
+        self.of_pass.kernel.launch(
+            dict(self.constants, SHARED=shared),
+            args,
+            grid=self.chains * self.splits,
+            threads=self.constants['THREADS'],
+            shared=shared,
+            on=self.scan.u,
+        )
 
     def inputs(self) -> Inputs:
         """The structure; it is of use for as long as this object is there."""
@@ -214,7 +243,7 @@ def padded(states: int) -> int:
     return next((size for size in STATES if states <= size), STATES[-1])
 
 
-def forward_shared(constants: dict[str, int]) -> int:
+def _forward_shared(constants: dict[str, int]) -> int:
     """Bytes of shared memory of a CTA, as many_states_forward.cu lays it out."""
     u, out = (_rows_bytes(constants, name) for name in ('U_DTYPE', 'OUT_DTYPE'))
     add = _rows_bytes(constants)
@@ -225,7 +254,7 @@ def forward_shared(constants: dict[str, int]) -> int:
     return rows + _staged_bytes(constants)
 
 
-def backward_shared(constants: dict[str, int]) -> int:
+def _backward_shared(constants: dict[str, int]) -> int:
     """Bytes of shared memory of a CTA, as many_states_backward.cu lays it out."""
     names = ('U_DTYPE', 'GRAD_OUT_DTYPE', 'GRAD_U_DTYPE', 'GRAD_DELTA_DTYPE')
     u, grad_out, grad_u, grad_delta = (_rows_bytes(constants, name) for name in names)
@@ -267,6 +296,9 @@ def _staged_bytes(constants: dict[str, int]) -> int:
 def _constants(scan: Scan, read: Scan) -> dict[str, int]:
     """Those that the inputs have, as they were and as they are read."""
     low_rank, delta = read.dt_low_rank, _delta_of(read)
+    rows = [read.B, read.C]
+    if low_rank is not None:
+        rows.append(low_rank)
     terms = 3
     if delta.dtype != torch.float32:
         # A product of 16 bits with float32 is exact enough in two.
@@ -280,6 +312,7 @@ def _constants(scan: Scan, read: Scan) -> dict[str, int]:
         U_DTYPE=DTYPES[read.u.dtype],
         DELTA_DTYPE=DTYPES[delta.dtype],
         B_DTYPE=DTYPES[read.B.dtype],
+        PAIRS=int(all(map(_are_pairs, rows))),
     )
 
 
@@ -324,6 +357,14 @@ def _delta_of(scan: Scan) -> Tensor:
     delta = scan.delta if scan.dt_low_rank is None else scan.dt_low_rank
     assert delta is not None, 'a scan has one of the two'
     return delta
+
+
+FORWARD = Pass(
+    Kernel('many_states_forward.cu', 'many_states_forward'), _forward_shared, 512
+)
+BACKWARD = Pass(
+    Kernel('many_states_backward.cu', 'many_states_backward'), _backward_shared, 256
+)
 
 
 def _split_size(warps: int, chunks: int, on: Tensor) -> int:

@@ -72,23 +72,26 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
   const float shift = work.parameter(p.in.bias) * kLog2E;
   float sum = 0.0f;
 
+  const auto low_rank_of = [&](int chunk) {
+    return smem + Shared::kLowRank + (chunk & 1) * kLowRankBytes;
+  };
   const auto copy = [&](int chunk) {
     const int* where = places.of(chunk);
     u.load(buffer<URows>(smem, Shared::kU, chunk, warp), where);
     if (!kRank) delta.load(buffer<DeltaRows>(smem, Shared::kDelta, chunk, warp), where);
     weights.fetch(p.in, where);
-    if (kRank) low_rank.fetch(p.in, where);
+    if (kRank) low_rank.fetch(p.in, where, low_rank_of(chunk));
   };
   const auto put = [&](int chunk) {
     weights.put(reinterpret_cast<float*>(smem + Shared::kWeights +
                                          (chunk & 1) * kWeightsBytes));
-    if (kRank) low_rank.put(smem + Shared::kLowRank + (chunk & 1) * kLowRankBytes);
+    if (kRank) low_rank.put(low_rank_of(chunk));
   };
 
   const auto keep = [&](int t) {
 #pragma unroll
     for (int k = 0; k < kLanes; ++k)
-      if (kept.valid[k] && t > 0 && t < p.in.length) store_floats(kept.at(t, k), h[k]);
+      store_global(kept.at(t, k), kept.valid[k] && t > 0 && t < p.in.length, h[k]);
   };
 
   places.find(p.in, work.begin_chunk);
@@ -113,8 +116,7 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
 
     char* delta_tile = buffer<DeltaRows>(smem, Shared::kDelta, chunk, warp);
     if (kRank) {
-      projection.run(smem + Shared::kLowRank + (chunk & 1) * kLowRankBytes, lane,
-                     dt_column);
+      projection.run(low_rank_of(chunk), lane, dt_column);
     }
     copy_wait<1>();
     sync_warp("dt");

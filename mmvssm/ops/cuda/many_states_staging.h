@@ -136,17 +136,21 @@ MMVSSM_DEVICE void split_terms(float low, float high, uint32_t (&terms)[kCount])
   }
 }
 
+// Pairs that need no conversion are copied past the registers.
+constexpr bool kCopiesLowRank = PAIRS && DELTA_DTYPE != kFloat32;
+
 struct StagedLowRank {
   using Own = Shares<kRank / 2>;
   Own own;
   const char* data;
-  Pair<DELTA_DTYPE> x[Own::kCount];
+  Pair<DELTA_DTYPE> x[kCopiesLowRank ? 1 : Own::kCount];
 
   MMVSSM_DEVICE StagedLowRank(const Inputs& p, const Work& work) : own{p.states_along} {
     data = p.delta.data + work.batch * p.delta.batch;
   }
 
-  MMVSSM_DEVICE void fetch(const Inputs& p, const int* places) {
+  // Begins to bring in a chunk, which is to go to `to`.
+  MMVSSM_DEVICE void fetch(const Inputs& p, const int* places, char* to) {
 #pragma unroll
     for (int i = 0; i < Own::kCount; ++i) {
       if (!Own::there(i)) continue;
@@ -154,24 +158,34 @@ struct StagedLowRank {
       const char* row =
           address(const_cast<char*>(data), place, static_cast<int>(p.delta.place));
       row += r * (PAIRS ? kSize<DELTA_DTYPE> : p.delta.channel);
-      x[i].load(row, p.delta.channel, place >= 0 ? p.rank - r : 0);
+      if constexpr (kCopiesLowRank)
+        copy_async_or_zero<4>(pair_at(to, i), row, place >= 0 && r < p.rank);
+      else
+        x[i].load(row, p.delta.channel, place >= 0 ? p.rank - r : 0);
     }
   }
 
   MMVSSM_DEVICE void put(char* to) const {
+    if constexpr (!kCopiesLowRank) {
 #pragma unroll
-    for (int i = 0; i < Own::kCount; ++i) {
-      if (!Own::there(i)) continue;
-      uint32_t terms[kTerms];
-      if constexpr (DELTA_DTYPE == kFloat32)
-        split_terms(float_of(x[i].low), float_of(x[i].high), terms);
-      else
-        terms[0] = x[i].packed();
-      uint32_t* row = reinterpret_cast<uint32_t*>(to) +
-                      own.position(i) * (kRankPitch / 2) + own.pair(i);
+      for (int i = 0; i < Own::kCount; ++i) {
+        if (!Own::there(i)) continue;
+        uint32_t terms[kTerms];
+        if constexpr (DELTA_DTYPE == kFloat32)
+          split_terms(float_of(x[i].low), float_of(x[i].high), terms);
+        else
+          terms[0] = x[i].packed();
+        uint32_t* at = pair_at(to, i);
 #pragma unroll
-      for (int k = 0; k < kTerms; ++k) row[k * kPositions * (kRankPitch / 2)] = terms[k];
+        for (int k = 0; k < kTerms; ++k) at[k * kPositions * (kRankPitch / 2)] = terms[k];
+      }
     }
+  }
+
+ private:
+  MMVSSM_DEVICE uint32_t* pair_at(char* to, int i) const {
+    return reinterpret_cast<uint32_t*>(to) + own.position(i) * (kRankPitch / 2) +
+           own.pair(i);
   }
 };
 
