@@ -34,7 +34,7 @@ FORWARD = Kernel('one_state_forward.cu', 'one_state_forward')
 
 Gradients = one_state_backward.Gradients
 backward = one_state_backward.backward
-backward_merged = one_state_backward.backward_merged
+backward_at_once = one_state_backward.backward_at_once
 
 
 def saved_shape(

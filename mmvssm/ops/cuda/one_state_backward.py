@@ -24,7 +24,6 @@ from mmvssm.ops.cuda.one_state_call import (
     Args,
     Call,
     Strides,
-    fills_a_gpu,
     with_short_strides,
 )
 from mmvssm.ops.cuda.scan import Scan
@@ -87,7 +86,7 @@ def backward(
     return _backward([scan], [saved], grad_out, [rows], added, grad_last_state)[0]
 
 
-def backward_merged(
+def backward_at_once(
     scans: Sequence[Scan],
     saved: Sequence[Tensor],
     grad_out: Tensor,
@@ -96,8 +95,7 @@ def backward_merged(
 ) -> list[Gradients]:
     """The same for scans of one map along several orders, of which outputs are added.
 
-    Where one scan keeps the GPU busy they follow one another, each adding to the
-    gradient of those before it. Else they run at the same time, and then are merged.
+    They run side by side, and then their gradients of the map are merged.
 
     Args:
         scans: The inputs, ``u`` and all strides the same.
@@ -114,15 +112,7 @@ def backward_merged(
     """
     memory = by_u.mT
     assert memory.is_contiguous(), 'the sums are laid out like the gradient'
-    found = []
-    if len(scans) == 1 or fills_a_gpu(scans[0]):
-        total = torch.empty_like(memory, dtype=torch.float32).mT
-        for k, scan in enumerate(scans):
-            to = by_u if k + 1 == len(scans) else total
-            rows = (to, by_delta[k], None)
-            added = total if k else None
-            found += _backward([scan], [saved[k]], grad_out, [rows], added)
-        return found
+    found: list[Gradients] = []
     parts = memory.new_empty((len(scans), *memory.shape), dtype=torch.float32)
     for first in range(0, len(scans), MAX_SCANS):
         some = slice(first, first + MAX_SCANS)

@@ -16,6 +16,7 @@ from torch import Tensor
 from mmvssm.ops import backends
 from mmvssm.ops.contract import Result
 from mmvssm.ops.cuda import one_state
+from mmvssm.ops.cuda.one_state_call import fills_a_gpu
 from mmvssm.ops.cuda.scan import Scan
 from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.scan_orders import KernelOrders
@@ -73,50 +74,61 @@ class CudaSs2d(FusedSs2d):
         grads: tuple[Tensor | None, ...],
         wanted: Ss2dInputs,
     ) -> Ss2dInputs:
-        """All gradients, one scan after the other."""
+        """All gradients."""
         orders = walked_orders(inputs, options)
         read = KernelInputs.of(inputs, options, self.dtypes, projected=saved[0])
         grad_out = sequence(sole(grads).permute(0, 2, 3, 1).contiguous())
-        backward = _backward_of_one_state
-        if inputs.A.shape[1] > 1:
-            backward = _backward_in_turn
-        grad_x, found = backward(read, orders, saved[1], grad_out)
+        one = inputs.A.shape[1] == 1
+        scans = list(_scans(read, orders, low_rank=one))
+        grad_x = torch.empty_like(read.x, dtype=torch.float32)
+        if one and not fills_a_gpu(scans[0][0]):
+            found = _backward_at_once(scans, saved[1], grad_out, sequence(grad_x))
+        else:
+            found = _backward_in_turn(scans, saved[1], grad_out, sequence(grad_x))
         rest = join_gradients(read.projected, found)
         return gradients_of(inputs, options, grad_x, *rest)
 
 
-def _backward_of_one_state(
-    inputs: KernelInputs, orders: KernelOrders, saved: Tensor, grad_out: Tensor
-) -> tuple[Tensor, list[OrderGradients]]:
-    """Gradients of the map, and of the rest of every order."""
-    scans, own = zip(*_scans(inputs, orders, low_rank=True))
-    grad_x = torch.empty_like(inputs.x, dtype=torch.float32)
-    # Before the softplus, in the dtype of the low-rank form.
-    shape = (len(scans), *grad_out.mT.shape)
-    by_delta = inputs.projected.new_empty(shape).mT
-    found = one_state.backward_merged(
-        scans, list(saved), grad_out, sequence(grad_x), list(by_delta)
+def _backward_at_once(
+    scans: Sequence[tuple[Scan, OrderInputs]],
+    saved: Tensor,
+    grad_out: Tensor,
+    grad_x: Tensor,
+) -> list[OrderGradients]:
+    """Gradients of scans of one state that run side by side."""
+    by_delta = [_delta_like(scan, own) for scan, own in scans]
+    found = one_state.backward_at_once(
+        [scan for scan, _ in scans], list(saved), grad_out, grad_x, by_delta
     )
-    return grad_x, [_order_gradients(*order) for order in zip(own, by_delta, found)]
+    return [
+        _order_gradients(own, by_delta[k], found[k]) for k, (_, own) in enumerate(scans)
+    ]
 
 
 def _backward_in_turn(
-    inputs: KernelInputs, orders: KernelOrders, saved: Tensor, grad_out: Tensor
-) -> tuple[Tensor, list[OrderGradients]]:
-    """The same for several states, one scan after the other."""
-    grad_x = torch.empty_like(inputs.x, dtype=torch.float32)
-    kernels = kernels_for(inputs.A.shape[1])
+    scans: Sequence[tuple[Scan, OrderInputs]],
+    saved: Tensor,
+    grad_out: Tensor,
+    grad_x: Tensor,
+) -> list[OrderGradients]:
+    """Gradients scan by scan, so that those of one's step sizes are there at a time."""
+    kernels = kernels_for(scans[0][0].A.shape[1])
     found = []
-    for k, (scan, own) in enumerate(_scans(inputs, orders, low_rank=False)):
-        assert scan.delta is not None, 'this backward pass takes whole steps'
-        by_delta = torch.empty_like(scan.delta)
+    for k, (scan, own) in enumerate(scans):
+        by_delta = _delta_like(scan, own)
         rest = kernels.backward(
             *(scan, saved[k], grad_out, None),
-            rows=(sequence(grad_x), by_delta, None),
+            rows=(grad_x, by_delta, None),
             add=k > 0,
         )
         found.append(_order_gradients(own, by_delta, rest))
-    return grad_x, found
+    return found
+
+
+def _delta_like(scan: Scan, inputs: OrderInputs) -> Tensor:
+    """Memory for the gradient of whole step sizes (B, D, L), channels-last."""
+    dtype = inputs.dt.dtype if scan.delta is None else scan.delta.dtype
+    return torch.empty_like(inputs.u, dtype=dtype)
 
 
 def _order_gradients(
