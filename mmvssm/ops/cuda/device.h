@@ -60,15 +60,18 @@ template <int kBytes>
 MMVSSM_DEVICE void copy_async_or_zero(void* shared, const void* global, bool there) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "as the hardware has them");
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int bytes = there ? kBytes : 0;
   if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "{.reg .pred absent; setp.eq.s32 absent, %2, 0;"
+        "cp.async.cg.shared.global [%0], [%1], 16, absent;}" ::"r"(to),
+        "l"(global), "r"(static_cast<int>(there))
+        : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global),
-                 "n"(kBytes), "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "{.reg .pred absent; setp.eq.s32 absent, %3, 0;"
+        "cp.async.ca.shared.global [%0], [%1], %2, absent;}" ::"r"(to),
+        "l"(global), "n"(kBytes), "r"(static_cast<int>(there))
+        : "memory");
 }
 MMVSSM_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroups>
@@ -120,6 +123,15 @@ MMVSSM_DEVICE void load_matrix(uint32_t (&a)[4], const void* shared) {
   const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(from)
+               : "memory");
+}
+
+// Four numbers from shared memory, read at this place in the program.
+MMVSSM_DEVICE void load_here(float (&x)[4], const void* shared) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
                : "r"(from)
                : "memory");
 }

@@ -33,7 +33,7 @@ from mmvssm.ops.kernel_args import fields, parameter, pointer
 BACKWARD = Kernel('one_state_backward.cu', 'one_state_backward')
 # Channels of a CTA, the best first: the more, the fewer times what belongs to positions
 # is read.
-_CHANNEL_BLOCKS = (128, 64, 32)
+_CHANNEL_BLOCKS = (128, 96, 64, 32)
 
 # Of A (D, 1), B and C (B, G, L, 1), D and bias (D,).
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -178,6 +178,7 @@ def _call(
             GRAD_DELTA_DTYPE=DTYPES[by_delta.dtype],
             GRAD_Z_DTYPE=0 if by_z is None else DTYPES[by_z.dtype],
             ADD=int(add is not None),
+            SKIP=int(any(scan.D is not None for scan in scans)),
             BACKWARD_ARGS=ctypes.sizeof(_BackwardArgs),
         ),
         stored=maps,
@@ -230,9 +231,9 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _have_one_stride(maps: Sequence[Tensor]) -> bool:
-    """Whether an element's number says where it is in all of them, in 31 bits."""
+    """Whether an element's number says where it is in all of them, in 30 bits."""
     strides = {x.stride(2) for x in maps}
-    return len(strides) == 1 and strides.pop() * maps[0].shape[2] < 2**31
+    return len(strides) == 1 and strides.pop() * maps[0].shape[2] < 2**30
 
 
 def shared_bytes(constants: Constants) -> int:
@@ -251,5 +252,6 @@ def shared_bytes(constants: Constants) -> int:
         found += of_weight * tiles * channels // 8 * 32 * 8
     else:
         found += rows('DELTA_DTYPE')
-    found += 3 * channels * 4 + channels // WIDTH * 64 + 64  # parameters, pointers
+    found += channels // WIDTH * 144 + 64 + 32  # of channels, of all, no indices
+    found += channels * 4  # states
     return found + CHUNK * (8 + 2 * 4 + 4 * 4)  # B and C, indices, places

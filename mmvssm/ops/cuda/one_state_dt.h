@@ -34,7 +34,8 @@ MMVSSM_DEVICE void put_dt_weight(const ScanPointers& scan, const Chain& chain,
   }
 }
 
-// The products of the terms of one piece of the rank, the smallest first.
+// Adds the products of the terms of one piece of the rank, the smallest first; kFirst:
+// to c.
 template <bool kFirst>
 MMVSSM_DEVICE void multiply_terms(float (&d)[4], const uint32_t (&a)[kTerms][4],
                                   const uint2 (&b)[kWeightTerms], const float (&c)[4]) {
@@ -51,8 +52,9 @@ MMVSSM_DEVICE void multiply_terms(float (&d)[4], const uint32_t (&a)[kTerms][4],
     }
 }
 
-// The result of this lane, in tiles of 16 positions and 8 channels.
-template <typename Memory, int kRankTile = 0>
+// The result of this lane, in tiles of 16 positions and 8 channels: the bias and the
+// products, or the products added to what is there.
+template <typename Memory, bool kAdds = false, int kRankTile = 0>
 MMVSSM_DEVICE void project_tiles(const char* smem,
                                  float (&d)[kPositions / 16][kWarpTiles][4],
                                  const float (&bias)[kWarpTiles][4]) {
@@ -77,9 +79,9 @@ MMVSSM_DEVICE void project_tiles(const char* smem,
                                   2);
 #pragma unroll
       for (int j = 0; j < kWarpTiles; ++j)
-        multiply_terms<kRankTile == 0>(d[m][j], a, b[j], bias[j]);
+        multiply_terms<!kAdds && kRankTile == 0>(d[m][j], a, b[j], bias[j]);
     }
-    project_tiles<Memory, kRankTile + 1>(smem, d, bias);
+    project_tiles<Memory, kAdds, kRankTile + 1>(smem, d, bias);
   }
 }
 

@@ -398,6 +398,8 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   mma_16816<kIsBfloat16>(d, a, b);
 }
 
+inline void load_here(float (&x)[4], const void* from) { memcpy(x, from, sizeof x); }
+
 inline void load_matrix(uint32_t (&a)[4], const void* from) {
   const auto address = reinterpret_cast<uintptr_t>(from);
   if (address % 16) {
