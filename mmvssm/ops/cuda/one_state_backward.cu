@@ -236,14 +236,13 @@ struct WayBack {
   float added[kOwn][kWidth];
 
   // Begins to load what is to be added at position i, of this index.
-  MMVSSM_DEVICE void fetch(const BackwardArgs& p, const Own& own, const Quad& rows,
-                           int i, int index) {
-    // Of a padded place it does not matter.
-    if (index < 0) index = 0;
+  MMVSSM_DEVICE void fetch(const BackwardArgs& p, const Own& own, int i, int index) {
     if constexpr (ADD)
-      fetch_channels(own, element<kFloat32>(rows.add, index, p.add_strides.position),
-                     p.add_strides.channel, added[i]);
+      fetch_channels(own, element<kFloat32>(by_u, safe(index), p.out_strides.position),
+                     p.out_strides.channel, added[i]);
   }
+  // A place that is there, in place of a padded one.
+  static MMVSSM_DEVICE int safe(int index) { return index < 0 ? 0 : index; }
 
   template <int kDtype>
   static MMVSSM_DEVICE void store(const Own& own, char* row, const Strides& strides,
@@ -383,23 +382,25 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
         for (int c = 0; c < kWidth; ++c)
           if (i >= left) x[i][c] = SOFTPLUS ? -1e30f : 0.0f;
     }
-    float h[kWidth];
-    load_channels<kFloat32>(smem + WarpLayout::kStates + own.channel * 4, h);
     load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.rate), rate);
     Recurrence recurrence;
     Sides sides = recurrence.start(maps, own, rate, x);
     if (rarely(looks_back)) {
       look_back(p, own, step, sides, g);
     }
+    float h[kWidth];
+    load_channels<kFloat32>(smem + WarpLayout::kStates + own.channel * 4, h);
     WayBack back;
+    back.by_u = own_quad.by_u;
     int indices[kOwn];
     const int* own_indices = positions(smem, own.team).indices[step & 1];
     if (own.count <= 0)
       own_indices = reinterpret_cast<const int*>(smem + WarpLayout::kMissing);
     load_four(own_indices + 4, indices + 4);
-    back.fetch(p, own, own_quad, kOwn - 1, indices[kOwn - 1]);
-    back.fetch(p, own, own_quad, kOwn - 2, indices[kOwn - 2]);
     pass_on(own.team, sides, h, g);
+    back.fetch(p, own, kOwn - 1, indices[kOwn - 1]);
+    back.fetch(p, own, kOwn - 2, indices[kOwn - 2]);
+    back.fetch(p, own, kOwn - 3, indices[kOwn - 3]);
     recurrence.decay_states(h);
 
     back.left = left;
@@ -409,14 +410,13 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
     for (int c = 0; c < kWidth; ++c) back.g[c] = g[c];
     load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.slope), back.rate);
     float2 weights[2];
-    back.by_u = own_quad.by_u;
     back.by_delta = own_quad.by_delta;
     load_four(own_indices, indices);
 #pragma unroll
     for (int i = kOwn - 1; i >= 0; --i) {
       if (i % 2 == 1) maps.read_weights(own, i / 2, weights);
       back.step(p, own, maps, own_quad, recurrence, i, indices[i], weights[i % 2], sums);
-      if (i >= 2) back.fetch(p, own, own_quad, i - 2, indices[i - 2]);
+      if (i >= 3) back.fetch(p, own, i - 3, indices[i - 3]);
     }
     sync_warp("rows");
     if (more) {

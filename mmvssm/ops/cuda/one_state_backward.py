@@ -83,8 +83,7 @@ def backward(
     Raises:
         ValueError: There are more positions or channels than the kernels count.
     """
-    added = rows[0] if add else None
-    return _backward([scan], [saved], grad_out, [rows], added, grad_last_state)[0]
+    return _backward([scan], [saved], grad_out, [rows], add, grad_last_state)[0]
 
 
 def backward_merged(
@@ -103,7 +102,8 @@ def backward_merged(
         scans: The inputs, ``u`` and all strides the same.
         saved: Of each scan what the forward pass kept.
         grad_out: (B, D, L).
-        by_u: To be written: the gradient of u, (B, D, L); (B, L, D) is contiguous.
+        by_u: To be written: the gradient of u, float32 (B, D, L), of which (B, L, D)
+            is contiguous.
         by_delta: The same for each scan, see :func:`backward`.
 
     Returns:
@@ -116,12 +116,9 @@ def backward_merged(
     assert memory.is_contiguous(), 'the sums are laid out like the gradient'
     found = []
     if len(scans) == 1 or fills_a_gpu(scans[0]):
-        total = torch.empty_like(memory, dtype=torch.float32).mT
         for k, scan in enumerate(scans):
-            to = by_u if k + 1 == len(scans) else total
-            rows = (to, by_delta[k], None)
-            added = total if k else None
-            found += _backward([scan], [saved[k]], grad_out, [rows], added)
+            rows = (by_u, by_delta[k], None)
+            found += _backward([scan], [saved[k]], grad_out, [rows], add=k > 0)
         return found
     parts = memory.new_empty((len(scans), *memory.shape), dtype=torch.float32)
     for first in range(0, len(scans), MAX_SCANS):
@@ -137,7 +134,7 @@ def _backward(
     saved: Sequence[Tensor],
     grad_out: Tensor,
     rows: Sequence[Rows],
-    add: Tensor | None = None,
+    add: bool = False,
     grad_last_state: Tensor | None = None,
 ) -> list[Gradients]:
     grad_out = _readable(grad_out)
@@ -152,11 +149,11 @@ def _backward(
         grad_z_strides=Strides.of(by_z),
         places=grad_out.shape[2],
     )
-    args.inputs.out_strides, args.inputs.add_strides = Strides.of(by_u), Strides.of(add)
+    args.inputs.out_strides = Strides.of(by_u)
     sums = [_Sums(call, scan) for scan in call.scans]
     for k, (by_u, by_delta, by_z) in enumerate(rows):
         own, gradients = args.inputs.scans[k], args.gradients[k]
-        own.out, own.add, own.saved = map(pointer, (by_u, add, saved[k]))
+        own.out, own.saved = pointer(by_u), pointer(saved[k])
         gradients.delta, gradients.z = pointer(by_delta), pointer(by_z)
         gradients.last_state = pointer(grad_last_state)
         sums[k].tell(gradients)
@@ -165,11 +162,11 @@ def _backward(
 
 
 def _call(
-    scans: Sequence[Scan], grad_out: Tensor, rows: Rows, add: Tensor | None
+    scans: Sequence[Scan], grad_out: Tensor, rows: Rows, add: bool
 ) -> Call:
     """How the kernel is launched; ``rows`` are of the first scan."""
     by_u, by_delta, by_z = rows
-    maps = [x for x in (*rows, add) if x is not None]
+    maps = [x for x in rows if x is not None]
     call = Call.of(
         scans,
         constants=dict(
@@ -177,7 +174,7 @@ def _call(
             OUT_DTYPE=DTYPES[by_u.dtype],
             GRAD_DELTA_DTYPE=DTYPES[by_delta.dtype],
             GRAD_Z_DTYPE=0 if by_z is None else DTYPES[by_z.dtype],
-            ADD=int(add is not None),
+            ADD=int(add),
             SKIP=int(any(scan.D is not None for scan in scans)),
             BACKWARD_ARGS=ctypes.sizeof(_BackwardArgs),
         ),

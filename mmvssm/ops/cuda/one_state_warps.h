@@ -17,7 +17,8 @@ static_assert(kWidth == 4 && kTeams == 8 && kWarps * kWarpChannels == kChannels,
               "as a warp multiplies matrices");
 
 // What the backward pass has of each scan besides the forward one. There `out` is the
-// gradient of u, `saved` is read, and `last_state` unused.
+// gradient of u, with ADD what is there is added; `saved` is read; `add` and `last_state`
+// are unused.
 struct GradientPointers {
   char *delta, *z;          // (batch, channel, place), z may be null
   float2* weights;          // of B and C (block, batch, group, place)
@@ -70,8 +71,8 @@ MMVSSM_DEVICE const char* element(const char* row, int index, int64_t stride) {
 // What belongs to kWidth neighbouring channels: pointers to rows of maps, A, D, and the
 // bias in the log2 domain.
 struct alignas(16) Quad {
-  const char *u, *grad_out, *delta, *z, *add;
-  char *by_u, *by_delta, *by_z;
+  const char *u, *grad_out, *delta, *z;
+  char *by_u, *by_delta, *by_z, *unused;
   float rate[kWidth], skip[kWidth];
   float slope[kWidth];           // A ln(2)
   float shift[kWarpTiles][4];  // as the matrix product has them
@@ -85,8 +86,6 @@ struct alignas(16) Quad {
     grad_out = p.grad_out + offset(p.grad_out_strides, chain.batch, number);
     delta = scan.delta + offset(p.delta_strides, chain.batch, number);
     z = p.z + offset(p.z_strides, chain.batch, number);
-    add = reinterpret_cast<const char*>(scan.add) +
-          offset(p.add_strides, chain.batch, number);
     by_u = scan.out + offset(p.out_strides, chain.batch, number);
     by_delta = gradients.delta + offset(p.grad_delta_strides, chain.batch, number);
     by_z = gradients.z + offset(p.grad_z_strides, chain.batch, number);
