@@ -357,11 +357,8 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
   supply.look_up(p, scan, chain.begin + 1, smem);
   fetch_states(p, own, rows, p.chunks - 1 - chain.begin, smem);
   maps.fetch(p, chain.begin & 1);
-  const Quad& own_quad = quad(smem, number_of_quad());
+  Quad& own_quad = quad(smem, number_of_quad());
   ParameterGradients sums = {};
-  float g[kWidth] = {};
-  if (gradients.last_state != nullptr)
-    own.load(gradients.last_state + chain.row(p, 0), g);
 
   const bool looks_back = p.published != nullptr;
 
@@ -385,6 +382,8 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
     load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.rate), rate);
     Recurrence recurrence;
     Sides sides = recurrence.start(maps, own, rate, x);
+    float g[kWidth];
+    load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.carry), g);
     if (rarely(looks_back)) {
       look_back(p, own, step, sides, g);
     }
@@ -411,10 +410,10 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
     load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.slope), back.rate);
     float2 weights[2];
     back.by_delta = own_quad.by_delta;
-    load_four(own_indices, indices);
 #pragma unroll
     for (int i = kOwn - 1; i >= 0; --i) {
       if (i % 2 == 1) maps.read_weights(own, i / 2, weights);
+      if (i == kOwn - 2) load_four(own_indices, indices);
       back.step(p, own, maps, own_quad, recurrence, i, indices[i], weights[i % 2], sums);
       if (i >= 3) back.fetch(p, own, i - 3, indices[i - 3]);
     }
@@ -423,11 +422,8 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
       fetch_states(p, own, rows, chunk - 1, smem);
       maps.fetch(p, step + 1 & 1);
     }
-#pragma unroll
-    for (int c = 0; c < kWidth; ++c) g[c] = shuffle(back.g[c], threadIdx.x % 4, 32);
-    if (rarely(looks_back && (step & kLookBack - 1) == kLookBack - 1 && own.team == 0)) {
-      Published(p, own).put_state(step, g);
-    }
+    if (own.team == 0)
+      store_channels<kFloat32>(reinterpret_cast<char*>(own_quad.carry), back.g);
     sync_cta("sums");
     Held held;
     supply.fetch(p, rows, more, smem, held);

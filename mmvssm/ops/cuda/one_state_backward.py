@@ -249,6 +249,6 @@ def shared_bytes(constants: Constants) -> int:
         found += of_weight * tiles * channels // 8 * 32 * 8
     else:
         found += rows('DELTA_DTYPE')
-    found += channels // WIDTH * 144 + 64 + 32  # of channels, of all, no indices
+    found += channels // WIDTH * 160 + 64 + 32  # of channels, of all, no indices
     found += channels * 4  # states
     return found + CHUNK * (8 + 2 * 4 + 4 * 4)  # B and C, indices, places

@@ -72,6 +72,7 @@ MMVSSM_DEVICE void look_back(const Args& p, const Own& own, int index, const Sid
   step.limit();
   append_teams<true>(step);
   if (own.team == 0 && index + 1 < p.chunks) published.put_step(index, step);
+  const Step chunk = step;
   // Each team waits for two of the chunks since the latest published gradient.
   const int base = index / kLookBack * kLookBack;
 #pragma unroll
@@ -88,6 +89,13 @@ MMVSSM_DEVICE void look_back(const Args& p, const Own& own, int index, const Sid
 #pragma unroll
   for (int c = 0; c < kWidth; ++c)
     g[c] = shuffle(step.decay[c] * g[c] + step.added[c], threadIdx.x % 4, 32);
+  if (own.team == 0 && index % kLookBack == kLookBack - 1) {
+    float behind[kWidth];
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) behind[c] = g[c];
+    chunk.apply(behind);
+    published.put_state(index, behind);
+  }
 }
 
 }  // namespace mmvssm

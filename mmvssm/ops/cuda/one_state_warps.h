@@ -76,6 +76,7 @@ struct alignas(16) Quad {
   float rate[kWidth], skip[kWidth];
   float slope[kWidth];           // A ln(2)
   float shift[kWarpTiles][4];  // as the matrix product has them
+  float carry[kWidth];         // from the chunk behind, the gradient of the state
 
   MMVSSM_DEVICE Quad(const BackwardArgs& p, const Chain& chain, int channel) {
     const ScanPointers& scan = p.scans[chain.scan];
@@ -95,6 +96,9 @@ struct alignas(16) Quad {
       const int64_t one = chain.channel + channel + c;
       rate[c] = there ? scan.A[one] : 0.0f;
       slope[c] = rate[c] * kLn2;
+      carry[c] = there && gradients.last_state != nullptr
+                     ? gradients.last_state[chain.row(p, 0) + channel + c]
+                     : 0.0f;
       skip[c] = there && scan.D != nullptr ? scan.D[one] : 0.0f;
       shift[c / 2][c % 2] = shift[c / 2][c % 2 + 2] =
           there && scan.bias != nullptr ? scan.bias[one] * kLog2E : 0.0f;
@@ -161,7 +165,7 @@ struct WarpLayout {
   }
 };
 static_assert(WarpLayout::kBytes == SHARED, "as Python has it");
-static_assert(sizeof(Quad) == 144 && sizeof(ChainRows) <= 64, "as Python has it");
+static_assert(sizeof(Quad) == 160 && sizeof(ChainRows) <= 64, "as Python has it");
 
 MMVSSM_DEVICE Quad& quad(char* smem, int number) {
   return reinterpret_cast<Quad*>(smem + WarpLayout::kQuads)[number];
@@ -226,25 +230,31 @@ struct RowParts {
   // Begins to bring them in. Zeros where there is nothing.
   static MMVSSM_DEVICE void fetch(char* map, const char* from, const Strides& strides,
                                   const int (&indices)[kCopies], int channels) {
-    char* first = map + first_row() / kTeams * (kThreads * kRow / 4) +
-                  first_row() % kTeams * kRow + threadIdx.x / 32 * kTeams * kRow +
-                  threadIdx.x % kParts * (kRow / kParts);
-#pragma unroll
-    for (int k = 0; k < kCopies; ++k) {
-      char* to = first + k * kRows / kTeams * (kThreads * kRow / 4) +
-                 k * kRows % kTeams * kRow;
-      const char* source = element<kDtype>(from, indices[k], strides.position);
+    char* to = map + first_row() / kTeams * (kThreads * kRow / 4) +
+               first_row() % kTeams * kRow + threadIdx.x / 32 * kTeams * kRow +
+               threadIdx.x % kParts * (kRow / kParts);
+    fetch_from<0>(to, from, strides, indices, channels);
+  }
+  template <int kCopy>
+  static MMVSSM_DEVICE void fetch_from(char* to, const char* from, const Strides& strides,
+                                       const int (&indices)[kCopies], int channels) {
+    if constexpr (kCopy < kCopies) {
+      constexpr int kTo = kCopy * kRows / kTeams * (kThreads * kRow / 4) +
+                          kCopy * kRows % kTeams * kRow;
+      const int index = indices[kCopy];
+      const char* source = element<kDtype>(from, index, strides.position);
       if constexpr (COPY > 0) {
-        copy_async_or_zero<COPY>(to, source, indices[k] >= 0);
+        copy_async_or_zero<COPY, kTo>(to, source, index >= 0);
       } else {
         float x[kWidth];
 #pragma unroll
         for (int c = 0; c < kWidth; ++c)
-          x[c] = indices[k] >= 0 && channel() + c < channels
+          x[c] = index >= 0 && channel() + c < channels
                      ? to_float<kDtype>(load_bits<kDtype>(source + c * strides.channel))
                      : 0.0f;
-        store_channels<kDtype>(to, x);
+        store_channels<kDtype>(to + kTo, x);
       }
+      fetch_from<kCopy + 1>(to, from, strides, indices, channels);
     }
   }
 };
@@ -289,21 +299,29 @@ struct PositionSupply {
       held.B = load_bits<B_DTYPE>(at(rows.B, place, p.B_strides.position));
       held.C = load_bits<B_DTYPE>(at(rows.C, place, p.C_strides.position));
     }
-    if constexpr (!kProjects) return;
-    const int64_t next = PAIRS ? kSize<DELTA_DTYPE> : p.delta_strides.channel;
-    const char* from =
-        at(rows.low_rank, place, p.delta_strides.position) + 2 * helper * next;
-#pragma unroll
-    for (int i = 0; i < Held::kPairs; ++i, from += 2 * kHelpers * next) {
-      const int pair = helper + i * kHelpers;
-      held.low[i] = held.high[i] = 0;
-      if (pair >= kRankPairs) continue;
-      if constexpr (kCopiesPairs)
-        copy_async_or_zero<4>(own_pair(smem, pair), from, there);
-      else if (there)
-        load_pair(from, next, pair, held.low[i], held.high[i]);
+    if constexpr (kProjects) {
+      const int64_t next = PAIRS ? kSize<DELTA_DTYPE> : p.delta_strides.channel;
+      const char* from =
+          at(rows.low_rank, place, p.delta_strides.position) + 2 * helper * next;
+      fetch_pairs<0>(from, next, own_pair(smem, helper), there, held);
+      copy_commit();
     }
-    copy_commit();
+  }
+  template <int kNumber>
+  MMVSSM_DEVICE void fetch_pairs(const char* from, int64_t next, uint32_t* to, bool there,
+                                 Held& held) const {
+    if constexpr (kNumber < Held::kPairs) {
+      constexpr int kPair = kNumber * kHelpers;
+      const bool is_one = kPair + kHelpers <= kRankPairs || helper + kPair < kRankPairs;
+      held.low[kNumber] = held.high[kNumber] = 0;
+      if constexpr (kCopiesPairs) {
+        if (is_one) copy_async_or_zero<4, 4 * kPair, 4 * kPair>(to, from, there);
+      } else if (is_one && there) {
+        load_pair(from + 2 * kPair * next, next, helper + kPair, held.low[kNumber],
+                  held.high[kNumber]);
+      }
+      fetch_pairs<kNumber + 1>(from, next, to, there, held);
+    }
   }
   static MMVSSM_DEVICE void load_pair(const char* from, int64_t next, int pair,
                                       uint32_t& first, uint32_t& second) {
