@@ -210,6 +210,22 @@ MMVSSM_DEVICE void load_four(const int* from, int* to) {
 struct ParameterGradients {
   float rate[kWidth], skip[kWidth], bias[kWidth];
 
+  MMVSSM_DEVICE static char* kept(char* smem, int which) {
+    return smem + WarpLayout::kSums + (which * kThreads + threadIdx.x) * kWidth * 4;
+  }
+  MMVSSM_DEVICE void keep(char* smem) const {
+    if constexpr (!WarpLayout::kKeepsSums) return;
+    store_channels<kFloat32>(kept(smem, 0), rate);
+    if constexpr (SKIP) store_channels<kFloat32>(kept(smem, 1), skip);
+    store_channels<kFloat32>(kept(smem, 2), bias);
+  }
+  MMVSSM_DEVICE void restore(char* smem) {
+    if constexpr (!WarpLayout::kKeepsSums) return;
+    load_channels<kFloat32>(kept(smem, 0), rate);
+    if constexpr (SKIP) load_channels<kFloat32>(kept(smem, 1), skip);
+    load_channels<kFloat32>(kept(smem, 2), bias);
+  }
+
   // Adds up what the teams have.
   static MMVSSM_DEVICE void store(const Own& own, float* to, float (&x)[kWidth],
                                   float factor) {
@@ -343,6 +359,7 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
   const GradientPointers& gradients = p.gradients[chain.scan];
   const Maps maps{smem, chain.count};
   PositionSupply supply;
+  Quad& own_quad = quad(smem, number_of_quad());
   put_channels(p, chain, smem);
   if constexpr (kProjects) {
     put_dt_weight<WarpLayout>(scan, chain, smem);
@@ -355,10 +372,10 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
   supply.fetch(p, rows, true, smem, held);
   supply.put(smem, held);
   supply.look_up(p, scan, chain.begin + 1, smem);
-  fetch_states(p, own, rows, p.chunks - 1 - chain.begin, smem);
+  fetch_states(p, own, p.chunks - 1 - chain.begin, own_quad);
   maps.fetch(p, chain.begin & 1);
-  Quad& own_quad = quad(smem, number_of_quad());
   ParameterGradients sums = {};
+  sums.keep(smem);
 
   const bool looks_back = p.published != nullptr;
 
@@ -388,7 +405,7 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
       look_back(p, own, step, sides, g);
     }
     float h[kWidth];
-    load_channels<kFloat32>(smem + WarpLayout::kStates + own.channel * 4, h);
+    load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.states), h);
     WayBack back;
     back.by_u = own_quad.by_u;
     int indices[kOwn];
@@ -410,6 +427,7 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
     load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.slope), back.rate);
     float2 weights[2];
     back.by_delta = own_quad.by_delta;
+    sums.restore(smem);
 #pragma unroll
     for (int i = kOwn - 1; i >= 0; --i) {
       if (i % 2 == 1) maps.read_weights(own, i / 2, weights);
@@ -417,9 +435,10 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
       back.step(p, own, maps, own_quad, recurrence, i, indices[i], weights[i % 2], sums);
       if (i >= 3) back.fetch(p, own, i - 3, indices[i - 3]);
     }
+    sums.keep(smem);
     sync_warp("rows");
     if (more) {
-      fetch_states(p, own, rows, chunk - 1, smem);
+      fetch_states(p, own, chunk - 1, own_quad);
       maps.fetch(p, step + 1 & 1);
     }
     if (own.team == 0)
@@ -432,6 +451,7 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
     supply.look_up(p, scan, step + 2, smem);
   }
 
+  sums.restore(smem);
   const int64_t part = chain.row(p, chain.begin / p.chunks_of_cta);
   ParameterGradients::store(own, gradients.A + part, sums.rate, kLn2);
   ParameterGradients::store(own, gradients.D == nullptr ? nullptr : gradients.D + part,

@@ -249,6 +249,8 @@ def shared_bytes(constants: Constants) -> int:
         found += of_weight * tiles * channels // 8 * 32 * 8
     else:
         found += rows('DELTA_DTYPE')
-    found += channels // WIDTH * 160 + 64 + 32  # of channels, of all, no indices
-    found += channels * 4  # states
-    return found + CHUNK * (8 + 2 * 4 + 4 * 4)  # B and C, indices, places
+    found += channels // WIDTH * 176 + 64 + 32  # of channels, of all, no indices
+    found += CHUNK * (8 + 2 * 4 + 4 * 4)  # B and C, indices, places
+    threads = constants['THREADS']
+    of_sums = 3 * threads * WIDTH * 4
+    return found + (of_sums if found + of_sums <= 228 * 2 * threads - 1024 else 0)

@@ -72,11 +72,13 @@ MMVSSM_DEVICE const char* element(const char* row, int index, int64_t stride) {
 // bias in the log2 domain.
 struct alignas(16) Quad {
   const char *u, *grad_out, *delta, *z;
-  char *by_u, *by_delta, *by_z, *unused;
+  char *by_u, *by_delta, *by_z;
+  const float* saved;  // the states before chunk 1, null if there is no such channel
   float rate[kWidth], skip[kWidth];
   float slope[kWidth];           // A ln(2)
   float shift[kWarpTiles][4];  // as the matrix product has them
-  float carry[kWidth];         // from the chunk behind, the gradient of the state
+  float states[kWidth];        // before the chunk
+  float carry[kWidth];         // the gradient of the state behind it
 
   MMVSSM_DEVICE Quad(const BackwardArgs& p, const Chain& chain, int channel) {
     const ScanPointers& scan = p.scans[chain.scan];
@@ -90,6 +92,10 @@ struct alignas(16) Quad {
     by_u = scan.out + offset(p.out_strides, chain.batch, number);
     by_delta = gradients.delta + offset(p.grad_delta_strides, chain.batch, number);
     by_z = gradients.z + offset(p.grad_z_strides, chain.batch, number);
+    const int64_t channels = static_cast<int64_t>(p.groups) * p.group_size;
+    saved = channel < chain.count
+                ? scan.saved + chain.batch * (p.chunks - 1) * channels + number
+                : nullptr;
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
       const bool there = channel + c < chain.count;
@@ -120,7 +126,6 @@ struct alignas(16) Positions {
 // Pointers of all channels of a CTA.
 struct ChainRows {
   const char *low_rank, *B, *C;
-  const float* saved;  // of the first channel; the states before chunk 1
   float2* weights;     // the gradients of B and C
 
   MMVSSM_DEVICE ChainRows(const BackwardArgs& p, const Chain& chain) {
@@ -128,8 +133,6 @@ struct ChainRows {
     low_rank = scan.delta + chain.batch * p.delta_strides.batch;
     B = scan.B + chain.batch * p.B_strides.batch + chain.group * p.B_strides.channel;
     C = scan.C + chain.batch * p.C_strides.batch + chain.group * p.C_strides.channel;
-    const int64_t channels = static_cast<int64_t>(p.groups) * p.group_size;
-    saved = scan.saved + chain.batch * (p.chunks - 1) * channels + chain.channel;
     const int64_t block = (chain.channel - chain.group * p.group_size) / kChannels;
     weights = p.gradients[chain.scan].weights +
               ((block * p.batch + chain.batch) * p.groups + chain.group) * p.places;
@@ -154,10 +157,14 @@ struct WarpLayout {
       kFragments + kWeightTerms * kRankTiles * kChannelTiles * 32 * 8;
   static constexpr int kTeam = kQuads + kChannels / kWidth * sizeof(Quad);
   static constexpr int kChain = kTeam + kTeams * sizeof(Positions);
-  static constexpr int kStates = kChain + 64;                 // before the chunk
-  static constexpr int kMissing = kStates + kChannels * 4;  // all -1
+  static constexpr int kMissing = kChain + 64;  // indices of nothing
   static constexpr int kPlaces = kMissing + kOwn * 4;
-  static constexpr int kBytes = kPlaces + kPlaceBuffers * kPositions * 4;
+  static constexpr int kSums = kPlaces + kPlaceBuffers * kPositions * 4;
+  // Sums are kept in shared memory between chunks, unless 16 warps of a multiprocessor
+  // would not fit then.
+  static constexpr int kOfSums = 3 * kThreads * kWidth * 4;
+  static constexpr bool kKeepsSums = kSums + kOfSums <= 228 * 2 * kThreads - 1024;
+  static constexpr int kBytes = kSums + (kKeepsSums ? kOfSums : 0);
 
   // Column 2 c + e of tile 2 w + j is channel 16 w + 4 c + 2 j + e.
   static MMVSSM_DEVICE int channel_of(int tile, int column) {
@@ -165,7 +172,7 @@ struct WarpLayout {
   }
 };
 static_assert(WarpLayout::kBytes == SHARED, "as Python has it");
-static_assert(sizeof(Quad) == 160 && sizeof(ChainRows) <= 64, "as Python has it");
+static_assert(sizeof(Quad) == 176 && sizeof(ChainRows) <= 64, "as Python has it");
 
 MMVSSM_DEVICE Quad& quad(char* smem, int number) {
   return reinterpret_cast<Quad*>(smem + WarpLayout::kQuads)[number];
@@ -185,18 +192,17 @@ MMVSSM_DEVICE char* own_part(char* map, int i) {
   return map + (i * kThreads + threadIdx.x) * kWidth * kSize<kDtype>;
 }
 
-// Begins to bring in own channels of the states before a chunk, by the first team.
-MMVSSM_DEVICE void fetch_states(const Args& p, const Own& own, const ChainRows& rows,
-                                int chunk, char* smem) {
+// Begins to bring in the states before a chunk, by the first team.
+MMVSSM_DEVICE void fetch_states(const Args& p, const Own& own, int chunk, Quad& quad) {
   if (own.team > 0) return;
   constexpr int kAtOnce = VECTOR ? kWidth : 1;
+  const bool there = chunk > 0 && quad.saved != nullptr;
   const float* from =
-      rows.saved + static_cast<int64_t>(chunk - 1) * p.groups * p.group_size + own.channel;
-  char* to = smem + WarpLayout::kStates + own.channel * 4;
+      global_pointer(quad.saved) + static_cast<int64_t>(chunk - 1) * p.groups * p.group_size;
 #pragma unroll
   for (int c = 0; c < kWidth; c += kAtOnce)
-    copy_async_or_zero<4 * kAtOnce>(to + 4 * c, global_pointer(from) + c,
-                                    chunk > 0 && c < own.count);
+    copy_async_or_zero<4 * kAtOnce>(quad.states + c, from + c,
+                                    there && (VECTOR || c < own.count));
 }
 
 // How the lanes of a warp copy rows of a map: each a part of one of kRows rows at a time.
