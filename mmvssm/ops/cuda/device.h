@@ -49,20 +49,24 @@ MMVSSM_DEVICE void copy_async(void* shared, const void* global) {
                  "n"(kBytes)
                  : "memory");
 }
-// The same, or zeros where `there` is false; nothing is read then.
-template <int kBytes>
+// The same, or zeros where `there` is false; nothing is read then. Both addresses have
+// constant parts.
+template <int kBytes, int kTo = 0, int kFrom = 0>
 MMVSSM_DEVICE void copy_async_or_zero(void* shared, const void* global, bool there) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "as the hardware has them");
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int bytes = there ? kBytes : 0;
   if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "{.reg .pred absent; setp.eq.s32 absent, %2, 0;"
+        "cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16, absent;}" ::"r"(to),
+        "l"(global), "r"(static_cast<int>(there)), "n"(kTo), "n"(kFrom)
+        : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global),
-                 "n"(kBytes), "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "{.reg .pred absent; setp.eq.s32 absent, %2, 0;"
+        "cp.async.ca.shared.global [%0 + %3], [%1 + %4], %5, absent;}" ::"r"(to),
+        "l"(global), "r"(static_cast<int>(there)), "n"(kTo), "n"(kFrom), "n"(kBytes)
+        : "memory");
 }
 MMVSSM_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroups>
@@ -181,11 +185,21 @@ MMVSSM_DEVICE void mma_16816(float (&d)[4], const uint32_t (&a)[4],
 }
 
 // The operand a of mma_16816 from shared memory: lane i gives the address of row i % 16
-// at column i / 16 * 8, aligned to 16 bytes.
+// at column i / 16 * 8, aligned to 16 bytes; kOffset bytes are added.
+template <int kOffset = 0>
 MMVSSM_DEVICE void load_matrix(uint32_t (&a)[4], const void* shared) {
   const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4 + %5];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(from), "n"(kOffset)
+               : "memory");
+}
+
+// Four numbers from shared memory, read at this place in the program.
+MMVSSM_DEVICE void load_here(float (&x)[4], const void* shared) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
                : "r"(from)
                : "memory");
 }

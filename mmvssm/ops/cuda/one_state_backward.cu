@@ -7,13 +7,14 @@
 
 namespace mmvssm {
 
-// Puts pointers into shared memory.
-MMVSSM_DEVICE void put_rows(const BackwardArgs& p, const Chain& chain, char* smem) {
-  MapRows* rows = reinterpret_cast<MapRows*>(smem + WarpLayout::kRows);
+// Puts what belongs to channels into shared memory.
+MMVSSM_DEVICE void put_channels(const BackwardArgs& p, const Chain& chain, char* smem) {
   if (threadIdx.x < kChannels / kWidth)
-    rows[threadIdx.x] = MapRows(p, chain, threadIdx.x * kWidth);
+    quad(smem, threadIdx.x) = Quad(p, chain, threadIdx.x * kWidth);
   if (threadIdx.x == 0)
     *reinterpret_cast<ChainRows*>(smem + WarpLayout::kChain) = ChainRows(p, chain);
+  if (threadIdx.x < kOwn)
+    reinterpret_cast<int*>(smem + WarpLayout::kMissing)[threadIdx.x] = -1;
 }
 
 // 1 - 2^-dt, the derivative of the softplus, times log2(e).
@@ -40,32 +41,31 @@ struct Maps {
 
   // Pointer to the first channel of own part of rows that are copied.
   template <int kDtype>
-  MMVSSM_DEVICE const char* from(const char* MapRows::* map) const {
-    const int channel = WarpRows<kDtype>::channel();
-    const MapRows* rows = reinterpret_cast<const MapRows*>(smem + WarpLayout::kRows);
-    return rows[channel / kWidth].*map + channel % kWidth * kSize<kDtype>;
+  MMVSSM_DEVICE const char* from(const char* Quad::* map) const {
+    const int channel = RowParts<kDtype>::channel();
+    return quad(smem, channel / kWidth).*map + channel % kWidth * kSize<kDtype>;
   }
 
-  // Begins to bring in half of a chunk, see WarpRows.
-  MMVSSM_DEVICE void fetch(const BackwardArgs& p, int half, const int* indices) const {
+  // Begins to bring in a chunk.
+  MMVSSM_DEVICE void fetch(const BackwardArgs& p, int buffer) const {
     constexpr int kDelta = kProjects ? kFloat32 : DELTA_DTYPE;
-    using U = WarpRows<U_DTYPE>;
-    using GradOut = WarpRows<GRAD_DTYPE>;
-    using Delta = WarpRows<kDelta>;
-    int of_u[U::kParts], of_grad_out[GradOut::kParts], of_delta[Delta::kParts];
-    U::look_up(half, channels, indices, of_u);
-    GradOut::look_up(half, channels, indices, of_grad_out);
-    if constexpr (!kProjects) Delta::look_up(half, channels, indices, of_delta);
-    U::fetch(smem + WarpLayout::kU, half, from<U_DTYPE>(&MapRows::u), p.u_strides, of_u,
-             channels);
-    GradOut::fetch(smem + WarpLayout::kGradOut, half, from<GRAD_DTYPE>(&MapRows::grad_out),
-                   p.grad_out_strides, of_grad_out, channels);
+    using U = RowParts<U_DTYPE>;
+    using GradOut = RowParts<GRAD_DTYPE>;
+    using Delta = RowParts<kDelta>;
+    int of_u[U::kCopies], of_grad_out[GradOut::kCopies], of_delta[Delta::kCopies];
+    U::look_up(smem, buffer, channels, of_u);
+    GradOut::look_up(smem, buffer, channels, of_grad_out);
+    if constexpr (!kProjects) Delta::look_up(smem, buffer, channels, of_delta);
+    const char* u = from<U_DTYPE>(&Quad::u);
+    const char* grad_out = from<GRAD_DTYPE>(&Quad::grad_out);
+    U::fetch(smem + WarpLayout::kU, u, p.u_strides, of_u, channels);
+    GradOut::fetch(smem + WarpLayout::kGradOut, grad_out, p.grad_out_strides, of_grad_out,
+                   channels);
     if constexpr (!kProjects)
-      Delta::fetch(smem + WarpLayout::kDelta, half, from<kDelta>(&MapRows::delta),
-                   p.delta_strides, of_delta, channels);
+      Delta::fetch(smem + WarpLayout::kDelta, from<kDelta>(&Quad::delta), p.delta_strides,
+                   of_delta, channels);
     if constexpr (GATE)
-      U::fetch(smem + WarpLayout::kZ, half, from<U_DTYPE>(&MapRows::z), p.z_strides, of_u,
-               channels);
+      U::fetch(smem + WarpLayout::kZ, from<U_DTYPE>(&Quad::z), p.z_strides, of_u, channels);
     copy_commit();
   }
 
@@ -91,33 +91,36 @@ struct Maps {
   MMVSSM_DEVICE char* step(int i) const {
     return own_part<kFloat32>(smem + WarpLayout::kDt, i);
   }
-  // B ln(2) and C.
-  MMVSSM_DEVICE float2 weights(int i) const {
-    return reinterpret_cast<const float2*>(
-        smem + WarpLayout::kWeights)[i * kTeams + threadIdx.x % 32 / kWidth];
+  // B ln(2) and C at own positions 2 i and 2 i + 1.
+  MMVSSM_DEVICE void read_weights(const Own& own, int i, float2 (&x)[2]) const {
+    const float4 four =
+        reinterpret_cast<const float4*>(positions(smem, own.team).weights)[i];
+    x[0] = float2{four.x, four.y}, x[1] = float2{four.z, four.w};
   }
 
   // Step sizes before the softplus, log2(e) included.
   MMVSSM_DEVICE void raw_steps(const Own& own, float (&x)[kOwn][kWidth]) const {
-    float bias[kWidth];
-    get_parameter<WarpLayout>(smem, kShift, own, bias);
+    const Quad& own_quad = quad(smem, number_of_quad());
     if constexpr (kProjects) {
-      float d[kPositions / 16][kWarpTiles][4], tiles[kWarpTiles][4];
+      float d[kPositions / 16][kWarpTiles][4];
+      // Copying it would take more instructions.
 #pragma unroll
-      for (int c = 0; c < kWidth; ++c)
-        tiles[c / 2][c % 2] = tiles[c / 2][c % 2 + 2] = bias[c];
-      project_tiles<WarpLayout>(smem, d, tiles);
+      for (int m = 0; m < kPositions / 16; ++m)
+#pragma unroll
+        for (int j = 0; j < kWarpTiles; ++j) load_here(d[m][j], own_quad.shift[j]);
+      project_tiles<WarpLayout, true>(smem, d, {});
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) x[i][c] = d[i / 2][c / 2][i % 2 * 2 + c % 2];
     } else {
+      const float* bias = own_quad.shift[0];
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
         load_channels<DELTA_DTYPE>(own_part<DELTA_DTYPE>(smem + WarpLayout::kDelta, i),
                                    x[i]);
 #pragma unroll
-        for (int c = 0; c < kWidth; ++c) x[i][c] = x[i][c] * kLog2E + bias[c];
+        for (int c = 0; c < kWidth; ++c) x[i][c] = x[i][c] * kLog2E + bias[c / 2 * 4 + c % 2];
       }
     }
   }
@@ -129,21 +132,24 @@ struct Recurrence {
   float b[kOwn][kWidth];  // what is added; then the decayed states
 
   // From raw step sizes. Leaves the step sizes in shared memory.
-  MMVSSM_DEVICE Sides start(const Maps& maps, const float (&rate)[kWidth],
+  MMVSSM_DEVICE Sides start(const Maps& maps, const Own& own,
+                            const float (&rate)[kWidth],
                             const float (&x)[kOwn][kWidth]) {
     Sides sides;
 #pragma unroll
     for (int c = 0; c < kWidth; ++c)
       sides.decay[c] = 1.0f, sides.forward[c] = sides.backward[c] = 0.0f;
+    float2 weights[2];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       float dt[kWidth], u[kWidth], grad[kWidth];
+      if (i % 2 == 0) maps.read_weights(own, i / 2, weights);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) dt[c] = SOFTPLUS ? softplus(x[i][c]) : x[i][c];
       store_channels<kFloat32>(maps.step(i), dt);
       maps.read_u(i, u);
       maps.read_gradient(i, grad);
-      const float2 weight = maps.weights(i);
+      const float2 weight = weights[i % 2];
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
         a[i][c] = exp2_fast(rate[c] * dt[c]);
@@ -157,20 +163,25 @@ struct Recurrence {
 #pragma unroll
     for (int c = 1; c < kWidth; ++c) largest = fmaxf(largest, sides.decay[c]);
     if (rarely(!(largest <= kLargest))) {
-      go_back(maps, sides);
+      limit(maps, own, sides);
     }
     return sides;
   }
 
-  // What a gradient that comes from behind does, where the product of decays overflows.
-  MMVSSM_DEVICE void go_back(const Maps& maps, Sides& sides) const {
+  // Where the product of decays overflows: what that would turn zeros into is not a number.
+  MMVSSM_DEVICE void limit(const Maps& maps, const Own& own, Sides& sides) const {
 #pragma unroll
-    for (int c = 0; c < kWidth; ++c) sides.backward[c] = 0.0f;
+    for (int c = 0; c < kWidth; ++c) {
+      sides.decay[c] = fminf(sides.decay[c], kLargest);
+      sides.backward[c] = 0.0f;
+    }
 #pragma unroll
     for (int i = kOwn - 1; i >= 0; --i) {
       float grad[kWidth];
+      float2 weights[2];
       maps.read_gradient(i, grad);
-      const float C = maps.weights(i).y;
+      maps.read_weights(own, i / 2, weights);
+      const float C = weights[i % 2].y;
 #pragma unroll
       for (int c = 0; c < kWidth; ++c)
         sides.backward[c] = a[i][c] * (C * grad[c] + sides.backward[c]);
@@ -190,9 +201,30 @@ struct Recurrence {
   }
 };
 
+MMVSSM_DEVICE void load_four(const int* from, int* to) {
+  const uint4 four = *reinterpret_cast<const uint4*>(from);
+  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
+
 // Gradients of own channels' parameters, of own positions of all chunks.
 struct ParameterGradients {
   float rate[kWidth], skip[kWidth], bias[kWidth];
+
+  MMVSSM_DEVICE static char* kept(char* smem, int which) {
+    return smem + WarpLayout::kSums + (which * kThreads + threadIdx.x) * kWidth * 4;
+  }
+  MMVSSM_DEVICE void keep(char* smem) const {
+    if constexpr (!WarpLayout::kKeepsSums) return;
+    store_channels<kFloat32>(kept(smem, 0), rate);
+    if constexpr (SKIP) store_channels<kFloat32>(kept(smem, 1), skip);
+    store_channels<kFloat32>(kept(smem, 2), bias);
+  }
+  MMVSSM_DEVICE void restore(char* smem) {
+    if constexpr (!WarpLayout::kKeepsSums) return;
+    load_channels<kFloat32>(kept(smem, 0), rate);
+    if constexpr (SKIP) load_channels<kFloat32>(kept(smem, 1), skip);
+    load_channels<kFloat32>(kept(smem, 2), bias);
+  }
 
   // Adds up what the teams have.
   static MMVSSM_DEVICE void store(const Own& own, float* to, float (&x)[kWidth],
@@ -216,36 +248,38 @@ struct WayBack {
   float rate[kWidth];  // times ln(2)
   float skip[kWidth];
   float g[kWidth];     // what later positions give
+  char *by_u, *by_delta;
   float added[kOwn][kWidth];
 
   // Begins to load what is to be added at position i, of this index.
-  MMVSSM_DEVICE void fetch(const BackwardArgs& p, const Own& own, const MapRows& rows,
-                           int i, int index) {
-    if constexpr (!ADD) return;
-#pragma unroll
-    for (int c = 0; c < kWidth; ++c) added[i][c] = 0.0f;
-    if (index >= 0)
-      fetch_channels(own, element<kFloat32>(rows.add, index, p.add_strides.position),
-                     p.add_strides.channel, added[i]);
+  MMVSSM_DEVICE void fetch(const BackwardArgs& p, const Own& own, int i, int index) {
+    if constexpr (ADD)
+      fetch_channels(own, element<kFloat32>(by_u, safe(index), p.out_strides.position),
+                     p.out_strides.channel, added[i]);
   }
+  // A place that is there, in place of a padded one.
+  static MMVSSM_DEVICE int safe(int index) { return index < 0 ? 0 : index; }
 
   template <int kDtype>
   static MMVSSM_DEVICE void store(const Own& own, char* row, const Strides& strides,
                                   int index, const float (&x)[kWidth]) {
-    own.store<kDtype>(
-        const_cast<char*>(element<kDtype>(row, index, strides.position)),
-        strides.channel, index >= 0, x);
+    char* to = const_cast<char*>(element<kDtype>(row, index, strides.position));
+    if constexpr (VECTOR) {
+      const auto packed = pack_channels<kDtype>(x);
+      if (index >= 0) store_packed(to, packed);
+    } else {
+      own.store<kDtype>(to, strides.channel, index >= 0, x);
+    }
   }
 
   // Position i. Where its dt was are now its parts of the gradients of B / ln(2) and C.
   MMVSSM_DEVICE void step(const BackwardArgs& p, const Own& own, const Maps& maps,
-                          const MapRows& rows, const Recurrence& recurrence, int i,
-                          int index, ParameterGradients& sums) {
-    float dt[kWidth], u[kWidth], grad[kWidth], y[kWidth], by_u[kWidth], by_delta[kWidth];
+                          const Quad& rows, const Recurrence& recurrence, int i,
+                          int index, const float2& weight, ParameterGradients& sums) {
+    float dt[kWidth], u[kWidth], grad[kWidth], y[kWidth], of_u[kWidth], of_delta[kWidth];
     load_channels<kFloat32>(maps.step(i), dt);
     maps.read_u(i, u);
     maps.read_gradient(i, grad);
-    const float2 weight = maps.weights(i);
     float by_B = 0.0f, by_C = 0.0f;
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
@@ -256,19 +290,21 @@ struct WayBack {
       const float by_added = own_g * dt[c];
       by_B += by_added * u[c];
       by_C += grad[c] * h;
-      y[c] = weight.y * h + skip[c] * u[c];
-      by_u[c] = by_added * weight.x +
-                (ADD ? skip[c] * grad[c] + added[i][c] : skip[c] * grad[c]);
+      y[c] = SKIP ? weight.y * h + skip[c] * u[c] : weight.y * h;
+      of_u[c] = ADD ? by_added * weight.x + added[i][c] : by_added * weight.x;
+      if constexpr (SKIP) {
+        of_u[c] += skip[c] * grad[c];
+        sums.skip[c] += u[c] * grad[c];
+      }
       float slope = i < left ? kLog2E : 0.0f;
       if constexpr (SOFTPLUS) slope = softplus_slope(dt[c]);
-      by_delta[c] = (rate[c] * decayed + fed) * own_g * slope;
+      of_delta[c] = (rate[c] * decayed + fed) * own_g * slope;
       sums.rate[c] += by_added * decayed;
-      sums.skip[c] += u[c] * grad[c];
-      sums.bias[c] += by_delta[c];
+      sums.bias[c] += of_delta[c];
     }
     *reinterpret_cast<float2*>(maps.step(i)) = float2{by_B, by_C};
-    store<OUT_DTYPE>(own, rows.by_u, p.out_strides, index, by_u);
-    store<GRAD_DELTA_DTYPE>(own, rows.by_delta, p.grad_delta_strides, index, by_delta);
+    store<OUT_DTYPE>(own, by_u, p.out_strides, index, of_u);
+    store<GRAD_DELTA_DTYPE>(own, by_delta, p.grad_delta_strides, index, of_delta);
     if constexpr (GATE) {
       float z[kWidth];
       maps.read_grad_out(i, grad);
@@ -286,7 +322,8 @@ struct WayBack {
 // Adds up the parts of the gradients of B and C that all channels of the CTA have.
 MMVSSM_DEVICE void sum_channels(char* smem, const int* places) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const char* from = smem + WarpLayout::kDt + threadIdx.x * kWidth * 4;
+  const char* from =
+      smem + WarpLayout::kDt + (warp * kThreads + lane) * kWidth * 4;
   const ChainRows& rows = *reinterpret_cast<const ChainRows*>(smem + WarpLayout::kChain);
 #pragma unroll
   for (int round = 0; round < (kOwn + kWarps - 1) / kWarps; ++round) {
@@ -296,7 +333,7 @@ MMVSSM_DEVICE void sum_channels(char* smem, const int* places) {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const float2 two = *reinterpret_cast<const float2*>(
-          from + (w * kOwn + round * kWarps) * 32 * kWidth * 4);
+          from + (round * kWarps * kThreads + w * 32) * kWidth * 4);
       by_B += two.x;
       by_C += two.y;
     }
@@ -304,7 +341,7 @@ MMVSSM_DEVICE void sum_channels(char* smem, const int* places) {
     by_C += shuffle_xor(by_C, 1);
     by_B += shuffle_xor(by_B, 2);
     by_C += shuffle_xor(by_C, 2);
-    const int place = places[i * kTeams + lane / 4];
+    const int place = places[lane / 4 * kOwn + i];
     if (place >= 0 && lane % 4 == 0)
       global_pointer(rows.weights)[place] = float2{by_B * kLn2, by_C};
   }
@@ -322,39 +359,31 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
   const GradientPointers& gradients = p.gradients[chain.scan];
   const Maps maps{smem, chain.count};
   PositionSupply supply;
-  put_rows(p, chain, smem);
-  put_parameters<WarpLayout>(scan, chain, smem);
+  Quad& own_quad = quad(smem, number_of_quad());
+  put_channels(p, chain, smem);
   if constexpr (kProjects) {
     put_dt_weight<WarpLayout>(scan, chain, smem);
     supply.pad(smem);
   }
   supply.look_up(p, scan, chain.begin, smem);
-  supply.fetch(p, ChainRows(p, chain));
-  supply.put(smem);
-  supply.look_up(p, scan, chain.begin + 1, smem);
-  sync_cta("channels");
-  maps.fetch(p, 0, indices_of(smem, chain.begin));
-  maps.fetch(p, 1, indices_of(smem, chain.begin));
   const ChainRows& rows = *reinterpret_cast<const ChainRows*>(smem + WarpLayout::kChain);
-  const MapRows* all_rows = reinterpret_cast<const MapRows*>(smem + WarpLayout::kRows);
+  sync_cta("pointers");
+  Held held;
+  supply.fetch(p, rows, true, smem, held);
+  supply.put(smem, held);
+  supply.look_up(p, scan, chain.begin + 1, smem);
+  fetch_states(p, own, p.chunks - 1 - chain.begin, own_quad);
+  maps.fetch(p, chain.begin & 1);
   ParameterGradients sums = {};
-  float g[kWidth] = {};
-  if (gradients.last_state != nullptr)
-    own.load(gradients.last_state + chain.row(p, 0), g);
+  sums.keep(smem);
+
+  const bool looks_back = p.published != nullptr;
 
 #pragma unroll 1
   for (int step = chain.begin; step < chain.end; ++step) {
     const int chunk = p.chunks - 1 - step;
     const int left = p.length - chunk * kPositions - own.team * kOwn;
     const bool more = step + 1 < chain.end;
-    float h[kWidth] = {};
-    if (chunk > 0)
-      fetch_channels(own,
-                     reinterpret_cast<const char*>(
-                         global_pointer(rows.saved) +
-                         static_cast<int64_t>(chunk - 1) * p.groups * p.group_size +
-                         own.channel),
-                     4, h);
     copy_wait<0>();
     sync_cta("inputs");
 
@@ -367,55 +396,62 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
         for (int c = 0; c < kWidth; ++c)
           if (i >= left) x[i][c] = SOFTPLUS ? -1e30f : 0.0f;
     }
-    get_parameter<WarpLayout>(smem, kRate, own, rate);
+    load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.rate), rate);
     Recurrence recurrence;
-    Sides sides = recurrence.start(maps, rate, x);
-    if (rarely(p.published != nullptr)) {
+    Sides sides = recurrence.start(maps, own, rate, x);
+    float g[kWidth];
+    load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.carry), g);
+    if (rarely(looks_back)) {
       look_back(p, own, step, sides, g);
     }
+    float h[kWidth];
+    load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.states), h);
+    WayBack back;
+    back.by_u = own_quad.by_u;
+    int indices[kOwn];
+    const int* own_indices = positions(smem, own.team).indices[step & 1];
+    if (own.count <= 0)
+      own_indices = reinterpret_cast<const int*>(smem + WarpLayout::kMissing);
+    load_four(own_indices + 4, indices + 4);
     pass_on(own.team, sides, h, g);
+    back.fetch(p, own, kOwn - 1, indices[kOwn - 1]);
+    back.fetch(p, own, kOwn - 2, indices[kOwn - 2]);
+    back.fetch(p, own, kOwn - 3, indices[kOwn - 3]);
     recurrence.decay_states(h);
 
-    WayBack back;
     back.left = left;
-    get_parameter<WarpLayout>(smem, kSkip, own, back.skip);
+    if constexpr (SKIP)
+      load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.skip), back.skip);
 #pragma unroll
-    for (int c = 0; c < kWidth; ++c) back.rate[c] = rate[c] * kLn2, back.g[c] = g[c];
-    const MapRows maps_rows = all_rows[own.channel / kWidth];
-    int indices[kOwn];
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i)
-      indices[i] = indices_of(smem, step)[i * kTeams + own.team];
-    back.fetch(p, own, maps_rows, kOwn - 1, indices[kOwn - 1]);
-    back.fetch(p, own, maps_rows, kOwn - 2, indices[kOwn - 2]);
+    for (int c = 0; c < kWidth; ++c) back.g[c] = g[c];
+    load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.slope), back.rate);
+    float2 weights[2];
+    back.by_delta = own_quad.by_delta;
+    sums.restore(smem);
 #pragma unroll
     for (int i = kOwn - 1; i >= 0; --i) {
-      back.step(p, own, maps, maps_rows, recurrence, i, indices[i], sums);
-      if (i >= 2) back.fetch(p, own, maps_rows, i - 2, indices[i - 2]);
-      if (i == kOwn / 2) {
-        sync_warp("later rows");
-        if (more) {
-          maps.fetch(p, 1, indices_of(smem, step + 1));
-          supply.fetch(p, rows);
-        }
-      }
+      if (i % 2 == 1) maps.read_weights(own, i / 2, weights);
+      if (i == kOwn - 2) load_four(own_indices, indices);
+      back.step(p, own, maps, own_quad, recurrence, i, indices[i], weights[i % 2], sums);
+      if (i >= 3) back.fetch(p, own, i - 3, indices[i - 3]);
     }
-    sync_warp("earlier rows");
-    if (more) maps.fetch(p, 0, indices_of(smem, step + 1));
-#pragma unroll
-    for (int c = 0; c < kWidth; ++c) g[c] = shuffle(back.g[c], threadIdx.x % 4, 32);
-    if (rarely(p.published != nullptr && step % kLookBack == kLookBack - 1 &&
-               own.team == 0)) {
-      Published(p, own).put_state(step, g);
-    }
-    sync_cta("sums");
+    sums.keep(smem);
+    sync_warp("rows");
     if (more) {
-      supply.put(smem);
-      supply.look_up(p, scan, step + 2, smem);
+      fetch_states(p, own, chunk - 1, own_quad);
+      maps.fetch(p, step + 1 & 1);
     }
+    if (own.team == 0)
+      store_channels<kFloat32>(reinterpret_cast<char*>(own_quad.carry), back.g);
+    sync_cta("sums");
+    Held held;
+    supply.fetch(p, rows, more, smem, held);
     sum_channels(smem, places_of(smem, step));
+    supply.put(smem, held);
+    supply.look_up(p, scan, step + 2, smem);
   }
 
+  sums.restore(smem);
   const int64_t part = chain.row(p, chain.begin / p.chunks_of_cta);
   ParameterGradients::store(own, gradients.A + part, sums.rate, kLn2);
   ParameterGradients::store(own, gradients.D == nullptr ? nullptr : gradients.D + part,

@@ -32,7 +32,7 @@ from mmvssm.ops.kernel_args import fields, parameter, pointer
 BACKWARD = Kernel('one_state_backward.cu', 'one_state_backward')
 # Channels of a CTA, the best first: the more, the fewer times what belongs to positions
 # is read.
-_CHANNEL_BLOCKS = (128, 64, 32)
+_CHANNEL_BLOCKS = (128, 96, 64, 32)
 
 # Of A (D, 1), B and C (B, G, L, 1), D and bias (D,).
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -82,8 +82,7 @@ def backward(
     Raises:
         ValueError: There are more positions or channels than the kernels count.
     """
-    added = rows[0] if add else None
-    return _backward([scan], [saved], grad_out, [rows], added, grad_last_state)[0]
+    return _backward([scan], [saved], grad_out, [rows], add, grad_last_state)[0]
 
 
 def backward_at_once(
@@ -101,7 +100,8 @@ def backward_at_once(
         scans: The inputs, ``u`` and all strides the same.
         saved: Of each scan what the forward pass kept.
         grad_out: (B, D, L).
-        by_u: To be written: the gradient of u, (B, D, L); (B, L, D) is contiguous.
+        by_u: To be written: the gradient of u, float32 (B, D, L), of which (B, L, D)
+            is contiguous.
         by_delta: The same for each scan, see :func:`backward`.
 
     Returns:
@@ -127,7 +127,7 @@ def _backward(
     saved: Sequence[Tensor],
     grad_out: Tensor,
     rows: Sequence[Rows],
-    add: Tensor | None = None,
+    add: bool = False,
     grad_last_state: Tensor | None = None,
 ) -> list[Gradients]:
     grad_out = _readable(grad_out)
@@ -142,11 +142,11 @@ def _backward(
         grad_z_strides=Strides.of(by_z),
         places=grad_out.shape[2],
     )
-    args.inputs.out_strides, args.inputs.add_strides = Strides.of(by_u), Strides.of(add)
+    args.inputs.out_strides = Strides.of(by_u)
     sums = [_Sums(call, scan) for scan in call.scans]
     for k, (by_u, by_delta, by_z) in enumerate(rows):
         own, gradients = args.inputs.scans[k], args.gradients[k]
-        own.out, own.add, own.saved = map(pointer, (by_u, add, saved[k]))
+        own.out, own.saved = pointer(by_u), pointer(saved[k])
         gradients.delta, gradients.z = pointer(by_delta), pointer(by_z)
         gradients.last_state = pointer(grad_last_state)
         sums[k].tell(gradients)
@@ -154,12 +154,10 @@ def _backward(
     return [one.added_up() for one in sums]
 
 
-def _call(
-    scans: Sequence[Scan], grad_out: Tensor, rows: Rows, add: Tensor | None
-) -> Call:
+def _call(scans: Sequence[Scan], grad_out: Tensor, rows: Rows, add: bool) -> Call:
     """How the kernel is launched; ``rows`` are of the first scan."""
     by_u, by_delta, by_z = rows
-    maps = [x for x in (*rows, add) if x is not None]
+    maps = [x for x in rows if x is not None]
     call = Call.of(
         scans,
         constants=dict(
@@ -167,7 +165,8 @@ def _call(
             OUT_DTYPE=DTYPES[by_u.dtype],
             GRAD_DELTA_DTYPE=DTYPES[by_delta.dtype],
             GRAD_Z_DTYPE=0 if by_z is None else DTYPES[by_z.dtype],
-            ADD=int(add is not None),
+            ADD=int(add),
+            SKIP=int(any(scan.D is not None for scan in scans)),
             BACKWARD_ARGS=ctypes.sizeof(_BackwardArgs),
         ),
         stored=maps,
@@ -220,9 +219,9 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _have_one_stride(maps: Sequence[Tensor]) -> bool:
-    """Whether an element's number says where it is in all of them, in 31 bits."""
+    """Whether an element's number says where it is in all of them, in 30 bits."""
     strides = {x.stride(2) for x in maps}
-    return len(strides) == 1 and strides.pop() * maps[0].shape[2] < 2**31
+    return len(strides) == 1 and strides.pop() * maps[0].shape[2] < 2**30
 
 
 def shared_bytes(constants: Constants) -> int:
@@ -241,5 +240,8 @@ def shared_bytes(constants: Constants) -> int:
         found += of_weight * tiles * channels // 8 * 32 * 8
     else:
         found += rows('DELTA_DTYPE')
-    found += 3 * channels * 4 + channels // WIDTH * 64 + 64  # parameters, pointers
-    return found + CHUNK * (8 + 2 * 4 + 4 * 4)  # B and C, indices, places
+    found += channels // WIDTH * 176 + 64 + 32  # of channels, of all, no indices
+    found += CHUNK * (8 + 2 * 4 + 4 * 4)  # B and C, indices, places
+    threads = constants['THREADS']
+    of_sums = 3 * threads * WIDTH * 4
+    return found + (of_sums if found + of_sums <= 228 * 2 * threads - 1024 else 0)

@@ -9,8 +9,29 @@ namespace mmvssm {
 constexpr int kWarpTiles = kChannelTiles / (kThreads / 32);  // of 8 channels
 static_assert(kWarpTiles * (kThreads / 32) == kChannelTiles, "no rest");
 
-// The result of this lane, in tiles of 16 positions and 8 channels.
-template <typename Memory, int kRankTile = 0>
+// For 16 positions after the other.
+template <bool kAdds, int kRankTile, int kTile = 0>
+MMVSSM_DEVICE void multiply_rows(const char* rows,
+                                 const uint2 (&b)[kWarpTiles][kWeightTerms],
+                                 float (&d)[kPositions / 16][kWarpTiles][4],
+                                 const float (&bias)[kWarpTiles][4]) {
+  if constexpr (kTile < kPositions / 16) {
+    constexpr int kOffset = (16 * kTile * kRankPitch + 16 * kRankTile) * 2;
+    constexpr int kTerm = kPositions * kRankPitch * 2;
+    uint32_t a[kTerms][4];
+    load_matrix<kOffset>(a[0], rows);
+    if constexpr (kTerms > 1) load_matrix<kOffset + kTerm>(a[1], rows);
+    if constexpr (kTerms > 2) load_matrix<kOffset + 2 * kTerm>(a[2], rows);
+#pragma unroll
+    for (int j = 0; j < kWarpTiles; ++j)
+      multiply_terms<!kAdds && kRankTile == 0>(d[kTile][j], a, b[j], bias[j]);
+    multiply_rows<kAdds, kRankTile, kTile + 1>(rows, b, d, bias);
+  }
+}
+
+// The result of this lane, in tiles of 16 positions and 8 channels: the bias and the
+// products, or the products added to what is there.
+template <typename Memory, bool kAdds = false, int kRankTile = 0>
 MMVSSM_DEVICE void project_tiles(const char* smem,
                                  float (&d)[kPositions / 16][kWarpTiles][4],
                                  const float (&bias)[kWarpTiles][4]) {
@@ -24,20 +45,9 @@ MMVSSM_DEVICE void project_tiles(const char* smem,
         b[j][i] = reinterpret_cast<const uint2*>(smem + Memory::kFragments)
             [((i * kRankTiles + kRankTile) * kChannelTiles + warp * kWarpTiles + j) * 32 +
              lane];
-#pragma unroll
-    for (int m = 0; m < kPositions / 16; ++m) {
-      uint32_t a[kTerms][4];
-#pragma unroll
-      for (int i = 0; i < kTerms; ++i)
-        load_matrix(a[i], smem + Memory::kLowRank +
-                              ((i * kPositions + 16 * m + lane % 16) * kRankPitch +
-                               16 * kRankTile + lane / 16 * 8) *
-                                  2);
-#pragma unroll
-      for (int j = 0; j < kWarpTiles; ++j)
-        multiply_terms<kRankTile == 0>(d[m][j], a, b[j], bias[j]);
-    }
-    project_tiles<Memory, kRankTile + 1>(smem, d, bias);
+    const char* rows = smem + Memory::kLowRank + lane % 16 * kRankPitch * 2 + lane / 16 * 16;
+    multiply_rows<kAdds, kRankTile>(rows, b, d, bias);
+    project_tiles<Memory, kAdds, kRankTile + 1>(smem, d, bias);
   }
 }
 

@@ -17,8 +17,7 @@ struct Sides {
 MMVSSM_DEVICE void pass_on(int team, Sides& own, float (&h)[kWidth], float (&g)[kWidth]) {
 #pragma unroll
   for (int c = 0; c < kWidth; ++c) {
-    // An overflowing growth must not turn a zero state into NaN.
-    float decay = fminf(own.decay[c], kLargest);
+    float decay = own.decay[c];
     float forward = own.forward[c], backward = own.backward[c];
     if (team == 0) forward += decay * h[c];
     if (team == kTeams - 1) backward += decay * g[c];
@@ -30,6 +29,7 @@ MMVSSM_DEVICE void pass_on(int team, Sides& own, float (&h)[kWidth], float (&g)[
       const float behind = shuffle_down(backward, 4 * by);
       if (team >= by) forward += decay * before;
       if (team < kTeams - by) backward += back * behind;
+      // An overflowing growth must not turn a zero into NaN.
       if (2 * by < kTeams) decay = fminf(decay * shuffle_up(decay, 4 * by), kLargest);
     }
     const float before = shuffle_up(forward, 4), behind = shuffle_down(backward, 4);
@@ -72,6 +72,7 @@ MMVSSM_DEVICE void look_back(const Args& p, const Own& own, int index, const Sid
   step.limit();
   append_teams<true>(step);
   if (own.team == 0 && index + 1 < p.chunks) published.put_step(index, step);
+  const Step chunk = step;
   // Each team waits for two of the chunks since the latest published gradient.
   const int base = index / kLookBack * kLookBack;
 #pragma unroll
@@ -88,6 +89,13 @@ MMVSSM_DEVICE void look_back(const Args& p, const Own& own, int index, const Sid
 #pragma unroll
   for (int c = 0; c < kWidth; ++c)
     g[c] = shuffle(step.decay[c] * g[c] + step.added[c], threadIdx.x % 4, 32);
+  if (own.team == 0 && index % kLookBack == kLookBack - 1) {
+    float behind[kWidth];
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) behind[c] = g[c];
+    chunk.apply(behind);
+    published.put_state(index, behind);
+  }
 }
 
 }  // namespace mmvssm

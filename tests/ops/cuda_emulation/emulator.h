@@ -336,10 +336,11 @@ void copy_async(void* to, const void* from) {
   Fiber* fiber = machine.fiber;
   fiber->copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), kBytes, fiber->group});
 }
-template <int kBytes>
+template <int kBytes, int kTo = 0, int kFrom = 0>
 void copy_async_or_zero(void* to, const void* from, bool there) {
   alignas(16) static const char zeros[16] = {};
-  copy_async<kBytes>(to, there ? from : zeros);
+  copy_async<kBytes>(static_cast<char*>(to) + kTo,
+                     there ? static_cast<const char*>(from) + kFrom : zeros);
 }
 inline void copy_commit() { ++machine.fiber->group; }
 template <int kGroups>
@@ -441,8 +442,11 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   mma_16816<kIsBfloat16>(d, a, b);
 }
 
-inline void load_matrix(uint32_t (&a)[4], const void* from) {
-  const auto address = reinterpret_cast<uintptr_t>(from);
+inline void load_here(float (&x)[4], const void* from) { memcpy(x, from, sizeof x); }
+
+template <int kOffset = 0>
+void load_matrix(uint32_t (&a)[4], const void* from) {
+  const auto address = reinterpret_cast<uintptr_t>(from) + kOffset;
   if (address % 16) {
     std::fprintf(stderr, "a row of a matrix is not aligned\n");
     std::abort();
