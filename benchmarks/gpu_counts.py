@@ -335,7 +335,8 @@ def passes(launch: kernels.Launch, size: int) -> float:
         return 1 / elements
     args = numbers_in(launch.args)
     chains = args['batch'] * args['groups'] * args['blocks']
-    return args['chains'] / chains / elements
+    # A chain of the kernel that merges on chip walks several scans, one by one.
+    return args['chains'] * args.get('count', 1) / chains / elements
 
 
 def count(keep: Path, only: str = '') -> tuple[dict[str, str], list[Row]]:
