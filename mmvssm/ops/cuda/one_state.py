@@ -22,7 +22,7 @@ from mmvssm.ops.cuda.one_state_call import (
     Args,
     Call,
     Strides,
-    fills_a_gpu,
+    run_side_by_side,
     shared_bytes,
 )
 from mmvssm.ops.cuda.one_state_map import forward_on_chip
@@ -96,7 +96,7 @@ def forward_merged(
     assert memory.is_contiguous(), 'the sums are laid out like the output'
     if forward_on_chip(scans, out, saved):
         return
-    if len(scans) == 1 or fills_a_gpu(scans[0]):
+    if not run_side_by_side(scans):
         total = memory.new_empty(memory.shape, dtype=torch.float32).mT
         for k, scan in enumerate(scans):
             to = out if k + 1 == len(scans) else total

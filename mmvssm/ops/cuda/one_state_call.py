@@ -214,6 +214,20 @@ def fills_a_gpu(scan: Scan) -> bool:
     return threads // 32 >= wanted_warps(scan.u)
 
 
+def are_one_length(scans: Sequence[Scan]) -> bool:
+    """Whether scans have as many positions, as those of a launch must.
+
+    A table may have padded places, which routes have not.
+    """
+    return len({scan.length for scan in scans}) == 1
+
+
+def run_side_by_side(scans: Sequence[Scan]) -> bool:
+    """Whether scans of a map are to share a launch."""
+    several = len(scans) > 1 and are_one_length(scans)
+    return several and not fills_a_gpu(scans[0])
+
+
 def shared_bytes(constants: Constants) -> int:
     """Bytes of shared memory of a CTA, see ``Layout`` in one_state_inputs.h."""
     channels, rank = constants['CHANNELS'], constants['RANK']

@@ -23,6 +23,7 @@ from mmvssm.ops.cuda.one_state_call import (
     Args,
     Call,
     Strides,
+    are_one_length,
     are_pairs,
     are_vectors,
     as_read,
@@ -81,7 +82,8 @@ def forward_on_chip(
     Returns:
         Whether it was done.
     """
-    if len(scans) > MAX_SCANS or not all(map(_is_readable, scans)):
+    fit = len(scans) <= MAX_SCANS and are_one_length(scans)
+    if not fit or not all(map(_is_readable, scans)):
         return False
     scans = [as_read(scan) for scan in scans]
     plan = _plan(scans, out)

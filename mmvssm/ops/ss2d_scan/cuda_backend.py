@@ -16,7 +16,7 @@ from torch import Tensor
 from mmvssm.ops import backends
 from mmvssm.ops.contract import Result
 from mmvssm.ops.cuda import one_state
-from mmvssm.ops.cuda.one_state_call import fills_a_gpu
+from mmvssm.ops.cuda.one_state_call import run_side_by_side
 from mmvssm.ops.cuda.scan import Scan
 from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.scan_orders import KernelOrders
@@ -81,7 +81,7 @@ class CudaSs2d(FusedSs2d):
         one = inputs.A.shape[1] == 1
         scans = list(_scans(read, orders, low_rank=one))
         grad_x = torch.empty_like(read.x, dtype=torch.float32)
-        if one and not fills_a_gpu(scans[0][0]):
+        if one and run_side_by_side([scan for scan, _ in scans]):
             found = _backward_at_once(scans, saved[1], grad_out, sequence(grad_x))
         else:
             found = _backward_in_turn(scans, saved[1], grad_out, sequence(grad_x))
