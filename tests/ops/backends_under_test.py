@@ -23,6 +23,8 @@ BACKENDS = [
     if name == EMULATED or backends.suppliers[name].devices in (None, ('cpu',))
 ]
 FAST_BACKENDS = [name for name in BACKENDS if name != 'reference']
+# For what is large, or about the threads of the CPU.
+NATIVE_BACKENDS = [name for name in FAST_BACKENDS if name != EMULATED]
 ISAS = ('baseline', 'avx2', 'avx512')
 _KERNELS_REQUIRED = os.environ.get('MMVSSM_REQUIRE_KERNELS', '0') not in ('', '0')
 

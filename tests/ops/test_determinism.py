@@ -6,7 +6,7 @@ import torch
 from mmvssm.ops import deterministic_math
 from mmvssm.ops.cpu import library
 
-from .backends_under_test import FAST_BACKENDS, on, on_every_isa, takes
+from .backends_under_test import NATIVE_BACKENDS, on, on_every_isa, takes
 from .ops_under_test import LONG, case_name, linear, selective_scan, ss2d_scan
 
 THREADS = (1, 2, 3, 7)
@@ -27,7 +27,7 @@ def assert_same_bits(set_threads, run):
 
 CASES = [
     on(backend, dtype, make, size)
-    for backend in FAST_BACKENDS
+    for backend in NATIVE_BACKENDS
     for make, sizes in LONG.items()
     for dtype in (torch.float32, torch.bfloat16, torch.float64)
     if takes(backend, dtype)
@@ -45,7 +45,7 @@ def test_ops(set_threads, backend, dtype, make, size):
 
 @pytest.mark.parametrize(
     'backend, make, size',
-    [on(name, make, LONG[make][0]) for name in FAST_BACKENDS for make in LAYOUTS],
+    [on(name, make, LONG[make][0]) for name in NATIVE_BACKENDS for make in LAYOUTS],
     ids=case_name,
 )
 def test_channels_last(set_threads, backend, make, size):
@@ -56,7 +56,7 @@ def test_channels_last(set_threads, backend, make, size):
 @pytest.mark.parametrize(
     'backend, size',
     [
-        *[on(name, (1, 1, 70001, 1, 1)) for name in FAST_BACKENDS],
+        *[on(name, (1, 1, 70001, 1, 1)) for name in NATIVE_BACKENDS],
         on('reference', (2, 4096, 5, 16, 4)),
     ],
 )

@@ -16,7 +16,7 @@ from mmvssm.ops.deterministic_math import (
     linear_product,
 )
 
-from .backends_under_test import FAST_BACKENDS, on, takes
+from .backends_under_test import NATIVE_BACKENDS, on, takes
 from .ops_under_test import LONG, bidirectional_scan, case_name, linear, ss2d_scan
 
 aten, onednn = torch.ops.aten, torch.ops.mkldnn
@@ -62,7 +62,7 @@ class NoLongSums(TorchDispatchMode):
 
 CASES = [
     on(backend, dtype, make, size)
-    for backend in FAST_BACKENDS
+    for backend in NATIVE_BACKENDS
     for make, sizes in LONG.items()
     for size in sizes
     for dtype in (torch.float32, torch.bfloat16, torch.float64)
@@ -79,7 +79,7 @@ def test_no_long_sums(backend, dtype, make, size):
         case.run(backend)
 
 
-@pytest.mark.parametrize('backend', FAST_BACKENDS)
+@pytest.mark.parametrize('backend', NATIVE_BACKENDS)
 @pytest.mark.parametrize('make', [ss2d_scan, bidirectional_scan], ids=case_name)
 def test_no_long_sums_under_autocast(backend, make):
     case = make(*LONG[make][0], dtype=torch.float32)
