@@ -68,7 +68,7 @@ def test_scans_compute_the_scan(load, device, oflex, monkeypatch):
 
 def test_peers_that_are_missing_say_so(load, device):
     peers = load('gpu_peers')
-    mamba_ssm.scan_function.cache_clear()
+    mamba_ssm._found.cache_clear()
     found, missing = peers.scans(device)
     assert 'selective_scan_cuda_oflex is not installed' in missing['oflex']
     assert 'mamba_ssm is not installed' in missing['mamba_ssm']
