@@ -286,5 +286,7 @@ def test_launches_are_found_without_values(monkeypatch):
     assert {launch.grid for launch in found} == {7}
     names = [dict(launch.constants) for launch in found]
     assert names == [{'KEEP': True}, {'BACKWARD': 1}, {'KEEP': False}]
+    # An op that has none there.
+    monkeypatch.delitem(all_ops['linear_attention'].backends, 'cuda')
     (without,) = launches.launches_of([], [call, call_of('linear_attention')])
     assert dict(without.constants) == {'KEEP': False}
