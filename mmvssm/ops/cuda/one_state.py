@@ -55,14 +55,7 @@ def forward(
     saved: Tensor | None = None,
     add: Tensor | None = None,
 ) -> None:
-    """Put the kernel of the forward pass onto the stream.
-
-    Args:
-        scan: The inputs.
-        out: (B, D, L), to be written.
-        last_state: float32 (B, D, 1), to be written unless None.
-        saved: See :func:`saved_shape`, to be written unless None.
-        add: float32 (B, D, L) to be added before the gate, which may be ``out``.
+    """Put the kernel of the forward pass onto the stream: see ``ScanKernels.forward``.
 
     Raises:
         ValueError: There are more positions or channels than the kernels count.
