@@ -1,7 +1,30 @@
 """What the backbones of all families have in common."""
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit
+from torch import Tensor
+
+from mmvssm.errors import CheckpointError
+from mmvssm.layers import resize_position
+
+# Loads a checkpoint into a module, and gives a report. mmvssm.checkpoints, which
+# imports this file, puts its function here.
+_load_pretrained: Callable[..., Any] | None = None
+
+
+def set_pretrained_loader(load: Callable[..., Any]) -> None:
+    """Say by what ``init_cfg=dict(type='Pretrained', ...)`` is carried out.
+
+    Args:
+        load: Takes the module, the ``checkpoint`` and ``prefix=``; gives a report to
+            print.
+    """
+    global _load_pretrained
+    _load_pretrained = load
 
 
 class Backbone(BaseModule):
@@ -17,9 +40,6 @@ class Backbone(BaseModule):
         ``init_cfg`` the published initialisation stays, which is in place
         after construction.
         """
-        # Checkpoints are a layer above backbones.
-        from mmvssm.checkpoints import load_checkpoint
-
         given = self.init_cfg
         cfgs = [given] if isinstance(given, dict) else list(given or [])
         pretrained = [
@@ -29,5 +49,86 @@ class Backbone(BaseModule):
         super().init_weights()
         self.init_cfg = given
         for cfg in pretrained:
-            report = load_checkpoint(self, cfg['checkpoint'], prefix=cfg.get('prefix'))
+            report = _load_pretrained(self, cfg['checkpoint'], prefix=cfg.get('prefix'))
             print_log(str(report), logger='current')
+
+
+def check_in_channels(in_channels: int) -> None:
+    """Raise ValueError unless it is a number of channels."""
+    if not isinstance(in_channels, int) or in_channels < 1:
+        raise ValueError(
+            f'in_channels must be the number of channels of the image, 1 or more, got '
+            f'{in_channels!r}'
+        )
+
+
+def parse_img_size(img_size: int | Sequence[int], smallest: int = 1) -> tuple[int, int]:
+    """One number or height and width -> height and width.
+
+    Args:
+        img_size: In pixels.
+        smallest: Least height and width.
+
+    Raises:
+        ValueError: It is neither, or too small.
+    """
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if (
+        not isinstance(sides, Sequence)
+        or len(sides) != 2
+        or not all(isinstance(side, int) and side >= smallest for side in sides)
+    ):
+        raise ValueError(
+            f'img_size must be one number of pixels or (height, width), each at least '
+            f'{smallest}, got {img_size!r}'
+        )
+    return tuple(sides)
+
+
+def describe_arch(
+    found: Mapping[str, Any], archs: Mapping[str, Mapping], name: str, title: str
+) -> str:
+    """Name of the model whose arch has the values found, or the values in words.
+
+    Args:
+        found: Values of some keys of an arch.
+        archs: Archs by name.
+        name: First part of the names of the family's models.
+        title: What messages call the family.
+    """
+    for arch_name, arch in archs.items():
+        if all(arch[key] == value for key, value in found.items()):
+            return f'{name}_{arch_name}'
+    return f'a {title} with ' + ', '.join(f'{k}={v}' for k, v in found.items())
+
+
+def fit_grid(
+    embedding: Tensor, grid: tuple[int, int], name: str = 'pos_embed'
+) -> tuple[Tensor, list[str]]:
+    """Resize the position embedding of a file to the model's grid.
+
+    A grid that has not the model's number of patches is taken to be square.
+
+    Args:
+        embedding: (1, M, C), of the patches alone.
+        grid: Rows and columns of the model.
+        name: What to call it in messages.
+
+    Returns:
+        The embedding, and a note if it was resized.
+
+    Raises:
+        CheckpointError: The number of patches is no square.
+    """
+    length = embedding.shape[1]
+    if length == grid[0] * grid[1]:
+        return embedding, []
+    side = math.isqrt(length)
+    if side * side != length:
+        raise CheckpointError(
+            f'the position embedding of the file belongs to {length} patches, which '
+            f'are no square grid, and the model has {grid[0]}x{grid[1]}; build the '
+            f'model with the img_size of the file'
+        )
+    note = f'{name} was resized from {side}x{side} to {grid[0]}x{grid[1]}'
+    return resize_position(embedding, (side, side), grid), [note]

@@ -8,15 +8,12 @@ from pathlib import Path
 
 import torch
 
-from mmvssm.checkpoints import mambar, mlla, vim, vmamba
-from mmvssm.checkpoints.errors import CheckpointError
-from mmvssm.checkpoints.families import recognise
 from mmvssm.checkpoints.read import read_state_dict
+from mmvssm.errors import CheckpointError
+from mmvssm.families import Family, recognise
 
-# Families whose weights can be converted: a module with BACKBONE_KEY,
-# rename, file_format, component, reshape, fit and describe.
-FAMILIES = {'VMamba': vmamba, 'Vim': vim, 'Mamba-R': mambar, 'MLLA': mlla}
-
+# What a family's record calls parts that are not the backbone's.
+_OTHER_PARTS = ('classifier.', 'neck.')
 _SEGMENTOR_HEADS = ('decode_head.', 'auxiliary_head.')
 _DETECTOR_HEADS = (
     *('rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.'),
@@ -32,10 +29,10 @@ class Checkpoint:
     """A checkpoint in the canonical form.
 
     Attributes:
-        family: ``'VMamba'``, ``'Vim'``, ``'Mamba-R'`` or ``'MLLA'``.
+        family: Its record.
         format: Which published naming the file had: ``'v0-old'``,
             ``'v0-new'`` or ``'v2'`` of VMamba, ``'vim'``, ``'vim-fpn'``,
-            ``'vim-detectron2'``, ``'mambar'`` or ``'mlla'``.
+            ``'vim-detectron2'``; of other families their ``name``.
         contents: ``'classifier'``, ``'backbone'``, ``'segmentor'``,
             ``'detector'``, or ``'model'`` with heads of other names.
         arch: Model the shapes belong to, such as ``'vmamba_t_s1l8'``.
@@ -44,7 +41,7 @@ class Checkpoint:
         renamed: How many names the conversion changed.
     """
 
-    family: str
+    family: Family
     format: str
     contents: str
     arch: str
@@ -71,7 +68,7 @@ class Checkpoint:
 
     def __str__(self) -> str:
         return (
-            f'{self.family} {self.contents} in {self.format} format, '
+            f'{self.family.title} {self.contents} in {self.format} format, '
             f'{self.arch}: {len(self.backbone)} backbone tensors, '
             f'{len(self.others)} others'
             f'{summarise(self.others, ": ")}; {self.renamed} renamed'
@@ -114,12 +111,7 @@ def read_named(
 def to_canonical(state: Mapping[str, torch.Tensor], what: str) -> Checkpoint:
     """Recognise and convert a state dict; see :func:`convert`."""
     found = recognise(state, what)
-    family = FAMILIES.get(found.family)
-    if family is None:
-        raise CheckpointError(
-            f'{what} holds {found.family} weights; this version converts '
-            f'{", ".join(FAMILIES)}'
-        )
+    family = found.family
     own, foreign = split_keys(state, found.prefix)
     changed = sum(family.rename(key) != key for key in own)
     pyramid = [key for key in foreign if _DETECTRON2_PYRAMID.match(key)]
@@ -127,13 +119,13 @@ def to_canonical(state: Mapping[str, torch.Tensor], what: str) -> Checkpoint:
     others = {_neck_name(key): state[full] for key, full in foreign.items()}
     for key, full in own.items():
         name = family.rename(key)
-        target = backbone if family.BACKBONE_KEY.match(name) else others
+        target = others if name.startswith(_OTHER_PARTS) else backbone
         if name in target:
             raise CheckpointError(f'{what} has {name} twice, under different names')
         target[name] = family.reshape(name, state[full])
     return Checkpoint(
-        found.family,
-        family.file_format(own) + ('-detectron2' if pyramid else ''),
+        family,
+        family.format_of(own) + ('-detectron2' if pyramid else ''),
         _contents(others, whole=bool(foreign)),
         family.describe(backbone),
         backbone,

@@ -9,15 +9,14 @@ import torch
 from torch import nn
 
 from mmvssm.checkpoints.canonical import (
-    FAMILIES,
     Checkpoint,
     read_named,
     split_keys,
     summarise,
     to_canonical,
 )
-from mmvssm.checkpoints.errors import CheckpointError
-from mmvssm.checkpoints.families import recognise
+from mmvssm.errors import CheckpointError
+from mmvssm.families import recognise
 
 _OUTPUT_NORM = re.compile(r'(^|backbone\.|module\.)(out)?norm\d+\.')
 
@@ -100,14 +99,14 @@ def load_checkpoint(
     owner = recognise(target, f'the model {type(model).__name__}')
     state, what = read_named(source, prefix)
     family = recognise(state, what).family
-    if family != owner.family:
+    if family is not owner.family:
         raise CheckpointError(
-            f'{what} holds {family} weights, but the model '
-            f'{type(model).__name__} is {owner.family}'
+            f'{what} holds {family.title} weights, but the model '
+            f'{type(model).__name__} is {owner.family.title}'
         )
     checkpoint = to_canonical(state, what)
     backbone = model.get_submodule(owner.prefix.removesuffix('.'))
-    checkpoint.backbone, notes = FAMILIES[family].fit(checkpoint.backbone, backbone)
+    checkpoint.backbone, notes = family.fit(checkpoint.backbone, backbone)
 
     own, foreign = split_keys(target, owner.prefix)
     names = {**foreign, **own}
@@ -130,7 +129,7 @@ def load_checkpoint(
         )
     model.load_state_dict({names[key]: tensors[key] for key in matched}, strict=False)
     return LoadReport(
-        checkpoint.family,
+        family.title,
         checkpoint.format,
         checkpoint.contents,
         checkpoint.arch,
@@ -157,7 +156,7 @@ def _check_arch(
 
     Stages that a model with few ``out_indices`` lacks may be left over.
     """
-    family = FAMILIES[checkpoint.family]
+    family = checkpoint.family
     file = checkpoint.backbone
     built = {family.component(key) for key in model}
     problems = [wrong[key] for key in file if key in wrong]

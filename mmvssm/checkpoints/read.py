@@ -8,8 +8,8 @@ from urllib.parse import urlparse
 import torch
 from mmengine.dist import barrier, is_main_process
 
-from mmvssm.checkpoints.errors import CheckpointError, MissingCheckpointError
 from mmvssm.checkpoints.unpickle import is_trusted, unpickle
+from mmvssm.errors import CheckpointError, MissingCheckpointError
 
 # Where training codes put the weights, in order of preference.
 _WRAPPERS = (

@@ -31,7 +31,9 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
         for key, value in checkpoint.state_dict().items()
     }
     meta = dict(
-        family=checkpoint.family, contents=checkpoint.contents, arch=checkpoint.arch
+        family=checkpoint.family.title,
+        contents=checkpoint.contents,
+        arch=checkpoint.arch,
     )
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
     os.close(handle)

@@ -13,8 +13,10 @@ from mmvssm.layers.drop_path import DropPath
 from mmvssm.layers.linear import Linear
 from mmvssm.layers.norm import AddRMSNorm
 from mmvssm.ops import Direction, bidirectional_scan
+from mmvssm.registry import MODELS
 
 
+@MODELS.register_module()
 class BidirectionalMamba(nn.Module):
     """Mixer of a block (Algorithm 1 of arXiv 2401.09417).
 
@@ -118,6 +120,7 @@ def init_step_size(
     dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
 
 
+@MODELS.register_module()
 class MambaBlock(nn.Module):
     """Add, norm, mix: a block in the order of the published fused code.
 

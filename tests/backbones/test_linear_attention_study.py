@@ -181,7 +181,7 @@ def test_heads():
         (dict(position='rope'), 'position must be a sequence'),
         (dict(position=('rpe',)), 'position must be a sequence'),
         (dict(feature_map=False), 'needs forget_gate=True'),
-        (dict(position=('ape',), img_size=3), 'at least 4x4'),
+        (dict(position=('ape',), img_size=3), 'img_size must .* at least 4'),
         (dict(out_indices=(4,)), 'out_indices'),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 from mmengine.registry import init_default_scope
 
 import mmvssm
-from mmvssm.backbones import VSSM
+from mmvssm.backbones import VSSM, vssm
 from mmvssm.checkpoints import CheckpointError, load_checkpoint
 from parity import Case
 
@@ -192,7 +192,7 @@ def test_convolutions_of_published_linears():
 def test_published_arch_is_named(name):
     with torch.device('meta'):
         shapes = mmvssm.build_backbone(name).state_dict()
-    assert mmvssm.checkpoints.vmamba.describe(shapes) == name
+    assert vssm.FAMILY.describe(shapes) == name
 
 
 # ---------------------------------------------------- refusals change no weight

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import mmvssm
-from mmvssm.backbones import MLLA
-from mmvssm.checkpoints import CheckpointError, convert, load_checkpoint, mlla
+from mmvssm.backbones import MLLA, mlla
+from mmvssm.checkpoints import CheckpointError, convert, load_checkpoint
 from mmvssm.heads import ClassificationHead, ImageClassifier
 
 from .files import randomised, same
@@ -98,7 +98,7 @@ def test_conversion_is_idempotent():
 @pytest.mark.parametrize('name', mmvssm.list_models('mlla_*'))
 def test_published_arch_is_named(name):
     with torch.device('meta'):
-        assert mlla.describe(mmvssm.build_backbone(name).state_dict()) == name
+        assert mlla.FAMILY.describe(mmvssm.build_backbone(name).state_dict()) == name
 
 
 def refuse(net, source, message):
