@@ -68,6 +68,30 @@ def test_arguments_arrive():
     assert maps.out_channels == (192, 384)
 
 
+ONE_OF_EACH = ('vmamba_t_v0', 'vim_t', 'mambar_t', 'mlla_t', 'linear_attention_study_t')
+
+
+@pytest.mark.parametrize('name', ONE_OF_EACH)
+@pytest.mark.parametrize('value', [0, -3, 3.0, '3', True, None])
+def test_wrong_in_channels(name, value):
+    with pytest.raises(ValueError, match='in_channels must be the number of channels'):
+        mmvssm.build_backbone(name, in_channels=value)
+
+
+@pytest.mark.parametrize('name', ONE_OF_EACH)
+@pytest.mark.parametrize('value', [0, 224.0, '224', (224,), (224, 224, 3), (224, 0)])
+def test_wrong_img_size(name, value):
+    with pytest.raises(ValueError, match='img_size must be one number of pixels or'):
+        mmvssm.build_backbone(name, img_size=value)
+
+
+@pytest.mark.parametrize('name', ONE_OF_EACH)
+def test_only_the_arch_goes_without_a_name(name):
+    cls = type(mmvssm.build_backbone(name))
+    with pytest.raises(TypeError, match='positional argument'):
+        cls('t', 1)
+
+
 @pytest.mark.parametrize('place', ['none', 'head', 'double'])
 def test_other_class_tokens(place):
     with torch.device('meta'):

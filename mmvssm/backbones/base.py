@@ -53,9 +53,14 @@ class Backbone(BaseModule):
             print_log(str(report), logger='current')
 
 
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether it is an integer of at least that value."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_in_channels(in_channels: int) -> None:
     """Raise ValueError unless it is a number of channels."""
-    if not isinstance(in_channels, int) or in_channels < 1:
+    if not is_count(in_channels):
         raise ValueError(
             f'in_channels must be the number of channels of the image, 1 or more, got '
             f'{in_channels!r}'
@@ -76,7 +81,7 @@ def parse_img_size(img_size: int | Sequence[int], smallest: int = 1) -> tuple[in
     if (
         not isinstance(sides, Sequence)
         or len(sides) != 2
-        or not all(isinstance(side, int) and side >= smallest for side in sides)
+        or not all(is_count(side, smallest) for side in sides)
     ):
         raise ValueError(
             f'img_size must be one number of pixels or (height, width), each at least '

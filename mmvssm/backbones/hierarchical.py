@@ -9,7 +9,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvssm.backbones.base import Backbone, check_in_channels, parse_img_size
+from mmvssm.backbones.base import (
+    Backbone,
+    check_in_channels,
+    is_count,
+    parse_img_size,
+)
 from mmvssm.heads import ClassificationHead
 from mmvssm.layers import LayerNorm2d, channels_last
 
@@ -207,14 +212,12 @@ def resolve_arch(
         )
     arch = {**defaults, **arch}
     depths = arch['depths']
-    if not isinstance(depths, Sequence) or not all(
-        isinstance(depth, int) and depth > 0 for depth in depths
-    ):
+    if not isinstance(depths, Sequence) or not all(is_count(depth) for depth in depths):
         raise ValueError(
             f'arch of {family}: depths is the number of blocks of each stage, such '
             f'as (2, 2, 8, 2), got {depths!r}'
         )
-    if not isinstance(arch['dims'], int):
+    if not is_count(arch['dims']):
         raise ValueError(
             f'arch of {family}: dims is the number of channels of the first stage, '
             f'doubled from stage to stage, got {arch["dims"]!r}'

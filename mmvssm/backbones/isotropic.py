@@ -13,6 +13,7 @@ from mmvssm.backbones.base import (
     Backbone,
     check_in_channels,
     describe_arch,
+    is_count,
     parse_img_size,
 )
 from mmvssm.errors import CheckpointError
@@ -319,7 +320,7 @@ def resolve_arch(arch: str | dict, zoo: dict[str, dict], family: str) -> dict:
     for key in known:
         if key == 'drop_path_rate':
             continue
-        if not isinstance(arch[key], int) or arch[key] < 1:
+        if not is_count(arch[key]):
             raise ValueError(
                 f'arch of {family}: {key} must be a positive integer, got {arch[key]!r}'
             )

@@ -7,9 +7,12 @@ import pytest
 import torch
 from mmengine.registry import MODELS as MMENGINE_MODELS
 
+from compare import relative_error
 from mmvssm.backbones import MambaR, Vim
 from mmvssm.backbones import isotropic as module
+from mmvssm.families import recognise
 from mmvssm.layers import DropPath
+from mmvssm.ops import use_backend
 
 from .isotropic_models import BUILDERS, TINY, loss
 
@@ -433,3 +436,34 @@ def test_with_cp_saves_memory():
     )
     assert plain > 60
     assert saving < plain / 2
+
+
+# ------------------------------------------------- expansion and convolution
+@both
+@pytest.mark.parametrize('backend', ['reference', 'torch', 'cpu'])
+@pytest.mark.parametrize('change', [dict(expand=1), dict(expand=3), dict(d_conv=2)])
+def test_expand_and_d_conv(cls, change, backend):
+    torch.manual_seed(0)
+    net = cls(dict(TINY, **change), img_size=32)
+    mixer = net.layers[0].mixer
+    inner = change.get('expand', 2) * TINY['embed_dims']
+    assert mixer.A_log.shape[0] == mixer.out_proj.in_features == inner
+    assert mixer.conv1d.weight.shape == (inner, 1, change.get('d_conv', 4))
+    x = torch.randn(1, 3, 32, 32)
+    with use_backend('reference'):
+        want = net(x)[-1]
+    with use_backend(backend):
+        got = net(x)[-1]
+    assert relative_error(got, want) < 1e-5
+    description = recognise(net.state_dict(), 'the model').family.describe(
+        net.state_dict()
+    )
+    assert all(f'{key}={value}' in description for key, value in change.items())
+
+
+@both
+@pytest.mark.parametrize('key', ['expand', 'd_conv'])
+@pytest.mark.parametrize('value', [0, 1.5, '2', True])
+def test_wrong_expand_and_d_conv(cls, key, value):
+    with pytest.raises(ValueError, match=f'{key} must be a positive integer'):
+        cls(dict(TINY, **{key: value}))
