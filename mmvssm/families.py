@@ -28,10 +28,6 @@ def _same_tensors(
     return dict(state), []
 
 
-def _last_layer(backbone: nn.Module) -> nn.Module:
-    return backbone.layers[-1]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """All that the package knows about one family of backbones.
@@ -58,13 +54,14 @@ class Family:
             ``'vim_t'``, or what they look like in words.
         component: Which part of the backbone a name belongs to that a file has as a
             whole or not at all. None for what a file may lack.
+        target_layer: The module of a backbone whose output Grad-CAM takes: a map
+            (B, C, H, W) or a sequence (B, L, C).
         file_format: What the naming of a file is called, by its names.
         rename: Published name -> own name.
         reshape: Own name and the tensor of a file -> the tensor as stored here.
         fit: Fits the tensors of a file to a model (position embeddings, class
             tokens), and gives notes on what it changed. It raises
             :class:`mmvssm.errors.CheckpointError` where that is not possible.
-        target_layer: The module whose output Grad-CAM takes.
     """
 
     name: str
@@ -76,6 +73,7 @@ class Family:
     depth: Callable[[str], tuple[int, ...] | None]
     describe: Callable[[Mapping[str, Tensor]], str]
     component: Callable[[str], str | None]
+    target_layer: Callable[[nn.Module], nn.Module]
     classifier_args: Mapping[str, Any] = field(default_factory=dict)
     unless: str | None = None
     file_format: Callable[[Iterable[str]], str] | None = None
@@ -84,7 +82,6 @@ class Family:
     fit: Callable[
         [Mapping[str, Tensor], nn.Module], tuple[dict[str, Tensor], list[str]]
     ] = _same_tensors
-    target_layer: Callable[[nn.Module], nn.Module] = _last_layer
 
     def format_of(self, keys: Iterable[str]) -> str:
         """What the naming of a file is called; the family's name if it has only one."""

@@ -263,6 +263,11 @@ def map_head(
     return ClassificationHead(backbone.out_channels[-1], num_classes, **options)
 
 
+def last_block(backbone: HierarchicalBackbone) -> nn.Module:
+    """The last block: its output is the last map, before the output norm."""
+    return backbone.layers[-1].blocks[-1]
+
+
 def block_depth(name: str) -> tuple[int, ...] | None:
     """Where a parameter stands; see :class:`mmvssm.families.Family`.
 

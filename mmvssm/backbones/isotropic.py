@@ -379,6 +379,11 @@ def has_pyramid(keys: Iterable[str]) -> bool:
     return any(key.startswith(('fpn1.', 'fpn2.')) for key in keys)
 
 
+def last_mixer(backbone: IsotropicMamba) -> nn.Module:
+    """The last mixer, whose output (B, L, C) is added to the residual stream."""
+    return backbone.layers[-1].mixer
+
+
 def block_depth(name: str) -> tuple[int, ...] | None:
     """Where a parameter stands; see :class:`mmvssm.families.Family`."""
     if re.match(r'patch_embed\.|pos_embed(_cls)?$|cls_token(_\w+)?$', name):

@@ -20,6 +20,7 @@ from mmvssm.backbones.hierarchical import (
     block_depth,
     component,
     count_blocks,
+    last_block,
     map_head,
     resolve_arch,
 )
@@ -331,6 +332,7 @@ FAMILY = register_family(
         depth=block_depth,
         describe=_describe,
         component=component,
+        target_layer=last_block,
         fit=_fit,
     )
 )

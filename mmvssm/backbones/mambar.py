@@ -21,6 +21,7 @@ from mmvssm.backbones.isotropic import (
     check_depth,
     component,
     describe,
+    last_mixer,
     rename,
     resolve_arch,
 )
@@ -181,6 +182,7 @@ FAMILY = register_family(
         depth=block_depth,
         describe=partial(describe, archs=ARCH_ZOO, name='mambar', title='Mamba-R'),
         component=_component,
+        target_layer=last_mixer,
         rename=rename,
         fit=_fit,
     )

@@ -22,6 +22,7 @@ from mmvssm.backbones.isotropic import (
     component,
     describe,
     has_pyramid,
+    last_mixer,
     rename,
     resolve_arch,
 )
@@ -274,6 +275,7 @@ FAMILY = register_family(
         depth=block_depth,
         describe=partial(describe, archs=ARCH_ZOO, name='vim', title='Vim'),
         component=component,
+        target_layer=last_mixer,
         file_format=_file_format,
         rename=rename,
         fit=_fit,

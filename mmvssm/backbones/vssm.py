@@ -22,6 +22,7 @@ from mmvssm.backbones.hierarchical import (
     block_depth,
     component,
     count_blocks,
+    last_block,
     map_head,
     resolve_arch,
 )
@@ -327,6 +328,7 @@ FAMILY = register_family(
         depth=block_depth,
         describe=_describe,
         component=component,
+        target_layer=last_block,
         file_format=_file_format,
         rename=_rename,
         reshape=_reshape,

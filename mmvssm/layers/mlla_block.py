@@ -50,6 +50,7 @@ class MLLABlock(nn.Module):
         self.mlp = Mlp2d(channels, int(mlp_ratio * channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) -> map (B, C, H, W)."""
         x = x + self.cpe1(x)
         x = x + self.drop_path(self._mix(self.norm1(x)))
         x = x + self.cpe2(x)

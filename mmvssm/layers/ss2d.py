@@ -136,6 +136,7 @@ class SS2D(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) -> map (B, C, H, W)."""
         x = self.in_proj(x)
         if self.gated:
             x, z = x.chunk(2, dim=1)
@@ -233,6 +234,7 @@ class VSSBlock(nn.Module):
             self.mlp = Mlp2d(channels, int(mlp_ratio * channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) -> map (B, C, H, W)."""
         x = x + self.drop_path(self.op(self.norm(x)))
         if self.mlp is not None:
             x = x + self.drop_path(self.mlp(self.norm2(x)))
