@@ -118,14 +118,16 @@ def test_trained_from_a_config_of_mmseg(toy, tmp_path):
 @pytest.mark.parametrize('family', families.families(), ids=lambda f: f.name)
 def test_target_layer(family):
     """Grad-CAM gets one tensor of every family, and its gradient."""
-    net = mmvssm.build_classifier(f'{family.name}_{next(iter(family.archs))}')
+    net = mmvssm.build_classifier(f'{family.name}_{next(iter(family.archs))}').eval()
     outs = []
     layer = family.target_layer(net.backbone)
     layer.register_forward_hook(lambda module, args, out: outs.append(out))
     logits = net(torch.randn(1, 3, 64, 64))
     (out,) = outs
     grad = torch.autograd.grad(logits[0, 0], out)[0]
-    assert out.ndim in (3, 4) and grad.isfinite().all() and grad.any()
+    assert out.ndim in (3, 4) and grad.isfinite().all()
+    # The whole image has a say.
+    assert (grad != 0).float().mean() > 0.99
 
 
 @pytest.mark.parametrize(

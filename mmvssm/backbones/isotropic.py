@@ -379,9 +379,12 @@ def has_pyramid(keys: Iterable[str]) -> bool:
     return any(key.startswith(('fpn1.', 'fpn2.')) for key in keys)
 
 
-def last_mixer(backbone: IsotropicMamba) -> nn.Module:
-    """The last mixer, whose output (B, L, C) is added to the residual stream."""
-    return backbone.layers[-1].mixer
+def second_last_mixer(backbone: IsotropicMamba) -> nn.Module:
+    """The mixer in front of the last block, with an output (B, L, C).
+
+    Behind the last one no other token has a say in what becomes of a class token.
+    """
+    return backbone.layers[max(len(backbone.layers) - 2, 0)].mixer
 
 
 def block_depth(name: str) -> tuple[int, ...] | None:

@@ -21,9 +21,9 @@ from mmvssm.backbones.isotropic import (
     check_depth,
     component,
     describe,
-    last_mixer,
     rename,
     resolve_arch,
+    second_last_mixer,
 )
 from mmvssm.families import Family, register_family
 from mmvssm.heads import RegisterHead
@@ -182,7 +182,7 @@ FAMILY = register_family(
         depth=block_depth,
         describe=partial(describe, archs=ARCH_ZOO, name='mambar', title='Mamba-R'),
         component=_component,
-        target_layer=last_mixer,
+        target_layer=second_last_mixer,
         rename=rename,
         fit=_fit,
     )

@@ -22,9 +22,9 @@ from mmvssm.backbones.isotropic import (
     component,
     describe,
     has_pyramid,
-    last_mixer,
     rename,
     resolve_arch,
+    second_last_mixer,
 )
 from mmvssm.families import Family, register_family
 from mmvssm.heads import ClassTokenHead
@@ -275,7 +275,7 @@ FAMILY = register_family(
         depth=block_depth,
         describe=partial(describe, archs=ARCH_ZOO, name='vim', title='Vim'),
         component=component,
-        target_layer=last_mixer,
+        target_layer=second_last_mixer,
         file_format=_file_format,
         rename=rename,
         fit=_fit,
