@@ -1,4 +1,4 @@
-"""What the backbones of all families have in common."""
+"""Code that the backbones of all families share."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,34 +11,33 @@ from torch import Tensor
 from mmvssm.errors import CheckpointError
 from mmvssm.layers import resize_position
 
-# Loads a checkpoint into a module, and gives a report. mmvssm.checkpoints, which
-# imports this file, puts its function here.
+# Loads a checkpoint into a module and returns a report. mmvssm.checkpoints imports this
+# file and sets this function.
 _load_pretrained: Callable[..., Any] | None = None
 
 
 def set_pretrained_loader(load: Callable[..., Any]) -> None:
-    """Say by what ``init_cfg=dict(type='Pretrained', ...)`` is carried out.
+    """Set the function that carries out ``init_cfg=dict(type='Pretrained', ...)``.
 
     Args:
-        load: Takes the module, the ``checkpoint`` and ``prefix=``; gives a report to
-            print.
+        load: Takes the module, the ``checkpoint`` and ``prefix=``, and returns a report
+            to print.
     """
     global _load_pretrained
     _load_pretrained = load
 
 
 class Backbone(BaseModule):
-    """An mmengine module that loads published checkpoints as they are."""
+    """An mmengine module that loads published checkpoints without conversion."""
 
     def init_weights(self) -> None:
         """Apply ``init_cfg``.
 
         ``dict(type='Pretrained', checkpoint=PATH_OR_URL)`` goes through
-        :func:`mmvssm.load_checkpoint`: the file is recognised and converted,
-        what matched is logged, and a file that does not fit is an error
-        (mmengine's own loader would go on without the weights). Without an
-        ``init_cfg`` the published initialisation stays, which is in place
-        after construction.
+        :func:`mmvssm.load_checkpoint`. The file is recognised and converted, and what
+        matched is logged. A file that does not fit is an error; mmengine's own loader
+        would continue without the weights. Without an ``init_cfg`` the module keeps the
+        published initialisation that it has after construction.
         """
         given = self.init_cfg
         cfgs = [given] if isinstance(given, dict) else list(given or [])
@@ -54,7 +53,7 @@ class Backbone(BaseModule):
 
 
 def is_count(value: object, least: int = 1) -> bool:
-    """Whether it is an integer of at least that value."""
+    """Whether it is an integer, and at least that value."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -68,14 +67,14 @@ def check_in_channels(in_channels: int) -> None:
 
 
 def parse_img_size(img_size: int | Sequence[int], smallest: int = 1) -> tuple[int, int]:
-    """One number or height and width -> height and width.
+    """Turn one number, or height and width, into height and width.
 
     Args:
         img_size: In pixels.
-        smallest: Least height and width.
+        smallest: Smallest height and width.
 
     Raises:
-        ValueError: It is neither, or too small.
+        ValueError: It is neither of these, or too small.
     """
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size
     if (
@@ -93,7 +92,7 @@ def parse_img_size(img_size: int | Sequence[int], smallest: int = 1) -> tuple[in
 def describe_arch(
     found: Mapping[str, Any], archs: Mapping[str, Mapping], name: str, title: str
 ) -> str:
-    """Name of the model whose arch has the values found, or the values in words.
+    """Name of the model whose arch has these values, or the values in words.
 
     Args:
         found: Values of some keys of an arch.
@@ -112,18 +111,18 @@ def fit_grid(
 ) -> tuple[Tensor, list[str]]:
     """Resize the position embedding of a file to the model's grid.
 
-    A grid that has not the model's number of patches is taken to be square.
+    If the file has another number of patches than the model, its grid must be square.
 
     Args:
-        embedding: (1, M, C), of the patches alone.
+        embedding: (1, M, C), of the patches only.
         grid: Rows and columns of the model.
-        name: What to call it in messages.
+        name: Its name in messages.
 
     Returns:
         The embedding, and a note if it was resized.
 
     Raises:
-        CheckpointError: The number of patches is no square.
+        CheckpointError: The number of patches is not a square number.
     """
     length = embedding.shape[1]
     if length == grid[0] * grid[1]:
@@ -132,7 +131,7 @@ def fit_grid(
     if side * side != length:
         raise CheckpointError(
             f'the position embedding of the file belongs to {length} patches, which '
-            f'are no square grid, and the model has {grid[0]}x{grid[1]}; build the '
+            f'are not a square grid, and the model has {grid[0]}x{grid[1]}; build the '
             f'model with the img_size of the file'
         )
     note = f'{name} was resized from {side}x{side} to {grid[0]}x{grid[1]}'

@@ -124,7 +124,7 @@ def test_nan(spoiled):
 
     spoiled('ss2d_scan', backward=spoil)
     fault = measure.fault(call_of('ss2d_scan'), 'cuda', CPU, repeats=0)
-    assert '2 of 280 values of the gradient of Ds are no finite' in fault
+    assert '2 of 280 values of the gradient of Ds are not finite' in fault
 
 
 def test_what_is_not_written(spoiled):
