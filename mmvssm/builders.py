@@ -14,7 +14,7 @@ def list_models(pattern: str | None = None) -> list[str]:
     """Names of all models, sorted.
 
     Args:
-        pattern: Keep names that match this shell pattern, such as
+        pattern: List only names that match this shell pattern, such as
             ``'vmamba_t*'``.
     """
     return fnmatch.filter([name for name, _, _ in models()], pattern or '*')
@@ -28,9 +28,9 @@ def build_classifier(
     Args:
         name: One of :func:`list_models`.
         num_classes: K.
-        head: Further arguments of the head. That of Mamba® takes ``pooling``
-            and ``reduce``, see :class:`mmvssm.heads.RegisterHead`.
-        **kwargs: Further arguments of the backbone.
+        head: More arguments of the head. The head of Mamba® takes ``pooling`` and
+            ``reduce``, see :class:`mmvssm.heads.RegisterHead`.
+        **kwargs: More arguments of the backbone.
 
     Raises:
         ValueError: The name is unknown.
@@ -48,9 +48,9 @@ def build_backbone(
 
     Args:
         name: One of :func:`list_models`.
-        out_indices: Stages whose maps are returned, of an isotropic backbone blocks;
-            by default all four stages, or the last block of each quarter.
-        **kwargs: Further arguments of the backbone.
+        out_indices: Stages whose maps are returned; for an isotropic backbone, blocks.
+            By default all four stages, or the last block of each quarter.
+        **kwargs: More arguments of the backbone.
 
     Raises:
         ValueError: The name is unknown.
@@ -65,9 +65,9 @@ def _find(name: str) -> tuple[Family, str]:
     known = {model: (family, arch) for model, family, arch in models()}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = (
-            f'did you mean {" or ".join(near)}?' if near else f'known are {list(known)}'
-        )
+        hint = f'known are {list(known)}.'
+        if near:
+            hint = f'did you mean {" or ".join(near)}?'
         raise ValueError(
             f"unknown model '{name}'; {hint} mmvssm.list_models() lists all"
         )

@@ -1,4 +1,4 @@
-"""Load a checkpoint into a model and say what was loaded."""
+"""Load a checkpoint into a model, and report what was loaded."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -23,19 +23,19 @@ _OUTPUT_NORM = re.compile(r'(^|backbone\.|module\.)(out)?norm\d+\.')
 
 @dataclass
 class LoadReport:
-    """What :func:`load_checkpoint` did. ``print`` it.
+    """Report of :func:`load_checkpoint`; ``print`` it.
 
     Attributes:
         family: Family of the file and the model, such as ``'VMamba'``.
-        format: Naming the file had, such as ``'v2'``.
+        format: Form of the names in the file, such as ``'v2'``.
         contents: ``'classifier'``, ``'backbone'``, ``'segmentor'``,
             ``'detector'``, or ``'model'`` with heads of other names.
-        arch: Model the file belongs to, such as ``'vmamba_t_s1l8'``.
+        arch: Name of the model that the file belongs to, such as ``'vmamba_t_s1l8'``.
         matched: Names in the model that were loaded.
-        missing: Names in the model that the file does not have; they keep
-            their values.
-        unexpected: Names in the file, converted, that the model does not have.
-        notes: What was changed to fit the model, such as a resized position
+        missing: Names in the model that the file does not have. Their values do not
+            change.
+        unexpected: Names in the converted file that the model does not have.
+        notes: Changes that were made to fit the model, such as a resized position
             embedding.
     """
 
@@ -57,9 +57,7 @@ class LoadReport:
         ]
         lines += [f'  {note}' for note in self.notes]
         if self.missing:
-            lines.append(
-                '  not in the file, left as initialised: ' + summarise(self.missing)
-            )
+            lines.append('  not in the file, not changed: ' + summarise(self.missing))
             if self.contents == 'classifier' and any(
                 map(_OUTPUT_NORM.search, self.missing)
             ):
@@ -67,7 +65,7 @@ class LoadReport:
                     '  (classification files have no output norms: that is expected)'
                 )
         if self.unexpected:
-            lines.append('  in the file only, not used: ' + summarise(self.unexpected))
+            lines.append('  only in the file, not used: ' + summarise(self.unexpected))
         return '\n'.join(lines)
 
 
@@ -76,24 +74,25 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load published or own weights into a model.
 
-    Family and format are recognised by the keys and converted. The model may
-    be a backbone, a classifier, or a whole segmentor or detector with a
-    ``backbone``; so may the file. Heads of the file are loaded where the model
-    has them. Nothing in the file is executed (``weights_only``).
+    The keys tell the family and the format of the file, and are converted. Model and
+    file may each be a backbone, a classifier, or a whole segmentor or detector with a
+    ``backbone``. Heads of the file are loaded if the model has them. No code in the
+    file is run (``weights_only``).
 
     Args:
         model: The model, bare or wrapped (DDP ...).
         source: A ``.pth`` or ``.safetensors`` file, an http(s) address of one,
             or a state dict.
-        prefix: Take only the keys of the file behind this prefix. By default
-            the place of the backbone is found by the keys.
+        prefix: Use only the keys of the file with this prefix. By default the place of
+            the backbone follows from the keys.
 
     Returns:
-        What matched, what the file misses and what it has left over.
+        The names that matched, those that the file lacks, and those that only the file
+        has.
 
     Raises:
-        CheckpointError: The file is missing, cannot be read, is of another
-            family, or of another arch. The model is then unchanged.
+        CheckpointError: The file is missing, cannot be read, or belongs to another
+            family or another arch. The model is then unchanged.
     """
     target = model.state_dict()
     owner = recognise(target, f'the model {type(model).__name__}')
@@ -124,7 +123,7 @@ def load_checkpoint(
     if wrong:
         raise CheckpointError(
             f'{what} has a head of another shape: {_first(wrong.values())}. '
-            'Build the model with as many classes, or load into '
+            'Build the model with the number of classes of the file, or load into '
             'model.backbone to leave the head out'
         )
     model.load_state_dict({names[key]: tensors[key] for key in matched}, strict=False)
@@ -141,7 +140,7 @@ def load_checkpoint(
 
 
 def fits(given: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether shapes are equal, and both are whole numbers or neither is."""
+    """Whether the shapes are equal, and both are floating-point or both are not."""
     same_kind = given.is_floating_point() == wanted.is_floating_point()
     return given.shape == wanted.shape and same_kind
 
@@ -152,9 +151,9 @@ def _check_arch(
     wrong: Mapping[str, str],
     what: str,
 ) -> None:
-    """Refuse a file of another arch, whose names may be the same in part.
+    """Refuse a file of another arch, which may share some names with this one.
 
-    Stages that a model with few ``out_indices`` lacks may be left over.
+    The file may have more stages than a model with few ``out_indices``.
     """
     family = checkpoint.family
     file = checkpoint.backbone

@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint without running anything it contains."""
+"""Read the tensors of a checkpoint without running code that it contains."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from mmengine.dist import barrier, is_main_process
 from mmvssm.checkpoints.unpickle import is_trusted, unpickle
 from mmvssm.errors import CheckpointError, MissingCheckpointError
 
-# Where training codes put the weights, in order of preference.
+# Keys under which training programs store the weights, in order of preference.
 _WRAPPERS = (
     'state_dict',
     'model',
@@ -21,7 +21,7 @@ _WRAPPERS = (
     'module',
     'net',
 )
-# How many of them are opened, one within another: a file can hold itself.
+# The deepest nesting of these keys; a file may contain itself.
 _DEEPEST = 8
 
 
@@ -48,19 +48,19 @@ def read_state_dict(source: str | Path | Mapping) -> dict[str, torch.Tensor]:
 
 
 def read_content(source: str | Path, map_location: Any = 'cpu') -> Any:
-    """Read all that a file holds, not its weights alone.
+    """Read everything in a file, not only its weights.
 
     Args:
         source: A ``.pth`` or ``.safetensors`` file, or an http(s) address of one.
         map_location: As in ``torch.load``.
 
     Returns:
-        What ``torch.load(weights_only=True)`` does, with inert stand-ins for
+        The result of ``torch.load(weights_only=True)``, with empty objects instead of
         objects of other classes.
 
     Raises:
         MissingCheckpointError: There is no such file.
-        UnsafeCheckpointError: Reading it would call something; see
+        UnsafeCheckpointError: Reading the file would call a function; see
             :func:`mmvssm.checkpoints.trust`.
         CheckpointError: The file is truncated or damaged.
     """
@@ -68,7 +68,7 @@ def read_content(source: str | Path, map_location: Any = 'cpu') -> Any:
 
 
 def _local(source: str | Path) -> Path:
-    """The file itself, fetched if ``source`` is an address."""
+    """Path of the file; it is downloaded if ``source`` is an address."""
     source = str(source)
     if source.startswith(('http://', 'https://')):
         source = _download(source)
@@ -88,7 +88,7 @@ def _read(path: Path, map_location: Any, trusted: bool) -> Any:
     except CheckpointError:
         raise
     except Exception as error:
-        # torch has no common class for its errors of reading.
+        # torch raises errors of many classes when it cannot read a file.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f'{path} ({path.stat().st_size} bytes) is truncated or not a checkpoint '
@@ -100,7 +100,7 @@ def _read(path: Path, map_location: Any, trusted: bool) -> Any:
 def _read_safetensors(path: Path, map_location: Any) -> dict:
     from safetensors.torch import load_file
 
-    # torch.load also takes functions and tables of devices, which mmengine never gives.
+    # torch.load also takes functions and dicts of devices; mmengine never passes them.
     named = isinstance(map_location, (str, torch.device))
     return load_file(path, str(map_location) if named else 'cpu')
 
@@ -136,8 +136,8 @@ def _check_tensors(
 ) -> None:
     """Refuse tensors that a model cannot take, or that are larger than the file.
 
-    A model is filled tensor by tensor: what cannot be copied would be found
-    when half of it is.
+    A model is loaded tensor by tensor. Without this check, a tensor that cannot be
+    copied would leave the model half loaded.
     """
     for key, value in state.items():
         problem = ''
@@ -154,10 +154,10 @@ def _check_tensors(
 
 
 def _download(url: str) -> str:
-    """Fetch a file once per machine, into the cache of torch.hub."""
+    """Download a file once on each machine, into the cache of torch.hub."""
     path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(url).path).name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The main process first: the others of its machine then find the file.
+    # The main process first; the others on its machine then find the file.
     for my_turn in (is_main_process(), True):
         if my_turn and not path.exists():
             try:

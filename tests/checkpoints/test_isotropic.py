@@ -311,7 +311,7 @@ def test_rectangular_grid():
     assert same(net, state) and not report.notes
     square = vim_classifier(56)
     load_checkpoint(Vim(ARCH, img_size=(24, 40)), published(square))
-    refuse(Vim(ARCH, img_size=56), state, '60 patches, which are not a square grid.*14x14')
+    refuse(Vim(ARCH, img_size=56), state, '60 patches, which are not a square.*14x14')
 
 
 @torch.no_grad()

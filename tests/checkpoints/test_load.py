@@ -153,7 +153,7 @@ def test_several_backbones_need_a_prefix():
         load_checkpoint(net, state)
     load_checkpoint(net, state, prefix='teacher.')
     assert same(net, teacher)
-    with pytest.raises(CheckpointError, match="no keys behind 'pupil.'"):
+    with pytest.raises(CheckpointError, match="no keys with the prefix 'pupil.'"):
         load_checkpoint(net, state, prefix='pupil.')
 
 
