@@ -63,7 +63,7 @@ def _found() -> Callable[..., Any] | str:
         interface = import_module('mamba_ssm.ops.selective_scan_interface')
         function: Callable[..., Any] = interface.selective_scan_fn
     except Exception as error:
-        return f'selective_scan_fn cannot be imported from mamba_ssm: {error}'
+        return f'mamba_ssm has no selective_scan_fn: {error}'
     return function
 
 
