@@ -8,6 +8,7 @@ import math
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mmvssm.layers.children import are_plain
@@ -18,7 +19,6 @@ from mmvssm.ops import (
     Direction,
     autocast,
     bidirectional_scan,
-    deterministic_math,
     linear,
     selective_scan,
 )
@@ -116,7 +116,7 @@ class BidirectionalMamba(nn.Module):
         forward, backward = ways
         y = _scan_one_way(x, *forward)
         y = y + _scan_one_way(x.flip(1), *backward).flip(1)
-        y = y * deterministic_math.silu(_full(z)) * (0.5 if self.average else 1.0)
+        y = y * F.silu(_full(z)) * (0.5 if self.average else 1.0)
         return y if autocast.is_enabled(x) else y.to(x.dtype)
 
 
@@ -183,7 +183,7 @@ def _scan_one_way(
             f'more positions, of which the first {length} are used; got '
             f'{_describe(u)}. An nn.Conv1d there needs padding=kernel_size - 1'
         )
-    u = deterministic_math.silu(_full(u[..., :length])).to(x.dtype)
+    u = F.silu(_full(u[..., :length])).to(x.dtype)
     read = x_proj(u.mT)
     if not _has_shape(read, batch, length) or read.shape[2] <= 2 * states:
         raise ValueError(
