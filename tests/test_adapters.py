@@ -8,6 +8,7 @@ hand to those that the layer should have, and so are the gradients.
 import copy
 import functools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -436,3 +437,50 @@ def test_load_first():
     low_rank(net.layers[0].mixer.x_proj, 'weight')
     with pytest.raises(mmvssm.checkpoints.CheckpointError, match='x_proj'):
         mmvssm.load_checkpoint(net, state)
+
+
+def test_examples_of_the_docs():
+    """They run, start as the plain model, and end in plain weights."""
+    text = (Path(__file__).parents[1] / 'docs' / 'adapters.md').read_text()
+    first, second = re.findall(r'```python\n(.*?)```', text, re.S)
+    names = {}
+    before, merging = first.split('# ... training ...')
+    exec(before, names)
+    net, x = names['net'].eval(), image(64)
+    mixer = net.backbone.layers[0].mixer
+    plain = mmvssm.build_classifier('vim_t', num_classes=10).eval()
+    plain.load_state_dict(
+        {
+            key.replace('parametrizations.weight.original', 'weight'): value
+            for key, value in net.state_dict().items()
+            if not key.endswith(('.up', '.down'))
+        }
+    )
+    assert torch.equal(net(x), plain(x))
+    net(x).square().sum().backward()
+    trained = {key for key, p in net.named_parameters() if p.grad is not None}
+    assert all(re.search(r'\.(up|down)$|classifier', key) for key in trained)
+    assert len(trained) == 24 * 4 * 2 + 2
+    with torch.no_grad():
+        mixer.x_proj_b.parametrizations.weight[0].up.normal_()
+        want = net(x)
+        assert relative_error(want, plain(x)) > 1e-6
+    exec(merging, names)
+    assert net.state_dict().keys() == plain.state_dict().keys()
+    assert relative_error(net(x), want) < 1e-6
+
+    plain = mmvssm.build_backbone('vmamba_t_s1l8').eval()
+    exec(second, names)
+    vmamba = names['vmamba'].eval()
+    assert sum(type(m).__name__ == 'Adapter' for m in vmamba.modules()) == 14
+    state = {
+        key.replace('.base.', '.'): value
+        for key, value in vmamba.state_dict().items()
+        if '.up.' not in key and '.down.' not in key
+    }
+    plain.load_state_dict(state)
+    pairs = list(zip(vmamba(x), plain(x), strict=True))
+    assert max(relative_error(got, want) for got, want in pairs) < 1e-6
+    sum(y.square().mean() for y in vmamba(x)).backward()
+    up = vmamba.layers[0].blocks[0].op.in_proj.up.weight
+    assert up.grad.abs().max() > 0

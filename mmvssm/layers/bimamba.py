@@ -203,10 +203,16 @@ def _scan_one_way(
             f'BidirectionalMamba: dt_proj must give {(batch, length, channels)}, got '
             f'{_describe(delta)}'
         )
-    A = -_full(A_log).exp()
-    u = _full(u.mT).mT
+    # The directions are added up in float32, as in the op.
     return selective_scan(
-        u, delta.mT, A, B.mT, C.mT, _full(D), None, bias, delta_softplus=True
+        _full(u),
+        delta.mT,
+        -_full(A_log).exp(),
+        B.mT,
+        C.mT,
+        _full(D),
+        delta_bias=bias,
+        delta_softplus=True,
     ).mT
 
 

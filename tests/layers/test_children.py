@@ -130,7 +130,9 @@ def test_bias_of_the_step_sizes_stays_in_float32(name, monkeypatch):
     scan = module.selective_scan
 
     def spy(*args, **kwargs):
-        seen.append(args[7])
+        seen.append(kwargs['delta_bias'])
+        # The directions are added up in float32, too.
+        assert args[0].dtype == torch.float32
         return scan(*args, **kwargs)
 
     monkeypatch.setattr(module, 'selective_scan', spy)
