@@ -484,3 +484,32 @@ def test_examples_of_the_docs():
     sum(y.square().mean() for y in vmamba(x)).backward()
     up = vmamba.layers[0].blocks[0].op.in_proj.up.weight
     assert up.grad.abs().max() > 0
+
+
+class OtherWeight(torch.Tensor):
+    """A weight that is no plain tensor, as libraries for quantisation have them."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize(
+    'name, leaf',
+    [('vim', 'x_proj'), ('vim', 'in_proj'), ('vmamba_v0', 'in_proj'), ('mlla', 'qk')],
+)
+def test_other_classes_of_weights_are_refused(name, leaf, grad):
+    """By themselves, since they do not know the ops."""
+    net = copy.deepcopy(model(name))
+    for path, module in net.named_modules():
+        if path.endswith(leaf):
+            module.weight = nn.Parameter(OtherWeight(module.weight), False)
+    with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match='mmvs'):
+        net(image())
