@@ -410,7 +410,7 @@ def test_recomputed_blocks(kind):
     assert relative_error(*grads) < 1e-6
 
 
-@pytest.mark.parametrize('kind', ['low_rank', 'adapter', 'forward_hook'])
+@pytest.mark.parametrize('kind', ['low_rank', 'pruning', 'adapter', 'forward_hook'])
 def test_compiled(kind):
     """One graph with what was attached; see backbones/test_compile.py for without."""
     torch.manual_seed(0)
@@ -419,15 +419,20 @@ def test_compiled(kind):
     module = net.get_submodule(path)
     if kind == 'adapter':
         net.set_submodule(path, Adapter(module))
-    elif kind == 'low_rank':
-        low_rank(module, 'weight')
-    else:
+    elif kind == 'forward_hook':
         forward_hook(module)
+    else:
+        OF_PARAMETERS[kind](module, 'weight')
     torch._dynamo.reset()
-    compiled = torch.compile(net, fullgraph=True, backend='eager')
-    with torch.no_grad():
-        assert relative_error(compiled(image()), net(image())) < 1e-6
-        assert relative_error(compiled(image()), model('vim')(image())) > 1e-4
+    outputs, grads = [], []
+    for function in (torch.compile(net, fullgraph=True, backend='aot_eager'), net):
+        net.zero_grad()
+        outputs.append(function(image()))
+        outputs[-1].square().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert relative_error(*outputs) < 1e-6
+    assert relative_error(*grads) < 1e-5
+    assert relative_error(outputs[0], model('vim')(image())) > 1e-4
 
 
 def test_load_first():
