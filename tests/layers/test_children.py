@@ -328,6 +328,19 @@ def test_other_layers(name, layer, is_read, fused):
     assert all(p.grad.abs().max() > 0 for p in layer.parameters())
 
 
+@pytest.mark.parametrize('called', [False, True])
+def test_another_rank(called, fused):
+    """Of the low-rank form of the step sizes."""
+    net, rank = mixer(), 3
+    net.x_proj = nn.Linear(16, rank + 8, bias=False)
+    net.dt_proj = nn.Linear(rank, 16)
+    if called:
+        net.dt_proj.register_forward_hook(watch)
+    net(torch.randn(2, 20, 8)).square().sum().backward()
+    assert bool(fused) != called
+    assert net.x_proj.weight.grad.abs().amax(1).min() > 0
+
+
 class Wrong(nn.Module):
     def __init__(self, change):
         super().__init__()
