@@ -22,6 +22,7 @@ LONG_FILES = (
     'test_builders.py',
     'backbones/test_compile.py',
     'test_contracts.py',
+    'test_adapters.py',
     'ops/gpu_check/test_command.py',
     'ops/gpu_check/test_run.py',
     'engine/test_gpu_check.py',
