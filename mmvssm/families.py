@@ -23,7 +23,9 @@ def _same_shape(key: str, value: Tensor) -> Tensor:
 
 
 def _same_tensors(
-    state: Mapping[str, Tensor], backbone: nn.Module
+    state: Mapping[str, Tensor],
+    backbone: nn.Module,
+    grids: Mapping[str, tuple[int, int]],
 ) -> tuple[dict[str, Tensor], list[str]]:
     return dict(state), []
 
@@ -60,8 +62,10 @@ class Family:
         rename: Published name -> own name.
         reshape: Own name and the tensor of a file -> the tensor as stored here.
         fit: Fits the tensors of a file to a model (position embeddings, class
-            tokens), and gives notes on what it changed. It raises
-            :class:`mmvssm.errors.CheckpointError` where that is not possible.
+            tokens), and gives notes on what it changed. The third argument has the
+            grids (rows, columns) that the file says its position embeddings have, by
+            the name of the module, ``''`` for the backbone itself. It raises
+            :class:`mmvssm.errors.CheckpointError` where there is no way.
     """
 
     name: str
@@ -80,7 +84,8 @@ class Family:
     rename: Callable[[str], str] = _same_name
     reshape: Callable[[str, Tensor], Tensor] = _same_shape
     fit: Callable[
-        [Mapping[str, Tensor], nn.Module], tuple[dict[str, Tensor], list[str]]
+        [Mapping[str, Tensor], nn.Module, Mapping[str, tuple[int, int]]],
+        tuple[dict[str, Tensor], list[str]],
     ] = _same_tensors
 
     def format_of(self, keys: Iterable[str]) -> str:
@@ -164,12 +169,13 @@ class Recognised:
     prefix: str
 
 
-def recognise(keys: Iterable[str], what: str) -> Recognised:
+def recognise(keys: Iterable[str], what: str, prefix: str | None = None) -> Recognised:
     """Find family and prefix of the backbone in a state dict.
 
     Args:
         keys: Names of a state dict.
         what: How to call their owner in an error message.
+        prefix: Which backbone, if there are several.
 
     Raises:
         CheckpointError: No family, or several backbones in one state dict.
@@ -177,6 +183,8 @@ def recognise(keys: Iterable[str], what: str) -> Recognised:
     keys = list(keys)
     for family in families():
         prefixes = family.prefixes(keys)
+        if len(prefixes) > 1 and prefix in prefixes:
+            return Recognised(family, prefix)
         if len(prefixes) > 1:
             raise CheckpointError(
                 f'{what} has several {family.title} backbones: {sorted(prefixes)}; '

@@ -1,5 +1,6 @@
 """Write a converted checkpoint."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -34,6 +35,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
         family=checkpoint.family.title,
         contents=checkpoint.contents,
         arch=checkpoint.arch,
+        # As text, which is all that safetensors takes.
+        grids=json.dumps(checkpoint.grids),
     )
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
     os.close(handle)
