@@ -57,6 +57,9 @@ def build_classifier(
     backbone = family.backbone(arch, **{**family.classifier_args, **kwargs})
     classifier = family.head(backbone, arch, num_classes, **(head or {}))
     net = ImageClassifier(backbone, classifier)
+    _remember(
+        net, 'classifier', name=name, num_classes=num_classes, head=head, **kwargs
+    )
     _load(net, name, pretrained, weights)
     return net
 
@@ -85,8 +88,14 @@ def build_backbone(
     if out_indices is not None:
         kwargs['out_indices'] = out_indices
     net = family.backbone(arch, **kwargs)
+    _remember(net, 'backbone', name=name, **kwargs)
     _load(net, name, pretrained, weights)
     return net
+
+
+def _remember(net: nn.Module, kind: str, **arguments: Any) -> None:
+    """Note how to build it again; :func:`mmvssm.save_pretrained` writes that down."""
+    net.built_as = dict(kind=kind, arguments=arguments)
 
 
 def _has_weights(name: str) -> bool:

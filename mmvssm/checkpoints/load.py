@@ -164,6 +164,8 @@ def load_checkpoint(
             f'{what} lacks {len(lacking)} tensors of the model: {_first(lacking)}'
         )
     model.load_state_dict({names[key]: tensors[key] for key in matched}, strict=False)
+    # For the model card.
+    model.loaded_from = (*getattr(model, 'loaded_from', ()), what)
     return LoadReport(
         family.title,
         checkpoint.format,

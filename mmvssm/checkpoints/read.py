@@ -117,7 +117,10 @@ def _local(source: str | Path) -> Path:
     """The file itself, fetched if ``source`` is an address."""
     if zoo.is_address(source):
         return zoo.fetch(str(source))
-    return Path(source).expanduser()
+    path = Path(source).expanduser()
+    # What mmvssm.save_pretrained wrote.
+    whole = path / 'model.safetensors'
+    return whole if whole.is_file() else path
 
 
 def _read(path: Path, map_location: Any, trusted: bool) -> Any:
