@@ -42,6 +42,7 @@ __all__ = [
     'enable_amp',
     'enable_painting',
     'enable_tta',
+    'install_safe_loaders',
     'is_detector',
     'keep_predictions',
     'load_config',
@@ -53,4 +54,3 @@ __all__ = [
 ]
 
 find_own_models()
-install_safe_loaders()

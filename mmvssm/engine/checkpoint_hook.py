@@ -6,7 +6,7 @@ from pathlib import Path
 from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 from mmengine.fileio import join_path
 from mmengine.hooks import CheckpointHook
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import IterBasedTrainLoop, Runner, find_latest_checkpoint
 
 from mmvssm import compat
 from mmvssm.checkpoints import CheckpointError
@@ -22,6 +22,7 @@ from .checkpoint_files import (
     write_whole,
 )
 from .epoch_loop import ResumableEpochLoop
+from .loaders import safely
 from .rng import BatchSeeds, get_rng_state, isolate_loader, set_rng_state
 from .sharding import whole_state_dict
 from .weights import check_resumed
@@ -41,6 +42,8 @@ class SafeCheckpointHook(CheckpointHook):
       checkpoint of all, training ends in :class:`CheckpointError`.
     - Resuming reads the file and its check sums first; resuming from the
       latest falls back to the newest that can be read.
+    - What mmengine's ``Runner`` resumes or starts from (``load_from``) is read
+      without running anything the file holds.
     - With ``IterBasedTrainLoop`` and ``InfiniteSampler``, or with
       :class:`ResumableEpochLoop`, a resumed training goes on with the same
       bits as one that never stopped: the states of the generators of random
@@ -59,23 +62,38 @@ class SafeCheckpointHook(CheckpointHook):
         self._batch_seeds: BatchSeeds | None = None
 
     def before_run(self, runner: Runner) -> None:
-        """Decide what to resume from; all ranks take what rank 0 found."""
-        folder = self._folder(runner)
+        """Decide what to resume from, and have the runner read it safely.
+
+        All ranks take what rank 0 found.
+        """
         # Private to mmengine: it reads them right after this hook, and once only.
-        if runner._has_loaded or not runner._resume or '://' in folder:
+        if runner._has_loaded:
             return
-        if runner._load_from is None:
+        if isinstance(runner._resume, str):
+            runner._load_from, runner._resume = runner._resume, True
+        if runner._resume:
+            self._find_checkpoint(runner)
+        if runner._load_from is not None:
+            runner._load_from = safely(runner._load_from)
+
+    def _find_checkpoint(self, runner: Runner) -> None:
+        folder = self._folder(runner)
+        if runner._load_from is not None:
+            if '://' not in folder and '://' not in runner._load_from:
+                _on_main(lambda: check_training_state(runner._load_from))
+            return
+        if '://' in folder:
+            found = find_latest_checkpoint(runner.work_dir)
+        else:
             found = _on_main(
                 lambda: newest_training_state(
                     folder, lambda why: runner.logger.warning(f'skipped: {why}')
                 )
             )
-            if found is None:
-                runner.logger.info(f'no checkpoint in {folder}: starting anew')
-            runner._resume = found is not None
-            runner._load_from = found or runner.cfg.get('load_from_at_start')
-        elif '://' not in runner._load_from:
-            _on_main(lambda: check_training_state(runner._load_from))
+        if found is None:
+            runner.logger.info(f'no checkpoint in {folder}: starting anew')
+        runner._resume = found is not None
+        runner._load_from = found or runner.cfg.get('load_from_at_start')
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse another model's; keep the generators' states until training starts.

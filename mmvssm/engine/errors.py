@@ -9,6 +9,7 @@ from torch import distributed
 
 from mmvssm.checkpoints import CheckpointError
 
+from .loaders import install_safe_loaders
 from .memory import keep_freed_memory
 
 
@@ -25,7 +26,8 @@ def require_file(path: str, what: str) -> None:
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a command-line tool and exit.
 
-    The process keeps the memory it frees, see :func:`keep_freed_memory`.
+    The process keeps the memory it frees, see :func:`keep_freed_memory`, and all
+    checkpoints are read safely, see :func:`install_safe_loaders`.
     A :class:`UsageError` or a checkpoint that cannot be used ends in its
     message and exit code 2, said once however many processes run the tool.
     Anything else keeps its traceback: it is a bug.
@@ -34,6 +36,7 @@ def run_tool(main: Callable[[], int | None]) -> None:
         main: The tool; returns the exit code, None for 0.
     """
     keep_freed_memory()
+    install_safe_loaders()
     try:
         code = main()
     except (UsageError, CheckpointError) as error:

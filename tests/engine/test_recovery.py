@@ -208,5 +208,5 @@ def test_resume_auto_first_starts_from_load_from(tmp_path):
     write_toy(tmp_path, "load_from = 'whole/iter_5.pth'", iters=5)
     ((code, log),) = train_each(tmp_path, ('', *RESUME))
     assert code == 0, log
-    assert 'Load checkpoint from whole/iter_5.pth' in log
+    assert 'Load checkpoint from mmvssm-safe:whole/iter_5.pth' in log
     assert 'Iter(train) [1/5]' in log
