@@ -18,13 +18,13 @@ LONG_FILES = (
     'benchmarks/test_gpu_suite.py',
     'test_detection_configs.py',
     'test_parity.py',
-    'engine/test_recovery.py',
+    'engine/hooks/test_recovery.py',
     'test_builders.py',
     'backbones/test_compile.py',
     'test_contracts.py',
     'ops/gpu_check/test_command.py',
     'ops/gpu_check/test_run.py',
-    'engine/test_gpu_check.py',
+    'engine/launching/test_gpu_check.py',
 )
 PLACES = {HERE / name: place for place, name in enumerate(LONG_FILES)}
 

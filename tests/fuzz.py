@@ -25,7 +25,7 @@ from fuzz_configs import check_config
 from fuzz_files import FORMATS, MODELS, make_case
 from mmvssm.checkpoints import CheckpointError, convert, save_checkpoint
 from mmvssm.engine import UsageError, check_load_from, load_weights
-from mmvssm.engine.checkpoint_files import check_training_state
+from mmvssm.engine.checkpoints.files import check_training_state
 
 # Not a measurement: what takes so long hangs.
 SECONDS = 60
