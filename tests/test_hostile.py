@@ -237,14 +237,16 @@ def test_trust_names_files_and_folders(trace):
     assert trace.exists()
 
 
-def test_training_trusts_what_it_starts_from(trace):
+def test_training_trusts_what_it_starts_from(trace, monkeypatch):
     cfg = engine.load_config('tiny.py', ['load_from=a.pth'], work_dir='out')
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='b.pth')
     engine.trust_checkpoints(cfg)
     assert unpickle.is_trusted('a.pth') and unpickle.is_trusted('b.pth')
     assert not unpickle.is_trusted('out/iter_1.pth')
-    cfg.resume = True
+    engine.enable_resume(cfg)
+    monkeypatch.setattr(unpickle, '_trusted', set())
     engine.trust_checkpoints(cfg)
+    assert unpickle.is_trusted('a.pth')
     assert unpickle.is_trusted('out/iter_1.pth')
 
 

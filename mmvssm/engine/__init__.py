@@ -7,6 +7,7 @@ from .checkpoints.weights import check_load_from, load_weights, trust_checkpoint
 from .configs.config import (
     enable_amp,
     enable_painting,
+    enable_resume,
     enable_tta,
     is_detector,
     keep_predictions,
@@ -44,6 +45,7 @@ __all__ = [
     'check_load_from',
     'enable_amp',
     'enable_painting',
+    'enable_resume',
     'enable_tta',
     'install_safe_loaders',
     'is_detector',

@@ -73,12 +73,20 @@ def check_load_from(model: nn.Module, path: str) -> None:
         UsageError: A tensor of the backbone would be left as it is.
         CheckpointError: The file cannot be read.
     """
+    check_start(unwrap(model).state_dict(), path)
+
+
+def check_start(wanted: Mapping[str, Tensor], path: str) -> None:
+    """Do what :func:`check_load_from` does.
+
+    Args:
+        wanted: State dict of the whole model; tensors without data will do.
+        path: What ``load_from`` names.
+    """
     require_file(path, 'checkpoint')
     given = _read(path)
     wanted = {
-        key: value
-        for key, value in unwrap(model).state_dict().items()
-        if key.startswith('backbone.')
+        key: value for key, value in wanted.items() if key.startswith('backbone.')
     }
     if unfit := _unfit(given, wanted):
         raise UsageError(
@@ -116,14 +124,15 @@ def trust_checkpoints(cfg: Config) -> None:
     See :func:`mmvssm.checkpoints.trust`.
 
     Args:
-        cfg: Its ``load_from``, the backbone's ``init_cfg`` and, where it resumes,
-            what is in its ``work_dir``.
+        cfg: Its ``load_from`` or the checkpoint hook's ``start_from``, the backbone's
+            ``init_cfg`` and, where it resumes, what is in its ``work_dir``.
     """
     init = cfg.model.get('backbone', {}).get('init_cfg') or []
     paths = [
         part.get('checkpoint') for part in (init if isinstance(init, list) else [init])
     ]
-    paths += [cfg.get('load_from'), cfg.get('load_from_at_start')]
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    paths += [cfg.get('load_from'), hook.get('start_from')]
     if cfg.get('resume'):
         paths.append(cfg.work_dir)
     for path in filter(None, paths):

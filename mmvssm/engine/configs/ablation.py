@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 
 from mmvssm.engine.errors import UsageError
 
-from .config import load_config, merge_options
+from .config import enable_resume, load_config, merge_options
 from .data import check_datasets, leaves
 
 _HEADS = ('decode_head', 'auxiliary_head')
@@ -232,7 +232,7 @@ def train_row(
     cfg = deepcopy(cfg)
     cfg.work_dir = str(folder)
     cfg.randomness = dict(seed=seed)
-    cfg.resume = True
+    enable_resume(cfg)
     # Runners that share a name would share their logs.
     cfg.experiment_name = f'{row.name}_{seed}_{time.time_ns()}'
     runner = Runner.from_cfg(cfg)

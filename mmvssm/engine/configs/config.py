@@ -170,6 +170,32 @@ def enable_amp(cfg: Config, dtype: str = 'bfloat16') -> None:
         wrapper.update(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')
 
 
+def enable_resume(cfg: Config, checkpoint: str | None = None) -> None:
+    """Go on with a training.
+
+    Args:
+        cfg: Changed in place.
+        checkpoint: What to go on from. None: the latest in the work dir; where there
+            is none yet, training starts from the config's ``load_from``, if it has
+            one. :class:`~mmvssm.engine.SafeCheckpointHook` gets it as ``start_from``.
+
+    Raises:
+        UsageError: There is a ``load_from``, but not that hook.
+    """
+    start = cfg.get('load_from')
+    cfg.resume, cfg.load_from = True, checkpoint
+    if checkpoint or not start:
+        return
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    if str(hook.get('type')).rpartition('.')[2] != 'SafeCheckpointHook':
+        raise UsageError(
+            f'--resume would forget load_from={start} where there is no checkpoint to '
+            'resume from: set default_hooks.checkpoint.type=mmvssm.SafeCheckpointHook, '
+            'or leave out one of the two.'
+        )
+    hook.start_from = start
+
+
 def enable_tta(cfg: Config) -> None:
     """Test at several scales and flipped, with the config's TTA settings.
 

@@ -20,7 +20,7 @@ from mmvssm.engine.checkpoints.files import (
     write_whole,
 )
 from mmvssm.engine.checkpoints.loaders import safely
-from mmvssm.engine.checkpoints.weights import check_resumed
+from mmvssm.engine.checkpoints.weights import check_resumed, check_start
 from mmvssm.engine.runner import whole_state_dict
 from mmvssm.engine.training.epoch_loop import ResumableEpochLoop
 from mmvssm.engine.training.rng import (
@@ -53,10 +53,18 @@ class SafeCheckpointHook(CheckpointHook):
       bits as one that never stopped: the states of the generators of random
       numbers of every rank are in the checkpoint (under ``rng``), and the
       sampler goes on behind the images seen.
+
+    Args:
+        args: Of ``CheckpointHook``.
+        start_from: Weights to start from where the config says ``resume=True`` and
+            there is no checkpoint yet. (``load_from`` beside ``resume=True`` is what
+            to resume from.) Must have the whole backbone of the model.
+        kwargs: Of ``CheckpointHook``.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, start_from: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.start_from = start_from
         self._failures = WholeFileBackend.failures
         self._unwritten = ''
         self._saved_iter = -1
@@ -97,7 +105,10 @@ class SafeCheckpointHook(CheckpointHook):
         if found is None:
             runner.logger.info(f'no checkpoint in {folder}: starting anew')
         runner._resume = found is not None
-        runner._load_from = found or runner.cfg.get('load_from_at_start')
+        runner._load_from = found
+        if found is None and self.start_from:
+            check_start(whole_state_dict(runner), self.start_from)
+            runner._load_from = self.start_from
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse another model's; keep the generators' states until training starts.

@@ -5,6 +5,7 @@ from mmvssm.engine import (
     UsageError,
     enable_amp,
     enable_painting,
+    enable_resume,
     enable_tta,
     load_config,
 )
@@ -34,6 +35,27 @@ def test_config_of_an_installed_package():
 def test_absent_config_names_its_neighbours(path, tmp_path):
     with pytest.raises(UsageError, match=r'other\.py\. That folder has tiny'):
         load_config(str(tmp_path / 'other.py'))
+
+
+def test_resuming_keeps_what_to_start_from(path):
+    cfg = load_config(path, ['load_from=start.pth'])
+    keys = set(cfg)
+    enable_resume(cfg)
+    assert cfg.resume and cfg.load_from is None
+    assert cfg.default_hooks.checkpoint.start_from == 'start.pth'
+    enable_resume(cfg, 'iter_5.pth')
+    assert cfg.resume and cfg.load_from == 'iter_5.pth'
+    # No entry that only this package knows.
+    assert set(cfg) - keys <= {'resume'}
+
+
+def test_resuming_without_the_hook_forgets_no_load_from(path):
+    cfg = load_config(path)
+    cfg.default_hooks.checkpoint.type = 'CheckpointHook'
+    enable_resume(cfg)
+    cfg.load_from = 'start.pth'
+    with pytest.raises(UsageError, match=r'load_from=start\.pth .*SafeCheckpointHook'):
+        enable_resume(cfg)
 
 
 @pytest.mark.parametrize('before', ['OptimWrapper', 'AmpOptimWrapper'])
