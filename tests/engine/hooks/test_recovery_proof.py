@@ -1,9 +1,10 @@
 """A small VMamba UperNet that is killed anywhere ends with the same bits.
 
-``MMVSSM_TEST_KILLS=20 pytest tests/engine/hooks/test_recovery_proof.py`` is the proof:
-60 iterations, killed at twenty random points, each in another run; stopped by SIGTERM
-at five; and three times with one of two ranks killed. Without the variable there are
-two kills and one SIGTERM in a training of 12 iterations.
+``pytest -m long tests/engine/hooks/test_recovery_proof.py`` is the proof: 60
+iterations,
+killed at 20 random points (``MMVSSM_TEST_KILLS``), each in another run; stopped by
+SIGTERM at a fourth as many; and three times with one of two ranks killed. The test that
+is not long has two kills and one SIGTERM in a training of 12 iterations.
 """
 
 import os
@@ -15,29 +16,32 @@ from toy import final_weights, same_bits, train_each, train_ranks, write_vmamba
 
 pytest.importorskip('mmseg')
 
-LONG = 'MMVSSM_TEST_KILLS' in os.environ
-KILLS = int(os.environ.get('MMVSSM_TEST_KILLS', 2))
-ITERS, INTERVAL = (60, 7) if LONG else (12, 4)
-# Every save has four: the checkpoint, its folder, the pointer, the folder again.
-FSYNCS = 4 * (ITERS // INTERVAL)
+KILLS = int(os.environ.get('MMVSSM_TEST_KILLS', 20))
 
 
-def random_kill(seed):
+def random_kill(seed, iters, interval):
     """At the start of an iteration, shortly after it, or within a save."""
+    # Every save has four: the checkpoint, its folder, the pointer, the folder again.
+    fsyncs = 4 * (iters // interval)
     rng = random.Random(seed)
     where = ('SIGKILL', 'later', 'fsync', 'replace', 'after-replace')
     # Both kinds where there are two only.
     what = where[seed % 2 * 2] if seed < 2 else rng.choice(where)
-    last = {'fsync': FSYNCS, 'replace': FSYNCS // 2, 'after-replace': FSYNCS // 2}
-    return f'{what}@{rng.randint(1, last.get(what, ITERS - 1))}'
+    last = {'fsync': fsyncs, 'replace': fsyncs // 2, 'after-replace': fsyncs // 2}
+    return f'{what}@{rng.randint(1, last.get(what, iters - 1))}'
 
 
-def test_killed_and_resumed_ends_with_the_same_bits(tmp_path):
-    write_vmamba(tmp_path, iters=ITERS, interval=INTERVAL)
-    events = {random_kill(seed): -9 for seed in range(KILLS)}
-    assert len(events) == KILLS
-    rng = random.Random(KILLS)
-    for step in rng.sample(range(1, ITERS), max(1, KILLS // 4)):
+@pytest.mark.parametrize(
+    ('kills', 'iters', 'interval'),
+    [(2, 12, 4), pytest.param(KILLS, 60, 7, marks=pytest.mark.long)],
+    ids=['short', 'long'],
+)
+def test_killed_and_resumed_ends_with_the_same_bits(kills, iters, interval, tmp_path):
+    write_vmamba(tmp_path, iters=iters, interval=interval)
+    events = {random_kill(seed, iters, interval): -9 for seed in range(kills)}
+    assert len(events) == kills
+    rng = random.Random(kills)
+    for step in rng.sample(range(1, iters), max(1, kills // 4)):
         events[f'SIGTERM@{step}'] = 75
     runs = [('', '--work-dir', 'whole')]
     for event in events:
@@ -56,9 +60,9 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path):
         print(f'{event}: {"resumed" if started else "started anew"}, the same bits')
 
 
-@pytest.mark.skipif(not LONG, reason='takes long; MMVSSM_TEST_KILLS=20 runs it')
+@pytest.mark.long
 def test_one_of_two_ranks_is_killed(tmp_path):
-    write_vmamba(tmp_path, iters=ITERS, interval=INTERVAL)
+    write_vmamba(tmp_path, iters=60, interval=7)
     code, log = train_ranks(tmp_path, '--work-dir', 'whole')
     assert code == 0, log
     whole = final_weights(tmp_path, 'whole')
