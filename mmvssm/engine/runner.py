@@ -4,13 +4,11 @@ import time
 from typing import Any
 
 import mmengine
-import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.fileio import join_path
 from mmengine.runner import FlexibleRunner, Runner, save_checkpoint
 
-from .checkpoints.weights import unwrap
 from .errors import UsageError
 from .training.sharding import WholeWeightsHook
 
@@ -112,10 +110,3 @@ class ShardedRunner(FlexibleRunner):
         if is_main_process():
             path = join_path(out_dir, filename, backend_args=backend_args)
             save_checkpoint(state, path, file_client_args, backend_args)
-
-
-def whole_state_dict(runner: 'Runner | ShardedRunner') -> dict[str, torch.Tensor]:
-    """State dict of the runner's model; of a sharded one shapes and dtypes alone."""
-    if isinstance(runner, ShardedRunner):
-        return runner.strategy.whole_state
-    return unwrap(runner.model).state_dict()

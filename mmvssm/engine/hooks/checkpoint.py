@@ -20,8 +20,7 @@ from mmvssm.engine.checkpoints.files import (
     write_whole,
 )
 from mmvssm.engine.checkpoints.loaders import safely
-from mmvssm.engine.checkpoints.weights import check_resumed, check_start
-from mmvssm.engine.runner import whole_state_dict
+from mmvssm.engine.checkpoints.weights import check_resumed, check_start, unwrap
 from mmvssm.engine.training.epoch_loop import ResumableEpochLoop
 from mmvssm.engine.training.rng import (
     BatchSeeds,
@@ -107,7 +106,7 @@ class SafeCheckpointHook(CheckpointHook):
         runner._resume = found is not None
         runner._load_from = found
         if found is None and self.start_from:
-            check_start(whole_state_dict(runner), self.start_from)
+            check_start(unwrap(runner.model).state_dict(), self.start_from)
             runner._load_from = self.start_from
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -118,7 +117,7 @@ class SafeCheckpointHook(CheckpointHook):
         """
         if not runner._resume:
             return
-        check_resumed(whole_state_dict(runner), checkpoint['state_dict'])
+        check_resumed(unwrap(runner.model).state_dict(), checkpoint['state_dict'])
         states = checkpoint.get('rng')
         if states is None:
             return

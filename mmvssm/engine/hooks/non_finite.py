@@ -7,14 +7,14 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _NormBase
 
 from mmvssm.engine.checkpoints.weights import unwrap
 from mmvssm.engine.errors import UsageError
 from mmvssm.engine.launching.ranks import Ranks
 from mmvssm.engine.training.rng import get_rng_state, set_rng_state
-from mmvssm.engine.training.sharding import plain_name, whole_weights
+from mmvssm.engine.training.sharding import class_name, whole_weights
 from mmvssm.ops.checks import NaNInputError
 from mmvssm.registry import HOOKS
 
@@ -137,7 +137,7 @@ class NonFiniteLossHook(Hook):
         model = unwrap(runner.model)
         for name, value in model.named_parameters():
             if not bool(torch.isfinite(value).all()):
-                return f'before that the weight {plain_name(name)} is not finite'
+                return f'before that the weight {name} is not finite'
         after = get_rng_state()
         set_rng_state(self.rng_state)
         try:
@@ -153,8 +153,7 @@ class NonFiniteLossHook(Hook):
 def _waits_in_forward(model: nn.Module) -> bool:
     """Whether processes wait for each other within the forward pass."""
     return any(
-        isinstance(module, (nn.SyncBatchNorm, FullyShardedDataParallel))
-        for module in model.modules()
+        isinstance(module, (nn.SyncBatchNorm, FSDPModule)) for module in model.modules()
     )
 
 
@@ -173,7 +172,7 @@ def first_non_finite(model: nn.Module, batch: Any) -> str | None:
 
     def look(name: str, module: nn.Module, output: Any) -> None:
         if not found and not all(_finite(output)):
-            where = f'{plain_name(name)} ({type(module).__name__})'
+            where = f'{name} ({class_name(module)})'
             found.append(where if name else 'the model')
 
     handles = [

@@ -1,141 +1,148 @@
-"""Training with weights, gradients and optimizer in shards, one a process (FSDP)."""
+"""Training with weights, gradients and optimizer in shards, one a process (FSDP2).
 
-from collections.abc import Callable, Iterator
+Each block of the backbone, and then all the rest of the model, is a unit: the smallest
+part whose weights are gathered and let go together.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
+from itertools import pairwise
 from typing import Any
 
 import torch
-from mmengine._strategy import FSDPStrategy as MMEngineFSDPStrategy
+import torch.distributed as dist
+from mmengine._strategy import DDPStrategy
 from mmengine.device import get_device
 from mmengine.hooks import Hook
-from mmengine.optim import BaseOptimWrapper, build_optim_wrapper
-from mmengine.runner import Runner
+from mmengine.model import BaseDataPreprocessor
+from mmengine.optim import BaseOptimWrapper
 from torch import nn
-from torch.distributed.fsdp import (
-    FullOptimStateDictConfig,
-    FullStateDictConfig,
-    StateDictType,
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.nn.utils import clip_grad_norm_
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
 from mmvssm.engine.errors import UsageError
 from mmvssm.registry import STRATEGIES
 
-# What FSDP puts into the names of modules and parameters.
-_WRAPPED = '._fsdp_wrapped_module'
+# On rank 0, in the CPU's memory.
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @STRATEGIES.register_module()
-class FSDPStrategy(MMEngineFSDPStrategy):
-    """mmengine's ``FSDPStrategy`` for the models of this package.
+class FSDPStrategy(DDPStrategy):
+    """Fully sharded data parallel training, by torch's ``fully_shard`` (FSDP2).
 
     Every process holds its part of the weights, gradients and optimizer, and the
-    whole weights of one block at a time, which is the unit that is gathered.
-    Machines without an accelerator do it through gloo.
+    whole weights of one unit at a time. Machines without an accelerator do it through
+    gloo.
 
-    - The optimizer's groups are made before the parameters are sharded: shards
-      have no shape by which a constructor could tell a norm from a matrix.
-    - Checkpoints are those of an unsharded training. They load in every tool, and
-      a training may go on with or without shards and with another number of
-      processes.
+    - All processes start from the weights of rank 0.
+    - Checkpoints are those of an unsharded training, gathered on rank 0 by
+      ``torch.distributed.checkpoint``. They load in every tool, and a training may go
+      on with or without shards and with another number of processes.
     - Clipping of gradients goes by the norm of the whole gradient.
 
-    Attributes:
-        whole_state: State dict of the model before it was sharded, without its data.
-
     Args:
-        model_wrapper: Arguments of mmengine's ``MMFullyShardedDataParallel``. By
-            default ``auto_wrap_policy`` makes a unit of each block of the backbone.
-        kwargs: Of mmengine's ``FSDPStrategy``, which sets most of them itself.
+        units: Names of the modules that are units, in the order in which they run, as
+            patterns such as ``'backbone.stages.*'``. By default the blocks of a
+            backbone of this package.
+        kwargs: Of mmengine's ``DDPStrategy``, but for ``model_wrapper``.
+
+    Raises:
+        UsageError: ``model_wrapper`` is given.
     """
 
-    def __init__(self, *, model_wrapper: dict | None = None, **kwargs: Any):
-        model_wrapper = dict(model_wrapper or {})
-        model_wrapper.setdefault('type', 'MMFullyShardedDataParallel')
-        # Optimizers keep the parameters they were made with.
-        model_wrapper['use_orig_params'] = True
-        if get_device() == 'cpu':
-            model_wrapper['device_id'] = torch.device('cpu')
-        super().__init__(model_wrapper=model_wrapper, **kwargs)
-
-    def _init_state_dict_cfg(self, state_dict_cfg: str | dict) -> None:
-        """Checkpoints are whole, whatever is asked for, and made on rank 0."""
-        # What is on the CPU already is not copied, and freed under one's hands.
-        where = dict(rank0_only=True, offload_to_cpu=get_device() != 'cpu')
-        self.state_dict_type = StateDictType.FULL_STATE_DICT
-        self.state_dict_config = FullStateDictConfig(**where)
-        self.optim_state_dict_config = FullOptimStateDictConfig(**where)
-
-    def prepare(
-        self,
-        model: nn.Module | dict,
-        *,
-        optim_wrapper: BaseOptimWrapper | dict | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Build all parts and shard the model; see ``BaseStrategy.prepare``."""
-        model = self.build_model(model)
-        if isinstance(optim_wrapper, dict):
-            if optim_wrapper.get('type') == 'AmpOptimWrapper':
-                optim_wrapper = {'use_fsdp': True, **optim_wrapper}
-            optim_wrapper = build_optim_wrapper(model, optim_wrapper)
-        return super().prepare(model, optim_wrapper=optim_wrapper, **kwargs)
+    def __init__(self, *, units: Sequence[str] | None = None, **kwargs: Any):
+        if kwargs.get('model_wrapper') is not None:
+            raise UsageError(
+                'mmvssm.FSDPStrategy puts no wrapper around the model and takes no '
+                "model_wrapper: give it units=['PATTERN', ...], the names of the "
+                'modules to gather one by one, or nothing.'
+            )
+        super().__init__(**kwargs)
+        self.units = units
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
-        self.whole_state = {k: v.to('meta') for k, v in model.state_dict().items()}
-        if 'auto_wrap_policy' not in self.model_wrapper:
-            self.model_wrapper['auto_wrap_policy'] = _units(find_blocks(model))
-        return super()._wrap_model(self.convert_model(model))
+        if isinstance(model, FSDPModule):
+            return model
+        model = self.convert_model(model)
+        blocks = find_units(model, self.units) if self.units else find_blocks(model)
+        for module in model.modules():
+            if isinstance(module, BaseDataPreprocessor):
+                # It notes the device by itself.
+                module.to(get_device())
+        return shard(model, blocks)
 
     def build_optim_wrapper(
-        self, optim_wrapper: BaseOptimWrapper, model: nn.Module | None = None
+        self, optim_wrapper: BaseOptimWrapper | dict, model: nn.Module | None = None
     ) -> BaseOptimWrapper:
-        """Let the optimizer of the model as it was update the shards.
+        """Build the optimizer of a model in shards.
+
+        Its parameters have the shapes of the whole ones, by which constructors make
+        their groups.
 
         Raises:
-            RuntimeError: The wrapper has replaced the parameters.
+            UsageError: It was built before the model was sharded.
         """
-        groups = optim_wrapper.optimizer.param_groups
+        wrapper = super().build_optim_wrapper(optim_wrapper, model)
+        groups = wrapper.optimizer.param_groups
         updated = {id(p) for group in groups for p in group['params']}
         if not updated <= {id(p) for p in model.parameters()}:
-            raise RuntimeError('FSDP has replaced parameters of the optimizer')
-        if getattr(optim_wrapper, 'clip_func', None) is clip_grad_norm_:
-            optim_wrapper.clip_func = lambda params, **kw: model.clip_grad_norm_(**kw)
-        return optim_wrapper
+            raise UsageError(
+                'mmvssm.FSDPStrategy builds the optimizer itself, of the shards: give '
+                'it a config (a dict) in the place of a built optimizer.'
+            )
+        if getattr(wrapper, 'clip_func', None) is clip_grad_norm_:
+            wrapper.clip_func = clip_whole_norm
+        return wrapper
 
     def model_state_dict(self) -> dict:
         """State dict of the whole model on rank 0, empty on the others."""
-        state = super().model_state_dict()
-        for name, value in state.items():
-            # Without the attribute FSDP leaves on it, which would be saved, too.
-            state[name] = value.detach()
-        return state
+        return get_model_state_dict(self.model, options=_WHOLE)
+
+    def load_model_state_dict(self, state_dict: dict, **kwargs: Any) -> None:
+        """Take over this process's shards of the state of a whole model."""
+        own = self.model.state_dict()
+        state_dict = state_dict.get('state_dict', state_dict)
+        state = {
+            name: _fit(value, own.get(name.removeprefix('module.')))
+            for name, value in state_dict.items()
+        }
+        super().load_model_state_dict(state, **kwargs)
 
     def optim_state_dict(self) -> dict:
         """State of the whole optimizer on rank 0, as without shards."""
         wrapper = self.optim_wrapper
-        named = FSDP.optim_state_dict(self.model, wrapper.optimizer)
-        if not named:
-            return {}
-        numbers = {name: i for i, name in enumerate(self._optimized())}
-        state = {numbers[name]: value for name, value in named['state'].items()}
         # Its groups have the numbers already; and there may be a loss scale.
-        return {**wrapper.state_dict(), 'state': state}
+        state = wrapper.state_dict()
+        if not state['state']:
+            return state
+        gathered = get_optimizer_state_dict(
+            self.model, wrapper.optimizer, options=_WHOLE
+        ).get('state', {})
+        numbers = {name: number for number, name in enumerate(self._optimized())}
+        return {
+            **state,
+            'state': {numbers[name]: value for name, value in gathered.items()},
+        }
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
         """Take over this process's shards of the state of a whole optimizer."""
-        names = self._optimized()
-        named = dict(
-            state={names[i]: value for i, value in state_dict['state'].items()},
-            param_groups=[
-                {**group, 'params': [names[i] for i in group['params']]}
-                for group in state_dict['param_groups']
-            ],
-        )
-        optimizer = self.optim_wrapper.optimizer
-        shards = FSDP.optim_state_dict_to_load(self.model, optimizer, named)
-        self.optim_wrapper.load_state_dict({**state_dict, **shards})
+        groups = self.optim_wrapper.optimizer.param_groups
+        like = dict(enumerate(p for group in groups for p in group['params']))
+        state = {
+            # The count of steps is no shard.
+            number: {key: _fit(value, like[number]) for key, value in values.items()}
+            for number, values in state_dict['state'].items()
+        }
+        self.optim_wrapper.load_state_dict({**state_dict, 'state': state})
 
     def resume(self, filename: str, **kwargs: Any) -> dict:
         """Read the whole checkpoint into the CPU's memory, not the GPU's."""
@@ -143,27 +150,99 @@ class FSDPStrategy(MMEngineFSDPStrategy):
 
     def _optimized(self) -> list[str]:
         """Names of the parameters in the order of the optimizer."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
         groups = self.optim_wrapper.optimizer.param_groups
-        return [self.id_to_name[id(p)] for group in groups for p in group['params']]
+        return [names[id(p)] for group in groups for p in group['params']]
+
+
+def shard(model: nn.Module, units: Sequence[nn.Module]) -> nn.Module:
+    """Shard a model over all processes, in place.
+
+    Args:
+        model: Its ``forward`` must be called through the model itself.
+        units: Modules within it that are gathered one by one, in the order in which
+            they run. The rest of the model is one unit more.
+
+    Returns:
+        The model, of a class with torch's ``FSDPModule`` among its bases.
+    """
+    device = torch.device(get_device())
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for unit in units:
+        _share(unit, device)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    _share(model, device)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    # Before a unit's backward pass the one before it is gathered. Said so, as torch
+    # would go by what has run: in validation that is not the same in all processes.
+    order = [*units, model]
+    for before, unit in pairwise(order):
+        unit.set_modules_to_backward_prefetch([before])
+    order[0].set_modules_to_backward_prefetch([order[0]])
+    return model
+
+
+def _share(module: nn.Module, device: torch.device) -> None:
+    """Move what is not in shards yet to the device, with the values of rank 0."""
+    for value in (*module.parameters(), *module.buffers()):
+        if not isinstance(value, DTensor):
+            value.data = value.data.to(device).contiguous()
+            dist.broadcast(value.data, 0)
+
+
+def _fit(value: Any, like: torch.Tensor | None) -> Any:
+    """A shard of what all processes have whole, if it is as large as ``like`` is.
+
+    What is not is left as it is, for others to report.
+    """
+    tensors = isinstance(value, torch.Tensor) and isinstance(like, DTensor)
+    if not tensors or value.shape != like.shape:
+        return value
+    value = value.to(like.device, like.dtype)
+    # Without talking: all have it.
+    return distribute_tensor(
+        value, like.device_mesh, like.placements, src_data_rank=None
+    )
+
+
+def clip_whole_norm(
+    parameters: Iterable[torch.Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> torch.Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` of gradients in shards.
+
+    Returns:
+        The norm of all gradients, a plain tensor and the same in all processes.
+    """
+    parameters = list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    clip_grads_with_norm_(parameters, max_norm, norm, foreach)
+    return norm
 
 
 class WholeWeightsHook(Hook):
     """Validate with the whole weights on every process.
 
     The number of windows an image is predicted in goes by its size. Processes
-    that gathered each block's weights for each window would wait for windows that
+    that gathered each unit's weights for each window would wait for windows that
     the others do not have.
     """
 
     # The first to come, and the first to go: others save checkpoints.
     priority = 'HIGHEST'
 
-    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
+    def _before_epoch(self, runner: Any, mode: str = 'train') -> None:
         if mode != 'train':
             self.weights = whole_weights(runner.model)
             self.weights.__enter__()
 
-    def _after_epoch(self, runner: Runner, mode: str = 'train') -> None:
+    def _after_epoch(self, runner: Any, mode: str = 'train') -> None:
         if mode != 'train':
             self.weights.__exit__(None, None, None)
 
@@ -178,23 +257,27 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     Args:
         model: The outermost module.
     """
-    if not isinstance(model, FSDP):
+    if not isinstance(model, FSDPModule):
         yield
         return
-    units = FSDP.fsdp_modules(model)
-    with FSDP.summon_full_params(model, writeback=False):
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
         for unit in units:
-            unit.forward = unit.module.__call__
-        try:
-            yield
-        finally:
-            for unit in units:
-                del unit.forward
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            unit.reshard()
 
 
-def plain_name(name: str) -> str:
-    """Name of a module or parameter as it is without FSDP."""
-    return f'.{name}'.replace(_WRAPPED, '').removeprefix('.')
+def class_name(module: nn.Module) -> str:
+    """Name of a module's class as it was before it was sharded."""
+    kind = type(module)
+    if isinstance(module, FSDPModule):
+        kind = next(base for base in kind.__mro__[1:] if base is not FSDPModule)
+    return kind.__name__
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -207,16 +290,32 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     if not isinstance(layers, nn.ModuleList):
         raise UsageError(
             f'{type(model).__name__} has no backbone of this package: say in '
-            'strategy.model_wrapper.auto_wrap_policy what to shard.'
+            "strategy.units which modules to gather one by one, such as ['backbone."
+            "stages.*']."
         )
     return [block for layer in layers for block in getattr(layer, 'blocks', [layer])]
 
 
-def _units(modules: list[nn.Module]) -> Callable[..., bool]:
-    """FSDP's policy that wraps these modules."""
-    wrapped = {id(module) for module in modules}
+def find_units(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
+    """The modules whose names match, each part of a name by itself.
 
-    def policy(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-        return recurse or id(module) in wrapped
-
-    return policy
+    Raises:
+        UsageError: A pattern matches none, or a module lies within another.
+    """
+    found: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        parts = pattern.split('.')
+        matching = {
+            name: module
+            for name, module in model.named_modules()
+            if name.count('.') == len(parts) - 1
+            and all(map(fnmatch, name.split('.'), parts))
+        }
+        if not matching:
+            raise UsageError(f'strategy.units: no module of the model is {pattern!r}.')
+        found |= matching
+    for outer in found:
+        for inner in found:
+            if inner.startswith(f'{outer}.'):
+                raise UsageError(f'strategy.units: {inner} lies within {outer}.')
+    return list(found.values())

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from mmvssm import engine
-from mmvssm.engine.training.sharding import find_blocks, plain_name
+from mmvssm.engine.training.sharding import find_blocks, find_units
 from tiny import REPO, write_ade, write_config
 from toy import environment, same_bits, train_pair
 
@@ -52,7 +52,8 @@ class Record(Hook):
     losses, norms = [], []
 
     def before_train_iter(self, runner, batch_idx, data_batch):
-        block = runner.model.module.backbone.layers[3]
+        model = getattr(runner.model, 'module', runner.model)
+        block = model.backbone.layers[3]
         self.handle = block.register_forward_hook(
             lambda module, args, out: (out[0] * self.factor, out[1]))
         spoil = batch_idx == int(os.environ.get('NAN_AT', -1)) and runner.rank == 1
@@ -64,7 +65,8 @@ class Record(Hook):
         self.norms.append(runner.message_hub.get_scalar('train/grad_norm').current())
 
     def after_train(self, runner):
-        held = sum(p.numel() for p in runner.model.parameters())
+        held = sum(
+            getattr(p, '_local_tensor', p).numel() for p in runner.model.parameters())
         groups = [
             [group['lr_scale'], group['weight_decay'], group['param_names']]
             for group in runner.optim_wrapper.optimizer.param_groups]
@@ -159,7 +161,7 @@ def test_losses_are_those_of_ddp(work, rank):
     but norms of all gradients are summed up in another one.
     """
     whole, sharded = seen(work, 'ddp', rank), seen(work, 'fsdp', rank)
-    assert sharded['wrapper'] == 'MMFullyShardedDataParallel'
+    assert sharded['wrapper'] == 'FSDPEncoderDecoder'
     assert whole['wrapper'] == 'MMDistributedDataParallel'
     assert len(sharded['losses']) == 6
     assert sharded['losses'] == pytest.approx(whole['losses'], rel=1e-5)
@@ -268,12 +270,24 @@ def test_what_cannot_be_sharded_is_refused(cfg, changes, says):
 
 
 def test_foreign_backbones_are_refused():
-    with pytest.raises(engine.UsageError, match='auto_wrap_policy'):
+    with pytest.raises(engine.UsageError, match=r'strategy\.units'):
         find_blocks(torch.nn.Linear(1, 1))
 
 
-def test_plain_names():
-    assert plain_name('backbone.layers.2._fsdp_wrapped_module.a.b') == (
-        'backbone.layers.2.a.b'
-    )
-    assert plain_name('_fsdp_wrapped_module.neck') == 'neck'
+def test_units_by_their_names():
+    net = torch.nn.Module()
+    net.stages = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.ReLU()) for _ in '12')
+    assert find_units(net, ['stages.*']) == list(net.stages)
+    assert find_units(net, ['stages.1', 'stages.0.0']) == [
+        net.stages[1],
+        net.stages[0][0],
+    ]
+    with pytest.raises(engine.UsageError, match="no module of the model is 'blocks'"):
+        find_units(net, ['blocks'])
+    with pytest.raises(engine.UsageError, match=r'stages\.0\.0 lies within stages\.0'):
+        find_units(net, ['stages.*', 'stages.0.0'])
+
+
+def test_wrappers_are_refused():
+    with pytest.raises(engine.UsageError, match='takes no model_wrapper'):
+        engine.FSDPStrategy(model_wrapper=dict(type='MMFullyShardedDataParallel'))
