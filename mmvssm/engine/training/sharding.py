@@ -7,7 +7,6 @@ part whose weights are gathered and let go together.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,9 +49,9 @@ class FSDPStrategy(DDPStrategy):
     - Clipping of gradients goes by the norm of the whole gradient.
 
     Args:
-        units: Names of the modules that are units, in the order in which they run, as
-            patterns such as ``'backbone.stages.*'``. By default the blocks of a
-            backbone of this package.
+        units: Names of the modules that are units, as patterns such as
+            ``'backbone.stages.*'``. By default the blocks of a backbone of this
+            package.
         kwargs: Of mmengine's ``DDPStrategy``, but for ``model_wrapper``.
 
     Raises:
@@ -160,8 +159,8 @@ def shard(model: nn.Module, units: Sequence[nn.Module]) -> nn.Module:
 
     Args:
         model: Its ``forward`` must be called through the model itself.
-        units: Modules within it that are gathered one by one, in the order in which
-            they run. The rest of the model is one unit more.
+        units: Modules within it that are gathered one by one. The rest of the model is
+            one unit more.
 
     Returns:
         The model, of a class with torch's ``FSDPModule`` among its bases.
@@ -173,12 +172,6 @@ def shard(model: nn.Module, units: Sequence[nn.Module]) -> nn.Module:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     _share(model, device)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    # Before a unit's backward pass the one before it is gathered. Said so, as torch
-    # would go by what has run: in validation that is not the same in all processes.
-    order = [*units, model]
-    for before, unit in pairwise(order):
-        unit.set_modules_to_backward_prefetch([before])
-    order[0].set_modules_to_backward_prefetch([order[0]])
     return model
 
 
