@@ -23,6 +23,9 @@ LONG_FILES = (
     'ops/gpu_check/test_command.py',
     'ops/gpu_check/test_run.py',
     'engine/launching/test_gpu_check.py',
+    'engine/training/test_shards.py',
+    'engine/training/test_sharding.py',
+    'test_import.py',
 )
 PLACES = {HERE / name: place for place, name in enumerate(LONG_FILES)}
 

@@ -84,7 +84,6 @@ class ShardedRunner(FlexibleRunner):
 
         All ranks must call it.
         """
-        strategy = self.strategy
         state = dict(
             meta={
                 'epoch': self.epoch + bool(by_epoch),
@@ -99,13 +98,9 @@ class ShardedRunner(FlexibleRunner):
                     self.train_dataloader.dataset, 'metainfo', None
                 ),
             },
-            state_dict=strategy.model_state_dict(),
             message_hub=self.message_hub.state_dict(),
+            **self.strategy.whole_state(save_optimizer, save_param_scheduler),
         )
-        if save_optimizer:
-            state['optimizer'] = strategy.optim_state_dict()
-        if save_param_scheduler and self.param_schedulers is not None:
-            state['param_schedulers'] = strategy.scheduler_state_dict()
         self.call_hook('before_save_checkpoint', checkpoint=state)
         if is_main_process():
             path = join_path(out_dir, filename, backend_args=backend_args)

@@ -4,18 +4,23 @@ Each block of the backbone, and then all the rest of the model, is a unit: the s
 part whose weights are gathered and let go together.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from typing import Any
 
+import mmengine
 import torch
 import torch.distributed as dist
 from mmengine._strategy import DDPStrategy
 from mmengine.device import get_device
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import BaseDataPreprocessor
 from mmengine.optim import BaseOptimWrapper
+from mmengine.runner import save_checkpoint
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -72,7 +77,13 @@ class FSDPStrategy(DDPStrategy):
         if isinstance(model, FSDPModule):
             return model
         model = self.convert_model(model)
-        blocks = find_units(model, self.units) if self.units else find_blocks(model)
+        if self.units:
+            blocks = find_units(model, self.units)
+        else:
+            blocks = find_blocks(model)
+            # torch warns of views that blocks return, which might be changed in
+            # place. In this package they are not.
+            warnings.filterwarnings('ignore', 'FSDP2-wrapped .* returned a view')
         for module in model.modules():
             if isinstance(module, BaseDataPreprocessor):
                 # It notes the device by itself.
@@ -142,6 +153,44 @@ class FSDPStrategy(DDPStrategy):
             for number, values in state_dict['state'].items()
         }
         self.optim_wrapper.load_state_dict({**state_dict, 'state': state})
+
+    def whole_state(self, optimizer: bool = True, schedulers: bool = True) -> dict:
+        """What a checkpoint has of model, optimizer and schedulers; whole on rank 0.
+
+        All ranks must call it.
+        """
+        state = dict(state_dict=self.model_state_dict())
+        if optimizer and hasattr(self, 'optim_wrapper'):
+            state['optimizer'] = self.optim_state_dict()
+        if schedulers and hasattr(self, 'param_schedulers'):
+            state['param_schedulers'] = self.scheduler_state_dict()
+        return state
+
+    def save_checkpoint(
+        self,
+        filename: str,
+        *,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        extra_ckpt: dict | None = None,
+        callback: Callable[[dict], None] | None = None,
+    ) -> None:
+        """Gather all shards on rank 0 and save, as ``DDPStrategy`` does.
+
+        All ranks must call it.
+        """
+        state = self.whole_state(save_optimizer, save_param_scheduler)
+        state.update(extra_ckpt or {})
+        state['meta'] = {
+            **state.get('meta', {}),
+            'seed': self.seed,
+            'time': time.strftime('%Y%m%d_%H%M%S'),
+            'mmengine': mmengine.__version__,
+        }
+        if callback is not None:
+            callback(state)
+        if is_main_process():
+            save_checkpoint(state, filename)
 
     def resume(self, filename: str, **kwargs: Any) -> dict:
         """Read the whole checkpoint into the CPU's memory, not the GPU's."""

@@ -1,10 +1,9 @@
 """A small VMamba UperNet that is killed anywhere ends with the same bits.
 
 ``pytest -m long tests/engine/hooks/test_recovery_proof.py`` is the proof: 60
-iterations,
-killed at 20 random points (``MMVSSM_TEST_KILLS``), each in another run; stopped by
-SIGTERM at a fourth as many; and three times with one of two ranks killed. The test that
-is not long has two kills and one SIGTERM in a training of 12 iterations.
+iterations, killed at 20 random points (``MMVSSM_TEST_KILLS``), each in another run;
+stopped by SIGTERM at a fourth as many; and three times with one of two ranks killed.
+The test that is not long has two kills and one SIGTERM in a training of 12 iterations.
 """
 
 import os

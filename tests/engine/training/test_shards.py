@@ -7,15 +7,15 @@ import pytest
 
 import warm
 from families import FAMILIES
-from tiny import REPO
 from toy import environment, free_port
 
 # Prints, of each family and way, the largest differences to a whole model.
 _SCRIPT = """
-import json, sys
+import json, os, sys
 import torch, torch.distributed as dist
 from torch import nn
 from families import FAMILIES
+from mmvssm.engine import FSDPStrategy
 from mmvssm.engine.training.sharding import (
     class_name, clip_whole_norm, find_blocks, shard, whole_weights)
 
@@ -115,6 +115,22 @@ scaler.step(optimizer)
 scaler.update()
 moved = any(apart(whole(p), b) for p, b in zip(net.parameters(), before))
 print(json.dumps(dict(name='scaler', way=rank, found=[moved, scaler.get_scale()])))
+
+torch.manual_seed(rank)
+strategy = FSDPStrategy(
+    work_dir='.', env_kwargs=dict(launcher='pytorch', randomness=dict(seed=rank)))
+net, wrapper = strategy.prepare(
+    Net('vim', rank), optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.1)))
+wrapper.update_params(net(images(rank, 32)))
+strategy.save_checkpoint(
+    os.environ['CHECKPOINT'], extra_ckpt=dict(meta=dict(iter=1)))
+before = [whole(x).clone() for x in net.state_dict().values()]
+wrapper.update_params(net(images(rank, 32)))
+dist.barrier()
+strategy.resume(os.environ['CHECKPOINT'])
+same = all(torch.equal(whole(a), b) for a, b in zip(net.state_dict().values(), before))
+steps = {int(x['step']) for x in wrapper.optimizer.state.values()}
+print(json.dumps(dict(name='saved', way=rank, found=[same, sorted(steps)])))
 dist.destroy_process_group()
 """
 
@@ -125,13 +141,15 @@ def found(tmp_path_factory):
     script = folder / 'script.py'
     script.write_text(_SCRIPT)
     meeting = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), WORLD_SIZE='2')
+    meeting['CHECKPOINT'] = str(folder / 'saved.pth')
     paths = [folder / f'{rank}.txt' for rank in range(2)]
     ranks = []
     try:
         for rank, path in enumerate(paths):
-            env = {**os.environ, **environment(), **meeting, 'RANK': str(rank)}
+            own = dict(RANK=str(rank), LOCAL_RANK=str(rank))
+            env = {**os.environ, **environment(), **meeting, **own}
             errors = path.with_suffix('.err')
-            ranks.append(warm.start([script], path, errors, cwd=REPO, env=env))
+            ranks.append(warm.start([script], path, errors, cwd=folder, env=env))
         # Not a measurement: those that wait for each other must not hang the tests.
         codes = [rank.wait(300) for rank in ranks]
     except BaseException:
@@ -140,10 +158,15 @@ def found(tmp_path_factory):
         raise
     errors = ''.join(path.with_suffix('.err').read_text() for path in paths)
     assert codes == [0, 0], errors
-    lines = [json.loads(x) for path in paths for x in path.read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for path in paths
+        for line in path.read_text().splitlines()
+        if line.startswith('{')
+    ]
     return {
         name: [line for line in lines if line['name'] == name]
-        for name in [*FAMILIES, 'scaler']
+        for name in [*FAMILIES, 'scaler', 'saved']
     }
 
 
@@ -158,3 +181,8 @@ def test_family_in_shards_is_as_whole(name, found):
 
 def test_one_process_with_infinite_gradients_stops_the_step_of_all(found):
     assert [line['found'] for line in found['scaler']] == [[False, 2.0]] * 2
+
+
+def test_strategy_saves_and_resumes_by_itself(found):
+    """With all processes, as mmengine's ``FlexibleRunner`` calls it."""
+    assert [line['found'] for line in found['saved']] == [[True, [1]]] * 2
