@@ -1,7 +1,9 @@
 """Every shim for a version of torch, mmengine, mmcv, mmseg or mmdet.
 
 Importing ``mmvssm`` calls :func:`apply` once. Nothing outside this module may
-look at a version number or patch somebody else's module.
+look at a version number or patch somebody else's module. What is done at import only
+adds: names that led nowhere are found, files that were refused are read. A function of
+mmengine that is wrapped for this passes on whatever is not a name of this package.
 """
 
 import pickle
@@ -83,7 +85,9 @@ def find_own_models() -> None:
 
     def find_model(self: 'BaseInferencer', model: str) -> tuple[Config, str | None]:
         path = _CONFIGS / f'{model}.py'
-        return (Config.fromfile(path), None) if path.is_file() else find(self, model)
+        # A path is no name.
+        own = Path(model).name == model and path.is_file()
+        return (Config.fromfile(path), None) if own else find(self, model)
 
     find_model.knows_mmvssm = True
     BaseInferencer._load_model_from_metafile = find_model

@@ -95,7 +95,7 @@ def test_public_names_and_signatures():
 def test_every_part_is_there():
     text = API.read_text()
     for line in (
-        'mmvssm.build_classifier(name, num_classes=1000, head=None, **kwargs)',
+        'mmvssm.list_models(pattern=None, pretrained=False)',
         'MODELS: mmvssm.VSSM',
         'HOOKS: mmvssm.SafeCheckpointHook',
         'tools/train.py --resume',

@@ -55,7 +55,7 @@ def complexity_table(
     """Markdown table of parameters and FLOPs beside the paper's.
 
     Args:
-        rows: Each :class:`mmvssm.engine.ablation.Row` with what
+        rows: Each :class:`mmvssm.engine.configs.ablation.Row` with what
             :func:`count_row` found.
     """
     lines = [
@@ -82,9 +82,9 @@ def summarise(rows: Sequence[Any], results: Iterable[Mapping]) -> list[dict]:
     """Put the results of all seeds of a row together.
 
     Args:
-        rows: Each a :class:`mmvssm.engine.ablation.Row`; the first one is the
+        rows: Each a :class:`mmvssm.engine.configs.ablation.Row`; the first one is the
             baseline.
-        results: Of :func:`mmvssm.engine.ablation.train_row`.
+        results: Of :func:`mmvssm.engine.configs.ablation.train_row`.
 
     Returns:
         A dict for each row with results: ``row``, ``label``, ``seeds``,
