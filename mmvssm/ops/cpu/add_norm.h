@@ -1,7 +1,7 @@
 // add_rms_norm over blocks of rows, forward and backward.
 #pragma once
 
-#include "strip.h"
+#include "channel_block_recurrence.h"
 
 namespace mmvssm {
 namespace MMVSSM_ISA {
@@ -50,12 +50,12 @@ static inline float lane_sum(vfloat x) {
 // What the work on a block of rows shares. Buffers hold one row.
 class NormRows {
  public:
-  static int64_t items(const NormProblem& p) {
+  static int64_t items(const NormArgs& p) {
     return (p.rows + kNormRows - 1) / kNormRows;
   }
-  static int64_t floats(const NormProblem& p) { return 6 * (p.channels + 2 * 16); }
+  static int64_t floats(const NormArgs& p) { return 6 * (p.channels + 2 * 16); }
 
-  NormRows(const NormProblem& p, int64_t item, Arena* arena)
+  NormRows(const NormArgs& p, int64_t item, Arena* arena)
       : p(p),
         begin(item * kNormRows),
         end(begin + kNormRows < p.rows ? begin + kNormRows : p.rows),
@@ -84,13 +84,13 @@ class NormRows {
     return 1.0f / __builtin_sqrtf(square / p.channels + p.eps);
   }
 
-  const NormProblem& p;
+  const NormArgs& p;
   const int64_t begin, end, width;
   const float* weight;
   float* buffers[6];
 };
 
-static bool forward_norm(const NormProblem& p, int64_t item, Arena* arena) {
+static bool forward_norm(const NormArgs& p, int64_t item, Arena* arena) {
   const NormRows rows(p, item, arena);
   float* total = rows.buffers[1];
   float* out = rows.buffers[2];
@@ -106,7 +106,7 @@ static bool forward_norm(const NormProblem& p, int64_t item, Arena* arena) {
 
 // With s = 1 / sqrt(mean(r^2) + eps) and g = w grad_out the gradient of r is
 // s g - r s^3 mean(g r), plus that of the stream.
-static bool backward_norm(const NormProblem& p, int64_t item, Arena* arena) {
+static bool backward_norm(const NormArgs& p, int64_t item, Arena* arena) {
   const NormRows rows(p, item, arena);
   const float* total = rows.buffers[1];
   float* grad = rows.buffers[2];
@@ -146,12 +146,12 @@ static bool backward_norm(const NormProblem& p, int64_t item, Arena* arena) {
   return false;
 }
 
-static int32_t norm_forward(const NormProblem& p, ParallelFor parallel_for) {
+static int32_t norm_forward(const NormArgs& p, ParallelFor parallel_for) {
   return run_items(p, NormRows::items(p), NormRows::floats(p), forward_norm,
                    parallel_for);
 }
 
-static int32_t norm_backward(const NormProblem& p, ParallelFor parallel_for) {
+static int32_t norm_backward(const NormArgs& p, ParallelFor parallel_for) {
   return run_items(p, NormRows::items(p), NormRows::floats(p), backward_norm,
                    parallel_for);
 }

@@ -25,7 +25,7 @@ static inline vfloat exp2m1_small(vfloat r) {
 
 // x as k + r with integral k and |r| <= 1/2, x being limited to [-150, 150]:
 // 2^-150 is zero, 2^150 infinite.
-static inline vfloat split(vfloat x, vfloat* r) {
+static inline vfloat integral_part(vfloat x, vfloat* r) {
 #if !defined(__AVX512F__)
   x = smaller(broadcast(150.0f), x);
 #endif
@@ -37,7 +37,7 @@ static inline vfloat split(vfloat x, vfloat* r) {
 
 static inline vfloat exp2(vfloat x) {
   vfloat r;
-  const vfloat k = split(x, &r);
+  const vfloat k = integral_part(x, &r);
   return scale_by_power(exp2m1_small(r) + 1.0f, k);
 }
 
@@ -50,7 +50,7 @@ static inline vfloat times_power_less_one(vfloat x, vfloat k) {
 // 1 - exp(-x) for x >= 0, accurate near zero, too.
 static inline vfloat one_minus_exp_of_minus(vfloat x) {
   vfloat r;
-  const vfloat k = split(x * -kLog2e, &r);
+  const vfloat k = integral_part(x * -kLog2e, &r);
   return -times_power_less_one(exp2m1_small(r), k);
 }
 

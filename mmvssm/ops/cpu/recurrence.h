@@ -1,5 +1,5 @@
 // The recurrence h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, y_t = C_t h_t + D u_t
-// over one tile, forward and backward.
+// over one chunk, forward and backward.
 //
 // Lanes are channels; N states of each are registers. A vector of channels is
 // independent of the others, so nothing is summed over lanes but the gradients
@@ -9,15 +9,15 @@
 // long sequence with small steps its accuracy. So where a decay is slow the state
 // moves by its change, h += (exp(dt A) - 1) h + dt B u; and where it is so slow that
 // many additions follow each other before the state forgets them, their rounding
-// errors are carried along, from tile to tile, too.
+// errors are carried along, from chunk to chunk, too.
 #pragma once
 
-#include "tile.h"
+#include "channel_block.h"
 
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-// How a block of channels and states goes through a tile, by |dt A log2(e)|: it is
+// How a block of channels and states goes through a chunk, by |dt A log2(e)|: it is
 // at most 1/2 everywhere; or above that somewhere and in the mean of a channel and
 // state at most 1/1024; or at most 1/32; or neither, so that rounding decays costs
 // less than 1e-6.
@@ -31,11 +31,11 @@ constexpr bool compensated(Decay decay) {
   return decay == Decay::kSlow || decay == Decay::kMixedSlowest;
 }
 
-// What both passes over a tile read. Pointers are those of the first channel
+// What both passes over a chunk read. Pointers are those of the first channel
 // and the first state of a block.
-struct Block {
+struct RegisterBlock {
   int64_t rows;
-  int64_t width;  // channels of the strip: stride of dt
+  int64_t width;  // channels of the block: stride of dt
   const float* dt;
   Rows u, B, C;
   const float* A;       // (state, channel), `width` apart
@@ -81,7 +81,7 @@ static inline vfloat step(vfloat exponent, vfloat input, vfloat* h, vfloat* low)
     return less_one;
   }
   vfloat rest;
-  const vfloat k = split(exponent, &rest);
+  const vfloat k = integral_part(exponent, &rest);
   const vfloat less_one = exp2m1_small(rest);
   *h = scale_by_power(*h, k);
   *low = scale_by_power(*low, k);
@@ -89,11 +89,11 @@ static inline vfloat step(vfloat exponent, vfloat input, vfloat* h, vfloat* low)
   return times_power_less_one(less_one, k);
 }
 
-// Runs the tile from the state h (N, channel) and leaves the last state there;
+// Runs the chunk from the state h (N, channel) and leaves the last state there;
 // returns a mask of the lanes that met NaN.
 template <int V, int N, Decay kDecay, Write kWrite>
-static vint run_forward(const Block& k, float* h_memory, float* low_memory, float* y,
-                        int64_t y_stride) {
+static vint run_forward(const RegisterBlock& k, float* h_memory, float* low_memory,
+                        float* y, int64_t y_stride) {
   vfloat h[N][V], low[N][V], D[V];
   for (int n = 0; n < N; ++n) {
     load_vectors<V>(h_memory + n * k.width, h[n]);
@@ -148,15 +148,16 @@ static vint run_forward(const Block& k, float* h_memory, float* low_memory, floa
   return nan;
 }
 
-// What the backward pass recomputes of a tile: states (rows + 1, N, V kLanes),
-// the first one being that before the tile, and decays (rows, N, V kLanes) as
+// What the backward pass recomputes of a chunk: states (rows + 1, N, V kLanes),
+// the first one being that before the chunk, and decays (rows, N, V kLanes) as
 // `step` returns them.
 struct Recomputed {
   float *states, *decays;
 };
 
 template <int V, int N, Decay kDecay>
-static void recompute(const Block& k, const float* h_memory, const Recomputed& r) {
+static void recompute(const RegisterBlock& k, const float* h_memory,
+                      const Recomputed& r) {
   constexpr int64_t kRow = N * V * kLanes;
   vfloat h[N][V], low[N][V];
   for (int n = 0; n < N; ++n) {
@@ -186,10 +187,10 @@ static void recompute(const Block& k, const float* h_memory, const Recomputed& r
 
 // What the backward pass adds to, all of it in float32. Rows of grad_B and
 // grad_C are `weights_stride` apart.
-struct BlockGradients {
+struct RegisterBlockGradients {
   const float* y;  // gradient of y, (row, channel)
   int64_t y_stride;
-  float *carry, *low;  // of the state behind the tile, then before it
+  float *carry, *low;  // of the state behind the chunk, then before it
   float* A;            // (state, channel)
   float *dt, *dtu;     // of dt through the decay, of dt u; (row, channel)
   float *B, *C;        // (row, state)
@@ -197,7 +198,8 @@ struct BlockGradients {
 };
 
 template <int V, int N, Decay kDecay>
-static void run_backward(const Block& k, const Recomputed& r, const BlockGradients& g) {
+static void run_backward(const RegisterBlock& k, const Recomputed& r,
+                         const RegisterBlockGradients& g) {
   constexpr int64_t kRow = N * V * kLanes;
   // Gradient of the state, of one position later to begin with and, unless it is
   // compensated, already through the decay between the two; that decay; and the

@@ -16,18 +16,18 @@ struct Array {
 
 // selective_scan and its gradients. Plain pointers are contiguous float32;
 // what a call does not have is null.
-struct ScanProblem {
+struct ScanArgs {
   int64_t batch, channels, length, states, groups, softplus;
   Array u, delta, z;             // (batch, channel, position)
   Array B, C;                    // (batch, group, state, position)
   const float *A, *D, *bias;     // (channel, state), (channel), (channel)
   Array out;                     // like u
   float* last_state;             // (batch, channel, state)
-  float* saved;                  // (tiles - 1, batch, state, channel) or null
+  float* saved;                  // (chunks - 1, batch, state, channel) or null
   Array grad_out;                // like u
   const float* grad_last_state;  // like last_state
   Array grad_u, grad_delta, grad_z;
-  float *grad_B, *grad_C;              // (strips, batch, group, position, state)
+  float *grad_B, *grad_C;              // (blocks, batch, group, position, state)
   float *grad_A, *grad_D, *grad_bias;  // (batch, ...) of A transposed, D, bias
 };
 
@@ -37,7 +37,7 @@ struct ScanProblem {
 // routes: (order), 0 for an order row by row, 1 column by column, 2 and 3 the same
 // from the end; -1 for one that is in the table (order, positions), in which -1 is a
 // padded place. The table is null if none is.
-struct Ss2dProblem {
+struct Ss2dArgs {
   int64_t batch, channels, height, width, states, rank;
   int64_t orders, positions;  // positions: of the longest order
   const int32_t *routes, *table;
@@ -48,37 +48,37 @@ struct Ss2dProblem {
   const float* dt_bias;      // (order, channel)
   const float *A, *D;        // (order, channel, state), (order, channel)
   float* out;                // like x
-  float* saved;              // (order, tiles - 1, batch, state, channel) or null
+  float* saved;              // (order, chunks - 1, batch, state, channel) or null
   const float* grad_out;
   float* grad_x;
-  float* grad_projected;   // (strips, batch, place, order, rank + 2 states)
+  float* grad_projected;   // (blocks, batch, place, order, rank + 2 states)
   float* grad_dt_weight;   // (batch, order, rank, channel)
   float* grad_dt_bias;     // (batch, order, channel)
   float *grad_A, *grad_D;  // (batch, order, state, channel), (batch, order, channel)
 };
 
 // Two scans of one shape, which run at the same time.
-struct ScanPair {
-  ScanProblem ways[2];
+struct PairArgs {
+  ScanArgs directions[2];
 };
 
 // The depthwise convolutions of bidirectional_scan, one from each end, with SiLU,
 // and their gradients. Plain pointers are contiguous float32.
-struct ConvWay {
+struct ConvDirection {
   const float *weight, *bias;      // (channel, tap), (channel)
   Array out;                       // (batch, channel, position)
   Array grad_scan, grad_rest;      // like out, to be added up
   float *grad_weight, *grad_bias;  // (batch, tap, channel), (batch, channel)
 };
-struct ConvProblem {
+struct ConvArgs {
   int64_t batch, channels, length, taps;
   Array x, grad_x;  // (batch, channel, position)
-  ConvWay ways[2];
+  ConvDirection directions[2];
 };
 
 // (y + y_from_end) SiLU(z) scale, and the gradients of it. The forward pass leaves
 // the sum of the two in y. All arrays are (batch, channel, position).
-struct GateProblem {
+struct GateArgs {
   int64_t batch, channels, length;
   float scale;
   Array y, y_from_end, z, out;
@@ -87,7 +87,7 @@ struct GateProblem {
 
 // add_rms_norm and its gradients. Arrays are (row, channel), channels next to each
 // other; what a call does not have is null.
-struct NormProblem {
+struct NormArgs {
   int64_t rows, channels;
   float eps;
   Array x, residual, total, out;
@@ -106,23 +106,23 @@ enum Status : int32_t { kDone = 0, kFoundNaN = 1, kOutOfMemory = 2 };
 // The kernels of one instruction set.
 struct Kernels {
   int32_t lanes;
-  int64_t (*strips)(int64_t channels);  // that channels are cut into
-  int32_t (*scan_forward)(const ScanProblem&, ParallelFor);
-  int32_t (*scan_backward)(const ScanProblem&, ParallelFor);
-  int32_t (*ss2d_forward)(const Ss2dProblem&, ParallelFor);
-  int32_t (*ss2d_backward)(const Ss2dProblem&, ParallelFor);
-  int32_t (*pair_forward)(const ScanPair&, ParallelFor);
-  int32_t (*pair_backward)(const ScanPair&, ParallelFor);
-  int32_t (*conv_forward)(const ConvProblem&, ParallelFor);
-  int32_t (*conv_backward)(const ConvProblem&, ParallelFor);
-  int32_t (*gate_forward)(const GateProblem&, ParallelFor);
-  int32_t (*gate_backward)(const GateProblem&, ParallelFor);
-  int32_t (*norm_forward)(const NormProblem&, ParallelFor);
-  int32_t (*norm_backward)(const NormProblem&, ParallelFor);
+  int64_t (*channel_blocks)(int64_t channels);  // that channels are cut into
+  int32_t (*scan_forward)(const ScanArgs&, ParallelFor);
+  int32_t (*scan_backward)(const ScanArgs&, ParallelFor);
+  int32_t (*ss2d_forward)(const Ss2dArgs&, ParallelFor);
+  int32_t (*ss2d_backward)(const Ss2dArgs&, ParallelFor);
+  int32_t (*pair_forward)(const PairArgs&, ParallelFor);
+  int32_t (*pair_backward)(const PairArgs&, ParallelFor);
+  int32_t (*conv_forward)(const ConvArgs&, ParallelFor);
+  int32_t (*conv_backward)(const ConvArgs&, ParallelFor);
+  int32_t (*gate_forward)(const GateArgs&, ParallelFor);
+  int32_t (*gate_backward)(const GateArgs&, ParallelFor);
+  int32_t (*norm_forward)(const NormArgs&, ParallelFor);
+  int32_t (*norm_backward)(const NormArgs&, ParallelFor);
 };
 
 // Positions that are worked on at once, and between two saved states.
-constexpr int64_t kTile = 32;
+constexpr int64_t kChunk = 32;
 
 // Rows of add_rms_norm that one thread works on at once.
 constexpr int64_t kNormRows = 32;

@@ -1,10 +1,10 @@
-// Tiles: up to kTile positions of a strip of channels, channels-last float32.
+// Chunks: up to kChunk positions of a channel block, channels-last float32.
 #pragma once
 
 #include <cstdlib>
 
 #include "functions.h"
-#include "problem.h"
+#include "kernel_args.h"
 
 namespace mmvssm {
 namespace MMVSSM_ISA {
@@ -12,13 +12,13 @@ namespace MMVSSM_ISA {
 // Arrays beyond this size are not worth a place in the cache once written.
 constexpr int64_t kStreamBytes = 8 << 20;
 
-// Vectors of channels in a strip, at most: a few cache lines a position.
+// Vectors of channels in a block, at most: a few cache lines a position.
 constexpr int kMaxVectors = 4;
 
-// The channels one thread works on at once. The cut into strips follows from
-// the shapes alone, so sums over strips have the same bits on any machine with
+// The channels one thread works on at once. The cut into blocks follows from
+// the shapes alone, so sums over blocks have the same bits on any machine with
 // the same instruction set.
-struct Strip {
+struct ChannelBlock {
   int64_t first;  // channel
   int64_t count;  // channels
   int vectors;    // that hold them, the last one maybe not full
@@ -26,30 +26,30 @@ struct Strip {
   bool full() const { return count == width(); }
 };
 
-static inline int64_t strips_of(int64_t channels) {
+static inline int64_t channel_blocks_of(int64_t channels) {
   const int64_t vectors = (channels + kLanes - 1) / kLanes;
-  const int64_t strips = (vectors + kMaxVectors - 1) / kMaxVectors;
+  const int64_t blocks = (vectors + kMaxVectors - 1) / kMaxVectors;
   // An even number shares out better.
-  return strips > 1 && strips % 2 && strips < vectors ? strips + 1 : strips;
+  return blocks > 1 && blocks % 2 && blocks < vectors ? blocks + 1 : blocks;
 }
 
-static inline Strip strip_of(int64_t channels, int64_t index) {
+static inline ChannelBlock channel_block_of(int64_t channels, int64_t index) {
   const int64_t vectors = (channels + kLanes - 1) / kLanes;
-  const int64_t strips = strips_of(channels);
-  const int64_t begin = vectors * index / strips;
-  const int64_t end = vectors * (index + 1) / strips;
+  const int64_t blocks = channel_blocks_of(channels);
+  const int64_t begin = vectors * index / blocks;
+  const int64_t end = vectors * (index + 1) / blocks;
   const int64_t first = begin * kLanes;
   const int64_t last = end * kLanes < channels ? end * kLanes : channels;
   return {first, last - first, (int)(end - begin)};
 }
 
-// Rows of a tile that are read, where they are or in a buffer.
+// Rows of a chunk that are read, where they are or in a buffer.
 struct Rows {
   const float* data;
   int64_t stride;
 };
 
-// Rows of a tile that are written, past the cache where that pays.
+// Rows of a chunk that are written, past the cache where that pays.
 struct Target {
   float* data;
   int64_t stride;
@@ -168,24 +168,24 @@ static inline void store_rows(E* to, int64_t channel_stride, int64_t row_stride,
   }
 }
 
-// A strip of one batch element of an array (batch, channel, position).
-class StripOf {
+// A block of one batch element of an array (batch, channel, position).
+class ArrayBlock {
  public:
-  StripOf(const Array& array, int64_t batch, const Strip& strip)
+  ArrayBlock(const Array& array, int64_t batch, const ChannelBlock& block)
       : array_(array),
-        offset_(batch * array.stride[0] + strip.first * array.stride[1]),
-        strip_(strip) {}
+        offset_(batch * array.stride[0] + block.first * array.stride[1]),
+        block_(block) {}
 
   // Whether kernels may work on the memory itself.
   bool direct() const {
-    return array_.dtype == kFloat32 && array_.stride[1] == 1 && strip_.full();
+    return array_.dtype == kFloat32 && array_.stride[1] == 1 && block_.full();
   }
   float* at(int64_t position) const {
     return (float*)array_.data + offset_ + position * array_.stride[2];
   }
   int64_t row_stride() const { return array_.stride[2]; }
 
-  // Part t of `parts` of a request for the tile at `position`.
+  // Part t of `parts` of a request for the chunk at `position`.
   // (Inlined by force: gcc takes a function that only prefetches for empty.)
   __attribute__((always_inline)) void prefetch(int64_t position, int64_t t,
                                                int64_t parts) const {
@@ -193,11 +193,11 @@ class StripOf {
     const char* first =
         (const char*)array_.data + (offset_ + position * array_.stride[2]) * size;
     if (array_.stride[1] == 1) {
-      for (int64_t at = 0; at < strip_.count * size; at += 64)
+      for (int64_t at = 0; at < block_.count * size; at += 64)
         __builtin_prefetch(first + t * array_.stride[2] * size + at);
     } else if (array_.stride[2] == 1) {
-      for (int64_t c = t; c < strip_.count; c += parts)
-        for (int64_t at = 0; at < kTile * size; at += 64)
+      for (int64_t c = t; c < block_.count; c += parts)
+        for (int64_t at = 0; at < kChunk * size; at += 64)
           __builtin_prefetch(first + c * array_.stride[1] * size + at);
     }
   }
@@ -208,18 +208,18 @@ class StripOf {
     const int64_t offset = offset_ + position * array_.stride[2];
     if (array_.dtype == kFloat32) {
       load_rows((const float*)array_.data + offset, array_.stride[1], array_.stride[2],
-                strip_.count, rows, buffer, strip_.width());
+                block_.count, rows, buffer, block_.width());
     } else {
       load_rows((const bfloat16*)array_.data + offset, array_.stride[1],
-                array_.stride[2], strip_.count, rows, buffer, strip_.width());
+                array_.stride[2], block_.count, rows, buffer, block_.width());
     }
-    return {buffer, strip_.width()};
+    return {buffer, block_.width()};
   }
 
   // Where the rows from `position` on are to be put: in place or, for
   // write_back(), in `buffer`. `bytes` is the size of the whole array.
   Target target(int64_t position, float* buffer, int64_t bytes) const {
-    if (!direct()) return {buffer, strip_.width(), false};
+    if (!direct()) return {buffer, block_.width(), false};
     const int64_t vector = 4 * kLanes;
     const bool aligned =
         (uintptr_t)at(0) % vector == 0 && row_stride() * 4 % vector == 0;
@@ -231,17 +231,17 @@ class StripOf {
     const int64_t offset = offset_ + position * array_.stride[2];
     if (array_.dtype == kFloat32) {
       store_rows((float*)array_.data + offset, array_.stride[1], array_.stride[2],
-                 strip_.count, rows, buffer, strip_.width());
+                 block_.count, rows, buffer, block_.width());
     } else {
       store_rows((bfloat16*)array_.data + offset, array_.stride[1], array_.stride[2],
-                 strip_.count, rows, buffer, strip_.width());
+                 block_.count, rows, buffer, block_.width());
     }
   }
 
  private:
   const Array& array_;
   int64_t offset_;
-  const Strip& strip_;
+  const ChannelBlock& block_;
 };
 
 // One batch element and group of B or C (batch, group, state, position), as
@@ -264,14 +264,16 @@ static inline Rows read_weights(const Array& array, int64_t batch, int64_t group
   return {buffer, padded};
 }
 
-// The channels of a strip of a vector (channel), zeros behind the last one.
-static inline void read_channels(const float* from, const Strip& strip, float* to) {
-  for (int64_t c = 0; c < strip.width(); ++c)
-    to[c] = from != nullptr && c < strip.count ? from[strip.first + c] : 0.0f;
+// The channels of a block of a vector (channel), zeros behind the last one.
+static inline void read_channels(const float* from, const ChannelBlock& block,
+                                 float* to) {
+  for (int64_t c = 0; c < block.width(); ++c)
+    to[c] = from != nullptr && c < block.count ? from[block.first + c] : 0.0f;
 }
 
-static inline void write_channels(const float* from, const Strip& strip, float* to) {
-  __builtin_memcpy(to + strip.first, from, strip.count * 4);
+static inline void write_channels(const float* from, const ChannelBlock& block,
+                                  float* to) {
+  __builtin_memcpy(to + block.first, from, block.count * 4);
 }
 
 }  // namespace MMVSSM_ISA
