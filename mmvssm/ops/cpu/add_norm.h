@@ -1,4 +1,4 @@
-// add_rms_norm over blocks of rows, forward and backward.
+// add_rms_norm over row blocks, forward and backward.
 #pragma once
 
 #include "channel_block_recurrence.h"
@@ -6,8 +6,8 @@
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-// A row of an array (row, channel) as float32, in `buffer` where it needs a copy;
-// zeros fill its last vector.
+// A row of an array (row, channel) as float32, copied to `buffer` if it must be; its
+// last vector is filled up with zeros.
 static const float* read_row(const Array& array, int64_t row, int64_t channels,
                              float* buffer) {
   const int64_t offset = row * array.stride[0];
@@ -47,7 +47,7 @@ static inline float lane_sum(vfloat x) {
   return sum;
 }
 
-// What the work on a block of rows shares. Buffers hold one row.
+// One row block, and buffers of one row each.
 class NormRows {
  public:
   static int64_t items(const NormArgs& p) {
@@ -65,8 +65,8 @@ class NormRows {
     weight = read_row(as_row, 0, p.channels, buffers[0]);
   }
 
-  // The sum x + residual of a row in buffer 1, and the root of its mean square's
-  // inverse. Four sums make short chains of additions.
+  // Writes x + residual of a row to buffer 1 and returns 1 / sqrt(mean square + eps).
+  // Four partial sums keep the chains of additions short.
   float add(int64_t row) const {
     const float* x = read_row(p.x, row, p.channels, buffers[1]);
     const float* residual = p.residual.data == nullptr
@@ -104,8 +104,8 @@ static bool forward_norm(const NormArgs& p, int64_t item, Arena* arena) {
   return false;
 }
 
-// With s = 1 / sqrt(mean(r^2) + eps) and g = w grad_out the gradient of r is
-// s g - r s^3 mean(g r), plus that of the stream.
+// With r = x + residual, s = 1 / sqrt(mean(r^2) + eps) and g = weight grad_out, the
+// gradient of r is s g - r s^3 mean(g r), plus the gradient of the output `total`.
 static bool backward_norm(const NormArgs& p, int64_t item, Arena* arena) {
   const NormRows rows(p, item, arena);
   const float* total = rows.buffers[1];

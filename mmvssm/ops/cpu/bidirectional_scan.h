@@ -1,9 +1,9 @@
-// What bidirectional_scan does around its projections, forward and backward: the
-// convolutions from both ends, the two scans, and the gate.
+// bidirectional_scan without its projections, forward and backward: the convolutions
+// from both ends, the two scans, and the gate.
 //
-// Way 0 starts at the first position, direction 1 at the last one. Nothing is reversed
-// in memory: a scan from the end gets arrays with negative strides of positions,
-// and a convolution from the end looks ahead.
+// Direction 0 starts at the first position, direction 1 at the last one. Nothing is
+// reversed in memory: the scan from the end gets arrays with negative strides, and the
+// convolution from the end weighs the positions that follow.
 #pragma once
 
 #include "selective_scan.h"
@@ -31,7 +31,7 @@ static int32_t pair_backward(const PairArgs& p, ParallelFor parallel_for) {
                    scan_floats(p.directions[0], true), backward_pair, parallel_for);
 }
 
-// (batch, channel block) of arrays (batch, channel, position).
+// One item: a channel block of one batch element of arrays (batch, channel, position).
 template <class Args>
 struct Item {
   Item(const Args& p, int64_t item)
@@ -50,8 +50,8 @@ static inline int64_t rows_from(int64_t start, int64_t length) {
   return length - start < kChunk ? length - start : kChunk;
 }
 
-// Copies the positions [begin, end) of a block into rows, zeros where there are
-// none.
+// Copies the positions [begin, end) of a channel block to rows. Rows of positions
+// outside of the sequence are zero.
 static void read_padded(const ArrayBlock& from, int64_t begin, int64_t end,
                         int64_t length, int64_t width, float* to) {
   const int64_t first = begin < 0 ? 0 : begin, last = end < length ? end : length;
@@ -65,8 +65,8 @@ static void read_padded(const ArrayBlock& from, int64_t begin, int64_t end,
       store(inside + t * width + c, load(rows.data + t * rows.stride + c));
 }
 
-// Taps (tap, channel) of one direction in the order of the positions they weigh, and
-// the biases behind them.
+// The taps of one direction (tap, channel), in the order of the positions that they
+// weigh, and after them the biases.
 static void read_taps(const ConvArgs& p, int direction, const ChannelBlock& block,
                       float* taps) {
   const int64_t width = block.width();
@@ -80,7 +80,7 @@ static void read_taps(const ConvArgs& p, int direction, const ChannelBlock& bloc
   }
 }
 
-// One position of the convolution of a vector of channels, whose first tap is at x.
+// The convolution at one position, for a vector of channels. The first tap weighs x.
 static inline vfloat convolve(const float* x, const float* taps, int64_t count,
                               int64_t width) {
   vfloat sum = load(taps + count * width);
@@ -120,8 +120,8 @@ static bool forward_conv(const ConvArgs& p, int64_t index, Arena* arena) {
   return false;
 }
 
-// Work of the backward convolution on a block. Rows of a chunk have `halo` more on
-// either side, of which each direction needs one.
+// The backward convolutions of one channel block. The buffers of a chunk have `halo`
+// more rows at each end; direction 0 needs those before, direction 1 those after.
 class ConvGradients {
  public:
   static int64_t floats(const ConvArgs& p) {
@@ -166,8 +166,8 @@ class ConvGradients {
   }
 
  private:
-  // Gradient of what enters SiLU, at the chunk and at the `halo` positions whose
-  // convolutions reach into it.
+  // The gradient of the convolutions' outputs, before SiLU: at the positions of the
+  // chunk and at the `halo` others whose convolutions read positions of the chunk.
   void find_gradient(int direction, int64_t start, int64_t rows) {
     const ConvDirection& w = p_.directions[direction];
     const int64_t first = direction == 0 ? halo_ : 0;  // row
@@ -177,7 +177,7 @@ class ConvGradients {
     float* grad = grad_[direction] + first * width_;
     __builtin_memset(grad, 0, count * width_ * 4);
     grad += (low - begin) * width_;
-    // The row of x of the first tap.
+    // The row of x that the first tap weighs.
     const float* x = x_ + (first - (direction == 0 ? halo_ : 0) + low - begin) * width_;
     const Rows a = item_.of(w.grad_scan).read(low, high - low, one_);
     const Rows b = item_.of(w.grad_rest).read(low, high - low, other_);

@@ -1,14 +1,16 @@
-// The recurrence over the chunks of one channel block: its parameters and
-// its state, and the choice of a kernel for each block of vectors and states.
+// The recurrence over the chunks of one channel block: its parameters, its state, and
+// the choice of a kernel for each register block.
 #pragma once
 
+#include "parallel.h"
 #include "recurrence.h"
 
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-// One state: the vectors of a block go through a kernel together. More: one
-// vector at a time with as many states as there are registers for.
+// How many states a register block has. With one state a register block has all
+// vectors of the channel block, with more states one vector and as many states as the
+// registers hold.
 static inline int64_t forward_state_block(int64_t states) {
   return states > 8 ? 16 : states > 4 ? 8 : states > 2 ? 4 : states;
 }
@@ -55,7 +57,7 @@ static inline void backward_as(Decay decay, const RegisterBlock& k, const float*
   }
 }
 
-// y += C h for the recomputed states of a block.
+// y += C h, of the recomputed states of a register block with `count` states.
 static inline void add_readout(const RegisterBlock& k, const float* states, int vectors,
                                int64_t count, float* y, int64_t y_stride) {
   const int64_t row = count * vectors * kLanes;
@@ -70,14 +72,15 @@ static inline void add_readout(const RegisterBlock& k, const float* states, int 
   }
 }
 
-// Input of a chunk: step sizes (rows, width) and where the rest is.
+// Inputs of a chunk. dt is (row, width).
 struct Chunk {
   int64_t rows;
   const float* dt;
   Rows u, B, C;
 };
 
-// Gradients of a chunk, all added to; rows of dt and dtu are `width` long.
+// Gradients of a chunk: of y, which is read, and the others, which are added to. dt and
+// dtu are (row, width).
 struct ChunkGradients {
   const float* y;
   int64_t y_stride;
@@ -129,7 +132,7 @@ class ChannelBlockRecurrence {
 
   int64_t padded() const { return padded_; }
 
-  // A is (channel, state) of all channels; D may be null.
+  // A is (channel, state), of all channels. D may be null.
   void set_parameters(const float* A, const float* D) {
     __builtin_memset(A_, 0, padded_ * width_ * 4);
     load_rows(A + block_.first * states_, states_, 1, block_.count, states_, A_,
@@ -147,7 +150,7 @@ class ChannelBlockRecurrence {
         store(fastest_ + b * width_ + c, most);
         store(slowest_ + b * width_ + c, least);
       }
-      // What only fills a vector never counts as slow.
+      // Lanes beyond the last channel must never count as slow.
       for (int64_t c = block_.count; c < width_; ++c)
         slowest_[b * width_ + c] = __builtin_nanf("");
     }
@@ -160,13 +163,13 @@ class ChannelBlockRecurrence {
     __builtin_memset(state_low_, 0, padded_ * width_ * 4);
   }
 
-  // Saves the state as (state, channel) of all `channels`.
+  // Saves the state in an array (state, channel) of all `channels`.
   void get_state(float* to, int64_t channels) const {
     for (int64_t n = 0; n < states_; ++n)
       write_channels(state + n * width_, block_, to + n * channels);
   }
-  // Reads a saved state, zeros if `from` is null, into (padded state, width), and
-  // asks for the one that is read `next`.
+  // Reads a saved state into (padded state, width), zeros if `from` is null, and
+  // prefetches the one that will be read `next`.
   void read_state(const float* from, const float* next, int64_t channels,
                   float* to) const {
     for (int64_t n = 0; n < padded_; ++n) {
@@ -206,9 +209,9 @@ class ChannelBlockRecurrence {
     return nan;
   }
 
-  // Backward through a chunk. `before` is the state before it (state, width);
-  // `state` the gradient of the state behind it, afterwards of that before it.
-  // If `readout` is not null, C h is added to it.
+  // Backward through a chunk. `before` is the state before the chunk (state, width).
+  // `state` is the gradient of the state after the chunk, and afterwards of the state
+  // before it. If `readout` is not null, C h is added to it.
   void backward(const Chunk& chunk, const float* before, const ChunkGradients& g,
                 float* readout) {
     for (int64_t n = 0; n < padded_; n += state_block_) {
@@ -240,7 +243,7 @@ class ChannelBlockRecurrence {
     __builtin_memset(grad_A_, 0, padded_ * width_ * 4);
     __builtin_memset(grad_A_rest_, 0, padded_ * width_ * 4);
   }
-  // As (state, channel) of all `channels`.
+  // Writes it to an array (state, channel) of all `channels`.
   void get_grad_A(float* to, int64_t channels) const {
     for (int64_t n = 0; n < states_; ++n)
       write_channels(grad_A_ + n * width_, block_, to + n * channels);
@@ -342,36 +345,6 @@ class ChannelBlockRecurrence {
   Recomputed recomputed_ = {};
   float *grad_A_ = nullptr, *grad_A_rest_ = nullptr, *chunk_grad_A_ = nullptr;
 };
-
-// Shares the items of a args out among torch's threads. `work` does one with
-// an arena of `floats` and says whether it met NaN.
-template <class Args>
-static int32_t run_items(const Args& args, int64_t items, int64_t floats,
-                         bool (*work)(const Args&, int64_t, Arena*),
-                         ParallelFor parallel_for) {
-  struct Task {
-    const Args& args;
-    int64_t floats;
-    bool (*work)(const Args&, int64_t, Arena*);
-    int32_t status;
-  } task = {args, floats, work, kDone};
-  const RangeFunction run = [](int64_t begin, int64_t end, void* context) {
-    Task* task = (Task*)context;
-    for (int64_t item = begin; item < end; ++item) {
-      Arena arena(task->floats);
-      if (arena.failed()) {
-        __atomic_store_n(&task->status, (int32_t)kOutOfMemory, __ATOMIC_RELAXED);
-        return;
-      }
-      int32_t none = kDone;
-      if (task->work(task->args, item, &arena))
-        __atomic_compare_exchange_n(&task->status, &none, (int32_t)kFoundNaN, false,
-                                    __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-    }
-  };
-  parallel_for(0, items, 1, run, &task);
-  return task.status;
-}
 
 }  // namespace MMVSSM_ISA
 }  // namespace mmvssm

@@ -1,4 +1,4 @@
-// The C interface that library.py loads: choice of the instruction set.
+// The C interface that library.py loads. Each call names the instruction set.
 #include "kernel_args.h"
 
 #if defined(_WIN32)
@@ -42,7 +42,7 @@ static const Kernels* find(int32_t isa) {
   }
 }
 
-// Stands in for torch's parallel_for where torch has none to offer.
+// Takes the place of torch's parallel_for where torch has none.
 static int32_t run_serially(int64_t begin, int64_t end, int64_t, RangeFunction function,
                             void* context) {
   function(begin, end, context);
@@ -51,14 +51,14 @@ static int32_t run_serially(int64_t begin, int64_t end, int64_t, RangeFunction f
 
 }  // namespace mmvssm
 
-// Lanes of the instruction set (0 baseline, 1 AVX2, 2 AVX-512), 0 if this
-// machine lacks it.
+// Lanes of the instruction set (0 baseline, 1 AVX2, 2 AVX-512), or 0 if this machine
+// does not have it.
 MMVSSM_EXPORT int32_t mmvssm_lanes(int32_t isa) {
   const mmvssm::Kernels* kernels = mmvssm::find(isa);
   return kernels == nullptr ? 0 : kernels->lanes;
 }
 
-// Sizes of the structures, for library.py to compare with its own.
+// Sizes of the kernel args. library.py compares them with its own.
 MMVSSM_EXPORT int64_t mmvssm_scan_args_size() { return sizeof(mmvssm::ScanArgs); }
 MMVSSM_EXPORT int64_t mmvssm_ss2d_args_size() { return sizeof(mmvssm::Ss2dArgs); }
 

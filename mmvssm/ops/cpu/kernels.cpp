@@ -1,4 +1,4 @@
-// Compiled once for each instruction set, named by MMVSSM_ISA.
+// Compiled once for each instruction set, into the namespace MMVSSM_ISA.
 #include "add_norm.h"
 #include "bidirectional_scan.h"
 #include "selective_scan.h"

@@ -6,7 +6,8 @@
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-// What the work on one block shares: which block, and its buffers.
+// One channel block of one batch element and group: which it is, and how its inputs are
+// read.
 class ScanBlock {
  public:
   static int64_t items(const ScanArgs& p) {
@@ -23,18 +24,18 @@ class ScanBlock {
     block.first += group * (p.channels / p.groups);
   }
 
-  // Step sizes of a chunk from delta, into dt (rows, width). On the direction it asks
-  // for the same rows of what is read `soon` and for the delta of the chunk
-  // `ahead`: the hardware does not foresee the jump from row to row of a block.
-  // Asking for more overflows the cache's sets, which rows of equal offset share.
+  // Computes dt (rows, width) of a chunk from delta. Meanwhile it prefetches the same
+  // rows of the arrays that are read `soon`, and delta of the chunk that is `ahead` by
+  // so many positions: the hardware does not predict the jumps from row to row.
+  // Prefetching more would not fit: such rows share a few sets of the cache.
   void read_dt(int64_t position, int64_t rows, const float* bias, float* dt,
                int64_t ahead, const ArrayBlock* soon, int count) const {
     const int64_t width = block.width();
-    const ArrayBlock deltas(p.delta, batch, block);
-    const Rows delta = deltas.read(position, rows, dt);
+    const ArrayBlock from(p.delta, batch, block);
+    const Rows delta = from.read(position, rows, dt);
     for (int64_t t = 0; t < rows; ++t) {
       for (int i = 0; i < count; ++i) soon[i].prefetch(position, t, rows);
-      deltas.prefetch(position + ahead, t, rows);
+      from.prefetch(position + ahead, t, rows);
       for (int64_t c = 0; c < width; c += kLanes) {
         const vfloat x = load(delta.data + t * delta.stride + c) + load(bias + c);
         store(dt + t * width + c, p.softplus ? softplus(x) : x);
@@ -49,7 +50,7 @@ class ScanBlock {
     return read_weights(p.C, batch, group, p.states, padded, position, rows, buffer);
   }
 
-  // The saved state before a chunk, null before the first.
+  // The saved state before a chunk; null for the first.
   float* saved(int64_t chunk) const {
     if (chunk <= 0) return nullptr;
     return p.saved + ((chunk - 1) * p.batch + batch) * p.states * p.channels;
@@ -100,7 +101,7 @@ static bool forward_scan(const ScanArgs& p, int64_t item, Arena* arena) {
         }
       }
     } else {
-      // A second block of states comes back to what the first has written.
+      // With more states, the next register block adds to what this one writes.
       const bool streams = to.streams && scan.padded() <= 16;
       nan |= scan.forward(chunk, streams ? Write::kStream : Write::kStore, to.data,
                           to.stride);
@@ -120,7 +121,7 @@ static bool forward_scan(const ScanArgs& p, int64_t item, Arena* arena) {
   return any(nan);
 }
 
-// Sums over positions: of each chunk in float32, of the chunks compensated.
+// Sums over positions: plain within a chunk, compensated over the chunks.
 struct ChannelSum {
   float *sum, *rest;
   ChannelSum(Arena* arena, int64_t width)
@@ -133,8 +134,8 @@ struct ChannelSum {
   }
 };
 
-// From the gradients of dt u and of dt through the decay to those of u and of
-// delta, which may take their places.
+// Computes the gradients of u and delta from those of dt u (`dtu`) and of dt through
+// the decay (`dt_grad`). They may be written over these.
 static void finish_chunk(const Chunk& chunk, int64_t width, const float* D,
                          const Rows& grad_y, bool softplus, const float* dtu,
                          const float* dt_grad, const Target& to_u,
@@ -160,7 +161,7 @@ static void finish_chunk(const Chunk& chunk, int64_t width, const float* D,
   }
 }
 
-// From rows `stride` apart to rows without gaps.
+// Copies rows with a stride to contiguous rows.
 static void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t columns,
                       float* to) {
   if (stride == columns) {
@@ -171,7 +172,7 @@ static void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t c
   }
 }
 
-// False: NaN is looked for in the forward pass.
+// Returns false: only the forward pass looks for NaN.
 static bool backward_scan(const ScanArgs& p, int64_t item, Arena* arena) {
   const ScanBlock s(p, item);
   const int64_t width = s.block.width();
@@ -271,7 +272,7 @@ static bool backward_scan(const ScanArgs& p, int64_t item, Arena* arena) {
   return false;
 }
 
-// Memory of one block's buffers.
+// The floats of all buffers of one item.
 static int64_t scan_floats(const ScanArgs& p, bool backward) {
   const int64_t width = kMaxVectors * kLanes;
   const int64_t padded = padded_states(p.states);

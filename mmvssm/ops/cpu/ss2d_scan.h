@@ -1,9 +1,9 @@
-// ss2d_scan over (batch, channel block): projection of the step sizes,
-// scans along the orders and merge, forward and backward.
+// ss2d_scan over (batch, channel block): from dt_low_rank to dt, the scans in all
+// orders and their sum, forward and backward.
 //
-// The maps stay as they are. A chunk of an order row by row is read in place; one of
-// any other order, whose places are far apart, is gathered while the next step
-// sizes are computed, and what comes of it is added to the map.
+// Maps are not copied or reordered. If an order goes row by row, a chunk is read in
+// place. If not, its places are far apart: they are gathered into a buffer, and the
+// results are added to the map.
 #pragma once
 
 #include "selective_scan.h"
@@ -11,14 +11,15 @@
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-// The order that is scanned as number i: those with even numbers come first. Every
-// order has every place, so the first one writes the map and the others add to it.
+// The order that is scanned as number i: those with even numbers come first. Each order
+// visits all places, so the first scan writes the map and the others add to it.
 static inline int64_t order_number(int64_t i, int64_t orders) {
   const int64_t even = (orders + 1) / 2;
   return i < even ? 2 * i : 2 * (i - even) + 1;
 }
 
-// dt = softplus(bias + weight f) for rows of dt_low_rank f; `weight` is (rank, width).
+// dt = softplus(bias + weight x) for each row x of dt_low_rank; `weight` is (rank,
+// width).
 template <int V>
 static void project_dt(const float* const* dt_low_rank, int64_t rows, int64_t rank,
                        const float* weight, const float* bias, int64_t width,
@@ -30,11 +31,11 @@ static void project_dt(const float* const* dt_low_rank, int64_t rows, int64_t ra
     load_vectors<V>(bias, a);
     load_vectors<V>(bias, b);
     for (int64_t r = 0; r < rank; ++r) {
-      const vfloat f = broadcast(first[r]), g = broadcast(second[r]);
+      const vfloat x = broadcast(first[r]), y = broadcast(second[r]);
       for (int v = 0; v < V; ++v) {
         const vfloat w = load(weight + r * width + v * kLanes);
-        a[v] += f * w;
-        b[v] += g * w;
+        a[v] += x * w;
+        b[v] += y * w;
       }
     }
     for (int v = 0; v < V; ++v) {
@@ -44,7 +45,7 @@ static void project_dt(const float* const* dt_low_rank, int64_t rows, int64_t ra
   }
 }
 
-// The work on one block of one batch element, the same forward and backward.
+// One channel block of one batch element: what both passes do with it.
 class Ss2dBlock {
  public:
   static int64_t items(const Ss2dArgs& p) {
@@ -77,8 +78,8 @@ class Ss2dBlock {
         bias(arena->take(width)),
         B(arena->take(kChunk * scan.padded())),
         C(arena->take(kChunk * scan.padded())),
-        nothing(arena->take(p.rank + 2 * p.states)) {
-    __builtin_memset(nothing, 0, (p.rank + 2 * p.states) * 4);
+        zeros(arena->take(p.rank + 2 * p.states)) {
+    __builtin_memset(zeros, 0, (p.rank + 2 * p.states) * 4);
   }
 
   void set_order(int64_t k) {
@@ -93,9 +94,9 @@ class Ss2dBlock {
               p.rank, weight, width);
   }
 
-  // Goes to the chunk from position `start` of the order on: finds its places and
-  // makes dt, B and C of their projections. Meanwhile it asks for the rows of two
-  // maps, since the hardware does not foresee a walk down a column.
+  // Goes to the chunk that starts at position `start` of the order: finds its places
+  // and their dt, B and C. Meanwhile it prefetches its rows of two maps, since the
+  // hardware does not predict jumps down a column.
   void go_to(int64_t start, int64_t count, const float* one, const float* other) {
     rows = count;
     const int64_t padded = scan.padded();
@@ -129,10 +130,10 @@ class Ss2dBlock {
     }
   }
 
-  // Whether the chunk's rows of a map may be worked on where they are.
+  // Whether the kernels may read and write the chunk's rows of a map in place.
   bool in_place() const { return block.full() && (route == 0 || route == 2); }
 
-  // The chunk's rows of a map (batch, height, width, channel).
+  // The chunk's rows of a map, copied to `buffer` if they must be.
   Rows read(const float* map, float* buffer) const {
     if (in_place()) return {row_of(map, 0), route == 0 ? p.channels : -p.channels};
     for (int64_t t = 0; t < rows; ++t) {
@@ -149,7 +150,7 @@ class Ss2dBlock {
     return {buffer, width};
   }
 
-  // Writes the chunk's rows to a map, or adds them to it; finds NaN there.
+  // Writes the chunk's rows to a map or adds them to it. Returns lanes that found NaN.
   vint write(float* map, const float* buffer, bool add) const {
     vint nan = {};
     for (int64_t t = 0; t < rows; ++t) {
@@ -174,7 +175,7 @@ class Ss2dBlock {
     return {rows, dt, u, {B, scan.padded()}, {C, scan.padded()}};
   }
 
-  // The saved state before a chunk, null before the first.
+  // The saved state before a chunk; null for the first.
   float* saved(int64_t chunk) const {
     if (chunk <= 0) return nullptr;
     const int64_t chunks = (p.positions + kChunk - 1) / kChunk;
@@ -186,19 +187,19 @@ class Ss2dBlock {
   const int64_t index, batch;
   const ChannelBlock block;
   const int64_t width, places;
-  // The order at hand: its number, route, row of the table, and positions.
+  // The current order: its number, its route, its row of the table, its positions.
   int64_t order = 0, route = 0;
   const int32_t* table = nullptr;
   int64_t length = 0;
   ChannelBlockRecurrence scan;
-  // Of the chunk at hand: how many rows, the step sizes, buffers for rows of maps,
-  // B and C, the dt_low_rank the step sizes are projected from, the places, and a bit
-  // for each row that is padding. Those are at place 0, for what reads all rows.
+  // The current chunk: its number of rows, dt, buffers for rows of maps, B and C,
+  // dt_low_rank, the places, and a mask of the rows that are padding. A padded row has
+  // place 0, so that code that reads all rows stays inside the map.
   int64_t rows = 0;
   float *dt, *x, *y;
-  float *weight, *bias;  // of the projection, (rank, width) and (width)
+  float *weight, *bias;  // from dt_low_rank to delta: (rank, width), (width)
   float *B, *C;
-  float* nothing;  // dt_low_rank of a padded place, zeros
+  float* zeros;  // dt_low_rank of a padded place
   const float* dt_low_rank[kChunk];
   int64_t at[kChunk];
   uint64_t missing = 0;
@@ -233,12 +234,12 @@ class Ss2dBlock {
       }
     }
   }
-  // Makes the dt_low_rank of padded places zero, and with them B and C.
+  // Sets dt_low_rank, B and C of padded places to zero.
   void clear_padding() {
     const int64_t padded = scan.padded();
     for (int64_t t = 0; t < rows; ++t) {
       if (!is_padding(t)) continue;
-      dt_low_rank[t] = nothing;
+      dt_low_rank[t] = zeros;
       __builtin_memset(B + t * padded, 0, padded * 4);
       __builtin_memset(C + t * padded, 0, padded * 4);
     }
@@ -273,8 +274,9 @@ static bool forward_ss2d(const Ss2dArgs& p, int64_t item, Arena* arena) {
   return any(nan);
 }
 
-// grad_low_rank = weight^T grad_dt for each row; `by_channel` is (width, padded rank).
-static void project_back(const float* grad_dt, int64_t rows, int64_t width,
+// The gradient of dt_low_rank from that of delta: weight^T grad_delta for each row.
+// `by_channel` is the weight as (width, padded rank).
+static void project_back(const float* grad_delta, int64_t rows, int64_t width,
                          const float* by_channel, int64_t padded_rank,
                          float* grad_low_rank) {
   constexpr int64_t kRows = 4;
@@ -284,7 +286,7 @@ static void project_back(const float* grad_dt, int64_t rows, int64_t width,
       for (int64_t c = 0; c < width; ++c) {
         const vfloat w = load(by_channel + c * padded_rank + r);
         for (int64_t i = 0; i < kRows; ++i)
-          sum[i] += w * broadcast(grad_dt[(t + i) * width + c]);
+          sum[i] += w * broadcast(grad_delta[(t + i) * width + c]);
       }
       for (int64_t i = 0; i < kRows; ++i)
         store(grad_low_rank + (t + i) * padded_rank + r, sum[i]);
@@ -292,23 +294,23 @@ static void project_back(const float* grad_dt, int64_t rows, int64_t width,
   }
 }
 
-// Gradient of the (rank, width) projection: the sum over a chunk, compensated
-// from chunk to chunk.
+// Adds a chunk to the gradient of the projection's weight (rank, width). The sum over
+// chunks is compensated.
 template <int V>
-static void add_weight_gradient(const float* const* dt_low_rank, const float* grad_dt,
-                                int64_t rows, int64_t rank, int64_t width, float* sum,
-                                float* rest) {
+static void add_weight_gradient(const float* const* dt_low_rank,
+                                const float* grad_delta, int64_t rows, int64_t rank,
+                                int64_t width, float* sum, float* rest) {
   constexpr int64_t kRanks = 2;
   for (int64_t r = 0; r < rank; r += kRanks) {
     const int64_t next = r + 1 < rank ? r + 1 : r;
     vfloat a[V] = {}, b[V] = {};
     for (int64_t t = 0; t < rows; ++t) {
-      const vfloat f = broadcast(dt_low_rank[t][r]),
-                   g = broadcast(dt_low_rank[t][next]);
+      const vfloat x = broadcast(dt_low_rank[t][r]),
+                   y = broadcast(dt_low_rank[t][next]);
       for (int v = 0; v < V; ++v) {
-        const vfloat grad = load(grad_dt + t * width + v * kLanes);
-        a[v] += f * grad;
-        b[v] += g * grad;
+        const vfloat grad = load(grad_delta + t * width + v * kLanes);
+        a[v] += x * grad;
+        b[v] += y * grad;
       }
     }
     for (int v = 0; v < V; ++v) {
@@ -320,7 +322,7 @@ static void add_weight_gradient(const float* const* dt_low_rank, const float* gr
   }
 }
 
-// Buffers and sums of the backward pass over one block.
+// Buffers and sums of the backward pass over one channel block.
 struct Ss2dGradients {
   Ss2dGradients(const Ss2dBlock& s, Arena* arena)
       : padded_rank((s.p.rank + kLanes - 1) / kLanes * kLanes),
@@ -364,11 +366,12 @@ struct Ss2dGradients {
   ChannelSum D, bias;
 };
 
-// Gradients of the projections of a chunk from those of dt, B and C.
+// Writes the gradients of `projected` at the places of a chunk, and adds the chunk to
+// that of the projection's weight.
 static void finish_projections(const Ss2dBlock& s, const Ss2dGradients& g) {
   const Ss2dArgs& p = s.p;
   const int64_t rows = s.rows;
-  // project_back works on whole groups of rows.
+  // project_back takes rows by fours.
   for (int64_t i = rows * s.width; i < (rows + 3) / 4 * 4 * s.width; ++i) g.dt[i] = 0;
   project_back(g.dt, rows, s.width, g.by_channel, g.padded_rank, g.dt_low_rank);
   const auto add = s.block.vectors == 1   ? add_weight_gradient<1>
@@ -391,7 +394,7 @@ static void finish_projections(const Ss2dBlock& s, const Ss2dGradients& g) {
   }
 }
 
-// False: NaN is looked for in the forward pass.
+// Returns false: only the forward pass looks for NaN.
 static bool backward_ss2d(const Ss2dArgs& p, int64_t item, Arena* arena) {
   Ss2dBlock s(p, item, arena, true);
   Ss2dGradients g(s, arena);
