@@ -121,7 +121,8 @@ static bool forward_conv(const ConvArgs& p, int64_t index, Arena* arena) {
 }
 
 // The backward convolutions of one channel block. The buffers of a chunk have `halo`
-// more rows at each end; direction 0 needs those before, direction 1 those after.
+// more rows at each end. Of these, the outputs that read positions of the chunk are at
+// the end for direction 0 and at the start for direction 1.
 class ConvGradients {
  public:
   static int64_t floats(const ConvArgs& p) {

@@ -32,15 +32,15 @@ struct ScanArgs {
 };
 
 // ss2d_scan and its gradients. Everything is float32. Maps are contiguous (batch,
-// height, width, channel). "Order" means one row of a scan order: for each position of
-// the scan the place of the map, which is a raster index.
+// height, width, channel). "Order" means one row of a scan order: for each position
+// of the scan a place of the map, given by its raster index.
 // - routes (order): the number of VMamba's route that the order is: 0 row by row, 1
 //   column by column, 2 and 3 the same from the end. -1: the table has the order.
 // - table (order, position): places, -1 for a padded one. Null if no order needs it.
 // - projected: dt_low_rank (rank), B and C (states each).
 struct Ss2dArgs {
   int64_t batch, channels, height, width, states, rank;
-  int64_t orders, positions;  // of the longest order
+  int64_t orders, positions;  // how many; positions of the longest order
   const int32_t *routes, *table;
   const float* x;
   const float* projected;    // (batch, place, order, rank + 2 states)

@@ -134,11 +134,11 @@ struct ChannelSum {
   }
 };
 
-// Computes the gradients of u and delta from those of dt u (`dtu`) and of dt through
-// the decay (`dt_grad`). They may be written over these.
+// Computes the gradients of u and delta from those of dt u (`grad_dtu`) and of dt
+// through the decay (`grad_dt`). They may be written over these.
 static void finish_chunk(const Chunk& chunk, int64_t width, const float* D,
-                         const Rows& grad_y, bool softplus, const float* dtu,
-                         const float* dt_grad, const Target& to_u,
+                         const Rows& grad_y, bool softplus, const float* grad_dtu,
+                         const float* grad_dt, const Target& to_u,
                          const Target& to_delta, const ChannelSum& grad_D,
                          const ChannelSum& grad_bias) {
   for (int64_t c = 0; c < width; c += kLanes) {
@@ -148,8 +148,8 @@ static void finish_chunk(const Chunk& chunk, int64_t width, const float* D,
       const vfloat dt = load(chunk.dt + t * width + c);
       const vfloat u = load(chunk.u.data + t * chunk.u.stride + c);
       const vfloat g = load(grad_y.data + t * grad_y.stride + c);
-      const vfloat by_dtu = load(dtu + t * width + c);
-      vfloat by_dt = load(dt_grad + t * width + c) + by_dtu * u;
+      const vfloat by_dtu = load(grad_dtu + t * width + c);
+      vfloat by_dt = load(grad_dt + t * width + c) + by_dtu * u;
       if (softplus) by_dt *= one_minus_exp_of_minus(dt);
       to_delta.put(t, c, by_dt);
       to_u.put(t, c, by_dtu * dt + skip * g);
