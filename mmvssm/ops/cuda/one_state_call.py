@@ -207,10 +207,18 @@ def wanted_warps(on: Tensor) -> int:
     return _WARPS * kernels.multiprocessors(on)
 
 
-def fills_a_gpu(scan: Scan) -> bool:
-    """Whether CTAs that walk whole sequences of one scan keep a GPU busy."""
+def fills_a_gpu(scan: Scan, in_chunks: bool = False) -> bool:
+    """Whether the CTAs of one scan keep a GPU busy.
+
+    Args:
+        scan: The inputs.
+        in_chunks: Whether each chunk may have CTAs of its own, or else they walk
+            whole sequences.
+    """
     batch, channels, _ = scan.u.shape
     threads = batch * channels // WIDTH * (CHUNK // OWN)
+    if in_chunks:
+        threads *= -(-scan.length // CHUNK)
     return threads // 32 >= wanted_warps(scan.u)
 
 
@@ -222,10 +230,10 @@ def are_one_length(scans: Sequence[Scan]) -> bool:
     return len({scan.length for scan in scans}) == 1
 
 
-def run_side_by_side(scans: Sequence[Scan]) -> bool:
-    """Whether scans of a map are to share a launch."""
+def run_side_by_side(scans: Sequence[Scan], in_chunks: bool = False) -> bool:
+    """Whether scans of a map are to share a launch; see :func:`fills_a_gpu`."""
     several = len(scans) > 1 and are_one_length(scans)
-    return several and not fills_a_gpu(scans[0])
+    return several and not fills_a_gpu(scans[0], in_chunks)
 
 
 def shared_bytes(constants: Constants) -> int:
