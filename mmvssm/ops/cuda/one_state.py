@@ -74,9 +74,9 @@ def forward_merged(
     """Scan the same map along several orders, and add up.
 
     In one launch where the sum has room in shared memory, see ``one_state_map.py``.
-    Else, where the chunks of one scan keep the GPU busy, they follow one another, each
-    adding to the sum of those before it: that moves the fewest bytes. Or they are
-    scanned at the same time, and then merged. Numbers are added in the same order.
+    Else, where one scan keeps the GPU busy, they follow one another, each adding to
+    the sum of those before it; or they are scanned at the same time, and then merged,
+    which adds in the same order.
 
     Args:
         scans: The inputs, ``u`` and all strides the same.
@@ -90,7 +90,7 @@ def forward_merged(
     assert memory.is_contiguous(), 'the sums are laid out like the output'
     if forward_on_chip(scans, out, saved):
         return
-    if not run_side_by_side(scans, in_chunks=True):
+    if not run_side_by_side(scans):
         total = memory.new_empty(memory.shape, dtype=torch.float32).mT
         for k, scan in enumerate(scans):
             to = out if k + 1 == len(scans) else total

@@ -207,18 +207,11 @@ def wanted_warps(on: Tensor) -> int:
     return _WARPS * kernels.multiprocessors(on)
 
 
-def fills_a_gpu(scan: Scan, in_chunks: bool = False) -> bool:
-    """Whether the CTAs of one scan keep a GPU busy.
-
-    Args:
-        scan: The inputs.
-        in_chunks: Whether each chunk may have CTAs of its own, or else they walk
-            whole sequences.
-    """
+def fills_a_gpu(scan: Scan) -> bool:
+    """Whether the CTAs of one scan keep a GPU busy, one for each chunk if need be."""
     batch, channels, _ = scan.u.shape
-    threads = batch * channels // WIDTH * (CHUNK // OWN)
-    if in_chunks:
-        threads *= -(-scan.length // CHUNK)
+    chunks = -(-scan.length // CHUNK)
+    threads = batch * channels // WIDTH * (CHUNK // OWN) * chunks
     return threads // 32 >= wanted_warps(scan.u)
 
 
@@ -230,10 +223,14 @@ def are_one_length(scans: Sequence[Scan]) -> bool:
     return len({scan.length for scan in scans}) == 1
 
 
-def run_side_by_side(scans: Sequence[Scan], in_chunks: bool = False) -> bool:
-    """Whether scans of a map are to share a launch; see :func:`fills_a_gpu`."""
+def run_side_by_side(scans: Sequence[Scan]) -> bool:
+    """Whether scans of a map are to share a launch, or else follow one another.
+
+    What they give is added up. One after the other they add to one sum, which moves
+    fewer bytes than sums of their own, but for small maps, which caches hold.
+    """
     several = len(scans) > 1 and are_one_length(scans)
-    return several and not fills_a_gpu(scans[0], in_chunks)
+    return several and not fills_a_gpu(scans[0])
 
 
 def shared_bytes(constants: Constants) -> int:
