@@ -208,6 +208,7 @@ MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, mmvssm::kCtas) {
     Recurrence recurrence;
     Step step = recurrence.start(smem, sizes, own, buffer, left);
     teams.put(own.team, step);
+    // First, because to wait for loads may be to wait for those behind them, too.
     if (more) supply.put(smem, buffer ^ 1, held);
     outputs.begin(p, smem, own, buffer);
     sync_cta("exchange");
