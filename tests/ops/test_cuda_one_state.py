@@ -18,7 +18,7 @@ import torch
 from mmvssm.ops import scan_order, ss2d_scan
 from mmvssm.ops.cuda import kernels, nvrtc, one_state
 from mmvssm.ops.cuda.merge import merge
-from mmvssm.ops.cuda.scan import Scan
+from mmvssm.ops.cuda.scan import Scan, turns
 from mmvssm.ops.scan_orders.tables import order_word
 from mmvssm.ops.selective_scan.cuda_backend import CudaScan
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions
@@ -262,6 +262,11 @@ def test_one_after_the_other_in_chunks(orders, rank):
         check_map(inputs, orders)
     count = len(inputs['dt_projs_weight'])
     assert gpu.launched == [('one_state_forward', True)] * count
+
+
+def test_a_route_and_then_the_way_back():
+    x = torch.empty(1, 1, 1)
+    assert turns([Scan(x, x, x, x, route=route) for route in range(4)]) == [0, 2, 1, 3]
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])

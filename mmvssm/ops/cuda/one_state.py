@@ -26,7 +26,7 @@ from mmvssm.ops.cuda.one_state_call import (
     shared_bytes,
 )
 from mmvssm.ops.cuda.one_state_map import forward_on_chip
-from mmvssm.ops.cuda.scan import Scan
+from mmvssm.ops.cuda.scan import Scan, turns
 from mmvssm.ops.kernel_args import pointer
 
 FORWARD = Kernel('one_state_forward.cu', 'one_state_forward')
@@ -90,6 +90,9 @@ def forward_merged(
     assert memory.is_contiguous(), 'the sums are laid out like the output'
     if forward_on_chip(scans, out, saved):
         return
+    order = turns(scans)
+    scans = [scans[k] for k in order]
+    saved = None if saved is None else [saved[k] for k in order]
     if not run_side_by_side(scans):
         total = memory.new_empty(memory.shape, dtype=torch.float32).mT
         for k, scan in enumerate(scans):

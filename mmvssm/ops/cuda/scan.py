@@ -1,5 +1,6 @@
 """What the CUDA kernels of the selective scan are told."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +47,15 @@ class Scan:
     def length(self) -> int:
         """Positions, padded ones too."""
         return self.u.shape[2] if self.order is None else len(self.order)
+
+
+def turns(scans: Sequence[Scan]) -> list[int]:
+    """Numbers of a map's scans in the order in which they add up.
+
+    Each route is followed by the same one from its end, which begins where the caches
+    still hold what the one before has read and written.
+    """
+    return sorted(range(len(scans)), key=lambda k: scans[k].route % 2)
 
 
 class ScanKernels(Protocol):
