@@ -26,7 +26,7 @@ from mmvssm.ops.cuda.one_state_call import (
     shared_bytes,
 )
 from mmvssm.ops.cuda.one_state_map import forward_on_chip
-from mmvssm.ops.cuda.scan import Scan, turns
+from mmvssm.ops.cuda.scan import Scan, sum_for, turns
 from mmvssm.ops.kernel_args import pointer
 
 FORWARD = Kernel('one_state_forward.cu', 'one_state_forward')
@@ -94,7 +94,7 @@ def forward_merged(
     scans = [scans[k] for k in order]
     saved = None if saved is None else [saved[k] for k in order]
     if not run_side_by_side(scans):
-        total = memory.new_empty(memory.shape, dtype=torch.float32).mT
+        total = sum_for(out)
         for k, scan in enumerate(scans):
             to = out if k + 1 == len(scans) else total
             states = None if saved is None else saved[k]

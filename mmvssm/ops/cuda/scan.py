@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -56,6 +57,13 @@ def turns(scans: Sequence[Scan]) -> list[int]:
     still hold what the one before has read and written.
     """
     return sorted(range(len(scans)), key=lambda k: scans[k].route % 2)
+
+
+def sum_for(out: Tensor) -> Tensor:
+    """A float32 sum of what adds up to an output, which may be that itself."""
+    if out.dtype == torch.float32:
+        return out
+    return torch.empty_like(out, dtype=torch.float32)
 
 
 class ScanKernels(Protocol):

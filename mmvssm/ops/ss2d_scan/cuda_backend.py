@@ -17,7 +17,7 @@ from mmvssm.ops import backends
 from mmvssm.ops.contract import Result
 from mmvssm.ops.cuda import one_state
 from mmvssm.ops.cuda.one_state_call import run_side_by_side
-from mmvssm.ops.cuda.scan import Scan, turns
+from mmvssm.ops.cuda.scan import Scan, sum_for, turns
 from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.scan_orders import KernelOrders
 from mmvssm.ops.selective_scan.cuda_backend import kernels_for
@@ -152,7 +152,7 @@ def _order_gradients(
 
 def _forward_in_turn(scans: Sequence[Scan], out: Tensor, saved: Tensor | None) -> None:
     """Scans of several states, each adding to the sum of those before it."""
-    total = torch.empty_like(out, dtype=torch.float32)
+    total = sum_for(out)
     forward = kernels_for(scans[0].A.shape[1]).forward
     order = turns(scans)
     for k in order:
