@@ -37,7 +37,7 @@ from torch import Tensor
 
 from mmvssm.collect_env import collect_env
 from mmvssm.engine import run_tool
-from mmvssm.engine.memory import keep_freed_memory
+from mmvssm.engine.launching.memory import keep_freed_memory
 from mmvssm.layers import rotary_tables
 from mmvssm.ops import choose_backend, linear_attention, selective_scan
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from mmvssm.collect_env import collect_env
 from mmvssm.engine import UsageError, run_tool
-from mmvssm.engine.memory import keep_freed_memory
+from mmvssm.engine.launching.memory import keep_freed_memory
 from mmvssm.layers import MambaBlock
 from mmvssm.ops import backend_status, selective_scan, use_backend
 

@@ -64,7 +64,7 @@ def measure(
     from mmengine.optim import build_optim_wrapper
     from training_memory import build_model, random_batch
 
-    from mmvssm.engine.memory import keep_freed_memory
+    from mmvssm.engine.launching.memory import keep_freed_memory
 
     keep_freed_memory()
     cfg, model = build_model(config, options)

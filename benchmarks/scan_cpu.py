@@ -15,7 +15,7 @@ measures four things, float32, with one and with two threads:
 
 All that is compared takes turns, so that what else the machine does hits all
 of it alike, and figures are medians. The process keeps the memory it frees
-(:func:`mmvssm.engine.memory.keep_freed_memory`): page faults would otherwise
+(:func:`mmvssm.engine.launching.memory.keep_freed_memory`): page faults would otherwise
 be a large and erratic part of every time.
 
 A peer of the op counts with the time on tensors as its published code has
@@ -51,7 +51,7 @@ from unfused import unfused
 from mmvssm.backbones import VSSM
 from mmvssm.collect_env import collect_env
 from mmvssm.engine import UsageError, run_tool
-from mmvssm.engine.memory import keep_freed_memory
+from mmvssm.engine.launching.memory import keep_freed_memory
 from mmvssm.heads import ClassificationHead, ImageClassifier
 from mmvssm.ops import (
     backend_status,

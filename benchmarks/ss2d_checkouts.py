@@ -54,7 +54,7 @@ def work(threads: int, checkout: str) -> None:
     from scan_cpu_inputs import ss2d_inputs
 
     import mmvssm
-    from mmvssm.engine.memory import keep_freed_memory
+    from mmvssm.engine.launching.memory import keep_freed_memory
 
     assert Path(mmvssm.__file__).is_relative_to(Path(checkout).resolve())
     keep_freed_memory()

@@ -93,7 +93,7 @@ def take_step(config: str, options: list[str] | None, with_cp: bool) -> dict:
     import process_memory
     from mmengine.optim import build_optim_wrapper
 
-    from mmvssm.engine.memory import keep_freed_memory
+    from mmvssm.engine.launching.memory import keep_freed_memory
 
     keep_freed_memory()
     cfg, model = build_model(config, options, with_cp=with_cp)

@@ -4,6 +4,7 @@ from mmvssm import backbones, compat, layers, ops
 from mmvssm.builders import build_backbone, build_classifier, list_models
 from mmvssm.checkpoints import load_checkpoint
 from mmvssm.families import Family, register_family
+from mmvssm.pretrained import load_pretrained, save_pretrained
 
 __version__ = '0.1.0'
 
@@ -15,8 +16,10 @@ __all__ = [
     'list_models',
     'layers',
     'load_checkpoint',
+    'load_pretrained',
     'ops',
     'register_family',
+    'save_pretrained',
 ]
 
 compat.apply()

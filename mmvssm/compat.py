@@ -1,7 +1,9 @@
 """Every shim for a version of torch, mmengine, mmcv, mmseg or mmdet.
 
 Importing ``mmvssm`` calls :func:`apply` once. No code outside this module may look at a
-version number or patch another package.
+version number or patch another package. What is done at import only adds: names that
+were not found are found, and files that were refused are read. If a function of
+mmengine is wrapped for this, it passes on all names that are not of this package.
 """
 
 import pickle
@@ -82,7 +84,9 @@ def find_own_models() -> None:
 
     def find_model(self: 'BaseInferencer', model: str) -> tuple[Config, str | None]:
         path = _CONFIGS / f'{model}.py'
-        return (Config.fromfile(path), None) if path.is_file() else find(self, model)
+        # A path is no name.
+        own = Path(model).name == model and path.is_file()
+        return (Config.fromfile(path), None) if own else find(self, model)
 
     find_model.knows_mmvssm = True
     BaseInferencer._load_model_from_metafile = find_model

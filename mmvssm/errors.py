@@ -1,4 +1,4 @@
-"""Errors with checkpoints."""
+"""Errors with checkpoints and their downloads."""
 
 
 class CheckpointError(RuntimeError):
@@ -18,3 +18,7 @@ class UnsafeCheckpointError(CheckpointError):
             'If you made the file yourself and want to run all that it contains: '
             'mmvssm.checkpoints.trust(PATH), or --trust-checkpoint with a tool'
         )
+
+
+class ZooError(CheckpointError):
+    """Weights cannot be found, downloaded or verified."""

@@ -23,7 +23,9 @@ def _same_shape(key: str, value: Tensor) -> Tensor:
 
 
 def _same_tensors(
-    state: Mapping[str, Tensor], backbone: nn.Module
+    state: Mapping[str, Tensor],
+    backbone: nn.Module,
+    grids: Mapping[str, tuple[int, int]],
 ) -> tuple[dict[str, Tensor], list[str]]:
     return dict(state), []
 
@@ -62,8 +64,10 @@ class Family:
         reshape: Turns the tensor of a file into the one that is stored here; it gets
             our own name and the tensor.
         fit: Fits the tensors of a file to a model (position embeddings, class tokens),
-            and returns notes on its changes. It raises
-            :class:`mmvssm.errors.CheckpointError` if that is not possible.
+            and returns notes on its changes. The third argument has the grids (rows,
+            columns) that the file says its position embeddings have, by the name of
+            the module, ``''`` for the backbone itself. It raises
+            :class:`mmvssm.errors.CheckpointError` if it cannot fit them.
     """
 
     name: str
@@ -82,7 +86,8 @@ class Family:
     rename: Callable[[str], str] = _same_name
     reshape: Callable[[str, Tensor], Tensor] = _same_shape
     fit: Callable[
-        [Mapping[str, Tensor], nn.Module], tuple[dict[str, Tensor], list[str]]
+        [Mapping[str, Tensor], nn.Module, Mapping[str, tuple[int, int]]],
+        tuple[dict[str, Tensor], list[str]],
     ] = _same_tensors
 
     def format_of(self, keys: Iterable[str]) -> str:
@@ -166,12 +171,13 @@ class Recognised:
     prefix: str
 
 
-def recognise(keys: Iterable[str], what: str) -> Recognised:
+def recognise(keys: Iterable[str], what: str, prefix: str | None = None) -> Recognised:
     """Find family and prefix of the backbone in a state dict.
 
     Args:
         keys: Names of a state dict.
         what: Name of the state dict in error messages.
+        prefix: Which backbone, if there are several.
 
     Raises:
         CheckpointError: The names belong to no family, or to several backbones.
@@ -179,6 +185,8 @@ def recognise(keys: Iterable[str], what: str) -> Recognised:
     keys = list(keys)
     for family in families():
         prefixes = family.prefixes(keys)
+        if len(prefixes) > 1 and prefix in prefixes:
+            return Recognised(family, prefix)
         if len(prefixes) > 1:
             raise CheckpointError(
                 f'{what} has several {family.title} backbones: {sorted(prefixes)}; '

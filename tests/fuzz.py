@@ -25,7 +25,8 @@ from fuzz_configs import check_config
 from fuzz_files import FORMATS, MODELS, make_case
 from mmvssm.checkpoints import CheckpointError, convert, save_checkpoint
 from mmvssm.engine import UsageError, check_load_from, load_weights
-from mmvssm.engine.checkpoint_files import check_training_state
+from mmvssm.engine.checkpoints.files import check_training_state
+from mmvssm.engine.checkpoints.loaders import safely
 
 # Not a measurement: what takes so long hangs.
 SECONDS = 60
@@ -96,7 +97,7 @@ class Fuzzer:
         elif use == 'training state':
             check_training_state(path)
         else:
-            CheckpointLoader.load_checkpoint(str(path), 'cpu', logger='silent')
+            CheckpointLoader.load_checkpoint(safely(str(path)), 'cpu', logger='silent')
 
     def check(self, name, case, missing, matched, notes):
         now, before = self.models[name].state_dict(), self.before[name]

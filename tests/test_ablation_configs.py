@@ -10,7 +10,7 @@ pytest.importorskip('mmseg')
 from mmseg.registry import MODELS
 
 from mmvssm.analysis.ablation import complexity_table, count_classifier, count_row
-from mmvssm.engine import ablation
+from mmvssm.engine.configs import ablation
 from test_configs import batch
 from tiny import REPO
 

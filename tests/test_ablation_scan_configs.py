@@ -12,7 +12,7 @@ from mmseg.registry import MODELS
 
 from ablation_data import write_data_config
 from mmvssm.analysis.ablation import complexity_table, count_classifier, count_row
-from mmvssm.engine import ablation
+from mmvssm.engine.configs import ablation
 from test_configs import batch
 from tiny import REPO
 

@@ -5,7 +5,7 @@ import torch
 from mmengine.config import Config
 
 import mmvssm  # noqa: F401  makes 'mmvssm::' known
-from mmvssm.engine.optim import keep_regions_in_float32
+from mmvssm.engine.hooks.float32_regions import keep_regions_in_float32
 from tiny import REPO
 from tiny_det import DETECTORS, batch, build, needs_detection, shrink, total_loss
 
@@ -297,7 +297,7 @@ def test_quickstart_is_the_common_path_made_small():
 def test_precision_configs_are_what_the_tools_flag_makes(monkeypatch):
     from mmvssm.engine import enable_amp
 
-    monkeypatch.setattr('mmvssm.engine.config.get_device', lambda: 'cuda')
+    monkeypatch.setattr('mmvssm.engine.configs.config.get_device', lambda: 'cuda')
     for short, dtype in (('bf16', 'bfloat16'), ('fp16', 'float16')):
         cfg = config('mask_rcnn_vmamba_t_1x')
         enable_amp(cfg, dtype)

@@ -11,8 +11,8 @@ import mmengine.runner
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.runner import Runner
-from mmengine.runner.checkpoint import load_checkpoint
+from mmengine.runner import Runner, checkpoint
+from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint
 
 import mmvssm
 from mmvssm import engine
@@ -24,6 +24,11 @@ from tiny_det import write_config as write_detector
 
 pytest.importorskip('mmseg')
 
+MMENGINE_LOADERS = {
+    '': checkpoint.load_from_local,
+    'http://': checkpoint.load_from_http,
+    'https://': checkpoint.load_from_http,
+}
 ARCH = dict(depths=(1, 1, 1, 1), dims=8)
 
 
@@ -51,6 +56,10 @@ def trace(work, monkeypatch):
     """What is there once code of a file has run."""
     monkeypatch.chdir(work)
     monkeypatch.setattr(unpickle, '_trusted', set())
+    # The tools replace these, in this process.
+    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    for pattern, loader in MMENGINE_LOADERS.items():
+        CheckpointLoader.register_scheme(pattern, loader, force=True)
     # It asks compilers for their versions.
     monkeypatch.setattr(mmengine.runner.runner, 'collect_env', dict)
     trace = work / 'trace'
@@ -97,6 +106,11 @@ TOOLS = {
         *('train.py', 'tiny.py', '--cfg-options', INIT),
         'model.backbone.init_cfg.checkpoint=evil.pth',
     ),
+    'init_cfg of a head': (
+        *('train.py', 'tiny.py', '--cfg-options'),
+        'model.decode_head.init_cfg.type=Pretrained',
+        'model.decode_head.init_cfg.checkpoint=evil.pth',
+    ),
     'resume': ('train.py', 'tiny.py', '--resume', 'evil.pth'),
     'test': ('test.py', 'tiny.py', 'evil.pth'),
     'infer': (
@@ -128,9 +142,10 @@ def test_resume_passes_over_it(evil, trace, monkeypatch, capsys):
 @pytest.mark.parametrize(
     'call', [os.mkdir, shutil.rmtree, subprocess.Popen, eval], ids=lambda f: f.__name__
 )
-def test_loaders_of_mmengine_and_mmseg_refuse_it(call, legacy, trace):
+def test_installed_loaders_of_mmengine_and_mmseg_refuse_it(call, legacy, trace):
     from mmseg.apis import init_model
 
+    engine.install_safe_loaders()
     trace.mkdir()
     path = write(trace.parent / 'evil.pth', Evil(call, str(trace)), legacy)
     for load in (
@@ -146,6 +161,7 @@ def test_loaders_of_mmengine_and_mmseg_refuse_it(call, legacy, trace):
 def test_inferencers_of_mmdet_refuse_it(evil, trace):
     from mmdet.apis import DetInferencer, init_detector
 
+    engine.install_safe_loaders()
     write_coco(trace.parent / 'coco')
     config = write_detector(trace.parent / 'det.py', trace.parent / 'coco')
     with pytest.raises(CheckpointError, match='is refused'):
@@ -155,20 +171,51 @@ def test_inferencers_of_mmdet_refuse_it(evil, trace):
     assert not trace.exists()
 
 
-def test_config_inside_a_checkpoint_does_not_run(trace):
-    """mmengine runs the older name of it when a training resumes."""
-    write_config(trace.parent / 'one.py', trace.parent / 'ade')
+def test_loaders_of_mmengine_are_its_own_until_then(evil, trace):
+    """Importing the package makes no file of others' safer, nor refuses one."""
+    assert engine and CheckpointLoader._schemes[''] is checkpoint.load_from_local
+    try:
+        load_checkpoint(VSSM(ARCH), str(evil))
+    except CheckpointError as error:
+        raise AssertionError('replaced by an import') from error
+    except Exception:
+        return  # torch refused it, as it does for OpenMMLab's original mmengine.
+    assert trace.exists()
+
+
+def small_run(**changes):
+    """Somebody's own script: mmengine's runner and a config with our hooks."""
     cfg = Config.fromfile('one.py')
     cfg.update(work_dir='first', launcher='none')
     cfg.update(val_dataloader=None, val_cfg=None, val_evaluator=None)
     cfg.train_cfg.max_iters = 1
+    cfg.update(changes)
     warnings.simplefilter('ignore')
-    Runner.from_cfg(cfg).train()
+    return Runner.from_cfg(cfg)
+
+
+@pytest.fixture
+def one(trace):
+    write_config(trace.parent / 'one.py', trace.parent / 'ade')
+    assert CheckpointLoader._schemes[''] is checkpoint.load_from_local
+
+
+@pytest.mark.parametrize('resume', [False, True])
+def test_the_hook_has_mmengines_runner_refuse_it(resume, one, evil, trace):
+    runner = small_run(work_dir='refusing', load_from='evil.pth', resume=resume)
+    with pytest.raises(CheckpointError, match='is refused'):
+        runner.train()
+    assert not trace.exists()
+    assert CheckpointLoader._schemes[''] is checkpoint.load_from_local
+
+
+def test_config_inside_a_checkpoint_does_not_run(one, trace):
+    """mmengine runs the older name of it when a training resumes."""
+    small_run().train()
     content = torch.load('first/iter_1.pth', weights_only=True)
     content['meta']['config'] = f'import os\nos.mkdir({str(trace)!r})\n'
     torch.save(content, 'evil.pth')
-    cfg.update(work_dir='second', load_from='evil.pth', resume=True)
-    runner = Runner.from_cfg(cfg)
+    runner = small_run(work_dir='second', load_from='evil.pth', resume=True)
     runner.train()
     assert runner.iter == 1 and not trace.exists()
 
@@ -190,14 +237,16 @@ def test_trust_names_files_and_folders(trace):
     assert trace.exists()
 
 
-def test_training_trusts_what_it_starts_from(trace):
+def test_training_trusts_what_it_starts_from(trace, monkeypatch):
     cfg = engine.load_config('tiny.py', ['load_from=a.pth'], work_dir='out')
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='b.pth')
     engine.trust_checkpoints(cfg)
     assert unpickle.is_trusted('a.pth') and unpickle.is_trusted('b.pth')
     assert not unpickle.is_trusted('out/iter_1.pth')
-    cfg.resume = True
+    engine.enable_resume(cfg)
+    monkeypatch.setattr(unpickle, '_trusted', set())
     engine.trust_checkpoints(cfg)
+    assert unpickle.is_trusted('a.pth')
     assert unpickle.is_trusted('out/iter_1.pth')
 
 

@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
 
     from mmvssm import engine
     from mmvssm.checkpoints import trust
-    from mmvssm.engine import infer
+    from mmvssm.engine.inference import infer
 
     cfg = engine.load_config(
         args.config, args.cfg_options, required=('model', 'test_dataloader')

@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     data_root = cfg.train_dataloader.dataset.data_root
     make_data(data_root, cfg.generator)
     # So that it can be interrupted and started again.
-    cfg.resume = True
+    engine.enable_resume(cfg)
     runner = Runner.from_cfg(cfg)
     runner.train()
     metrics = runner.test()

@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Count; or train the rows that are not finished, and write the table."""
     from mmvssm.analysis import ablation as tables
-    from mmvssm.engine import ablation
+    from mmvssm.engine.configs import ablation
 
     everything = ablation.load_rows(args.configs)
     rows = ablation.select_rows(everything, args.rows)

@@ -87,10 +87,7 @@ def main(args: argparse.Namespace) -> None:
             type='Pretrained', checkpoint=args.pretrained
         )
     if args.resume:
-        cfg.resume = True
-        # If there is no checkpoint yet, the hook starts from the config's load_from.
-        cfg.load_from_at_start = cfg.get('load_from')
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        engine.enable_resume(cfg, None if args.resume == 'auto' else args.resume)
     if args.trust_checkpoint:
         engine.trust_checkpoints(cfg)
     if cfg.get('load_from'):

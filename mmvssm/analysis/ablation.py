@@ -55,7 +55,7 @@ def complexity_table(
     """Markdown table of parameters and FLOPs, ours and those of the paper.
 
     Args:
-        rows: Each :class:`mmvssm.engine.ablation.Row` with the result of
+        rows: Each :class:`mmvssm.engine.configs.ablation.Row` with the result of
             :func:`count_row`.
     """
     lines = [
@@ -82,9 +82,9 @@ def summarise(rows: Sequence[Any], results: Iterable[Mapping]) -> list[dict]:
     """Combine the results of all seeds of a row.
 
     Args:
-        rows: Each a :class:`mmvssm.engine.ablation.Row`; the first one is the
+        rows: Each a :class:`mmvssm.engine.configs.ablation.Row`; the first one is the
             baseline.
-        results: Results of :func:`mmvssm.engine.ablation.train_row`.
+        results: Results of :func:`mmvssm.engine.configs.ablation.train_row`.
 
     Returns:
         A dict for each row with results: ``row``, ``label``, ``seeds``,

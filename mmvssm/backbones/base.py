@@ -6,7 +6,7 @@ from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmvssm.errors import CheckpointError
 from mmvssm.layers import resize_position
@@ -20,8 +20,8 @@ def set_pretrained_loader(load: Callable[..., Any]) -> None:
     """Set the function that carries out ``init_cfg=dict(type='Pretrained', ...)``.
 
     Args:
-        load: Takes the module, the ``checkpoint`` and ``prefix=``, and returns a report
-            to print.
+        load: Takes the module, the ``checkpoint``, ``prefix=`` and ``weights=``, and
+            returns a report to print.
     """
     global _load_pretrained
     _load_pretrained = load
@@ -33,11 +33,12 @@ class Backbone(BaseModule):
     def init_weights(self) -> None:
         """Apply ``init_cfg``.
 
-        ``dict(type='Pretrained', checkpoint=PATH_OR_URL)`` goes through
-        :func:`mmvssm.load_checkpoint`. The file is recognised and converted, and what
-        matched is logged. A file that does not fit is an error; mmengine's own loader
-        would continue without the weights. Without an ``init_cfg`` the module keeps the
-        published initialisation that it has after construction.
+        ``dict(type='Pretrained', checkpoint=PATH_OR_NAME)``, with ``prefix`` and
+        ``weights`` as further keys, goes through :func:`mmvssm.load_checkpoint`. The
+        file is recognised and converted, and what matched is logged. A file that does
+        not fit is an error; mmengine's own loader would continue without the weights.
+        Without an ``init_cfg`` the module keeps the published initialisation that it
+        has after construction.
         """
         given = self.init_cfg
         cfgs = [given] if isinstance(given, dict) else list(given or [])
@@ -48,7 +49,8 @@ class Backbone(BaseModule):
         super().init_weights()
         self.init_cfg = given
         for cfg in pretrained:
-            report = _load_pretrained(self, cfg['checkpoint'], prefix=cfg.get('prefix'))
+            options = {key: cfg[key] for key in ('prefix', 'weights') if key in cfg}
+            report = _load_pretrained(self, cfg['checkpoint'], **options)
             print_log(str(report), logger='current')
 
 
@@ -106,33 +108,63 @@ def describe_arch(
     return f'a {title} with ' + ', '.join(f'{k}={v}' for k, v in found.items())
 
 
+def note_grid(module: nn.Module) -> None:
+    """Have state dicts say which grid the position embedding of a module is for.
+
+    It goes into their metadata, as torch's version numbers do, from ``module.grid``:
+    no name is added, and ``torch.save`` writes it along.
+    """
+
+    def note(
+        module: nn.Module, state: dict, prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        metadata['grid'] = tuple(module.grid)
+
+    module.register_state_dict_post_hook(note)
+
+
 def fit_grid(
-    embedding: Tensor, grid: tuple[int, int], name: str = 'pos_embed'
+    embedding: Tensor,
+    grid: tuple[int, int],
+    stored: tuple[int, int] | None,
+    name: str = 'pos_embed',
 ) -> tuple[Tensor, list[str]]:
     """Resize the position embedding of a file to the model's grid.
 
-    If the file has another number of patches than the model, its grid must be square.
+    If the file does not say its grid, a square one is assumed, as all published files
+    have; if the number of patches is not a square number, the model's own grid.
 
     Args:
         embedding: (1, M, C), of the patches only.
         grid: Rows and columns of the model.
+        stored: Rows and columns of the file, if it says so.
         name: Its name in messages.
 
     Returns:
-        The embedding, and a note if it was resized.
+        The embedding, and a note if it was resized or its grid is a guess.
 
     Raises:
-        CheckpointError: The number of patches is not a square number.
+        CheckpointError: The file does not say its grid, and the number of patches is
+            neither a square number nor that of the model.
     """
     length = embedding.shape[1]
-    if length == grid[0] * grid[1]:
-        return embedding, []
     side = math.isqrt(length)
-    if side * side != length:
+    if stored is not None and stored[0] * stored[1] == length:
+        old = tuple(stored)
+    elif side * side == length:
+        old = side, side
+    elif length == grid[0] * grid[1]:
+        return embedding, [
+            f"{name} was taken to be for the model's grid of {grid[0]}x{grid[1]}: the "
+            'file does not say'
+        ]
+    else:
         raise CheckpointError(
             f'the position embedding of the file belongs to {length} patches, which '
             f'are not a square grid, and the model has {grid[0]}x{grid[1]}; build the '
             f'model with the img_size of the file'
         )
-    note = f'{name} was resized from {side}x{side} to {grid[0]}x{grid[1]}'
-    return resize_position(embedding, (side, side), grid), [note]
+    if old == grid:
+        return embedding, []
+    note = f'{name} was resized from {old[0]}x{old[1]} to {grid[0]}x{grid[1]}'
+    return resize_position(embedding, old, grid), [note]

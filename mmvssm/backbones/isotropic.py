@@ -14,6 +14,7 @@ from mmvssm.backbones.base import (
     check_in_channels,
     describe_arch,
     is_count,
+    note_grid,
     parse_img_size,
 )
 from mmvssm.errors import CheckpointError
@@ -122,6 +123,7 @@ class IsotropicMamba(Backbone):
         self.rope = None
         self.rope_residual = False
         self.grid = self._grid_of(img_size)
+        note_grid(self)
 
         self.patch_embed = PatchEmbed(
             in_channels, channels, self.patch_size, self.stride

@@ -13,7 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmvssm.backbones.base import describe_arch, fit_grid, parse_img_size
+from mmvssm.backbones.base import (
+    describe_arch,
+    fit_grid,
+    note_grid,
+    parse_img_size,
+)
 from mmvssm.backbones.hierarchical import (
     HierarchicalBackbone,
     block_depth,
@@ -137,6 +142,7 @@ class StudyBlock(nn.Module):
         if grid is not None:
             self.pos_embed = nn.Parameter(torch.empty(1, math.prod(grid), channels))
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            note_grid(self)
         self.cpe1 = DepthwiseConv2d(channels) if cpe else None
         self.norm1 = LayerNorm2d(channels)
         if design == 'transformer':
@@ -292,7 +298,9 @@ def _grid(img_size: int | tuple[int, int], stage: int) -> tuple[int, int]:
 
 
 def _fit(
-    state: Mapping[str, torch.Tensor], backbone: LinearAttentionStudy
+    state: Mapping[str, torch.Tensor],
+    backbone: LinearAttentionStudy,
+    grids: Mapping[str, tuple[int, int]],
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Resize the position embeddings of all blocks of a file to the model's grids."""
     state, notes = dict(state), []
@@ -301,7 +309,7 @@ def _fit(
         block, _, leaf = key.rpartition('.')
         grid = getattr(blocks.get(block), 'grid', None)
         if leaf == 'pos_embed' and grid is not None and value.ndim == 3:
-            state[key], more = fit_grid(value, grid, key)
+            state[key], more = fit_grid(value, grid, grids.get(block), key)
             notes += more
     return state, notes
 

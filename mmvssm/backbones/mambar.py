@@ -156,7 +156,9 @@ def _component(key: str) -> str | None:
 
 
 def _fit(
-    state: Mapping[str, torch.Tensor], backbone: MambaR
+    state: Mapping[str, torch.Tensor],
+    backbone: MambaR,
+    grids: Mapping[str, tuple[int, int]],
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Resize the position embedding of a file to the model's grid.
 
@@ -166,7 +168,9 @@ def _fit(
     state = dict(state)
     if not can_fit(state, backbone):
         return state, []
-    state['pos_embed'], notes = fit_grid(state['pos_embed'], backbone.grid)
+    state['pos_embed'], notes = fit_grid(
+        state['pos_embed'], backbone.grid, grids.get('')
+    )
     return state, notes
 
 

@@ -258,7 +258,9 @@ def _rename(key: str) -> str:
 
 
 def _fit(
-    state: Mapping[str, torch.Tensor], backbone: MLLA
+    state: Mapping[str, torch.Tensor],
+    backbone: MLLA,
+    grids: Mapping[str, tuple[int, int]],
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Leave out the rotary tables of a file.
 

@@ -212,7 +212,9 @@ def _file_format(keys: Iterable[str]) -> str:
 
 
 def _fit(
-    state: Mapping[str, torch.Tensor], backbone: Vim
+    state: Mapping[str, torch.Tensor],
+    backbone: Vim,
+    grids: Mapping[str, tuple[int, int]],
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Fit the position embedding of a file to the model's tokens and grid.
 
@@ -223,6 +225,7 @@ def _fit(
     Args:
         state: Backbone of the file, converted.
         backbone: The model.
+        grids: Rows and columns that the file says it has; see :class:`Family`.
 
     Returns:
         The tensors for the model, and notes on what was changed.
@@ -239,7 +242,7 @@ def _fit(
     patches = state['pos_embed'].shape[1] - tokens
     positions = token_positions(patches, tokens, _placement(tokens, backbone))
     grid, others = split_tokens(state['pos_embed'], positions)
-    grid, notes = fit_grid(grid, backbone.grid)
+    grid, notes = fit_grid(grid, backbone.grid, grids.get(''))
 
     wanted = backbone.token_positions(grid.shape[1])
     if len(wanted) != tokens:

@@ -3,12 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from mmvssm.checkpoints.read import read_state_dict
+from mmvssm.checkpoints.read import Weights, read_weights
 from mmvssm.errors import CheckpointError
 from mmvssm.families import Family, recognise
 
@@ -39,6 +39,8 @@ class Checkpoint:
         backbone: ``{name: tensor}`` with the backbone's own names.
         others: ``{name: tensor}`` of classifier, heads and necks.
         renamed: Number of names that the conversion changed.
+        grids: Rows and columns of position embeddings, by the name of the module in
+            the backbone, as far as the file says so.
     """
 
     family: Family
@@ -48,6 +50,7 @@ class Checkpoint:
     backbone: dict[str, torch.Tensor]
     others: dict[str, torch.Tensor] = field(default_factory=dict)
     renamed: int = 0
+    grids: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -75,41 +78,58 @@ class Checkpoint:
         )
 
 
-def convert(source: str | Path | Mapping, prefix: str | None = None) -> Checkpoint:
+def convert(
+    source: str | Path | Mapping,
+    prefix: str | None = None,
+    weights: str | None = None,
+) -> Checkpoint:
     """Read a checkpoint, recognise and convert it.
 
     Args:
-        source: A ``.pth`` or ``.safetensors`` file, an http(s) address, or a
-            state dict.
+        source: A ``.pth`` or ``.safetensors`` file, an address or a name of the zoo
+            (see :func:`mmvssm.load_checkpoint`), or a state dict.
         prefix: Use only the keys with this prefix. By default the place of the backbone
             follows from the keys.
+        weights: ``'raw'`` or ``'ema'``, for a file with both.
 
     Raises:
         CheckpointError: The file is missing or cannot be read, or its keys belong to no
             known family.
     """
-    return to_canonical(*read_named(source, prefix))
+    return to_canonical(*read_named(source, prefix, weights))
 
 
 def read_named(
-    source: str | Path | Mapping, prefix: str | None = None
-) -> tuple[dict, str]:
-    """Read a state dict, and make a name for it for error messages."""
+    source: str | Path | Mapping,
+    prefix: str | None = None,
+    weights: str | None = None,
+    maybe: bool = False,
+) -> tuple[Weights, str]:
+    """Read weights, and make a name for them for error messages.
+
+    Args:
+        source, prefix, weights: See :func:`convert`.
+        maybe: Use all keys if none has the prefix.
+    """
     what = 'the state dict' if isinstance(source, Mapping) else str(source)
-    state = read_state_dict(source)
+    read = read_weights(source, weights)
     if prefix:
-        state = {
+        behind = {
             key.removeprefix(prefix): value
-            for key, value in state.items()
+            for key, value in read.tensors.items()
             if key.startswith(prefix)
         }
-        if not state:
+        if behind:
+            grids = _behind(read.grids, prefix)
+            return replace(read, tensors=behind, grids=grids), what
+        if not maybe:
             raise CheckpointError(f"{what} has no keys with the prefix '{prefix}'")
-    return state, what
+    return read, what
 
 
-def to_canonical(state: Mapping[str, torch.Tensor], what: str) -> Checkpoint:
+def to_canonical(read: Weights, what: str) -> Checkpoint:
     """Recognise and convert a state dict; see :func:`convert`."""
+    state = read.tensors
     found = recognise(state, what)
     family = found.family
     own, foreign = split_keys(state, found.prefix)
@@ -131,7 +151,19 @@ def to_canonical(state: Mapping[str, torch.Tensor], what: str) -> Checkpoint:
         backbone,
         others,
         changed + len(pyramid),
+        _behind(read.grids, found.prefix),
     )
+
+
+def _behind(
+    grids: Mapping[str, tuple[int, int]], prefix: str
+) -> dict[str, tuple[int, int]]:
+    """Those of the module that a prefix stands for, and of its parts."""
+    return {
+        f'{name}.'.removeprefix(prefix).removesuffix('.'): grid
+        for name, grid in grids.items()
+        if f'{name}.'.startswith(prefix) or not prefix
+    }
 
 
 def _neck_name(key: str) -> str:

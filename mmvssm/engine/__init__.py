@@ -2,27 +2,31 @@
 
 from mmvssm.compat import find_own_models
 
-from .checkpoint_hook import SafeCheckpointHook
-from .config import (
+from .checkpoints.loaders import install_safe_loaders
+from .checkpoints.weights import check_load_from, load_weights, trust_checkpoints
+from .configs.config import (
     enable_amp,
     enable_painting,
+    enable_resume,
     enable_tta,
     is_detector,
     keep_predictions,
     load_config,
 )
-from .data import check_datasets
-from .epoch_loop import ResumableEpochLoop
-from .errors import UsageError, require_file, run_tool
-from .gpu_check import check_gpu
-from .launch import prepare_launch
-from .layer_decay import LayerDecayOptimWrapperConstructor
-from .loaders import install_safe_loaders
-from .non_finite import NonFiniteLossError, NonFiniteLossHook
-from .optim import Bf16OptimWrapper, Float32RegionsHook
-from .preemption import PreemptionHook
-from .sharding import FSDPStrategy, build_runner
-from .weights import check_load_from, load_weights, trust_checkpoints
+from .configs.data import check_datasets
+from .errors import UsageError, require_file
+from .hooks.checkpoint import SafeCheckpointHook
+from .hooks.float32_regions import Float32RegionsHook
+from .hooks.non_finite import NonFiniteLossError, NonFiniteLossHook
+from .hooks.preemption import PreemptionHook
+from .launching.gpu_check import check_gpu
+from .launching.launch import prepare_launch
+from .launching.tool import run_tool
+from .runner import build_runner
+from .training.epoch_loop import ResumableEpochLoop
+from .training.layer_decay import LayerDecayOptimWrapperConstructor
+from .training.optim import Bf16OptimWrapper
+from .training.sharding import FSDPStrategy
 
 __all__ = [
     'Bf16OptimWrapper',
@@ -41,7 +45,9 @@ __all__ = [
     'check_load_from',
     'enable_amp',
     'enable_painting',
+    'enable_resume',
     'enable_tta',
+    'install_safe_loaders',
     'is_detector',
     'keep_predictions',
     'load_config',
@@ -53,4 +59,3 @@ __all__ = [
 ]
 
 find_own_models()
-install_safe_loaders()

@@ -1,15 +1,6 @@
 """What a tool prints instead of a traceback when its user is at fault."""
 
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
-
-from torch import distributed
-
-from mmvssm.checkpoints import CheckpointError
-
-from .memory import keep_freed_memory
 
 
 class UsageError(Exception):
@@ -20,29 +11,3 @@ def require_file(path: str, what: str) -> None:
     """Raise :class:`UsageError` unless ``path`` is a file (or a URL)."""
     if '://' not in path and not Path(path).is_file():
         raise UsageError(f'no {what} at {Path(path).absolute()}.')
-
-
-def run_tool(main: Callable[[], int | None]) -> None:
-    """Run a command-line tool and exit.
-
-    The process keeps the memory it frees, see :func:`keep_freed_memory`.
-    A :class:`UsageError` or a checkpoint that cannot be used ends in its
-    message and exit code 2, said once however many processes run the tool.
-    Anything else keeps its traceback: it is a bug.
-
-    Args:
-        main: The tool; returns the exit code, None for 0.
-    """
-    keep_freed_memory()
-    try:
-        code = main()
-    except (UsageError, CheckpointError) as error:
-        rank = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
-        if rank == '0':
-            print(f'error: {error}', file=sys.stderr)
-        code = 2
-    if distributed.is_available() and distributed.is_initialized():
-        # Left to the end of the interpreter, the threads of a process group may
-        # abort the process there, after all is done.
-        distributed.destroy_process_group()
-    sys.exit(code)

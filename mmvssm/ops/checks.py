@@ -1,4 +1,6 @@
-"""NaN in the ops: it is found in the outputs, and the error names the input."""
+"""Inputs that the ops refuse: NaN and shards. The error names the input."""
+
+import sys
 
 from torch import Tensor
 
@@ -29,4 +31,24 @@ def refuse_nan(op: str, inputs: dict[str, Tensor | None]) -> None:
                 f'{op}: {bad} of {x.numel()} values of {name} are NaN; '
                 f'look for the source of NaN before this op '
                 f'(torch.autograd.set_detect_anomaly helps)'
+            )
+
+
+def refuse_shards(op: str, inputs: dict[str, Tensor | None]) -> None:
+    """Name an input that is a DTensor of ``torch.distributed``.
+
+    The axes that a scan goes along may be among those that are divided.
+
+    Raises:
+        TypeError: An input is one.
+    """
+    # Whoever has made one has imported it.
+    module = sys.modules.get('torch.distributed.tensor')
+    for name, x in inputs.items():
+        if module is not None and isinstance(x, module.DTensor):
+            raise TypeError(
+                f'{op}: {name} is a DTensor ({x.placements}), and the op does not know '
+                'of shards: give it x.full_tensor(), or x.to_local() if each process '
+                'is to compute on its own part. (In a model under fully_shard (FSDP2) '
+                'the weights are whole within forward() of the module that has them.)'
             )

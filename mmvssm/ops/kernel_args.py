@@ -11,7 +11,7 @@ from mmvssm.ops.typed import MaybeTensor
 
 
 class Array(ctypes.Structure):
-    """A tensor of up to four axes, as in the CPU kernels' ``problem.h``.
+    """A tensor of up to four axes, as in the CPU kernels' ``kernel_args.h``.
 
     Attributes:
         dtypes: Dtypes that the kernels can read, with their numbers.

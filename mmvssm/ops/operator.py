@@ -209,8 +209,13 @@ class Op(Generic[I, O]):
         Raises:
             ValueError: The named backend is unknown.
             BackendUnavailableError: The named backend cannot run.
+            TypeError: An input is in shards.
         """
         inputs, options, backend, states, last_state = call
+        tensors = tuple(leaves_of(inputs))
+        unobserved = bypass.unobserved(*tensors)
+        if not unobserved and not torch.compiler.is_compiling():
+            checks.refuse_shards(self.name, dict(zip(self.labels, tensors)))
         x = inputs[0]
         name = choose_backend(
             *(x.device, x.dtype, backend),
@@ -220,12 +225,11 @@ class Op(Generic[I, O]):
             among=self._among,
         )
         chosen = self.backend(name, inputs, options)
-        tensors = tuple(leaves_of(inputs))
         if not torch.compiler.is_compiling() and bypass.transformed():
             # torch can transform the operations of the reference.
             chosen = self.backends['reference']
         elif not chosen.differentiable:
-            if not bypass.unobserved(*tensors):
+            if not unobserved:
                 return self.torch_op, (*tensors, *options, name)
             if bypass.wanted(*tensors):
                 return _Bypass.apply, (self, options, name, *tensors)

@@ -6,7 +6,7 @@ from PIL import Image
 pytest.importorskip('mmseg')
 
 from mmvssm.analysis import ablation as tables
-from mmvssm.engine.ablation import Row
+from mmvssm.engine.configs.ablation import Row
 
 ROWS = [
     Row('base', 'Baseline', None, dict(params='28', flops='4.5', top1='77.6')),

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from mmvssm.backbones import LinearAttentionStudy
 from mmvssm.checkpoints import CheckpointError, load_checkpoint
-from mmvssm.engine.layer_decay import find_depths
+from mmvssm.engine.training.layer_decay import find_depths
 from mmvssm.layers import resize_position
 from mmvssm.layers.unified_attention import StepSize2d
 from mmvssm.ops import selective_scan

@@ -11,7 +11,7 @@ from mmvssm import load_checkpoint
 from mmvssm.analysis.flops import count_flops, scan_flops
 from mmvssm.backbones import VSSM
 from mmvssm.backbones.vssm import ARCH_ZOO
-from mmvssm.engine.layer_decay import find_depths
+from mmvssm.engine.training.layer_decay import find_depths
 from mmvssm.heads import ClassificationHead, ImageClassifier
 from mmvssm.layers import SS2D, CascadeSS2D, VSSBlock
 from mmvssm.layers import ss2d as module

@@ -1,7 +1,5 @@
 """Checkpoints of Vim and Mamba®: names, tokens, grids."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +7,6 @@ import torch.nn.functional as F
 import mmvssm
 from mmvssm.backbones import MambaR, Vim
 from mmvssm.checkpoints import (
-    CheckpointError,
     convert,
     load_checkpoint,
     save_checkpoint,
@@ -17,7 +14,7 @@ from mmvssm.checkpoints import (
 from mmvssm.families import recognise
 from parity import Case
 
-from .files import randomised, same
+from .files import randomised, refuse, same
 from .isotropic_files import (
     ARCH,
     Detector,
@@ -308,7 +305,9 @@ def test_rectangular_grid():
     state = randomised(source)
     net = Vim(ARCH, img_size=(24, 40))
     report = load_checkpoint(net, state)
-    assert same(net, state) and not report.notes
+    assert same(net, state)
+    # Plain tensors by name say nothing of the grid.
+    assert 'was taken to be for the model' in report.notes[0]
     square = vim_classifier(56)
     load_checkpoint(Vim(ARCH, img_size=(24, 40)), published(square))
     refuse(Vim(ARCH, img_size=56), state, '60 patches, which are not a square.*14x14')
@@ -339,13 +338,6 @@ def test_published_weights_into_the_dense_model_at_512(name):
 
 
 # ---------------------------------------------------- refusals change no weight
-def refuse(net, source, message):
-    before = copy.deepcopy(net.state_dict())
-    with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(net, source)
-    assert same(net, before)
-
-
 @each_family
 def test_other_family(family):
     other = next(name for name in CLASSIFIERS if name != family)
@@ -398,12 +390,6 @@ def test_position_embedding_is_not_passed_over():
     )
     refuse(without_it, randomised(with_embedding), 'pos_embed is not in the model')
     refuse(with_embedding, randomised(without_it), 'pos_embed is not in the file')
-
-
-def test_other_number_of_classes():
-    state = published(vim_classifier())
-    state['head.weight'], state['head.bias'] = torch.zeros(7, 16), torch.zeros(7)
-    refuse(vim_classifier(), state, 'classifier.head.weight is 7x16')
 
 
 def test_init_cfg(tmp_path):

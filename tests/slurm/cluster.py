@@ -1,13 +1,11 @@
 """Slurm on this machine: one controller, two nodes, gone when the tests are.
 
-Nothing outside a temporary folder is read or written, but for the packages of
-Debian, which are installed where they are missing and this is root.
-MMVSSM_REQUIRE_SLURM=1, which .ci/run sets, turns the absence of Slurm from a
-reason to skip into a failure.
+Nothing outside a temporary folder is read or written, and nothing is installed:
+.ci/install_slurm does that. MMVSSM_REQUIRE_SLURM=1, which .ci/run sets, turns the
+absence of Slurm from a reason to skip into a failure.
 """
 
 import ctypes
-import fcntl
 import getpass
 import os
 import shutil
@@ -26,7 +24,6 @@ from toy import wait
 
 _DAEMONS = ('munged', 'slurmctld', 'slurmd')
 _REQUIRED = os.environ.get('MMVSSM_REQUIRE_SLURM', '0') not in ('', '0')
-_POLICY = Path('/usr/sbin/policy-rc.d')
 # Jobs call this Python; users' paths may lack the folders of the daemons.
 _PATH = ':'.join(
     (str(Path(sys.executable).parent), os.environ['PATH'], '/usr/sbin', '/sbin')
@@ -214,63 +211,20 @@ def _free_ports(number: int) -> list[int]:
     return ports
 
 
-def install_or_skip() -> None:
+def skip_unless_installed() -> None:
     """Skip, or fail where Slurm is required, unless its programs are there."""
-    reason = _why_not()
-    if reason and _REQUIRED:
+    if all(shutil.which(name, path=_PATH) for name in _DAEMONS):
+        return
+    reason = 'Slurm is not installed (.ci/install_slurm does it, as root on Debian)'
+    if _REQUIRED:
         pytest.fail(f'MMVSSM_REQUIRE_SLURM is set, but {reason}')
-    if reason:
-        pytest.skip(reason)
-
-
-def _why_not() -> str:
-    if _installed():
-        return ''
-    if not hasattr(os, 'geteuid') or os.geteuid() or not shutil.which('apt-get'):
-        return (
-            'Slurm is not installed (apt-get install slurm-wlm munge), and this is '
-            'not root on Debian'
-        )
-    # Several workers of pytest may come here at once.
-    with open(Path(tempfile.gettempdir(), 'mmvssm_install_slurm.lock'), 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return '' if _installed() else _install()
-
-
-def _installed() -> bool:
-    return all(shutil.which(name, path=_PATH) for name in _DAEMONS)
-
-
-def _install() -> str:
-    """Install Debian's packages, and let them start nothing."""
-    forbid = not _POLICY.exists()
-    if forbid:
-        _POLICY.write_text('#!/bin/sh\nexit 101\n')
-        _POLICY.chmod(0o755)
-    try:
-        for words in (
-            'update -q',
-            'install -q -y --no-install-recommends slurm-wlm munge',
-        ):
-            done = subprocess.run(
-                ['apt-get', *words.split()],
-                capture_output=True,
-                text=True,
-                env={**os.environ, 'DEBIAN_FRONTEND': 'noninteractive'},
-                timeout=600,
-            )
-            if done.returncode:
-                return f'apt-get {words} failed: {done.stderr[-2000:]}'
-    finally:
-        if forbid:
-            _POLICY.unlink()
-    return ''
+    pytest.skip(reason)
 
 
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
     """A :class:`Cluster` within the block; skips the test where there is none."""
-    install_or_skip()
+    skip_unless_installed()
     # Paths of sockets must be short.
     with tempfile.TemporaryDirectory(prefix='slurm', dir='/tmp') as folder:
         cluster = Cluster(Path(folder))

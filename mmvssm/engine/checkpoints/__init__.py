@@ -1,0 +1,1 @@
+"""Files of checkpoints: written whole, read safely, of the right model."""

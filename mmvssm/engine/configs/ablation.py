@@ -1,0 +1,267 @@
+"""Train the rows of an ablation: one config a row, the rest the same for all."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.runner import Runner
+
+from mmvssm.engine.errors import UsageError
+
+from .config import enable_resume, load_config, merge_options
+from .data import check_datasets, leaves
+
+_HEADS = ('decode_head', 'auxiliary_head')
+# What belongs to one row, or to one start of the tool.
+_OWN = ('ablation', 'randomness', 'work_dir', 'resume', 'load_from', 'experiment_name')
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        name: The name of its config without ``.py``.
+        label: What a table calls it.
+        config: The config.
+        paper: What the paper has for it, as it prints it: ``params``
+            (millions), ``flops`` (10^9) and ``top1`` (per cent); None if there
+            is no such row.
+    """
+
+    name: str
+    label: str
+    config: Path
+    paper: dict[str, str] | None
+
+
+def load_rows(folder: str | Path) -> list[Row]:
+    """Find the rows in a folder of configs, in the order of the table.
+
+    A row is a config with ``ablation = dict(order=..., row=LABEL, paper=...)``.
+
+    Raises:
+        UsageError: There is none.
+    """
+    found = []
+    for path in sorted(Path(folder).glob('*.py')):
+        about = load_config(str(path)).get('ablation')
+        if about is not None:
+            row = Row(path.stem, about.row, path, about.paper)
+            found.append((about.order, row))
+    if not found:
+        raise UsageError(f'no config in {Path(folder).absolute()} is a row.')
+    return [row for _, row in sorted(found, key=lambda item: item[0])]
+
+
+def select_rows(rows: Sequence[Row], names: Sequence[str] | None) -> list[Row]:
+    """Some of the rows, in their order; without names all of them.
+
+    Raises:
+        UsageError: A name is unknown.
+    """
+    unknown = sorted(set(names or ()) - {row.name for row in rows})
+    if unknown:
+        raise UsageError(
+            f'no row {", ".join(unknown)}; there are '
+            f'{", ".join(row.name for row in rows)}.'
+        )
+    return [row for row in rows if not names or row.name in names]
+
+
+def row_config(
+    row: Row, data: str | None = None, options: Sequence[str] | None = None
+) -> Config:
+    """The config of a row, moved to a data set.
+
+    Args:
+        row: The row.
+        data: A config with the data set and whatever else is to be the same
+            for all rows: a file of ``configs/_base_/datasets``, a whole
+            experiment, or one like ``configs/_base_/ablation_quickstart.py``.
+            Its entries take the place of the row's; only its ``model`` is
+            merged into the row's, without the backbone. Of its list
+            ``backbones`` the row gets the arguments of the entry that has the
+            type of the row's backbone. By default nothing moves.
+        options: ``'key.subkey=value'`` strings, which come last.
+
+    Returns:
+        The config. Its heads take the channels of the backbone, and have one
+        output for each class of the data set if its config or type names them.
+
+    Raises:
+        UsageError: A config cannot be read, or the parts do not fit together.
+    """
+    cfg = load_config(str(row.config))
+    if data is not None:
+        _move_to_data(cfg, data)
+    if options:
+        merge_options(cfg, options, str(row.config))
+    _fit_heads(cfg, row.name)
+    return cfg
+
+
+def _move_to_data(cfg: Config, path: str) -> None:
+    data = load_config(path, required=('train_dataloader',)).to_dict()
+    model = data.pop('model', {})
+    model.pop('backbone', None)
+    kind = cfg.model.backbone.type
+    for given in data.pop('backbones', ()):
+        if given.pop('type') == kind:
+            model['backbone'] = given
+    for key in set(data) - {'ablation', 'work_dir'}:
+        cfg[key] = data[key]
+    try:
+        cfg.merge_from_dict(dict(model=model))
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f'the model of {path} does not fit the rows: {error}'
+        ) from None
+
+
+def _fit_heads(cfg: Config, name: str) -> None:
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    try:
+        with torch.device('meta'):
+            channels = MODELS.build(cfg.model.backbone).out_channels
+    except (TypeError, ValueError) as error:
+        raise UsageError(f'the backbone of row {name}: {error}') from error
+    classes = _number_of_classes(cfg.train_dataloader.dataset)
+    for key in _HEADS:
+        head = cfg.model.get(key)
+        if head:
+            index = head.in_index
+            several = isinstance(index, Sequence)
+            head.in_channels = (
+                [channels[i] for i in index] if several else channels[index]
+            )
+            head.num_classes = classes or head.num_classes
+
+
+def _number_of_classes(dataset: dict) -> int | None:
+    inner = next(leaves(dataset))
+    names = (inner.get('metainfo') or {}).get('classes')
+    if names is None:
+        names = getattr(DATASETS.get(inner['type']), 'METAINFO', {}).get('classes')
+    return len(names) if names else None
+
+
+def claim_work_dir(work_dir: str | Path, cfg: Config) -> None:
+    """Make a folder for results that are to be compared with each other.
+
+    It notes what all rows have in common, and refuses another start with other
+    settings.
+
+    Args:
+        work_dir: The folder.
+        cfg: The config of any row.
+
+    Raises:
+        UsageError: The folder has results of other settings.
+    """
+    settings = {key: cfg[key] for key in sorted(set(cfg) - set(_OWN))}
+    settings = _plain(settings)
+    settings['model'].pop('backbone')
+    for key in _HEADS:
+        settings['model'].get(key, {}).pop('in_channels', None)
+    path = Path(work_dir) / 'settings.json'
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1))
+        return
+    before = json.loads(path.read_text())
+    changed = sorted(
+        key
+        for key in set(before) | set(settings)
+        if before.get(key) != settings.get(key)
+    )
+    if changed:
+        raise UsageError(
+            f'{path.parent} has results of other settings ({", ".join(changed)}), '
+            'which cannot be compared with these. Take another --work-dir, or delete '
+            'that folder.'
+        )
+
+
+def _plain(value: Any) -> Any:
+    """What ``value`` is after a way through JSON."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def train_row(
+    row: Row, cfg: Config, seed: int, work_dir: str | Path, metric: str = 'mIoU'
+) -> dict:
+    """Train and test a row, or go on where it was interrupted.
+
+    Args:
+        row: The row.
+        cfg: Its config, of :func:`row_config`.
+        seed: Of weights and order of the data.
+        work_dir: The results are in ``work_dir/<row>/seed_<seed>``.
+        metric: Which of the metrics counts.
+
+    Returns:
+        The result, which is also in ``result.json`` there: row, seed, metric,
+        its value, all metrics, mean seconds of an iteration of the last start,
+        backbone. If the file is there, nothing is done.
+
+    Raises:
+        UsageError: The data is not there, the row was begun with another
+            backbone, or there is no such metric.
+    """
+    folder = Path(work_dir) / row.name / f'seed_{seed}'
+    backbone = _plain(cfg.model.backbone)
+    begun, result = folder / 'backbone.json', folder / 'result.json'
+    if begun.exists() and json.loads(begun.read_text()) != backbone:
+        raise UsageError(
+            f'{folder} was begun with another backbone. Delete it, or take another '
+            '--work-dir.'
+        )
+    if result.exists():
+        return json.loads(result.read_text())
+    check_datasets(cfg, splits=('train', 'test'))
+    folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(backbone))
+    cfg = deepcopy(cfg)
+    cfg.work_dir = str(folder)
+    cfg.randomness = dict(seed=seed)
+    enable_resume(cfg)
+    # Runners that share a name would share their logs.
+    cfg.experiment_name = f'{row.name}_{seed}_{time.time_ns()}'
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    metrics = runner.test()
+    if metric not in metrics:
+        raise UsageError(f'no metric {metric}; there are {", ".join(metrics)}.')
+    times = runner.message_hub.log_scalars.get('train/time')
+    found = dict(
+        row=row.name,
+        seed=seed,
+        metric=metric,
+        value=float(metrics[metric]),
+        metrics={key: float(value) for key, value in metrics.items()},
+        seconds_per_iteration=None if times is None else float(times.mean()),
+        backbone=backbone,
+    )
+    # All of it or nothing: the file says that the row is finished.
+    unfinished = result.with_suffix('.tmp')
+    unfinished.write_text(json.dumps(found, indent=1))
+    unfinished.replace(result)
+    return found
+
+
+def finished(rows: Sequence[Row], work_dir: str | Path) -> Iterator[dict]:
+    """Results that are in a folder, in the order of rows and seeds."""
+    for row in rows:
+        results = (Path(work_dir) / row.name).glob('seed_*/result.json')
+        yield from sorted(
+            (json.loads(path.read_text()) for path in results),
+            key=lambda result: result['seed'],
+        )

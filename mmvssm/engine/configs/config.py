@@ -1,0 +1,262 @@
+"""Read a config for a tool, and switch on what its flags ask for."""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.device import get_device
+
+from mmvssm.compat import why_no_detection
+from mmvssm.engine.errors import UsageError
+
+# Entries that the tools look into, and what they must be where they are given.
+_DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+_DICTS = (
+    *('model', 'model.backbone', 'optim_wrapper', 'default_hooks', 'env_cfg'),
+    *('default_hooks.visualization', 'env_cfg.dist_cfg', 'visualizer', 'tta_model'),
+    *_DATALOADERS,
+    *(f'{loader}.dataset' for loader in _DATALOADERS),
+)
+_LISTS_OR_DICTS = ('val_evaluator', 'test_evaluator')
+_LISTS = ('custom_hooks', 'tta_pipeline')
+_STRINGS = ('work_dir', 'default_scope', 'load_from', 'model.type')
+
+
+def load_config(
+    path: str,
+    options: Sequence[str] | None = None,
+    work_dir: str | None = None,
+    required: Iterable[str] = ('model',),
+) -> Config:
+    """Read a config file as every tool does.
+
+    Args:
+        path: A file, or ``'package::name.py'`` for a config that an installed
+            package ships.
+        options: ``'key.subkey=value'`` strings of ``--cfg-options``.
+        work_dir: Where results go. Without it the config's own ``work_dir``
+            holds, and without that ``./work_dirs/<name of the config>``.
+        required: Top-level keys the tool cannot do without.
+
+    Raises:
+        UsageError: No such file, a file that is not a config, a key that is
+            missing, an option that does not fit, or a detector where what
+            detectors need is not installed.
+    """
+    cfg = _read(path)
+    if options:
+        merge_options(cfg, options, path)
+    _check_types(cfg, path)
+    missing = [key for key in required if cfg.get(key) is None]
+    if missing:
+        raise UsageError(
+            f'{path} has no {", ".join(missing)}: it is not a whole '
+            'experiment. Give a file such as configs/upernet_vmamba_t.py, '
+            'not a part of one.'
+        )
+    if is_detector(cfg) and (reason := why_no_detection()):
+        raise UsageError(
+            f'{path} is a detector, and there is {reason}: run `make install-det`, or '
+            'install onedl-mmdetection and onedl-mmcv (not mmcv-lite).'
+        )
+    name = Path(path.split('::')[-1]).stem
+    cfg.work_dir = work_dir or cfg.get('work_dir') or f'./work_dirs/{name}'
+    return cfg
+
+
+def _check_types(cfg: Config, path: str) -> None:
+    """Refuse an entry of the wrong kind, where a tool would fail on it later."""
+    for keys, kinds, what in (
+        (_DICTS, dict, 'a dict'),
+        (_LISTS, (list, tuple), 'a list'),
+        (_LISTS_OR_DICTS, (list, dict), 'a dict or a list of dicts'),
+        (_STRINGS, str, 'a string'),
+    ):
+        for key in keys:
+            value = cfg
+            for part in key.split('.'):
+                value = value.get(part) if isinstance(value, (Config, dict)) else None
+            if value is not None and not isinstance(value, kinds):
+                raise UsageError(f'{path}: {key} must be {what}, not {value!r:.80}.')
+
+
+def merge_options(cfg: Config, options: Sequence[str], path: str) -> None:
+    """Override entries of a config.
+
+    Args:
+        cfg: Changed in place.
+        options: ``'key.subkey=value'`` strings of ``--cfg-options``.
+        path: What the message of an error calls the config.
+
+    Raises:
+        UsageError: An option does not fit.
+    """
+    try:
+        cfg.merge_from_dict(_parse_options(options))
+    except Exception as error:
+        # mmengine's own check fails in whichever way the wrong entry makes it.
+        raise UsageError(
+            f'--cfg-options {" ".join(options)} does not fit {path}: '
+            f'{error}. Write KEY.SUBKEY=VALUE.'
+        ) from error
+
+
+def is_detector(cfg: Config) -> bool:
+    """Whether the config's model is mmdet's; else it is mmseg's."""
+    kind = str(cfg.get('model', {}).get('type', ''))
+    return cfg.get('default_scope') == 'mmdet' or kind.startswith('mmdet.')
+
+
+def _read(path: str) -> Config:
+    packaged = '::' in path
+    if not packaged and not Path(path).is_file():
+        beside = sorted(p.name for p in Path(path).parent.glob('*.py'))
+        hint = f' That folder has {", ".join(beside)}.' if beside else ''
+        raise UsageError(f'no config file at {Path(path).absolute()}.{hint}')
+    try:
+        if packaged:
+            return Config.fromstring(f'_base_ = {path!r}', '.py')
+        return Config.fromfile(path)
+    except Exception as error:
+        # A config is a program of the user's: it can fail in any way.
+        raise UsageError(
+            f'cannot read the config {path}: {type(error).__name__}: {error}'
+        ) from error
+
+
+def _parse_options(options: Sequence[str]) -> dict:
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--options', nargs='+', action=DictAction)
+    return parser.parse_args(['--options', *options]).options
+
+
+def enable_amp(cfg: Config, dtype: str = 'bfloat16') -> None:
+    """Train in mixed precision.
+
+    A detector gets a :class:`~mmvssm.engine.Float32RegionsHook` besides.
+
+    Args:
+        cfg: Changed in place.
+        dtype: ``'bfloat16'`` needs no loss scaling and runs on any device,
+            the CPU included (:class:`~mmvssm.engine.Bf16OptimWrapper`).
+            ``'float16'`` takes mmengine's ``AmpOptimWrapper`` with a dynamic
+            loss scale and needs a GPU.
+
+    Raises:
+        UsageError: float16 without a GPU, or an optimiser wrapper that mixed
+            precision would replace.
+    """
+    wrapper = cfg.optim_wrapper
+    kind = wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper', 'mmvssm.Bf16OptimWrapper'):
+        raise UsageError(
+            f'--amp replaces an OptimWrapper, but optim_wrapper.type is '
+            f'{kind!r}: set its precision in the config instead.'
+        )
+    for key in ('dtype', 'loss_scale'):
+        wrapper.pop(key, None)
+    hook = dict(type='mmvssm.Float32RegionsHook')
+    if is_detector(cfg) and hook not in (cfg.get('custom_hooks') or []):
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
+    if dtype == 'bfloat16':
+        wrapper.type = 'mmvssm.Bf16OptimWrapper'
+    elif get_device() == 'cpu':
+        raise UsageError(
+            '--amp float16 needs a GPU and this machine has '
+            'none: use --amp bfloat16, or leave --amp out.'
+        )
+    else:
+        wrapper.update(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')
+
+
+def enable_resume(cfg: Config, checkpoint: str | None = None) -> None:
+    """Go on with a training.
+
+    Args:
+        cfg: Changed in place.
+        checkpoint: What to go on from. None: the latest in the work dir; where there
+            is none yet, training starts from the config's ``load_from``, if it has
+            one. :class:`~mmvssm.engine.SafeCheckpointHook` gets it as ``start_from``.
+
+    Raises:
+        UsageError: There is a ``load_from``, but not that hook.
+    """
+    start = cfg.get('load_from')
+    cfg.resume, cfg.load_from = True, checkpoint
+    if checkpoint or not start:
+        return
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    if str(hook.get('type')).rpartition('.')[2] != 'SafeCheckpointHook':
+        raise UsageError(
+            f'--resume would forget load_from={start} where there is no checkpoint to '
+            'resume from: set default_hooks.checkpoint.type=mmvssm.SafeCheckpointHook, '
+            'or leave out one of the two.'
+        )
+    hook.start_from = start
+
+
+def enable_tta(cfg: Config) -> None:
+    """Test at several scales and flipped, with the config's TTA settings.
+
+    Args:
+        cfg: Changed in place; needs ``tta_model`` and ``tta_pipeline``.
+
+    Raises:
+        UsageError: One of the two is missing.
+    """
+    missing = [k for k in ('tta_model', 'tta_pipeline') if cfg.get(k) is None]
+    if missing:
+        raise UsageError(
+            f'--tta needs {" and ".join(missing)} in the config; '
+            'configs/_base_/default_runtime.py and '
+            'configs/_base_/datasets/ade20k.py show them. (mmdet cannot merge '
+            'masks, so instance segmentation has none.)'
+        )
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def keep_predictions(cfg: Config, folder: str) -> None:
+    """Write what is predicted for every tested image.
+
+    Args:
+        cfg: Changed in place. A segmentor writes label maps; a detector
+            ``results.bbox.json`` and ``results.segm.json`` in COCO's format.
+        folder: Where to.
+    """
+    metrics = cfg.test_evaluator
+    metrics = metrics if isinstance(metrics, list) else [metrics]
+    if is_detector(cfg):
+        for metric in metrics:
+            metric.outfile_prefix = str(Path(folder) / 'results')
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    else:
+        for metric in metrics:
+            metric.update(output_dir=folder, keep_results=True)
+
+
+def enable_painting(
+    cfg: Config, show_dir: str | None = None, show: bool = False, wait_time: float = 2.0
+) -> None:
+    """Paint truth and prediction of every tested image.
+
+    Args:
+        cfg: Changed in place; needs a ``visualizer`` and the
+            ``visualization`` hook.
+        show_dir: Folder for the pictures.
+        show: Open a window for each.
+        wait_time: Seconds a window stays open.
+
+    Raises:
+        UsageError: The config has no visualizer or no such hook.
+    """
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None or cfg.get('visualizer') is None:
+        raise UsageError(
+            '--show and --show-dir need a visualizer and the hook '
+            "default_hooks.visualization=dict(type='SegVisualizationHook')."
+        )
+    hook.update(draw=True, interval=1, show=show, wait_time=wait_time)
+    if show_dir:
+        cfg.visualizer.save_dir = show_dir

@@ -1,0 +1,184 @@
+"""Say before anything is built that a data set is not what it should be."""
+
+import json
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+
+from mmvssm.engine.errors import UsageError
+
+_ADE20K = """\
+ADE20K (scene parsing, 2016) is laid out as
+
+    data/ade/ADEChallengeData2016/
+        images/training/*.jpg         annotations/training/*.png
+        images/validation/*.jpg       annotations/validation/*.png
+
+which is how its archive ADEChallengeData2016.zip unpacks. A copy kept
+elsewhere: export ADE20K_ROOT=/path/to/ADEChallengeData2016"""
+
+_COCO = """\
+COCO 2017 is laid out as
+
+    data/coco/
+        annotations/instances_train2017.json    train2017/*.jpg
+        annotations/instances_val2017.json      val2017/*.jpg
+
+A copy kept elsewhere: export COCO_ROOT=/path/to/coco"""
+
+_LAYOUTS = {'ADE20KDataset': _ADE20K, 'CocoDataset': _COCO}
+
+_HOW_ELSE = """\
+For any data set: --cfg-options train_dataloader.dataset.data_root=PATH
+val_dataloader.dataset.data_root=PATH test_dataloader.dataset.data_root=PATH
+Nothing to download: `make quickstart` (segmentation) and `make quickstart-det`
+(detection) make data of their own and train on it."""
+
+
+def check_datasets(cfg: Config, splits: Iterable[str] = ('train', 'val')) -> None:
+    """Look for the files that the config's data sets are to be read from.
+
+    Every folder in ``data_prefix`` must exist and hold files, every
+    ``ann_file`` must exist. Data sets inside wrappers (``RepeatDataset``,
+    ``ConcatDataset`` ...) count too; those read through a storage backend
+    other than the local disk do not. The categories of COCO's annotation files
+    must be the data set's classes.
+
+    Args:
+        cfg: The config.
+        splits: Which of ``train``, ``val`` and ``test`` will be read.
+
+    Raises:
+        UsageError: Something is missing, and the message lists where it looked
+            and how to lay the data out; or an annotation file cannot be read or
+            has other categories.
+    """
+    datasets = [
+        dataset
+        for split in splits
+        if (loader := cfg.get(f'{split}_dataloader'))
+        for dataset in leaves(loader.get('dataset'))
+    ]
+    for dataset in datasets:
+        _check_types(dataset)
+    missing, types = [], []
+    for dataset in datasets:
+        absent = [path for path in _needed(dataset) if not _has_data(path)]
+        if absent:
+            missing += absent
+            types.append(dataset.get('type'))
+    missing += [path for path in _scored_against(cfg, splits) if not path.is_file()]
+    if missing:
+        looked = '\n'.join(f'    {p.absolute()}' for p in dict.fromkeys(missing))
+        layouts = (f'{_LAYOUTS[t]}\n' for t in dict.fromkeys(types) if t in _LAYOUTS)
+        raise UsageError(
+            f'no data. Looked for, and did not find or found empty:\n'
+            f'{looked}\n{"".join(layouts)}{_HOW_ELSE}'
+        )
+    for dataset in datasets:
+        if dataset.get('type') == 'CocoDataset':
+            _check_categories(dataset, cfg.get('default_scope'))
+
+
+def leaves(dataset: dict) -> Iterator[dict]:
+    """Configs of the data sets inside wrappers, or the one config itself."""
+    if not isinstance(dataset, dict):
+        raise UsageError(f'a data set of the config is {dataset!r:.80}, not a dict.')
+    inner = dataset.get('datasets') or [dataset.get('dataset')]
+    if inner == [None]:
+        yield dataset
+    else:
+        for child in inner:
+            yield from leaves(child)
+
+
+def _check_types(dataset: dict) -> None:
+    for key, kind, what in (
+        ('data_root', str, 'a string'),
+        ('ann_file', str, 'a string'),
+        ('data_prefix', dict, 'a dict of strings'),
+        ('backend_args', dict, 'a dict'),
+        ('metainfo', dict, 'a dict'),
+    ):
+        value = dataset.get(key)
+        if value is None or isinstance(value, kind):
+            continue
+        raise UsageError(f'{key} of a data set must be {what}, not {value!r:.80}.')
+    for name in (dataset.get('data_prefix') or {}).values():
+        if not isinstance(name, str):
+            raise UsageError(f'data_prefix must hold strings, not {name!r:.80}.')
+
+
+def _needed(dataset: dict) -> Iterator[Path]:
+    backend = (dataset.get('backend_args') or {}).get('backend', 'local')
+    root = dataset.get('data_root') or ''
+    if backend != 'local' or '://' in root:
+        return
+    names = [*(dataset.get('data_prefix') or {}).values(), dataset.get('ann_file')]
+    # An absolute name replaces the root, as in mmengine's BaseDataset.
+    yield from (Path(root) / name for name in names if name)
+
+
+def _scored_against(cfg: Config, splits: Iterable[str]) -> Iterator[Path]:
+    for split in splits:
+        evaluators = cfg.get(f'{split}_evaluator') or []
+        for metric in evaluators if isinstance(evaluators, list) else [evaluators]:
+            path = metric.get('ann_file')
+            if path and '://' not in path:
+                yield Path(path)
+
+
+def _has_data(path: Path) -> bool:
+    return path.is_file() or next(path.rglob('*.*'), None) is not None
+
+
+def _check_categories(dataset: dict, scope: str | None) -> None:
+    """Refuse a file whose categories mmdet would ignore or mix up.
+
+    It numbers the categories it knows in the order of the file, so one that is
+    missing shifts the numbers of those behind it.
+    """
+    files = [path for path in _needed(dataset) if path.suffix == '.json']
+    classes = (dataset.get('metainfo') or {}).get('classes')
+    if classes is None:
+        kind = DATASETS.get(f'{scope}.{dataset["type"]}' if scope else dataset['type'])
+        classes = kind.METAINFO['classes']
+    classes = (classes,) if isinstance(classes, str) else tuple(classes)
+    for path in files:
+        names = tuple(category.get('name') for category in _read_categories(path))
+        if tuple(name for name in names if name in classes) != classes:
+            raise UsageError(
+                f'{path} does not have the classes of the config in their order. It '
+                f'has {_shorten(names)}, the config {_shorten(classes)}: set '
+                'metainfo=dict(classes=...) of the data sets to what the file has, and '
+                'num_classes of the heads to their number.'
+            )
+
+
+def _read_categories(path: Path) -> list[dict]:
+    """The categories of a COCO file, without parsing the hundreds of MB before."""
+    try:
+        with (
+            path.open('rb') as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            start = content.rfind(b'"categories"')
+            tail = content[start:].decode() if start >= 0 else ''
+            if not content[-64:].rstrip().endswith(b'}'):
+                raise ValueError('it does not end as JSON does')
+        found = json.JSONDecoder().raw_decode(tail.partition(':')[2].lstrip())[0]
+        if not all(isinstance(category, dict) for category in found):
+            raise ValueError('its categories are no objects')
+    except (OSError, TypeError, ValueError) as error:
+        raise UsageError(
+            f'{path} is no annotation file of COCO, or is cut short: {error}.'
+        ) from error
+    return found
+
+
+def _shorten(names: Sequence[str]) -> str:
+    first = ', '.join(map(str, names[:8]))
+    return f'{first} and {len(names) - 8} more' if len(names) > 8 else first or 'none'

@@ -1,0 +1,1 @@
+"""Hooks of trainings that may stop at any time."""

@@ -1,0 +1,1 @@
+"""Predict image files."""

@@ -1,0 +1,1 @@
+"""Start a tool: its process, the others, the machine."""

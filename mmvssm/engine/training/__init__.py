@@ -1,0 +1,1 @@
+"""Loops, optimizers, random numbers and shards of a training."""
