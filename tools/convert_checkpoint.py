@@ -13,7 +13,7 @@ def parse_args() -> argparse.Namespace:
         description='Recognise a checkpoint by its keys, convert it and write '
         'it as .pth or .safetensors.'
     )
-    parser.add_argument('src', help='.pth or .safetensors file, or its http(s) address')
+    parser.add_argument('src', help='.pth or .safetensors file, or its address')
     parser.add_argument('dst', help='file to write, .pth or .safetensors')
     parser.add_argument('--prefix', help='use only the keys with this prefix')
     parser.add_argument(
