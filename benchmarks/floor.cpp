@@ -4,7 +4,7 @@
 #include <cstddef>
 
 #include "functions.h"
-#include "problem.h"
+#include "kernel_args.h"
 
 namespace isa = mmvssm::MMVSSM_ISA;
 using isa::kLanes;

@@ -288,7 +288,7 @@ def measure_network(plan: Plan, threads: int) -> list[dict]:
 @torch.no_grad()
 def run_network(model: torch.nn.Module, image: Tensor, core: Callable) -> Tensor:
     """Logits of an image by a model whose SS2D layers have another core."""
-    with mock.patch('mmvssm.backbones.vssm.ss2d_scan', core), use_backend('cpu'):
+    with mock.patch('mmvssm.layers.ss2d.ss2d_scan', core), use_backend('cpu'):
         return model(image)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmvssm.backbones.vssm import SS2D
+from mmvssm.layers import SS2D
 
 
 def op_inputs(

@@ -1,17 +1,25 @@
 """Visual state-space backbones for mmsegmentation and mmdetection."""
 
-from mmvssm import compat, ops
+from mmvssm import backbones, compat, layers, ops
 from mmvssm.builders import build_backbone, build_classifier, list_models
 from mmvssm.checkpoints import load_checkpoint
+from mmvssm.families import Family, register_family
+from mmvssm.pretrained import load_pretrained, save_pretrained
 
 __version__ = '0.1.0'
 
 __all__ = [
+    'Family',
+    'backbones',
     'build_backbone',
     'build_classifier',
     'list_models',
+    'layers',
     'load_checkpoint',
+    'load_pretrained',
     'ops',
+    'register_family',
+    'save_pretrained',
 ]
 
 compat.apply()

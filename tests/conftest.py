@@ -20,6 +20,7 @@ LONG_FILES = (
     'test_builders.py',
     'backbones/test_compile.py',
     'test_contracts.py',
+    'test_adapters.py',
     'ops/gpu_check/test_command.py',
     'ops/gpu_check/test_run.py',
     'engine/launching/test_gpu_check.py',

@@ -20,10 +20,10 @@ FAMILIES = {
     'vmamba_v0': lambda **k: VSSM(V0, **STAGES | k),
     'vmamba_v05_noz': lambda **k: VSSM(dict(depths=(1, 1), dims=16), **STAGES | k),
     'vim': lambda **k: Vim(
-        PLAIN, 32, cls_token='middle', **dict(drop_path_rate=0.0) | k
+        PLAIN, img_size=32, cls_token='middle', **dict(drop_path_rate=0.0) | k
     ),
     'mambar': lambda **k: MambaR(
-        dict(PLAIN, registers=3), 32, **dict(drop_path_rate=0.0) | k
+        dict(PLAIN, registers=3), img_size=32, **dict(drop_path_rate=0.0) | k
     ),
     'mlla': lambda **k: MLLA(
         dict(depths=(1, 1), dims=16, num_heads=(2, 4)), **STAGES | k

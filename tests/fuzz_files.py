@@ -15,7 +15,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from safetensors.torch import save as save_safetensors
 
-from checkpoints import files, plain_files
+from checkpoints import files, isotropic_files
 from mmvssm.backbones import MLLA, MambaR, Vim
 from mmvssm.heads import ClassificationHead, ImageClassifier
 
@@ -44,18 +44,18 @@ MODELS = {
     'vmamba': (partial(files.classifier, files.V2), files.published),
     'vmamba-v0': (partial(files.classifier, files.V0), old_names),
     'vmamba-segmentor': (partial(files.Segmentor, files.V2), files.randomised),
-    'vim': (plain_files.vim_classifier, plain_files.published),
+    'vim': (isotropic_files.vim_classifier, isotropic_files.published),
     'vim-segmentor': (
-        lambda: plain_files.Segmentor(Vim(plain_files.ARCH, 56)),
-        plain_files.published_segmentor,
+        lambda: isotropic_files.Segmentor(Vim(isotropic_files.ARCH, img_size=56)),
+        isotropic_files.published_segmentor,
     ),
     'vim-detector': (
-        lambda: plain_files.Detector(Vim(plain_files.ARCH, 56)),
-        plain_files.published_detector,
+        lambda: isotropic_files.Detector(Vim(isotropic_files.ARCH, img_size=56)),
+        isotropic_files.published_detector,
     ),
-    'mambar': (plain_files.mambar_classifier, plain_files.published),
+    'mambar': (isotropic_files.mambar_classifier, isotropic_files.published),
     'mambar-segmentor': (
-        lambda: plain_files.Segmentor(MambaR(plain_files.ARCH, 56)),
+        lambda: isotropic_files.Segmentor(MambaR(isotropic_files.ARCH, img_size=56)),
         files.randomised,
     ),
     'mlla': (mlla_classifier, published_mlla),

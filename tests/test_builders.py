@@ -53,7 +53,8 @@ def test_list_models():
         'vmamba_t_v0',
     ]
     assert mmvssm.list_models('nothing*') == []
-    assert set(mmvssm.list_models()) == set(PUBLISHED)
+    studies = {f'linear_attention_study_{arch}' for arch in ('t', 'small')}
+    assert set(mmvssm.list_models()) == set(PUBLISHED) | studies
 
 
 def test_arguments_arrive():
@@ -65,6 +66,30 @@ def test_arguments_arrive():
     assert net.classifier.head.weight.shape == (7, 768)
     assert net.backbone.patch_embed[0].in_channels == 4
     assert maps.out_channels == (192, 384)
+
+
+ONE_OF_EACH = ('vmamba_t_v0', 'vim_t', 'mambar_t', 'mlla_t', 'linear_attention_study_t')
+
+
+@pytest.mark.parametrize('name', ONE_OF_EACH)
+@pytest.mark.parametrize('value', [0, -3, 3.0, '3', True, None])
+def test_wrong_in_channels(name, value):
+    with pytest.raises(ValueError, match='in_channels must be the number of channels'):
+        mmvssm.build_backbone(name, in_channels=value)
+
+
+@pytest.mark.parametrize('name', ONE_OF_EACH)
+@pytest.mark.parametrize('value', [0, 224.0, '224', (224,), (224, 224, 3), (224, 0)])
+def test_wrong_img_size(name, value):
+    with pytest.raises(ValueError, match='img_size must be one number of pixels or'):
+        mmvssm.build_backbone(name, img_size=value)
+
+
+@pytest.mark.parametrize('name', ONE_OF_EACH)
+def test_only_the_arch_goes_without_a_name(name):
+    cls = type(mmvssm.build_backbone(name))
+    with pytest.raises(TypeError, match='positional argument'):
+        cls('t', 1)
 
 
 @pytest.mark.parametrize('place', ['none', 'head', 'double'])
@@ -119,12 +144,12 @@ def output_shapes(net, image_shape):
 def test_every_backbone(name):
     """Maps of an image that is not square, and no idle parameter.
 
-    At strides 4 to 32 of hierarchical backbones, at one of plain ones.
+    At strides 4 to 32 of hierarchical backbones, at one of isotropic ones.
     """
     with torch.device('meta'):
         net = mmvssm.build_backbone(name)
     sizes = [(2, c, 64 // s, 96 // s) for c, s in zip(net.out_channels, (4, 8, 16, 32))]
-    if not name.startswith(('vmamba', 'mlla')):
+    if name.startswith(('vim', 'mambar')):
         grid = (7, 11) if name.endswith('stride8') else (4, 6)
         sizes = [(2, c, *grid) for c in net.out_channels]
     assert len(sizes) == 4

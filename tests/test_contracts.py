@@ -16,10 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from compare import relative_error
 from families import FAMILIES
 from mmvssm.analysis.flops import count_flops
-from mmvssm.backbones import MambaR, Vim, plain, staged
-from mmvssm.backbones.mlla import MLLABlock
-from mmvssm.backbones.vssm import VSSBlock
-from mmvssm.layers import MambaBlock
+from mmvssm.backbones import MambaR, Vim, hierarchical, isotropic
+from mmvssm.layers import MambaBlock, MLLABlock, VSSBlock
 from mmvssm.ops import backend_status, use_backend
 
 every_family = pytest.mark.parametrize('name', FAMILIES)
@@ -172,7 +170,7 @@ def test_bytes_saved_by_a_block(kind, backend):
 @every_family
 def test_checkpointed_blocks_save_their_input(name, monkeypatch):
     found = []
-    checkpoint = staged.checkpoint
+    checkpoint = hierarchical.checkpoint
 
     def watched(block, *inputs, **options):
         result, saved = bytes_saved(
@@ -181,8 +179,8 @@ def test_checkpointed_blocks_save_their_input(name, monkeypatch):
         found.append((saved, sum(x.nbytes for x in inputs if x is not None)))
         return result
 
-    monkeypatch.setattr(staged, 'checkpoint', watched)
-    monkeypatch.setattr(plain, 'checkpoint', watched)
+    monkeypatch.setattr(hierarchical, 'checkpoint', watched)
+    monkeypatch.setattr(isotropic, 'checkpoint', watched)
     net = FAMILIES[name](with_cp=True)
     x = random(2, 3, 48, 40, dtype=torch.float32)
     sum(y.sum() for y in net(x)).backward()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import mmvssm
-from mmvssm.backbones.vssm import SS2D, PatchMerging2d, VSSBlock
+from mmvssm.layers import SS2D, PatchMerging2d, VSSBlock
 from mmvssm.ops import cross_merge, cross_scan, selective_scan, use_backend
 from ops.backends_under_test import BACKENDS, EMULATED, on_backends, takes
 from parity import DATA, Case, list_cases, make_input, make_weight

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import mmvssm
-from mmvssm.backbones.mlla import Downsample, MLLABlock
-from mmvssm.layers import rotary_tables, rotate
+from mmvssm.backbones.mlla import Downsample
+from mmvssm.layers import MLLABlock, rotary_tables, rotate
 from mmvssm.ops import use_backend
 from parity import Case
 

@@ -7,21 +7,36 @@ in the place of the forget gate.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmvssm.backbones.staged import StagedBackbone, resolve_arch
-from mmvssm.backbones.vssm import PatchMerging2d
+from mmvssm.backbones.base import (
+    describe_arch,
+    fit_grid,
+    note_grid,
+    parse_img_size,
+)
+from mmvssm.backbones.hierarchical import (
+    HierarchicalBackbone,
+    block_depth,
+    component,
+    count_blocks,
+    last_block,
+    map_head,
+    resolve_arch,
+)
+from mmvssm.families import Family, register_family
 from mmvssm.layers import (
     DepthwiseConv2d,
     DropPath,
     LayerNorm2d,
     Linear2d,
     Mlp2d,
+    PatchMerging2d,
     resize_position,
 )
 from mmvssm.layers.unified_attention import StepSize2d, UnifiedAttention2d
@@ -129,6 +144,7 @@ class StudyBlock(nn.Module):
         if grid is not None:
             self.pos_embed = nn.Parameter(torch.empty(1, math.prod(grid), channels))
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            note_grid(self)
         self.cpe1 = DepthwiseConv2d(channels) if cpe else None
         self.norm1 = LayerNorm2d(channels)
         if design == 'transformer':
@@ -156,7 +172,7 @@ class StudyBlock(nn.Module):
 
 
 @MODELS.register_module()
-class LinearAttentionStudy(StagedBackbone):
+class LinearAttentionStudy(HierarchicalBackbone):
     """Linear attention with any of the differences between it and Mamba.
 
     With no switch set this is the baseline of the paper, Swin-T with linear
@@ -205,6 +221,7 @@ class LinearAttentionStudy(StagedBackbone):
     def __init__(
         self,
         arch: str | dict = 't',
+        *,
         input_gate: bool = False,
         forget_gate: bool = False,
         shortcut: bool = False,
@@ -252,16 +269,14 @@ class LinearAttentionStudy(StagedBackbone):
             return block(channels, rate, grid=grid)
 
         super().__init__(
-            nn.Sequential(
-                nn.Conv2d(in_channels, arch['dims'], 4, stride=4),
-                LayerNorm2d(arch['dims']),
-            ),
+            _patch_embed,
             make_block,
             PatchMerging2d,
             depths=arch['depths'],
             dims=arch['dims'],
             norm_name='norm',
             min_size=4,
+            img_size=img_size,
             in_channels=in_channels,
             out_indices=out_indices,
             frozen_stages=frozen_stages,
@@ -275,9 +290,57 @@ class LinearAttentionStudy(StagedBackbone):
                 module.reset_parameters()
 
 
+def _patch_embed(in_channels: int, dims: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(in_channels, dims, 4, stride=4), LayerNorm2d(dims))
+
+
 def _grid(img_size: int | tuple[int, int], stage: int) -> tuple[int, int]:
     """Size of the map of a stage."""
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(sides) != 2 or min(sides) < 4:
-        raise ValueError(f'img_size must be at least 4x4 pixels, got {img_size}')
-    return tuple(math.ceil(side // 4 / 2**stage) for side in sides)
+    return tuple(
+        math.ceil(side // 4 / 2**stage) for side in parse_img_size(img_size, 4)
+    )
+
+
+def _fit(
+    state: Mapping[str, torch.Tensor],
+    backbone: LinearAttentionStudy,
+    grids: Mapping[str, tuple[int, int]],
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Resize the position embeddings of a file, one a block, to the model's grids."""
+    state, notes = dict(state), []
+    blocks = dict(backbone.named_modules())
+    for key, value in state.items():
+        block, _, leaf = key.rpartition('.')
+        grid = getattr(blocks.get(block), 'grid', None)
+        if leaf == 'pos_embed' and grid is not None and value.ndim == 3:
+            state[key], more = fit_grid(value, grid, grids.get(block), key)
+            notes += more
+    return state, notes
+
+
+def _describe(state: Mapping[str, torch.Tensor]) -> str:
+    """Name of the model that names and shapes belong to; switches are not told."""
+    try:
+        dims = state['layers.0.blocks.0.norm1.weight'].numel()
+    except KeyError:
+        return 'an incomplete LinearAttentionStudy'
+    found = dict(depths=count_blocks(state), dims=dims)
+    return describe_arch(found, ARCH_ZOO, FAMILY.name, FAMILY.title)
+
+
+FAMILY = register_family(
+    Family(
+        name='linear_attention_study',
+        title='LinearAttentionStudy',
+        backbone=LinearAttentionStudy,
+        archs=ARCH_ZOO,
+        head=map_head,
+        classifier_args=dict(out_indices=(3,), out_norm=False),
+        signature=r'layers\.\d+\.blocks\.\d+\.mixer\.attention\.qk\.weight',
+        depth=block_depth,
+        describe=_describe,
+        component=component,
+        target_layer=last_block,
+        fit=_fit,
+    )
+)

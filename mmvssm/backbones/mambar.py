@@ -5,16 +5,28 @@ information that Vim would leave in patches of the background. The names of
 parameters are those of the published code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
-from mmvssm.backbones.plain import (
+from mmvssm.backbones.base import fit_grid
+from mmvssm.backbones.isotropic import (
     ARCH_DEFAULTS,
-    PlainMamba,
+    IsotropicMamba,
+    block_depth,
+    can_fit,
     check_choice,
+    check_depth,
+    component,
+    describe,
+    rename,
     resolve_arch,
+    second_last_mixer,
 )
+from mmvssm.families import Family, register_family
+from mmvssm.heads import RegisterHead
 from mmvssm.layers import resize_position, token_positions
 from mmvssm.registry import MODELS
 
@@ -27,7 +39,7 @@ ARCH_ZOO = {
 
 
 @MODELS.register_module()
-class MambaR(PlainMamba):
+class MambaR(IsotropicMamba):
     """Mamba® backbone.
 
     Arguments without an entry here are those of :class:`Vim`. Positions are
@@ -58,6 +70,7 @@ class MambaR(PlainMamba):
     def __init__(
         self,
         arch: str | dict = 't',
+        *,
         img_size: int | tuple[int, int] = 224,
         in_channels: int = 3,
         out_indices: Sequence[int] | None = None,
@@ -117,3 +130,64 @@ class MambaR(PlainMamba):
         if not self.num_registers:
             return patches, None
         return patches, self.cls_token + self.pos_embed_cls
+
+
+# By how much the published head of each arch reduces a register.
+_REDUCTION = dict(t=1, s=2, b=4, l=8)
+
+
+def _head(
+    backbone: MambaR, arch: str, num_classes: int, **options: Any
+) -> RegisterHead:
+    registers = backbone.num_registers
+    defaults = dict(
+        reduce=_REDUCTION[arch], pooling='concat' if registers else 'patches'
+    )
+    return RegisterHead(
+        backbone.out_channels[-1], num_classes, registers, **{**defaults, **options}
+    )
+
+
+def _component(key: str) -> str | None:
+    """As for Vim; registers, which no model does without, are of the stem."""
+    if key in ('cls_token', 'pos_embed_cls'):
+        return 'patch_embed.'
+    return component(key)
+
+
+def _fit(
+    state: Mapping[str, torch.Tensor],
+    backbone: MambaR,
+    grids: Mapping[str, tuple[int, int]],
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Resize the position embedding of a file to the model's grid.
+
+    Registers have no place in it, other than the class tokens of Vim.
+    """
+    check_depth(state, backbone)
+    state = dict(state)
+    if not can_fit(state, backbone):
+        return state, []
+    state['pos_embed'], notes = fit_grid(
+        state['pos_embed'], backbone.grid, grids.get('')
+    )
+    return state, notes
+
+
+FAMILY = register_family(
+    Family(
+        name='mambar',
+        title='Mamba-R',
+        backbone=MambaR,
+        archs=ARCH_ZOO,
+        head=_head,
+        classifier_args=dict(classification=True),
+        signature='pos_embed_cls',
+        depth=block_depth,
+        describe=partial(describe, archs=ARCH_ZOO, name='mambar', title='Mamba-R'),
+        component=_component,
+        target_layer=second_last_mixer,
+        rename=rename,
+        fit=_fit,
+    )
+)

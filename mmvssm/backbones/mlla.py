@@ -9,21 +9,25 @@ Maps are (B, C, H, W) throughout, held in channels-last memory, in which norms,
 linear layers and the attention need no copy.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmvssm.backbones.staged import StagedBackbone, resolve_arch
-from mmvssm.layers import (
-    DepthwiseConv2d,
-    DropPath,
-    LayerNorm2d,
-    Linear2d,
-    LinearAttention2d,
-    Mlp2d,
+from mmvssm.backbones.base import describe_arch
+from mmvssm.backbones.hierarchical import (
+    HierarchicalBackbone,
+    block_depth,
+    component,
+    count_blocks,
+    last_block,
+    map_head,
+    resolve_arch,
 )
+from mmvssm.families import Family, register_family
+from mmvssm.layers import MLLABlock
 from mmvssm.registry import MODELS
 
 _DEFAULTS = dict(mlp_ratio=4.0, drop_path_rate=0.2)
@@ -153,55 +157,8 @@ def _pad_to_multiple(x: torch.Tensor, side: int) -> torch.Tensor:
     return F.pad(x, (0, more[1], 0, more[0]))
 
 
-class MLLABlock(nn.Module):
-    """Gated linear attention and an MLP, each behind a position encoding.
-
-    ``x + cpe1(x)``; then the sum of that and
-    ``out_proj(attn(SiLU(dwc(in_proj(n)))) * SiLU(act_proj(n)))`` with
-    ``n = norm1(x)``; then ``x + cpe2(x)`` and ``x + mlp(norm2(x))``.
-
-    Args:
-        channels: C of the maps.
-        heads: Heads of the attention.
-        mlp_ratio: Hidden channels of the MLP relative to C.
-        drop_path: Probability of dropping a branch of a sample. Position
-            encodings are never dropped.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-    ):
-        super().__init__()
-        self.cpe1 = DepthwiseConv2d(channels)
-        self.norm1 = LayerNorm2d(channels)
-        self.in_proj = Linear2d(channels, channels)
-        self.act_proj = Linear2d(channels, channels)
-        self.dwc = DepthwiseConv2d(channels)
-        self.attn = LinearAttention2d(channels, heads)
-        self.out_proj = Linear2d(channels, channels)
-        self.drop_path = DropPath(drop_path)
-        self.cpe2 = DepthwiseConv2d(channels)
-        self.norm2 = LayerNorm2d(channels)
-        self.mlp = Mlp2d(channels, int(mlp_ratio * channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.cpe1(x)
-        x = x + self.drop_path(self._mix(self.norm1(x)))
-        x = x + self.cpe2(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def _mix(self, x: torch.Tensor) -> torch.Tensor:
-        gate = F.silu(self.act_proj(x))
-        x = F.silu(self.dwc(self.in_proj(x)))
-        return self.out_proj(self.attn(x) * gate)
-
-
 @MODELS.register_module()
-class MLLA(StagedBackbone):
+class MLLA(HierarchicalBackbone):
     """MLLA (MILA) backbone.
 
     Its batch norms are plain ``nn.BatchNorm2d``. For training on many devices
@@ -247,6 +204,7 @@ class MLLA(StagedBackbone):
     def __init__(
         self,
         arch: str | dict = 't',
+        *,
         img_size: int | tuple[int, int] = 224,
         in_channels: int = 3,
         out_indices: Sequence[int] = (0, 1, 2, 3),
@@ -275,13 +233,14 @@ class MLLA(StagedBackbone):
             return MLLABlock(channels, heads[stage], arch['mlp_ratio'], drop_path)
 
         super().__init__(
-            Stem(in_channels, dims),
+            Stem,
             block,
             Downsample,
             depths=arch['depths'],
             dims=dims,
             norm_name='norm',
             min_size=1,
+            img_size=img_size,
             in_channels=in_channels,
             out_indices=out_indices,
             frozen_stages=frozen_stages,
@@ -290,3 +249,58 @@ class MLLA(StagedBackbone):
             out_norm=out_norm,
             init_cfg=init_cfg,
         )
+
+
+_HEAD = re.compile(r'(norm|head)\.')
+_ROTARY_TABLE = re.compile(r'layers\.\d+\.blocks\.\d+\.attn\.rope\.rotations')
+
+
+def _rename(key: str) -> str:
+    """Published name, without prefix -> own name."""
+    return f'classifier.{key}' if _HEAD.match(key) else key
+
+
+def _fit(
+    state: Mapping[str, torch.Tensor],
+    backbone: MLLA,
+    grids: Mapping[str, tuple[int, int]],
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Leave out the rotary tables of a file.
+
+    They belong to the image size of its training. Models here make the same
+    tables for the map at hand.
+    """
+    kept = {key: x for key, x in state.items() if not _ROTARY_TABLE.fullmatch(key)}
+    left = len(state) - len(kept)
+    note = f'{left} rotary tables were left out: the model makes its own'
+    return kept, [note] if left else []
+
+
+def _describe(state: Mapping[str, torch.Tensor]) -> str:
+    """Name of the model that current names and their shapes belong to."""
+    try:
+        dims = state['layers.0.blocks.0.norm1.weight'].numel()
+        hidden = state['layers.0.blocks.0.mlp.fc1.bias'].numel()
+    except KeyError:
+        return 'an incomplete MLLA'
+    found = dict(depths=count_blocks(state), dims=dims, mlp_ratio=hidden / dims)
+    return describe_arch(found, ARCH_ZOO, 'mlla', 'MLLA')
+
+
+FAMILY = register_family(
+    Family(
+        name='mlla',
+        title='MLLA',
+        backbone=MLLA,
+        archs=ARCH_ZOO,
+        head=map_head,
+        classifier_args=dict(out_indices=(3,), out_norm=False),
+        signature=r'layers\.\d+\.blocks\.\d+\.attn\.qk\.weight',
+        depth=block_depth,
+        describe=_describe,
+        component=component,
+        target_layer=last_block,
+        rename=_rename,
+        fit=_fit,
+    )
+)

@@ -5,17 +5,35 @@ through blocks that scan the sequence from both ends. The names of parameters
 are those of the published code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
-from mmvssm.backbones.plain import (
+from mmvssm.backbones.base import fit_grid
+from mmvssm.backbones.isotropic import (
     ARCH_DEFAULTS,
-    PlainMamba,
+    IsotropicMamba,
+    block_depth,
+    can_fit,
     check_choice,
+    check_depth,
+    component,
+    describe,
+    has_pyramid,
+    rename,
     resolve_arch,
+    second_last_mixer,
 )
-from mmvssm.layers import resize_position, split_tokens, token_positions
+from mmvssm.families import Family, register_family
+from mmvssm.heads import ClassTokenHead
+from mmvssm.layers import (
+    insert_tokens,
+    resize_position,
+    split_tokens,
+    token_positions,
+)
 from mmvssm.registry import MODELS
 
 ARCH_ZOO = {
@@ -36,14 +54,16 @@ _CLASS_TOKENS = {
 
 
 @MODELS.register_module()
-class Vim(PlainMamba):
+class Vim(IsotropicMamba):
     """Vim backbone.
 
     Args:
         arch: A name of ``ARCH_ZOO``: ``t``, ``s``, ``b``, ``t_stride8``,
             ``s_stride8``. Or a dict with ``embed_dims`` (int, channels) and
             ``depth`` (int, blocks) and, optionally, ``patch_size`` (16),
-            ``stride`` (16), ``d_state`` (16) and ``drop_path_rate`` (.1).
+            ``stride`` (16), ``d_state`` (16, states of a channel), ``d_conv`` (4,
+            width of the causal convolution), ``expand`` (2, channels inside a
+            block relative to ``embed_dims``) and ``drop_path_rate`` (.1).
         img_size: Image size, one number or height and width, at whose grid of
             patches the position embedding is stored. Every size is accepted:
             the embedding is resized to the grid at hand.
@@ -97,6 +117,7 @@ class Vim(PlainMamba):
     def __init__(
         self,
         arch: str | dict = 't',
+        *,
         img_size: int | tuple[int, int] = 224,
         in_channels: int = 3,
         out_indices: Sequence[int] | None = None,
@@ -174,3 +195,92 @@ class Vim(PlainMamba):
         grid, others = split_tokens(self.pos_embed, positions)
         patches = patches + resize_position(grid, self.grid, size)
         return patches, None if tokens is None else tokens + others
+
+
+# Number of class tokens in a file -> where they stand. One may be anywhere.
+_CHECKPOINT_PLACEMENTS = {0: 'head', 2: 'ends'}
+
+
+def _head(backbone: Vim, arch: str, num_classes: int, **options: Any) -> ClassTokenHead:
+    return ClassTokenHead(backbone.out_channels[-1], num_classes, **options)
+
+
+def _file_format(keys: Iterable[str]) -> str:
+    """``'vim'``, or ``'vim-fpn'`` with the pyramid inside the backbone."""
+    return 'vim-fpn' if has_pyramid(keys) else 'vim'
+
+
+def _fit(
+    state: Mapping[str, torch.Tensor],
+    backbone: Vim,
+    grids: Mapping[str, tuple[int, int]],
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Fit the position embedding of a file to the model's tokens and grid.
+
+    The vectors of class tokens are told from those of patches by where the
+    tokens stand in the sequence. One that the model has no token for is left
+    out; one that the file has none for stays as initialised.
+
+    Args:
+        state: Backbone of the file, converted.
+        backbone: The model.
+        grids: Rows and columns that the file says it has; see :class:`Family`.
+
+    Returns:
+        The tensors for the model, and notes on what was changed.
+
+    Raises:
+        CheckpointError: The file is deeper than the model's arch, or has a
+            grid that cannot be told.
+    """
+    check_depth(state, backbone)
+    state = dict(state)
+    if not can_fit(state, backbone):
+        return state, []
+    tokens = sum(key.startswith('cls_token') for key in state)
+    patches = state['pos_embed'].shape[1] - tokens
+    positions = token_positions(patches, tokens, _placement(tokens, backbone))
+    grid, others = split_tokens(state['pos_embed'], positions)
+    grid, notes = fit_grid(grid, backbone.grid, grids.get(''))
+
+    wanted = backbone.token_positions(grid.shape[1])
+    if len(wanted) != tokens:
+        own = backbone.token_positions(backbone.grid[0] * backbone.grid[1])
+        others = split_tokens(backbone.pos_embed.detach(), own)[1].to(grid)
+        if tokens:
+            notes.append(
+                f'pos_embed was taken without the vectors of class tokens at '
+                f'{", ".join(map(str, positions))}'
+            )
+    state['pos_embed'] = insert_tokens(grid, others, wanted)
+    return state, notes
+
+
+def _placement(tokens: int, backbone: Vim) -> str:
+    """Where the class tokens of a file stand; the model knows, the file does not."""
+    if tokens in _CHECKPOINT_PLACEMENTS:
+        return _CHECKPOINT_PLACEMENTS[tokens]
+    if backbone.cls_token_place in ('head', 'middle'):
+        return backbone.cls_token_place
+    return backbone.pretrained_cls_token
+
+
+FAMILY = register_family(
+    Family(
+        name='vim',
+        title='Vim',
+        backbone=Vim,
+        archs=ARCH_ZOO,
+        head=_head,
+        classifier_args=dict(classification=True, cls_token='middle'),
+        signature=r'layers\.\d+\.mixer\.A_b_log',
+        unless='pos_embed_cls',  # Of Mamba®, which has the same mixer.
+        depth=block_depth,
+        describe=partial(describe, archs=ARCH_ZOO, name='vim', title='Vim'),
+        component=component,
+        target_layer=second_last_mixer,
+        file_format=_file_format,
+        rename=rename,
+        fit=_fit,
+    )
+)

@@ -9,24 +9,30 @@ and linear layers need no copy; ``v0``, whose published code is channel-last,
 therefore runs through the same code as the later variants.
 """
 
-import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from mmvssm.backbones.staged import StagedBackbone, resolve_arch
-from mmvssm.layers import DropPath, LayerNorm2d, Linear2d, Mlp2d
-from mmvssm.layers.cascade_scan import cascade_scan
-from mmvssm.ops import list_scan_orders, ss2d_scan
-from mmvssm.ops.scan_orders import Orders, count_orders
+from mmvssm.backbones.base import describe_arch
+from mmvssm.backbones.hierarchical import (
+    HierarchicalBackbone,
+    block_depth,
+    component,
+    count_blocks,
+    last_block,
+    map_head,
+    resolve_arch,
+)
+from mmvssm.families import Family, register_family
+from mmvssm.layers import CascadeSS2D, LayerNorm2d, PatchMerging2d, VSSBlock
+from mmvssm.layers.ss2d import ACTIVATIONS, CONVOLUTIONS, INITIALISATIONS
+from mmvssm.ops import list_scan_orders
+from mmvssm.ops.scan_orders import Orders
 from mmvssm.registry import MODELS
 
-_ACTIVATIONS = {'silu': F.silu, 'gelu': F.gelu, 'relu': F.relu}
-_INITIALISATIONS = ('v0', 'v1', 'v2')
-_CONVOLUTIONS = (3, -1)
 # The pattern that a published name of the mixer says; None says nothing about it.
 _PATTERNS = {
     'v0': None,
@@ -58,9 +64,9 @@ _V2 = dict(
 _DEFAULTS = dict(_V2, drop_path_rate=0.2)
 _CHOICES = dict(
     forward_type=tuple(_PATTERNS),
-    ssm_conv=_CONVOLUTIONS,
-    ssm_act_layer=tuple(_ACTIVATIONS),
-    ssm_init=_INITIALISATIONS,
+    ssm_conv=CONVOLUTIONS,
+    ssm_act_layer=tuple(ACTIVATIONS),
+    ssm_init=INITIALISATIONS,
     patchembed_version=('v1', 'v2'),
     downsample_version=('v1', 'v3'),
 )
@@ -85,242 +91,6 @@ ARCH_ZOO = {
     's_s1l20': _arch(_V2, (2, 2, 20, 2), 96, 0.3),
     'b_s1l20': _arch(_V2, (2, 2, 20, 2), 128, 0.5),
 }
-
-
-class SS2D(nn.Module):
-    """2-d selective scan: the mixer of a VMamba block.
-
-    ``x -> in_proj -> depthwise 3x3 -> SiLU -> scan -> out_norm -> out_proj``.
-    The scan runs a selective state-space model along K orders of the positions,
-    by default the rows, the columns and both of these backwards, each with
-    parameters of its own, and sums the K results. The gated form multiplies the
-    normalised result by ``SiLU(z)``, z being the second half of the channels of
-    ``in_proj``.
-
-    Args:
-        channels: C of input and output.
-        d_state: States N of each channel.
-        ssm_ratio: Channels inside, relative to ``channels``.
-        gated: The form of ``v0``: a gate, and a bias in the convolution.
-        orders: See ``orders`` of :func:`mmvssm.ops.ss2d_scan`. K is the number
-            of its rows.
-        d_conv: Side of the convolution: 3, or -1 for no convolution.
-        act_layer: In the place of both SiLUs: ``'silu'``, ``'gelu'``,
-            ``'relu'``.
-        initialize: How the scan starts. ``'v0'``: as Mamba, A_n = -n and step
-            sizes log-uniform in [0.001, 0.1]. ``'v1'``: A_logs from N(0, 1),
-            weights and biases of the step sizes from 0.1 N(0, 1). ``'v2'``:
-            A = -1, and 0.1 U(0, 1). Ds are 1 in all of them.
-
-    Raises:
-        ValueError: An argument has none of these values, or there is no scan
-            order of that name.
-
-    Note:
-        ``A_logs``, ``Ds`` and ``dt_projs_bias`` enter the scan in float32 (or
-        float64) whatever the dtype of the maps, and under autocast the scan
-        and ``out_norm`` run in float32: half precision there is what makes
-        training diverge.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        d_state: int = 1,
-        ssm_ratio: float = 1.0,
-        gated: bool = False,
-        *,
-        orders: Orders = 'cross',
-        d_conv: int = 3,
-        act_layer: str = 'silu',
-        initialize: str = 'v0',
-    ):
-        super().__init__()
-        _check_choice('d_conv', d_conv, _CONVOLUTIONS)
-        _check_choice('act_layer', act_layer, tuple(_ACTIVATIONS))
-        _check_choice('initialize', initialize, _INITIALISATIONS)
-        inner = int(ssm_ratio * channels)
-        dt_rank = math.ceil(channels / 16)
-        # The same for maps of all sizes.
-        sets = count_orders(orders, 1, 1)
-        self.gated = gated
-        self.orders = orders
-        self.act = _ACTIVATIONS[act_layer]
-        self.in_proj = Linear2d(channels, 2 * inner if gated else inner, bias=False)
-        if d_conv > 0:
-            self.conv2d = nn.Conv2d(
-                inner, inner, d_conv, padding=d_conv // 2, groups=inner, bias=gated
-            )
-        else:
-            self.conv2d = nn.Identity()
-        self.x_proj_weight = nn.Parameter(
-            torch.empty(sets, dt_rank + 2 * d_state, inner)
-        )
-        self.dt_projs_weight = nn.Parameter(torch.empty(sets, inner, dt_rank))
-        self.dt_projs_bias = nn.Parameter(torch.empty(sets, inner))
-        self.A_logs = nn.Parameter(torch.empty(sets * inner, d_state))
-        self.Ds = nn.Parameter(torch.ones(sets * inner))
-        self.out_norm = LayerNorm2d(inner)
-        self.out_proj = Linear2d(inner, channels, bias=False)
-        self._init_scan(initialize)
-
-    @torch.no_grad()
-    def _init_scan(self, initialize: str) -> None:
-        bound = self.x_proj_weight.shape[2] ** -0.5
-        self.x_proj_weight.uniform_(-bound, bound)
-        if initialize == 'v0':
-            self._init_as_mamba()
-            return
-        steps = (self.dt_projs_weight, self.dt_projs_bias)
-        if initialize == 'v1':
-            self.A_logs.normal_()
-            for parameter in steps:
-                parameter.normal_(std=0.1)
-        else:
-            self.A_logs.zero_()
-            for parameter in steps:
-                parameter.uniform_(0, 0.1)
-
-    @torch.no_grad()
-    def _init_as_mamba(
-        self, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4
-    ) -> None:
-        """Steps log-uniform in [dt_min, dt_max], states with A_n = -n."""
-        dt_rank = self.dt_projs_weight.shape[2]
-        self.dt_projs_weight.uniform_(-(dt_rank**-0.5), dt_rank**-0.5)
-        step = (
-            torch.empty_like(self.dt_projs_bias)
-            .uniform_(math.log(dt_min), math.log(dt_max))
-            .exp_()
-            .clamp_(min=dt_floor)
-        )
-        # The inverse of softplus, which the scan applies to the bias.
-        self.dt_projs_bias.copy_(step + torch.log(-torch.expm1(-step)))
-        self.A_logs.copy_(
-            torch.arange(1.0, self.A_logs.shape[1] + 1).log().expand_as(self.A_logs)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.in_proj(x)
-        if self.gated:
-            x, z = x.chunk(2, dim=1)
-        x = self.act(self.conv2d(x))
-        y = self._scan(
-            x,
-            self.x_proj_weight,
-            self.dt_projs_weight,
-            _full(self.dt_projs_bias),
-            -_full(self.A_logs).exp(),
-            _full(self.Ds),
-        )
-        y = self.out_norm(y).to(x.dtype)
-        if self.gated:
-            y = y * self.act(z)
-        return self.out_proj(y)
-
-    def _scan(self, *inputs: torch.Tensor) -> torch.Tensor:
-        # The benchmarks put functions in the place of the op that know its
-        # default only.
-        options = {} if self.orders == 'cross' else dict(orders=self.orders)
-        return ss2d_scan(*inputs, **options)
-
-
-class CascadeSS2D(SS2D):
-    """:class:`SS2D` that scans the rows, and then the columns of the result.
-
-    See :func:`mmvssm.layers.cascade_scan.cascade_scan`. Its parameters are those
-    of four scan orders.
-
-    Args:
-        channels, d_state, ssm_ratio, gated, **switches: See :class:`SS2D`; all
-            but ``orders``.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        d_state: int = 1,
-        ssm_ratio: float = 1.0,
-        gated: bool = False,
-        **switches,
-    ):
-        super().__init__(
-            channels, d_state, ssm_ratio, gated, **switches, orders='cross'
-        )
-        self.orders = None
-
-    def _scan(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return cascade_scan(*inputs)
-
-
-def _check_choice(name: str, value: object, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f'SS2D: {name} must be one of {choices}, got {value!r}')
-
-
-def _full(x: torch.Tensor) -> torch.Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class VSSBlock(nn.Module):
-    """``x + SS2D(norm(x))``, then ``x + MLP(norm2(x))`` if it has an MLP.
-
-    Args:
-        channels: C of the maps.
-        d_state, ssm_ratio, gated, **switches: See :class:`SS2D`.
-        mlp_ratio: Hidden channels of the MLP relative to C; 0 for none.
-        drop_path: Probability of dropping a branch of a sample.
-        mixer: :class:`SS2D`, or :class:`CascadeSS2D`.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        d_state: int = 1,
-        ssm_ratio: float = 1.0,
-        gated: bool = False,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        *,
-        mixer: type[SS2D] = SS2D,
-        **switches,
-    ):
-        super().__init__()
-        self.norm = LayerNorm2d(channels)
-        self.op = mixer(channels, d_state, ssm_ratio, gated, **switches)
-        self.drop_path = DropPath(drop_path)
-        self.mlp = None
-        if mlp_ratio > 0:
-            self.norm2 = LayerNorm2d(channels)
-            self.mlp = Mlp2d(channels, int(mlp_ratio * channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path(self.op(self.norm(x)))
-        if self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
-
-
-class PatchMerging2d(nn.Module):
-    """Concatenate 2x2 neighbours, normalise, project 4C -> ``out_channels``.
-
-    Maps of odd size get a row or a column of zeros at the bottom or right.
-    """
-
-    def __init__(self, channels: int, out_channels: int):
-        super().__init__()
-        self.norm = LayerNorm2d(4 * channels)
-        self.reduction = Linear2d(4 * channels, out_channels, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h, w = x.shape[2:]
-        x = F.pad(x, (0, w % 2, 0, h % 2))
-        # The row offset varies first, as in Swin.
-        x = torch.cat(
-            [x[:, :, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=1
-        )
-        return self.reduction(self.norm(x))
 
 
 def _patch_embed(version: str, in_channels: int, dims: int) -> nn.Sequential:
@@ -383,7 +153,7 @@ def _mixer_options(arch: dict, orders: Orders | None) -> dict:
 
 
 @MODELS.register_module()
-class VSSM(StagedBackbone):
+class VSSM(HierarchicalBackbone):
     """VMamba backbone.
 
     Args:
@@ -446,6 +216,7 @@ class VSSM(StagedBackbone):
     def __init__(
         self,
         arch: str | dict = 't_s1l8',
+        *,
         img_size: int | tuple[int, int] = 224,
         in_channels: int = 3,
         out_indices: Sequence[int] = (0, 1, 2, 3),
@@ -454,7 +225,6 @@ class VSSM(StagedBackbone):
         drop_path_rate: float | None = None,
         out_norm: bool = True,
         init_cfg: dict | list[dict] | None = None,
-        *,
         orders: Orders | None = None,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'VSSM', _DEFAULTS, _CHOICES)
@@ -469,7 +239,7 @@ class VSSM(StagedBackbone):
             )
 
         super().__init__(
-            _patch_embed(arch['patchembed_version'], in_channels, dims),
+            partial(_patch_embed, arch['patchembed_version']),
             block,
             partial(_downsample, arch['downsample_version']),
             depths=arch['depths'],
@@ -477,6 +247,7 @@ class VSSM(StagedBackbone):
             norm_name='outnorm',
             # The unpadded 4x4 convolution of v1 needs a whole patch.
             min_size=4 if arch['patchembed_version'] == 'v1' else 1,
+            img_size=img_size,
             in_channels=in_channels,
             out_indices=out_indices,
             frozen_stages=frozen_stages,
@@ -485,3 +256,81 @@ class VSSM(StagedBackbone):
             out_norm=out_norm,
             init_cfg=init_cfg,
         )
+
+
+# Old name -> name of the current published code.
+_RENAMES = (
+    (r'patch_embed\.proj\.', 'patch_embed.0.'),
+    (r'patch_embed\.norm\.', 'patch_embed.2.'),
+    (r'(layers\.\d+\.blocks\.\d+)\.ln_1\.', r'\1.norm.'),
+    (r'(layers\.\d+\.blocks\.\d+)\.self_attention\.', r'\1.op.'),
+    (r'norm\.', 'classifier.norm.'),
+    (r'head\.', 'classifier.head.'),
+)
+_RENAMES = tuple((re.compile(old), new) for old, new in _RENAMES)
+
+
+def _rename(key: str) -> str:
+    """Old or current name, without prefix -> current name."""
+    for old, new in _RENAMES:
+        if old.match(key):
+            return old.sub(new, key, count=1)
+    return key
+
+
+def _file_format(keys: Iterable[str]) -> str:
+    """``'v0-old'``, ``'v0-new'`` or ``'v2'``."""
+    keys = list(keys)
+    if any(
+        _rename(key) != key and key.startswith(('layers.', 'patch_embed.'))
+        for key in keys
+    ):
+        return 'v0-old'
+    return 'v2' if any('.mlp.' in key for key in keys) else 'v0-new'
+
+
+def _reshape(key: str, value: torch.Tensor) -> torch.Tensor:
+    """1x1 convolutions -> linear weights."""
+    pointwise = value.ndim == 4 and value.shape[2:] == (1, 1)
+    return value.flatten(1) if pointwise and '.conv2d.' not in key else value
+
+
+def _describe(state: Mapping[str, torch.Tensor]) -> str:
+    """Name of the arch that current keys and their shapes belong to."""
+    first = 'layers.0.blocks.0.op.'
+    try:
+        inner, states = (
+            state[first + 'dt_projs_bias'].shape[1],
+            state[first + 'A_logs'].shape[1],
+        )
+        rows, dims = state[first + 'in_proj.weight'].shape[:2]
+    except (KeyError, IndexError, ValueError):
+        return 'an incomplete VMamba'
+    found = dict(
+        depths=count_blocks(state),
+        dims=dims,
+        ssm_d_state=states,
+        ssm_ratio=inner / dims,
+        forward_type='v0' if rows == 2 * inner else 'v05_noz',
+    )
+    return describe_arch(found, ARCH_ZOO, 'vmamba', 'VMamba')
+
+
+FAMILY = register_family(
+    Family(
+        name='vmamba',
+        title='VMamba',
+        backbone=VSSM,
+        archs=ARCH_ZOO,
+        head=map_head,
+        classifier_args=dict(out_indices=(3,), out_norm=False),
+        signature=r'layers\.\d+\.blocks\.\d+\.(op|self_attention)\.A_logs',
+        depth=block_depth,
+        describe=_describe,
+        component=component,
+        target_layer=last_block,
+        file_format=_file_format,
+        rename=_rename,
+        reshape=_reshape,
+    )
+)

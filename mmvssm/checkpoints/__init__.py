@@ -1,10 +1,11 @@
 """Recognise, convert and load checkpoints, and report what was loaded."""
 
+from mmvssm.backbones.base import set_pretrained_loader
 from mmvssm.checkpoints.canonical import Checkpoint, convert
-from mmvssm.checkpoints.errors import CheckpointError
 from mmvssm.checkpoints.load import LoadReport, load_checkpoint
 from mmvssm.checkpoints.unpickle import trust
 from mmvssm.checkpoints.write import save_checkpoint
+from mmvssm.errors import CheckpointError
 
 __all__ = [
     'Checkpoint',
@@ -15,3 +16,5 @@ __all__ = [
     'save_checkpoint',
     'trust',
 ]
+
+set_pretrained_loader(load_checkpoint)

@@ -3,20 +3,17 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from mmvssm.checkpoints import mambar, mlla, vim, vmamba
-from mmvssm.checkpoints.errors import CheckpointError
-from mmvssm.checkpoints.families import recognise
-from mmvssm.checkpoints.read import read_state_dict
+from mmvssm.checkpoints.read import Weights, read_weights
+from mmvssm.errors import CheckpointError
+from mmvssm.families import Family, recognise
 
-# Families whose weights can be converted: a module with BACKBONE_KEY,
-# rename, file_format, component, reshape, fit and describe.
-FAMILIES = {'VMamba': vmamba, 'Vim': vim, 'Mamba-R': mambar, 'MLLA': mlla}
-
+# What a family's record calls parts that are not the backbone's.
+_OTHER_PARTS = ('classifier.', 'neck.')
 _SEGMENTOR_HEADS = ('decode_head.', 'auxiliary_head.')
 _DETECTOR_HEADS = (
     *('rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.'),
@@ -32,25 +29,28 @@ class Checkpoint:
     """A checkpoint in the canonical form.
 
     Attributes:
-        family: ``'VMamba'``, ``'Vim'``, ``'Mamba-R'`` or ``'MLLA'``.
+        family: Its record.
         format: Which published naming the file had: ``'v0-old'``,
             ``'v0-new'`` or ``'v2'`` of VMamba, ``'vim'``, ``'vim-fpn'``,
-            ``'vim-detectron2'``, ``'mambar'`` or ``'mlla'``.
+            ``'vim-detectron2'``; of other families their ``name``.
         contents: ``'classifier'``, ``'backbone'``, ``'segmentor'``,
             ``'detector'``, or ``'model'`` with heads of other names.
         arch: Model the shapes belong to, such as ``'vmamba_t_s1l8'``.
         backbone: ``{name: tensor}`` with the backbone's own names.
         others: ``{name: tensor}`` of classifier, heads and necks.
         renamed: How many names the conversion changed.
+        grids: Rows and columns of position embeddings, by the name of the module in
+            the backbone, as far as the file says so.
     """
 
-    family: str
+    family: Family
     format: str
     contents: str
     arch: str
     backbone: dict[str, torch.Tensor]
     others: dict[str, torch.Tensor] = field(default_factory=dict)
     renamed: int = 0
+    grids: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -71,55 +71,67 @@ class Checkpoint:
 
     def __str__(self) -> str:
         return (
-            f'{self.family} {self.contents} in {self.format} format, '
+            f'{self.family.title} {self.contents} in {self.format} format, '
             f'{self.arch}: {len(self.backbone)} backbone tensors, '
             f'{len(self.others)} others'
             f'{summarise(self.others, ": ")}; {self.renamed} renamed'
         )
 
 
-def convert(source: str | Path | Mapping, prefix: str | None = None) -> Checkpoint:
+def convert(
+    source: str | Path | Mapping,
+    prefix: str | None = None,
+    weights: str | None = None,
+) -> Checkpoint:
     """Read a checkpoint, recognise and convert it.
 
     Args:
-        source: A ``.pth`` or ``.safetensors`` file, an http(s) address, or a
-            state dict.
+        source: A ``.pth`` or ``.safetensors`` file, an address or a name of the zoo
+            (see :func:`mmvssm.load_checkpoint`), or a state dict.
         prefix: Take only the keys behind this prefix. By default the place of
             the backbone is found by the keys.
+        weights: ``'raw'`` or ``'ema'``, of a file with both.
 
     Raises:
         CheckpointError: The file is missing or cannot be read, or its keys are
             of no known family.
     """
-    return to_canonical(*read_named(source, prefix))
+    return to_canonical(*read_named(source, prefix, weights))
 
 
 def read_named(
-    source: str | Path | Mapping, prefix: str | None = None
-) -> tuple[dict, str]:
-    """Read a state dict and what to call it in an error message."""
+    source: str | Path | Mapping,
+    prefix: str | None = None,
+    weights: str | None = None,
+    maybe: bool = False,
+) -> tuple[Weights, str]:
+    """Read weights, and what to call them in an error message.
+
+    Args:
+        source, prefix, weights: See :func:`convert`.
+        maybe: Take all keys if none is behind the prefix.
+    """
     what = 'the state dict' if isinstance(source, Mapping) else str(source)
-    state = read_state_dict(source)
+    read = read_weights(source, weights)
     if prefix:
-        state = {
+        behind = {
             key.removeprefix(prefix): value
-            for key, value in state.items()
+            for key, value in read.tensors.items()
             if key.startswith(prefix)
         }
-        if not state:
+        if behind:
+            grids = _behind(read.grids, prefix)
+            return replace(read, tensors=behind, grids=grids), what
+        if not maybe:
             raise CheckpointError(f"{what} has no keys behind '{prefix}'")
-    return state, what
+    return read, what
 
 
-def to_canonical(state: Mapping[str, torch.Tensor], what: str) -> Checkpoint:
+def to_canonical(read: Weights, what: str) -> Checkpoint:
     """Recognise and convert a state dict; see :func:`convert`."""
+    state = read.tensors
     found = recognise(state, what)
-    family = FAMILIES.get(found.family)
-    if family is None:
-        raise CheckpointError(
-            f'{what} holds {found.family} weights; this version converts '
-            f'{", ".join(FAMILIES)}'
-        )
+    family = found.family
     own, foreign = split_keys(state, found.prefix)
     changed = sum(family.rename(key) != key for key in own)
     pyramid = [key for key in foreign if _DETECTRON2_PYRAMID.match(key)]
@@ -127,19 +139,31 @@ def to_canonical(state: Mapping[str, torch.Tensor], what: str) -> Checkpoint:
     others = {_neck_name(key): state[full] for key, full in foreign.items()}
     for key, full in own.items():
         name = family.rename(key)
-        target = backbone if family.BACKBONE_KEY.match(name) else others
+        target = others if name.startswith(_OTHER_PARTS) else backbone
         if name in target:
             raise CheckpointError(f'{what} has {name} twice, under different names')
         target[name] = family.reshape(name, state[full])
     return Checkpoint(
-        found.family,
-        family.file_format(own) + ('-detectron2' if pyramid else ''),
+        family,
+        family.format_of(own) + ('-detectron2' if pyramid else ''),
         _contents(others, whole=bool(foreign)),
         family.describe(backbone),
         backbone,
         others,
         changed + len(pyramid),
+        _behind(read.grids, found.prefix),
     )
+
+
+def _behind(
+    grids: Mapping[str, tuple[int, int]], prefix: str
+) -> dict[str, tuple[int, int]]:
+    """Those of the module that a prefix stands for, and of its parts."""
+    return {
+        f'{name}.'.removeprefix(prefix).removesuffix('.'): grid
+        for name, grid in grids.items()
+        if f'{name}.'.startswith(prefix) or not prefix
+    }
 
 
 def _neck_name(key: str) -> str:

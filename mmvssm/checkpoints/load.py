@@ -1,6 +1,5 @@
 """Load a checkpoint into a model and say what was loaded."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,18 +7,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mmvssm.checkpoints.adapt import adapt_stem, fresh_heads
 from mmvssm.checkpoints.canonical import (
-    FAMILIES,
     Checkpoint,
     read_named,
     split_keys,
     summarise,
     to_canonical,
 )
-from mmvssm.checkpoints.errors import CheckpointError
-from mmvssm.checkpoints.families import recognise
-
-_OUTPUT_NORM = re.compile(r'(^|backbone\.|module\.)(out)?norm\d+\.')
+from mmvssm.errors import CheckpointError
+from mmvssm.families import Family, models, recognise
 
 
 @dataclass
@@ -33,11 +30,15 @@ class LoadReport:
             ``'detector'``, or ``'model'`` with heads of other names.
         arch: Model the file belongs to, such as ``'vmamba_t_s1l8'``.
         matched: Names in the model that were loaded.
-        missing: Names in the model that the file does not have; they keep
-            their values.
+        missing: Names in the model that were not; they keep their values.
         unexpected: Names in the file, converted, that the model does not have.
         notes: What was changed to fit the model, such as a resized position
-            embedding.
+            embedding, and what was assumed of the file.
+        copy: Key of the weights in the file, such as ``'model_ema'``; None if they
+            are at its top.
+        other_copies: Keys of further copies of the weights in the file.
+        new_by_design: Those of ``missing`` that files of this kind never have, such
+            as the output norms of a backbone.
     """
 
     family: str
@@ -48,32 +49,43 @@ class LoadReport:
     missing: list[str]
     unexpected: list[str]
     notes: list[str] = field(default_factory=list)
+    copy: str | None = None
+    other_copies: tuple[str, ...] = ()
+    new_by_design: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = len(self.matched) + len(self.missing)
         lines = [
-            f'{self.family} {self.contents} checkpoint in {self.format} '
-            f'format ({self.arch}): loaded {len(self.matched)} of the '
-            f"model's {total} tensors"
+            f'loaded {len(self.matched)} of {total} tensors of the model from a '
+            f'{self.family} {self.contents} ({self.arch}, {self.format} format)'
         ]
-        lines += [f'  {note}' for note in self.notes]
-        if self.missing:
+        if self.copy or self.other_copies:
+            also = ', '.join(self.other_copies)
             lines.append(
-                '  not in the file, left as initialised: ' + summarise(self.missing)
+                f'  weights: {self.copy}'
+                + (f'; the file also holds {also} (see weights=)' if also else '')
             )
-            if self.contents == 'classifier' and any(
-                map(_OUTPUT_NORM.search, self.missing)
-            ):
-                lines.append(
-                    '  (classification files have no output norms: that is expected)'
-                )
+        lines += [f'  {note}' for note in self.notes]
+        if self.new_by_design:
+            lines.append(
+                '  new by design, as initialised: ' + summarise(self.new_by_design)
+            )
+        rest = [name for name in self.missing if name not in self.new_by_design]
+        if rest:
+            lines.append('  not loaded, as initialised: ' + summarise(rest))
         if self.unexpected:
-            lines.append('  in the file only, not used: ' + summarise(self.unexpected))
+            lines.append('  in the file only, left out: ' + summarise(self.unexpected))
         return '\n'.join(lines)
 
 
 def load_checkpoint(
-    model: nn.Module, source: str | Path | Mapping, *, prefix: str | None = None
+    model: nn.Module,
+    source: str | Path | Mapping,
+    *,
+    prefix: str | None = None,
+    weights: str | None = None,
+    strict: bool = False,
+    allow_nan: bool = False,
 ) -> LoadReport:
     """Load published or own weights into a model.
 
@@ -82,62 +94,90 @@ def load_checkpoint(
     ``backbone``; so may the file. Heads of the file are loaded where the model
     has them. Nothing in the file is executed (``weights_only``).
 
+    What differs in number of classes, image channels or image size is adapted, and
+    the report says so: the last layer of a head stays as initialised, the filters of
+    the stem are summed or repeated, position embeddings are resized.
+
     Args:
         model: The model, bare or wrapped (DDP ...).
-        source: A ``.pth`` or ``.safetensors`` file, an http(s) address of one,
-            or a state dict.
-        prefix: Take only the keys of the file behind this prefix. By default
-            the place of the backbone is found by the keys.
+        source: A ``.pth`` or ``.safetensors`` file, ``mmvssm://NAME`` of the zoo,
+            ``hf://OWNER/REPOSITORY/FILE``, an http(s) address, or a state dict.
+        prefix: Take only the keys of the file behind this prefix; of a model with
+            several backbones, fill the one behind it. By default the place of the
+            backbone is found by the keys.
+        weights: Of a file with two copies, take the ``'raw'`` or the averaged
+            (``'ema'``) one. By default that which the published figures belong to,
+            or the raw one.
+        strict: Refuse a file whose heads have another number of classes, or that
+            lacks a tensor of the model other than those it cannot have.
+        allow_nan: Load weights that are not finite.
 
     Returns:
         What matched, what the file misses and what it has left over.
 
     Raises:
         CheckpointError: The file is missing, cannot be read, is of another
-            family, or of another arch. The model is then unchanged.
+            family, or of another arch, or holds NaN. The model is then unchanged.
     """
     target = model.state_dict()
-    owner = recognise(target, f'the model {type(model).__name__}')
-    state, what = read_named(source, prefix)
-    family = recognise(state, what).family
-    if family != owner.family:
+    owner = recognise(target, f'the model {type(model).__name__}', prefix)
+    family = owner.family
+    read, what = read_named(source, prefix, weights, maybe=owner.prefix == prefix)
+    found = recognise(read.tensors, what).family
+    if found is not family:
         raise CheckpointError(
-            f'{what} holds {family} weights, but the model '
-            f'{type(model).__name__} is {owner.family}'
+            f'{what} holds {found.title} weights, but the model '
+            f'{type(model).__name__} is {family.title}'
         )
-    checkpoint = to_canonical(state, what)
+    checkpoint = to_canonical(read, what)
+    if not allow_nan:
+        _refuse_nan(checkpoint.tensors, what)
     backbone = model.get_submodule(owner.prefix.removesuffix('.'))
-    checkpoint.backbone, notes = FAMILIES[family].fit(checkpoint.backbone, backbone)
+    checkpoint.backbone, notes = family.fit(
+        checkpoint.backbone, backbone, checkpoint.grids
+    )
 
     own, foreign = split_keys(target, owner.prefix)
     names = {**foreign, **own}
+    wanted = {key: target[name] for key, name in names.items()}
+    notes = [*read.notes, *notes, *adapt_stem(checkpoint.backbone, wanted)]
+    fresh, more = fresh_heads(checkpoint.others, wanted, what, strict)
+    notes += more
     tensors = checkpoint.tensors
-    matched = [key for key in names if key in tensors]
-    missing = [key for key in names if key not in tensors]
-    unexpected = [key for key in tensors if key not in names]
+    matched = [key for key in names if key in tensors and key not in fresh]
     wrong = {
         key: f'{key} is {_shape(tensors[key])} in the file and '
-        f'{_shape(target[names[key]])} in the model'
+        f'{_shape(wanted[key])} in the model'
         for key in matched
-        if not fits(tensors[key], target[names[key]])
+        if not fits(tensors[key], wanted[key])
     }
     _check_arch(checkpoint, {key: target[own[key]] for key in own}, wrong, what)
     if wrong:
         raise CheckpointError(
-            f'{what} has a head of another shape: {_first(wrong.values())}. '
-            'Build the model with as many classes, or load into '
+            f'{what} has a head of another shape: {_first(wrong.values())}. Load into '
             'model.backbone to leave the head out'
         )
+    missing = [key for key in names if key not in matched]
+    by_design = [key for key in missing if key in own and not family.component(key)]
+    if strict and (lacking := [key for key in missing if key not in by_design]):
+        raise CheckpointError(
+            f'{what} lacks {len(lacking)} tensors of the model: {_first(lacking)}'
+        )
     model.load_state_dict({names[key]: tensors[key] for key in matched}, strict=False)
+    # For the model card.
+    model.loaded_from = (*getattr(model, 'loaded_from', ()), what)
     return LoadReport(
-        checkpoint.family,
+        family.title,
         checkpoint.format,
         checkpoint.contents,
         checkpoint.arch,
         [names[key] for key in matched],
         [names[key] for key in missing],
-        unexpected,
+        [key for key in tensors if key not in names],
         notes,
+        read.copy,
+        read.others,
+        [names[key] for key in by_design],
     )
 
 
@@ -145,6 +185,16 @@ def fits(given: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Whether shapes are equal, and both are whole numbers or neither is."""
     same_kind = given.is_floating_point() == wanted.is_floating_point()
     return given.shape == wanted.shape and same_kind
+
+
+def _refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    bad = [key for key, value in tensors.items() if not value.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f'{what} holds NaN or infinite weights: {_first(bad)}. A training that '
+            'diverged leaves such a file; take an earlier one, or load it all the same '
+            'with allow_nan=True'
+        )
 
 
 def _check_arch(
@@ -157,7 +207,7 @@ def _check_arch(
 
     Stages that a model with few ``out_indices`` lacks may be left over.
     """
-    family = FAMILIES[checkpoint.family]
+    family = checkpoint.family
     file = checkpoint.backbone
     built = {family.component(key) for key in model}
     problems = [wrong[key] for key in file if key in wrong]
@@ -174,9 +224,15 @@ def _check_arch(
     if problems:
         raise CheckpointError(
             f'{what} does not fit the model: the file looks like '
-            f'{checkpoint.arch}, the model like {family.describe(model)}; '
-            f'{_first(problems)}'
+            f'{checkpoint.arch}, the model like {family.describe(model)}'
+            f'{_arch_to_set(family, checkpoint.arch)}; {_first(problems)}'
         )
+
+
+def _arch_to_set(family: Family, arch: str) -> str:
+    """What to write to get the model of the file, if it is a published one."""
+    known = {name: short for name, other, short in models() if other is family}
+    return f". Set arch='{known[arch]}' to load it" if arch in known else ''
 
 
 def _shape(tensor: torch.Tensor) -> str:

@@ -1,50 +1,92 @@
 """Read the tensors of a checkpoint without running anything it contains."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
-from mmengine.dist import barrier, is_main_process
 
-from mmvssm.checkpoints.errors import CheckpointError, MissingCheckpointError
+from mmvssm import zoo
 from mmvssm.checkpoints.unpickle import is_trusted, unpickle
+from mmvssm.errors import CheckpointError, MissingCheckpointError
 
+COPIES = ('raw', 'ema')
 # Where training codes put the weights, in order of preference.
-_WRAPPERS = (
-    'state_dict',
-    'model',
-    'model_ema',
-    'state_dict_ema',
-    'ema_state_dict',
-    'module',
-    'net',
-)
+_RAW = ('state_dict', 'model', 'module', 'net')
+_EMA = ('model_ema', 'state_dict_ema', 'ema_state_dict')
+_WRAPPERS = (*_RAW[:2], *_EMA, *_RAW[2:])
 # How many of them are opened, one within another: a file can hold itself.
 _DEEPEST = 8
 
 
-def read_state_dict(source: str | Path | Mapping) -> dict[str, torch.Tensor]:
-    """Read a flat ``{name: tensor}`` dict.
+@dataclass(frozen=True)
+class Weights:
+    """The weights that were taken from a file.
+
+    Attributes:
+        tensors: By name.
+        copy: Under which key they were, such as ``'model'``; None if at the top.
+        others: Keys of further copies of the weights in the file.
+        notes: What a user should know of the choice.
+        grids: Rows and columns of position embeddings, by the name of the module that
+            has one, as far as the file says so.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    copy: str | None = None
+    others: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def read_weights(source: str | Path | Mapping, copy: str | None = None) -> Weights:
+    """Read weights, and say which copy of them.
+
+    Many files hold raw weights and averaged ones (EMA). Of a file of the zoo the copy
+    is taken that its published figures belong to, of others the raw one.
 
     Args:
         source: A ``.pth`` (any file of ``torch.save``) or ``.safetensors``
-            file, an http(s) address of one, or a mapping that holds tensors,
+            file, an address (http(s), ``mmvssm://NAME``,
+            ``hf://OWNER/REPOSITORY/FILE``), or a mapping that holds tensors,
             possibly under a key such as ``state_dict`` or ``model``.
+        copy: ``'raw'`` or ``'ema'``, None for the default.
 
     Raises:
         MissingCheckpointError: There is no such file.
-        CheckpointError: The file is truncated, or holds no state dict.
+        ZooError: It cannot be fetched.
+        CheckpointError: The file is truncated, or holds no state dict, or not this
+            copy.
+        ValueError: ``copy`` is neither.
     """
+    if copy not in (*COPIES, None):
+        raise ValueError(f'weights must be one of {COPIES} or None, got {copy!r}')
     if isinstance(source, Mapping):
-        where, state = 'the given mapping', _find_tensors(source, 'the given mapping')
-        _check_tensors(state, where)
-        return state
-    path = _local(source)
-    state = _find_tensors(_read(path, 'cpu', is_trusted(source)), str(path))
-    _check_tensors(state, str(path), path.stat().st_size)
-    return state
+        where, size = 'the given mapping', None
+        content: Any = source
+        meta = content.get('meta')
+    else:
+        path = _local(source)
+        where = str(path)
+        content = _read(path, 'cpu', is_trusted(source))
+        size = path.stat().st_size
+        meta = content.get('meta') if isinstance(content, Mapping) else None
+        if path.suffix == '.safetensors':
+            meta = _metadata(path)
+    row = zoo.find(source) if _is_zoo_name(source) else None
+    found = _choose(content, where, copy, row)
+    found = replace(found, grids={**_grids_of_meta(meta), **found.grids})
+    _check_tensors(found.tensors, where, size)
+    return found
+
+
+def read_state_dict(
+    source: str | Path | Mapping, copy: str | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of :func:`read_weights`, by name."""
+    return read_weights(source, copy).tensors
 
 
 def read_content(source: str | Path, map_location: Any = 'cpu') -> Any:
@@ -67,19 +109,26 @@ def read_content(source: str | Path, map_location: Any = 'cpu') -> Any:
     return _read(_local(source), map_location, is_trusted(source))
 
 
+def _is_zoo_name(source: object) -> bool:
+    return isinstance(source, str) and source.startswith(zoo.SCHEME)
+
+
 def _local(source: str | Path) -> Path:
     """The file itself, fetched if ``source`` is an address."""
-    source = str(source)
-    if source.startswith(('http://', 'https://')):
-        source = _download(source)
-    return Path(source).expanduser()
+    if zoo.is_address(source):
+        return zoo.fetch(str(source))
+    path = Path(source).expanduser()
+    # What mmvssm.save_pretrained wrote.
+    whole = path / 'model.safetensors'
+    return whole if whole.is_file() else path
 
 
 def _read(path: Path, map_location: Any, trusted: bool) -> Any:
     if not path.exists():
         raise MissingCheckpointError(
             f'no checkpoint at {path.absolute()}; give a .pth or .safetensors '
-            'file, or an http(s) address'
+            'file, an http(s) or hf:// address, or a name of the zoo (mmvssm://NAME, '
+            'see `python -m mmvssm.zoo list`)'
         )
     try:
         if path.suffix == '.safetensors':
@@ -105,27 +154,126 @@ def _read_safetensors(path: Path, map_location: Any) -> dict:
     return load_file(path, str(map_location) if named else 'cpu')
 
 
-def _find_tensors(content: Any, where: str) -> dict[str, torch.Tensor]:
+def _metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    from safetensors import safe_open
+
+    with safe_open(path, 'pt') as file:
+        return file.metadata() or {}
+
+
+def _choose(
+    content: Any, where: str, copy: str | None, row: zoo.Weights | None
+) -> Weights:
+    copies = _copies(content)
+    notes = []
+    if copy is None:
+        key = next(iter(copies)) if copies else None
+        if row is not None and row.copy is None and len(copies) > 1:
+            notes.append(
+                'which copy the published figures belong to is not known; weights='
+                "'ema' takes the averaged one"
+            )
+        elif row is not None and row.copy in copies:
+            key = row.copy
+        elif row is not None and row.copy is not None:
+            notes.append(
+                f'the published figures belong to {row.copy}, which the file does '
+                'not have'
+            )
+    else:
+        key = _of_kind(copies, copy, where)
+    if key is None:
+        tensors = _tensors_in(content)
+        if not tensors:
+            raise CheckpointError(_no_tensors(content, where))
+        return Weights(tensors, grids=_grids_of_state(content))
+    others = tuple(other for other in copies if other != key)
+    tensors = _tensors_in(copies[key])
+    return Weights(tensors, key, others, tuple(notes), _grids_of_state(copies[key]))
+
+
+def _copies(content: Any) -> dict[str, Mapping]:
+    """Copies of the weights by their key, the preferred one first."""
     for _ in range(_DEEPEST):
         if not isinstance(content, Mapping):
-            break
-        inner = [content.get(key) for key in _WRAPPERS]
-        inner = [value for value in inner if isinstance(value, Mapping)]
-        if inner:
-            content = inner[0]
-            continue
-        tensors = {
-            key: value
-            for key, value in content.items()
-            if isinstance(key, str) and isinstance(value, torch.Tensor)
+            return {}
+        inner = {
+            key: content[key]
+            for key in _WRAPPERS
+            if isinstance(content.get(key), Mapping)
         }
-        if tensors:
-            return tensors
-        break
+        found = {key: value for key, value in inner.items() if _tensors_in(value)}
+        nested = next((value for key, value in inner.items() if key not in found), None)
+        if found or nested is None:
+            return found
+        content = nested
+    return {}
+
+
+def _of_kind(copies: Mapping[str, object], copy: str, where: str) -> str | None:
+    """Key of the raw or of the averaged weights."""
+    raw, ema = _RAW, _EMA
+    # mmengine's hook swaps the two, so that a plain load gets the averaged ones.
+    if 'ema_state_dict' in copies and 'state_dict' in copies:
+        raw, ema = ('ema_state_dict',), ('state_dict',)
+    found = next(
+        (key for key in (raw if copy == 'raw' else ema) if key in copies), None
+    )
+    if found is None and (copy == 'ema' or copies):
+        kind = 'averaged (EMA)' if copy == 'ema' else 'raw'
+        raise CheckpointError(
+            f'{where} holds no {kind} weights, but {list(copies) or "one copy alone"}; '
+            'leave weights= out to take what there is'
+        )
+    return found
+
+
+def _tensors_in(content: Any) -> dict[str, torch.Tensor]:
+    if not isinstance(content, Mapping):
+        return {}
+    return {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, torch.Tensor)
+    }
+
+
+def _grids_of_state(state: Mapping) -> dict[str, tuple[int, int]]:
+    """What the modules of a state dict noted; see ``note_grid`` of the backbones."""
+    notes = getattr(state, '_metadata', None)
+    if not isinstance(notes, Mapping):
+        return {}
+    found = {
+        name: note.get('grid') for name, note in notes.items() if isinstance(note, dict)
+    }
+    return {name: grid for name, grid in found.items() if _is_grid(grid)}
+
+
+def _grids_of_meta(meta: Any) -> dict[str, tuple[int, int]]:
+    """What :func:`mmvssm.checkpoints.save_checkpoint` wrote."""
+    try:
+        found = json.loads(meta['grids'])
+    except (TypeError, KeyError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: tuple(grid) for name, grid in found.items() if _is_grid(grid)}
+
+
+def _is_grid(grid: Any) -> bool:
+    return (
+        isinstance(grid, (list, tuple))
+        and len(grid) == 2
+        and all(isinstance(side, int) and side > 0 for side in grid)
+    )
+
+
+def _no_tensors(content: Any, where: str) -> str:
     found = type(content).__name__
     if isinstance(content, Mapping):
         found = sorted(key for key in content if isinstance(key, str))[:8]
-    raise CheckpointError(
+    return (
         f'{where} holds no state dict: expected tensors by name, at the top '
         f'or under one of {_WRAPPERS}, found {found}'
     )
@@ -151,18 +299,3 @@ def _check_tensors(
             problem = f'{tuple(value.shape)}, larger than the file'
         if problem:
             raise CheckpointError(f'{where} cannot be used: {key[:200]} is {problem}')
-
-
-def _download(url: str) -> str:
-    """Fetch a file once per machine, into the cache of torch.hub."""
-    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(url).path).name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The main process first: the others of its machine then find the file.
-    for my_turn in (is_main_process(), True):
-        if my_turn and not path.exists():
-            try:
-                torch.hub.download_url_to_file(url, str(path))
-            except OSError as error:
-                raise CheckpointError(f'cannot download {url}: {error}') from error
-        barrier()
-    return str(path)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from mmvssm.checkpoints.errors import CheckpointError, UnsafeCheckpointError
 from mmvssm.compat import allow_mmengine_checkpoints
+from mmvssm.errors import CheckpointError, UnsafeCheckpointError
 
 _UNKNOWN_CLASS = re.compile(r'GLOBAL (\S+) was not an allowed global')
 _BLOCKED = re.compile(r'GLOBAL (\S+) whose module')

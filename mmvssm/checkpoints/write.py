@@ -1,7 +1,9 @@
-"""Write a converted checkpoint."""
+"""Write weights, whole or not at all."""
 
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +23,26 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
     Raises:
         ValueError: Another suffix.
     """
+    meta = dict(
+        family=checkpoint.family.title,
+        contents=checkpoint.contents,
+        arch=checkpoint.arch,
+        # As text, which is all that safetensors takes.
+        grids=json.dumps(checkpoint.grids),
+    )
+    write_tensors(checkpoint.state_dict(), path, meta)
+
+
+def write_tensors(
+    tensors: Mapping[str, torch.Tensor], path: str | Path, meta: dict[str, str]
+) -> None:
+    """Write tensors by name; see :func:`save_checkpoint`.
+
+    Args:
+        tensors: By name.
+        path: Where to; the suffix chooses the form.
+        meta: What the file says of itself.
+    """
     path = Path(path)
     if path.suffix not in ('.pth', '.safetensors'):
         raise ValueError(f'can write .pth and .safetensors, not {path.name!r}')
@@ -28,11 +50,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
     # Heads can share memory with one another, which safetensors refuses.
     state = {
         key: value.detach().clone(memory_format=torch.contiguous_format)
-        for key, value in checkpoint.state_dict().items()
+        for key, value in tensors.items()
     }
-    meta = dict(
-        family=checkpoint.family, contents=checkpoint.contents, arch=checkpoint.arch
-    )
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
     os.close(handle)
     try:

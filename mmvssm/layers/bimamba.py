@@ -5,16 +5,34 @@ backward direction.
 """
 
 import math
+from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from mmvssm.layers.children import are_plain
 from mmvssm.layers.drop_path import DropPath
 from mmvssm.layers.linear import Linear
 from mmvssm.layers.norm import AddRMSNorm
-from mmvssm.ops import Direction, bidirectional_scan
+from mmvssm.ops import (
+    Direction,
+    autocast,
+    bidirectional_scan,
+    linear,
+    selective_scan,
+)
+from mmvssm.registry import MODELS
+
+# Of one direction: conv1d, x_proj, dt_proj, A_log, D.
+_Parts: TypeAlias = tuple[nn.Module, nn.Module, nn.Module, torch.Tensor, torch.Tensor]
+_CONVS = (nn.Conv1d,)
+_LINEARS = (nn.Linear, Linear)
+# Stride, dilation and padding mode of the convolution that the op computes.
+_CAUSAL = ((1,), (1,), 'zeros')
 
 
+@MODELS.register_module()
 class BidirectionalMamba(nn.Module):
     """Mixer of a block (Algorithm 1 of arXiv 2401.09417).
 
@@ -31,6 +49,12 @@ class BidirectionalMamba(nn.Module):
     Note:
         ``A_log``, ``D`` and the bias of the step sizes enter the scan in
         float32 (or float64) whatever the dtype of the sequence.
+
+        One op computes both directions out of the weights of ``conv1d``, ``x_proj``,
+        ``dt_proj`` and those with ``_b``. Where one of them has hooks or is not the
+        plain layer, all of them are called, with the same result up to rounding; see
+        docs/adapters.md. ``conv1d`` then gets (B, D, L), of its output the first L
+        positions are used, and ``conv1d_b`` gets the flipped sequence.
     """
 
     def __init__(
@@ -51,7 +75,8 @@ class BidirectionalMamba(nn.Module):
             self.register_parameter(f'D{suffix}', nn.Parameter(torch.ones(inner)))
         self.in_proj = Linear(channels, 2 * inner, bias=False)
         for suffix in ('', '_b'):
-            conv = nn.Conv1d(inner, inner, d_conv, groups=inner)
+            # As published: causal is what comes out once its end is cut off.
+            conv = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
             x_proj = nn.Linear(inner, dt_rank + 2 * d_state, bias=False)
             dt_proj = nn.Linear(dt_rank, inner)
             init_step_size(dt_proj)
@@ -61,36 +86,147 @@ class BidirectionalMamba(nn.Module):
         self.out_proj = Linear(inner, channels, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Sequence (B, L, C) -> sequence (B, L, C)."""
+        """Sequence (B, L, C) -> sequence (B, L, C).
+
+        Raises:
+            ValueError: A module that was put in the place of ``conv1d``, ``x_proj`` or
+                ``dt_proj`` gives something of another shape.
+        """
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        y = bidirectional_scan(
-            x.mT,
-            z.mT,
-            self._direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
-            self._direction(
-                self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
-            ),
-            average=self.average,
+        parts = (
+            (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
+            (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
         )
+        directions = _read_weights(parts)
+        if directions is None:
+            return self.out_proj(self._call_modules(x, z, parts))
+        y = bidirectional_scan(x.mT, z.mT, *directions, average=self.average)
         return self.out_proj(y.mT)
 
-    @staticmethod
-    def _direction(
-        conv: nn.Conv1d,
-        x_proj: nn.Linear,
-        dt_proj: nn.Linear,
-        A_log: torch.Tensor,
-        D: torch.Tensor,
-    ) -> Direction:
-        return Direction(
-            conv.weight.squeeze(1),
-            conv.bias,
-            x_proj.weight,
-            dt_proj.weight,
-            _full(dt_proj.bias),
-            -_full(A_log).exp(),
-            _full(D),
+    def _call_modules(
+        self, x: torch.Tensor, z: torch.Tensor, parts: tuple[_Parts, _Parts]
+    ) -> torch.Tensor:
+        """What :func:`bidirectional_scan` computes, by calling the modules.
+
+        Args:
+            x, z: Sequence and gate (B, L, D).
+            parts: Modules and parameters of both directions.
+
+        Returns:
+            (B, L, D) in the dtype that the op gives.
+        """
+        forward, backward = parts
+        y = _scan_one_direction(x, *forward)
+        y = y + _scan_one_direction(x.flip(1), *backward).flip(1)
+        y = y * F.silu(_full(z)) * (0.5 if self.average else 1.0)
+        return y if autocast.is_enabled(x) else y.to(x.dtype)
+
+
+def _read_weights(parts: tuple[_Parts, _Parts]) -> list[Direction] | None:
+    """Weights of both directions, or None where the modules have to be called."""
+    children = []
+    for conv, x_proj, dt_proj, _, _ in parts:
+        children += (conv, _CONVS), (x_proj, _LINEARS), (dt_proj, _LINEARS)
+    if not are_plain(children):
+        return None
+    directions = []
+    for conv, x_proj, dt_proj, A_log, D in parts:
+        # Another layer of the same class may have been put there.
+        if (
+            conv.padding != (conv.kernel_size[0] - 1,)
+            or (conv.stride, conv.dilation, conv.padding_mode) != _CAUSAL
+            or conv.groups != D.shape[0]
+        ):
+            return None
+        conv_bias, dt_bias = conv.bias, dt_proj.bias
+        if conv_bias is None or dt_bias is None or x_proj.bias is not None:
+            return None
+        full = []
+        for x in (dt_bias, A_log, D):
+            full.append(x.to(torch.promote_types(x.dtype, torch.float32)))
+        dt_bias, A_log, D = full
+        directions.append(
+            Direction(
+                conv.weight.squeeze(1),
+                conv_bias,
+                x_proj.weight,
+                dt_proj.weight,
+                dt_bias,
+                -A_log.exp(),
+                D,
+            )
         )
+    return directions
+
+
+def _scan_one_direction(
+    x: torch.Tensor,
+    conv: nn.Module,
+    x_proj: nn.Module,
+    dt_proj: nn.Module,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+) -> torch.Tensor:
+    """One direction without its gate, by calling its modules.
+
+    Args:
+        x: Sequence (B, L, D), in the direction of the scan.
+        conv, x_proj, dt_proj, A_log, D: Of the direction.
+
+    Returns:
+        (B, L, D), float32 (float64 for float64 input).
+    """
+    batch, length, channels = x.shape
+    states = A_log.shape[1]
+    u = conv(x.mT)
+    if not _has_shape(u, batch, channels) or u.shape[2] < length:
+        raise ValueError(
+            f'BidirectionalMamba: conv1d must give {(batch, channels, length)}, or '
+            f'more positions, of which the first {length} are used; got '
+            f'{_describe(u)}. An nn.Conv1d there needs padding=kernel_size - 1'
+        )
+    u = F.silu(_full(u[..., :length])).to(x.dtype)
+    read = x_proj(u.mT)
+    if not _has_shape(read, batch, length) or read.shape[2] <= 2 * states:
+        raise ValueError(
+            f'BidirectionalMamba: x_proj must give {(batch, length)} positions of R + '
+            f'{2 * states} channels, R for dt_proj; got {_describe(read)}'
+        )
+    rank = read.shape[2] - 2 * states
+    dt_low_rank, B, C = read.split((rank, states, states), dim=-1)
+    bias = None
+    if are_plain([(dt_proj, _LINEARS)]) and dt_proj.bias is not None:
+        # In 16 bits the bias of the step sizes must not be rounded.
+        delta, bias = linear(dt_low_rank, dt_proj.weight), _full(dt_proj.bias)
+    else:
+        delta = dt_proj(dt_low_rank)
+    if not _has_shape(delta, batch, length, channels):
+        raise ValueError(
+            f'BidirectionalMamba: dt_proj must give {(batch, length, channels)}, got '
+            f'{_describe(delta)}'
+        )
+    # The directions are added up in float32, as in the op.
+    return selective_scan(
+        _full(u),
+        delta.mT,
+        -_full(A_log).exp(),
+        B.mT,
+        C.mT,
+        _full(D),
+        delta_bias=bias,
+        delta_softplus=True,
+    ).mT
+
+
+def _has_shape(x: object, *sizes: int) -> bool:
+    """Whether it is a tensor of three dimensions, the first ones of these sizes."""
+    return (
+        isinstance(x, torch.Tensor) and x.ndim == 3 and x.shape[: len(sizes)] == sizes
+    )
+
+
+def _describe(x: object) -> str:
+    return str(tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:
@@ -118,6 +254,7 @@ def init_step_size(
     dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
 
 
+@MODELS.register_module()
 class MambaBlock(nn.Module):
     """Add, norm, mix: a block in the order of the published fused code.
 
@@ -147,6 +284,7 @@ class MambaBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sequence (B, L, C), stream or None -> output and stream, both (B, L, C)."""
         if residual is not None:
             x = self.drop_path(x)
         x, residual = self.norm(x, residual)

@@ -8,6 +8,7 @@ at the price of a copy.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mmvssm.layers.linear import Linear
@@ -68,3 +69,24 @@ class Mlp2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.act(self.fc1(x)))
+
+
+class PatchMerging2d(nn.Module):
+    """Concatenate 2x2 neighbours, normalise, project 4C -> ``out_channels``.
+
+    Maps of odd size get a row or a column of zeros at the bottom or right.
+    """
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.norm = LayerNorm2d(4 * channels)
+        self.reduction = Linear2d(4 * channels, out_channels, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, w = x.shape[2:]
+        x = F.pad(x, (0, w % 2, 0, h % 2))
+        # The row offset varies first, as in Swin.
+        x = torch.cat(
+            [x[:, :, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=1
+        )
+        return self.reduction(self.norm(x))

@@ -277,6 +277,8 @@ class UnifiedAttention2d(nn.Module):
         rotary = None
         if self.rope:
             rotary = rotary_tables(*x.shape[2:], q.shape[2], like=x).unbind()
+        # Read once: a parametrisation computes them each time.
+        A_log, D = self.A_log, self.D
         y = unified_attention(
             q,
             k,
@@ -284,8 +286,8 @@ class UnifiedAttention2d(nn.Module):
             self.heads,
             delta=None if self.step is None else _tokens(self.step(x)),
             input_gate=self.input_gate,
-            A=None if self.A_log is None else -_full(self.A_log).exp(),
-            D=None if self.D is None else _full(self.D),
+            A=None if A_log is None else -_full(A_log).exp(),
+            D=None if D is None else _full(D),
             rotary=rotary,
             normalise=self.normalise,
             feature_map=self.feature_map,

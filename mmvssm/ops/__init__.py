@@ -14,12 +14,17 @@ from .backends import (
 from .bidirectional_scan import Direction, bidirectional_scan
 from .contract import Backend, Composed, KernelBackend, Result
 from .cross_scan import cross_merge, cross_scan
+from .gpu_check import choice as _choice
+from .gpu_check import run as _run
 from .linear import linear
 from .linear_attention import linear_attention
 from .registration import Registration, register_backend
 from .scan_orders import list_scan_orders, register_scan_order, scan_order
 from .selective_scan import selective_scan
 from .ss2d_scan import ss2d_scan
+
+# Whoever asks first for kernels that nothing is known of has them checked.
+_choice.set_check(_run.ensure_op)
 
 __all__ = [
     'KernelBackend',

@@ -52,7 +52,10 @@ def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x))."""
     if x.device.type != 'cpu':
         return torch.sigmoid(x)
-    return 1 / (1 + torch.exp(-x))
+    # Of numbers far below 0, exp(-x) is infinite, and its gradient NaN.
+    negative = x < 0
+    e = torch.exp(torch.where(negative, x, -x))
+    return torch.where(negative, e, 1) / (1 + e)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def test_published_segmentors(name, quick_init):
 @pytest.mark.parametrize('gated', [False, True])
 def test_terms_of_ss2d(gated):
     """Every term written out for one mixer."""
-    from mmvssm.backbones.vssm import SS2D
+    from mmvssm.layers import SS2D
 
     channels, states, ratio = 32, 4, 2
     inner, rank, pixels = ratio * channels, 2, 6 * 10

@@ -3,6 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from mmvssm.backbones import LinearAttentionStudy
+from mmvssm.checkpoints import CheckpointError, load_checkpoint
+from mmvssm.engine.training.layer_decay import find_depths
+from mmvssm.layers import resize_position
 from mmvssm.layers.unified_attention import StepSize2d
 from mmvssm.ops import selective_scan
 
@@ -181,7 +184,7 @@ def test_heads():
         (dict(position='rope'), 'position must be a sequence'),
         (dict(position=('rpe',)), 'position must be a sequence'),
         (dict(feature_map=False), 'needs forget_gate=True'),
-        (dict(position=('ape',), img_size=3), 'at least 4x4'),
+        (dict(position=('ape',), img_size=3), 'img_size must .* at least 4'),
         (dict(out_indices=(4,)), 'out_indices'),
     ],
 )
@@ -193,3 +196,43 @@ def test_what_does_not_fit_is_refused(setting, message):
 def test_small_images_are_refused():
     with pytest.raises(ValueError, match='at least 4x4 pixels'):
         LinearAttentionStudy(TINY)(torch.randn(1, 3, 3, 9))
+
+
+# --------------------------------------------------- as a family like the others
+@pytest.mark.parametrize('design', ['transformer', 'all', 'sub'])
+def test_pretrained(tmp_path, design):
+    net = LinearAttentionStudy(TINY, design=design)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_()
+    torch.save(dict(state_dict=net.state_dict()), tmp_path / 'own.pth')
+    cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'own.pth'))
+    other = LinearAttentionStudy(TINY, design=design, init_cfg=cfg)
+    other.init_weights()
+    for key, value in net.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value)
+
+
+def test_file_of_another_design_is_refused():
+    file = LinearAttentionStudy(TINY, design='all').state_dict()
+    with pytest.raises(CheckpointError, match='does not fit the model'):
+        load_checkpoint(LinearAttentionStudy(TINY), file)
+
+
+def test_position_embeddings_of_another_grid():
+    file = LinearAttentionStudy(TINY, position=('ape',), img_size=64)
+    net = LinearAttentionStudy(TINY, position=('ape',), img_size=(64, 96))
+    report = load_checkpoint(net, file.state_dict())
+    key = 'layers.0.blocks.0.pos_embed'
+    assert f'{key} was resized from 16x16 to 16x24' in report.notes
+    want = resize_position(file.state_dict()[key], (16, 16), (16, 24))
+    assert torch.equal(net.state_dict()[key], want)
+
+
+def test_layer_decay():
+    net = LinearAttentionStudy(TINY, position=('ape',))
+    depths, last = find_depths(dict(net.named_parameters()), 'the test')
+    assert last == sum(TINY['depths']) + 1
+    assert depths['patch_embed.0.weight'] == 0
+    assert depths['layers.0.blocks.0.pos_embed'] == 1
+    assert depths['norm0.weight'] == last

@@ -4,7 +4,7 @@ import torch
 from mmvssm.backbones import MambaR
 from mmvssm.backbones.mambar import ARCH_ZOO
 
-from .plain_models import TINY
+from .isotropic_models import TINY
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +15,9 @@ def seed():
 @pytest.mark.parametrize('number', [0, 1, 3, 6, 12, 24])
 @pytest.mark.parametrize('placement', ['even', 'head', 'middle'])
 def test_registers(number, placement):
-    net = MambaR(TINY, 32, registers=number, placement=placement, return_tokens=True)
+    net = MambaR(
+        TINY, img_size=32, registers=number, placement=placement, return_tokens=True
+    )
     assert net.pos_embed.shape == (1, 64, 16)
     assert ('cls_token' in net.state_dict()) is (number > 0)
     for size in ((32, 32), (20, 24), (4, 8)):
@@ -36,7 +38,9 @@ def test_registers(number, placement):
 @torch.no_grad()
 def test_places_follow_the_grid(placement, places):
     """Registers are told from patches by their size as they enter the blocks."""
-    net = MambaR(TINY, 32, registers=3, placement=placement, return_tokens=True)
+    net = MambaR(
+        TINY, img_size=32, registers=3, placement=placement, return_tokens=True
+    )
     for parameter in (net.cls_token, net.pos_embed_cls):
         parameter.fill_(100)
     entered, left = [], []
@@ -67,7 +71,7 @@ def test_wrong_registers():
 
 
 def test_published_names():
-    net = MambaR(TINY, 32, last_layer_process='norm')
+    net = MambaR(TINY, img_size=32, last_layer_process='norm')
     names = [n for n in net.state_dict() if not n.startswith('layers.')]
     assert sorted(names) == [
         'cls_token',

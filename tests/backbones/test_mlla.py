@@ -5,9 +5,9 @@ from mmengine.model import convert_sync_batchnorm
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
-from mmvssm.backbones import MLLA, staged
-from mmvssm.backbones.mlla import ARCH_ZOO, Downsample, MLLABlock, Stem
-from mmvssm.layers import DropPath
+from mmvssm.backbones import MLLA, hierarchical
+from mmvssm.backbones.mlla import ARCH_ZOO, Downsample, Stem
+from mmvssm.layers import DropPath, MLLABlock
 
 TINY = dict(depths=(1, 2, 1, 1), dims=8, num_heads=(2, 2, 4, 4), drop_path_rate=0.0)
 
@@ -264,9 +264,9 @@ def test_wrong_frozen_stages():
 
 def test_with_cp_gives_the_same_gradients(monkeypatch):
     calls = []
-    checkpoint = staged.checkpoint
+    checkpoint = hierarchical.checkpoint
     monkeypatch.setattr(
-        staged,
+        hierarchical,
         'checkpoint',
         lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs),
     )

@@ -4,7 +4,7 @@ import torch
 from mmvssm.backbones import Vim
 from mmvssm.layers import resize_position
 
-from .plain_models import TINY
+from .isotropic_models import TINY
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def seed():
     ],
 )
 def test_class_tokens(place, names, positions, length):
-    net = Vim(TINY, 32, cls_token=place, return_tokens=True)
+    net = Vim(TINY, img_size=32, cls_token=place, return_tokens=True)
     assert [n for n in net.state_dict() if n.startswith('cls_token')] == names
     assert net.token_positions(64) == positions
     assert net.pos_embed.shape == (1, length, 16)
@@ -34,7 +34,7 @@ def test_class_tokens(place, names, positions, length):
 @torch.no_grad()
 def test_position_vectors_go_where_they_belong(place):
     """Class tokens keep theirs, those of patches are resized as a grid."""
-    net = Vim(TINY, 32, cls_token=place)
+    net = Vim(TINY, img_size=32, cls_token=place)
     positions = net.token_positions(64)
     others = [i for i in range(64 + len(positions)) if i not in positions]
     for size in ((8, 8), (5, 6), (1, 3)):
@@ -51,7 +51,7 @@ def test_position_vectors_go_where_they_belong(place):
 
 
 def test_without_position_embedding():
-    net = Vim(TINY, 32, pos_embed=False, rope=True)
+    net = Vim(TINY, img_size=32, pos_embed=False, rope=True)
     assert 'pos_embed' not in net.state_dict()
     assert net.no_weight_decay().isdisjoint({'pos_embed'})
     net(torch.randn(1, 3, 20, 24))[0].sum().backward()
@@ -73,7 +73,7 @@ def test_rotation_before_every_block(residual):
     """Hidden states always, the stream if asked, class tokens never."""
     net = Vim(
         TINY,
-        32,
+        img_size=32,
         cls_token='middle',
         rope=True,
         rope_residual=residual,
@@ -99,7 +99,7 @@ def test_rotation_before_every_block(residual):
 
 def test_rotation_grid():
     """A map of the size of the grid has whole steps, a larger one parts of them."""
-    net = Vim(dict(TINY, embed_dims=4), 32, rope=True, rope_grid=(4, 7))
+    net = Vim(dict(TINY, embed_dims=4), img_size=32, rope=True, rope_grid=(4, 7))
     x = torch.zeros(1, 1, 4)
     cos, _ = net._rotation(x, (8, 7), ())
     angles = cos.unflatten(1, (8, 7)).acos()
@@ -128,7 +128,11 @@ def test_average_reaches_the_mixers(average):
 @pytest.mark.parametrize('in_fp32', [True, False])
 def test_dtype_of_the_stream(in_fp32):
     net = Vim(
-        TINY, 32, residual_in_fp32=in_fp32, feature='residual', out_indices=(0, 3)
+        TINY,
+        img_size=32,
+        residual_in_fp32=in_fp32,
+        feature='residual',
+        out_indices=(0, 3),
     ).bfloat16()
     first, last = net(torch.randn(1, 3, 32, 32, dtype=torch.bfloat16))
     assert first.dtype == (torch.float32 if in_fp32 else torch.bfloat16)

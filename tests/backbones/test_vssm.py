@@ -4,9 +4,10 @@ import pytest
 import torch
 from mmengine.registry import MODELS as MMENGINE_MODELS
 
-from mmvssm.backbones import VSSM, staged
-from mmvssm.backbones import vssm as module
-from mmvssm.backbones.vssm import ARCH_ZOO, SS2D, PatchMerging2d
+from mmvssm.backbones import VSSM, hierarchical
+from mmvssm.backbones.vssm import ARCH_ZOO
+from mmvssm.layers import SS2D, PatchMerging2d
+from mmvssm.layers import ss2d as module
 from mmvssm.ops import ss2d_scan
 
 V2 = dict(depths=(1, 2, 1, 1), dims=8, drop_path_rate=0.0)
@@ -225,9 +226,9 @@ def test_wrong_frozen_stages():
 @pytest.mark.parametrize('frozen', [-1, 1])
 def test_with_cp_gives_the_same_gradients(arch, frozen, monkeypatch):
     calls = []
-    checkpoint = staged.checkpoint
+    checkpoint = hierarchical.checkpoint
     monkeypatch.setattr(
-        staged,
+        hierarchical,
         'checkpoint',
         lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs),
     )

@@ -10,10 +10,11 @@ from torch import nn
 from mmvssm import load_checkpoint
 from mmvssm.analysis.flops import count_flops, scan_flops
 from mmvssm.backbones import VSSM
-from mmvssm.backbones import vssm as module
-from mmvssm.backbones.vssm import ARCH_ZOO, SS2D, CascadeSS2D, VSSBlock
+from mmvssm.backbones.vssm import ARCH_ZOO
 from mmvssm.engine.training.layer_decay import find_depths
 from mmvssm.heads import ClassificationHead, ImageClassifier
+from mmvssm.layers import SS2D, CascadeSS2D, VSSBlock
+from mmvssm.layers import ss2d as module
 from mmvssm.layers.cascade_scan import cascade_scan
 from mmvssm.ops import backend_status, scan_order, ss2d_scan
 

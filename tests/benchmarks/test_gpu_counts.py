@@ -37,7 +37,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # worse either, see `test_nothing_gets_worse`.
 _SPLITS = 'each split is walked twice, for its end and for its outputs'
 _BACKWARD = 'registers hold a, b, h and the sums of A, D and bias at once'
-_SUMS = 'every scan adds to a float32 sum in memory, where the map does not fit on chip'
+_SUMS = 'scans add up in float32 in memory, where the map does not fit on chip'
 MISSES = {
     ('stack', 'one_state_backward'): _BACKWARD,
     ('resident warps', 'one_state_backward'): _BACKWARD,

@@ -1,11 +1,14 @@
 """Small state dicts in the published formats."""
 
+import copy
 import re
 
+import pytest
 import torch
 
 from mmvssm.backbones import VSSM
 from mmvssm.backbones.vssm import ARCH_ZOO
+from mmvssm.checkpoints import CheckpointError, load_checkpoint
 from mmvssm.heads import ClassificationHead, ImageClassifier
 
 V2 = dict(depths=(1, 2, 1, 1), dims=8)
@@ -63,3 +66,11 @@ def same(model, state, prefix=''):
     """Whether the model holds these numbers under these names."""
     own = model.state_dict()
     return all(torch.equal(own[prefix + key], value) for key, value in state.items())
+
+
+def refuse(net, source, message):
+    """The file is refused with this message, and no weight changes."""
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(net, source)
+    assert same(net, before)

@@ -5,7 +5,7 @@ import torch
 from mmengine.registry import init_default_scope
 
 import mmvssm
-from mmvssm.backbones import VSSM
+from mmvssm.backbones import VSSM, vssm
 from mmvssm.checkpoints import CheckpointError, load_checkpoint
 from parity import Case
 
@@ -16,6 +16,7 @@ from .files import (
     classifier,
     published,
     randomised,
+    refuse,
     same,
     to_v0_old,
 )
@@ -67,7 +68,7 @@ def test_classifier_file_into_a_backbone(arch, convert):
     for part in (
         'VMamba classifier',
         'outnorm0.* (2)',
-        'is expected',
+        'new by design, as initialised: outnorm0.* (2)',
         'classifier.* (4)',
     ):
         assert part in text
@@ -81,7 +82,7 @@ def test_backbone_file_into_a_classifier():
     assert {key.split('.')[0] for key in report.unexpected} == {
         f'outnorm{i}' for i in range(4)
     }
-    assert 'is expected' not in str(report)
+    assert 'new by design' not in str(report)
 
 
 def test_whole_segmentor():
@@ -192,17 +193,10 @@ def test_convolutions_of_published_linears():
 def test_published_arch_is_named(name):
     with torch.device('meta'):
         shapes = mmvssm.build_backbone(name).state_dict()
-    assert mmvssm.checkpoints.vmamba.describe(shapes) == name
+    assert vssm.FAMILY.describe(shapes) == name
 
 
 # ---------------------------------------------------- refusals change no weight
-def refuse(net, source, message):
-    before = copy.deepcopy(net.state_dict())
-    with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(net, source)
-    assert same(net, before)
-
-
 @pytest.mark.parametrize(
     'case, family',
     [
@@ -265,13 +259,44 @@ def test_published_arch_of_a_misfit_is_named():
 
 
 def test_other_number_of_classes():
-    refuse(
-        classifier(V2, 5),
-        published(classifier(V2, 7)),
-        'classifier.head.weight is 7x64 in the file and 5x64 in the model.*'
-        'load into model.backbone',
+    state = published(classifier(V2, 7))
+    net = classifier(V2, 5)
+    before = copy.deepcopy(net.classifier.head.state_dict())
+    report = load_checkpoint(net, state)
+    note = 'classifier.head has 7 outputs in the file and 5 in the model'
+    assert report.notes[0].startswith(note)
+    assert same(net.classifier.head, before)
+    assert torch.equal(net.classifier.norm.weight, state['classifier.norm.weight'])
+    assert same(net.backbone, body_of(state))
+    report = load_checkpoint(Segmentor(V2, 5), randomised(Segmentor(V2, 7)))
+    assert 'decode_head has 7 outputs' in report.notes[0]
+
+
+def test_other_number_of_classes_strictly():
+    net = classifier(V2, 5)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(CheckpointError, match='classifier.head has 7 outputs'):
+        load_checkpoint(net, published(classifier(V2, 7)), strict=True)
+    assert same(net, before)
+
+
+def test_head_of_another_width():
+    state = published(classifier(V2, 5))
+    state['classifier.head.weight'] = torch.zeros(5, 32)
+    refuse(classifier(V2, 5), state, 'head of another shape: .*head.weight is 5x32')
+
+
+def test_strict_refuses_what_is_lacking():
+    state = published(classifier(V2, 5))
+    del state['classifier.norm.weight']
+    net = classifier(V2, 5)
+    assert 'not loaded, as initialised: classifier.* (1)' in str(
+        load_checkpoint(net, state)
     )
-    refuse(Segmentor(V2, 5), randomised(Segmentor(V2, 7)), 'decode_head.weight')
+    with pytest.raises(CheckpointError, match='lacks 1 tensors .*classifier.norm'):
+        load_checkpoint(net, state, strict=True)
+    # Files of classifiers have no output norms, and cannot.
+    load_checkpoint(VSSM(V2), published(classifier(V2)), strict=True)
 
 
 # ------------------------------------------------------------------ pretrained

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from mmvssm.checkpoints import CheckpointError
 from mmvssm.checkpoints import read as module
-from mmvssm.checkpoints.read import read_state_dict
+from mmvssm.checkpoints.read import read_state_dict, read_weights
 
 STATE = {'layers.0.weight': torch.arange(6.0).reshape(2, 3)}
 
@@ -147,27 +147,80 @@ def test_folder(tmp_path):
         read_state_dict(tmp_path)
 
 
-def test_address(tmp_path, monkeypatch):
-    fetched = []
+@pytest.mark.parametrize(
+    'source', ['https://example.org/a.pth?dl=1', 'mmvssm://vim_t', 'hf://me/mine/a.pth']
+)
+def test_address(tmp_path, monkeypatch, source):
+    torch.save(STATE, tmp_path / 'a.pth')
+    asked = []
 
-    def fetch(url, path):
-        fetched.append(url)
-        torch.save(STATE, path)
+    def fetch(address):
+        asked.append(address)
+        return tmp_path / 'a.pth'
 
-    monkeypatch.setattr(module.torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(module.torch.hub, 'download_url_to_file', fetch)
-    url = 'https://example.org/releases/vssm.pth?download=1'
-    check(read_state_dict(url))
-    check(read_state_dict(url))
-    assert fetched == [url]
+    monkeypatch.setattr(module.zoo, 'fetch', fetch)
+    check(read_state_dict(source))
+    assert asked == [source]
 
 
-def test_dead_address(tmp_path, monkeypatch):
+# ------------------------------------------------- raw and averaged weights
+RAW, EMA = {'w': torch.zeros(2)}, {'w': torch.ones(2)}
 
-    def fail(url, path):
-        raise OSError('no route to host')
 
-    monkeypatch.setattr(module.torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(module.torch.hub, 'download_url_to_file', fail)
-    with pytest.raises(CheckpointError, match='cannot download .*no route'):
-        read_state_dict('https://example.org/vssm.pth')
+@pytest.mark.parametrize(
+    'content, raw, ema',
+    [
+        (dict(model=RAW, model_ema=EMA), 'model', 'model_ema'),
+        (dict(model=RAW, state_dict_ema=EMA), 'model', 'state_dict_ema'),
+        (dict(state_dict=RAW, model_ema=EMA), 'state_dict', 'model_ema'),
+        # mmengine's hook has them the other way round.
+        (dict(state_dict=EMA, ema_state_dict=RAW), 'ema_state_dict', 'state_dict'),
+        (dict(state_dict=dict(model=RAW, model_ema=EMA)), 'model', 'model_ema'),
+    ],
+)
+def test_copies(content, raw, ema):
+    for copy, key, want in (('raw', raw, RAW), ('ema', ema, EMA)):
+        found = read_weights(content, copy)
+        assert torch.equal(found.tensors['w'], want['w'])
+        assert found.copy == key and found.others == ({raw: ema, ema: raw}[key],)
+    default = read_weights(content).copy
+    assert default in ('model', 'state_dict')
+
+
+@pytest.mark.parametrize(
+    'content, copy, message',
+    [
+        (dict(model=RAW), 'ema', r"no averaged .EMA. weights, but \['model'\]"),
+        (RAW, 'ema', 'no averaged .EMA. weights, but one copy alone'),
+        (dict(model_ema=EMA), 'raw', r"no raw weights, but \['model_ema'\]"),
+    ],
+)
+def test_a_copy_that_is_not_there(content, copy, message):
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(content, copy)
+
+
+def test_a_copy_of_no_known_kind():
+    with pytest.raises(ValueError, match='weights must be one of'):
+        read_weights(RAW, 'EMA')
+
+
+@pytest.mark.parametrize(
+    'name, content, copy, note',
+    [
+        ('vim_b', dict(model=RAW, model_ema=EMA), 'model_ema', None),
+        ('vim_t', dict(model_ema=EMA, model=RAW), 'model', None),
+        ('vmamba_t_v0', dict(model=RAW, model_ema=EMA), 'model', None),
+        ('mlla_t', dict(model=RAW, state_dict_ema=EMA), 'model', 'is not known'),
+        ('mlla_t', dict(model=RAW), 'model', None),
+        ('vim_b', dict(model=RAW), 'model', 'belong to model_ema, which the file does'),
+    ],
+)
+def test_the_copy_that_the_published_figure_belongs_to(
+    tmp_path, monkeypatch, name, content, copy, note
+):
+    torch.save(content, tmp_path / 'a.pth')
+    monkeypatch.setattr(module.zoo, 'fetch', lambda source: tmp_path / 'a.pth')
+    found = read_weights(f'mmvssm://{name}')
+    assert found.copy == copy
+    assert note in found.notes[0] if note else not found.notes

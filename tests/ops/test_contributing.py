@@ -1,19 +1,14 @@
 """The example of CONTRIBUTING.md runs."""
 
-import re
-
 import torch
 
 from compare import relative_error
+from contributing import run_example
 from mmvssm import ops
-from tiny import REPO
 
 
 def test_example_of_a_backend():
-    text = (REPO / 'CONTRIBUTING.md').read_text()
-    (example,) = re.findall(r'```python\n(.*?)```', text, flags=re.S)
-    found = {}
-    exec(example, found)
+    found = run_example('Adding a backend')
     try:
         assert relative_error(found['y'], found['x'] @ found['weight'].t()) < 1e-6
         x = found['x'].double().requires_grad_()

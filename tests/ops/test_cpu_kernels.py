@@ -1,6 +1,6 @@
-"""The compiled kernels, instruction set by instruction set, at their edges.
+"""The compiled kernels of each instruction set: edges of shapes, strides and values.
 
-The truth is the torch backend in float64, which other tests hold to the
+The truth is the torch backend in float64, which other tests compare with the
 reference.
 """
 
@@ -67,7 +67,7 @@ def replaced(inputs, **others):
     return {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
 
 
-# Shapes: full and partly filled vectors, blocks and tiles
+# Shapes: vectors, channel blocks and chunks that are full, and that are not
 
 
 @every_isa
@@ -102,7 +102,7 @@ def test_lengths(isa, length):
             check(inputs)
 
 
-# Strides. What does not belong to a tensor is NaN: read by mistake, it shows.
+# Strides. Memory around a tensor is NaN, so that reading it by mistake shows.
 
 
 def _inside(x, *margins):
@@ -171,7 +171,7 @@ def test_strides(isa, layout, shape):
 
 @every_isa
 def test_expanded(isa):
-    """One number in memory for many of the tensor, the gradient of a sum too."""
+    """Expanded inputs, and the expanded gradient of a sum."""
     inputs = float32_inputs(2, 34, 40, 3, 2)
     inputs['delta'] = inputs['delta'].detach()[:, :1].clone().requires_grad_()
     inputs['B'] = inputs['B'].detach()[:1].clone().requires_grad_()
@@ -197,8 +197,8 @@ def test_gradient_of_one_output_only(isa, which):
         outputs = selective_scan(**leaves, return_last_state=True, backend=backend)
         return gradients((outputs[which],), leaves)
 
-    steps = 0.1 * inputs['delta'].detach().abs()
-    inputs = replaced(inputs, delta=steps)
+    delta = 0.1 * inputs['delta'].detach().abs()
+    inputs = replaced(inputs, delta=delta)
     got, want = grads(inputs, 'cpu'), grads(as_double(inputs), 'torch')
     assert bool(want['C'].any()) == (which == 0)
     assert_close(got, want)
@@ -211,7 +211,7 @@ def test_gradient_of_one_output_only(isa, which):
 @pytest.mark.parametrize('layout', ['positions last', 'channels last'])
 @pytest.mark.parametrize('shape', [(2, 64, 70, 1, 1), (2, 34, 45, 3, 2)])
 def test_bfloat16_is_a_format_of_memory(isa, shape, layout):
-    """Bit for bit what float32 gives of the same values, rounded once."""
+    """Bit for bit what float32 gives for the same values, rounded once."""
     exact = {}
     for name, x in float32_inputs(*shape).items():
         restride = LAYOUTS[layout][x.ndim == 4] if x.ndim > 2 else _by(*range(x.ndim))
@@ -240,7 +240,7 @@ def test_bfloat16_is_a_format_of_memory(isa, shape, layout):
 @every_isa
 @pytest.mark.parametrize('layout', ['positions last', 'channels last'])
 def test_bfloat16_rounds_to_nearest_even(isa, layout):
-    """Of products with one number many lie in the middle, and some are too large."""
+    """Many of the products lie halfway between two numbers; some are too large."""
     inputs = float32_inputs(1, 67, 200, 1, 1, optional=('D',), requires_grad=False)
     u = inputs['u'].bfloat16()
     u[..., 0] = torch.finfo(torch.bfloat16).max
@@ -275,12 +275,12 @@ def test_every_input_has_its_dtype(isa, dtypes, activations):
     for name in want:
         dtype = got[name].dtype
         assert name not in inputs or dtype == inputs[name].dtype
-        # The gradient of a rounded output is taken as it is: only its format counts.
+        # Only the rounding of the formats is allowed for.
         rounding = max(torch.finfo(dtype).eps, torch.finfo(activations).eps / 2)
         assert relative_error(got[name], want[name]) < TOLERANCE + rounding, name
 
 
-# Elementary functions, each read off the scan of one channel for each number
+# Elementary functions, read off a scan that has one channel for each number
 
 
 def _relative(got, want):
@@ -288,7 +288,7 @@ def _relative(got, want):
 
 
 def _read_off(x, **arguments):
-    """The output at the last of positions x (channels, length), all else one."""
+    """The output at the last position of a scan; what is not given is one."""
     one = torch.ones(1, *x.shape)
     weights = torch.ones(1, 1, x.shape[1])
     arguments = dict(u=one, delta=one, B=weights, C=weights) | arguments
@@ -313,7 +313,7 @@ def test_silu(isa):
     got = _read_off(x, z=x[None])
     exact = x.detach().double()[:, 0].requires_grad_()
     want = torch.nn.functional.silu(exact)
-    # exp makes a relative error of an absolute one.
+    # exp turns an absolute error of its argument into a relative one.
     bound = 3e-7 + 1.2e-7 * exact.detach().abs()
     assert (_relative(got, want) < bound).all()
     (slope,) = torch.autograd.grad(got.sum(), x)
@@ -325,7 +325,7 @@ def test_silu(isa):
 
 @every_isa
 def test_exponential(isa):
-    """The decay of a state of one, next to faster and to slower ones."""
+    """The decay of a state of one, beside faster and slower decays."""
     exponents = torch.linspace(-80, 80, 4001)
     for x in (exponents, exponents / 1000, exponents / 1e6):
         start = torch.ones(1, x.numel(), 2)
@@ -339,12 +339,12 @@ def test_exponential(isa):
 
 
 @every_isa
-def test_negative_steps(isa):
-    """Without softplus a step may be negative: the state grows."""
+def test_negative_dt(isa):
+    """Without softplus dt may be negative: the state grows."""
     inputs = float32_inputs(2, 34, 100, 3, 2)
-    steps = 0.1 * inputs['delta'].detach()
+    delta = 0.1 * inputs['delta'].detach()
     bias = 0.1 * inputs['delta_bias'].detach()
-    check(replaced(inputs, delta=steps, delta_bias=bias), softplus=False)
+    check(replaced(inputs, delta=delta, delta_bias=bias), softplus=False)
 
 
 def _log_uniform(shape, low, high):
@@ -353,18 +353,18 @@ def _log_uniform(shape, low, high):
     return low * torch.exp(exponent * math.log(high / low))
 
 
-STEPS = {'from 1e-6 to 50': None, '1e-6': 1e-6, '1e-3': 1e-3, '50': 50.0}
+DTS = {'from 1e-6 to 50': None, '1e-6': 1e-6, '1e-3': 1e-3, '50': 50.0}
 
 
 @functools.cache
-def _long_problem(steps, rates, states, softplus):
-    """Inputs 64,000 positions long, and the results in float64."""
+def _long_inputs(dts, rates, states, softplus):
+    """Inputs of 64,000 positions, and the results in float64."""
     inputs = float32_inputs(1, 6, 64000, states, 2, optional=('D', 'z'))
     shape = inputs['delta'].shape
-    if STEPS[steps] is None:
+    if DTS[dts] is None:
         delta = _log_uniform(shape, 1e-6, 50)
     else:
-        delta = torch.full(shape, STEPS[steps], dtype=torch.float64)
+        delta = torch.full(shape, DTS[dts], dtype=torch.float64)
     if softplus:
         delta = delta + torch.log(-torch.expm1(-delta))
     inputs = replaced(inputs, delta=delta.float())
@@ -378,16 +378,16 @@ def _long_problem(steps, rates, states, softplus):
 @pytest.mark.parametrize('softplus', [False, True])
 @pytest.mark.parametrize('states', [1, 4])
 @pytest.mark.parametrize('rates', ['around -1', 'down to -1e4'])
-@pytest.mark.parametrize('steps', STEPS)
-def test_long_and_extreme(isa, steps, rates, states, softplus):
-    inputs, want = _long_problem(steps, rates, states, softplus)
+@pytest.mark.parametrize('dts', DTS)
+def test_long_and_extreme(isa, dts, rates, states, softplus):
+    inputs, want = _long_inputs(dts, rates, states, softplus)
     assert_close(scan(inputs, softplus=softplus), want)
 
 
 @every_isa
 @pytest.mark.parametrize('states', [1, 3, 16])
 def test_underflow_of_a_decay(isa, states):
-    """exp(-5e5): the state is what the last position put there, exactly."""
+    """exp(-5e5) is 0: the state is exactly what the last position added."""
     inputs = float32_inputs(2, 34, 100, states, 1, optional=())
     inputs = replaced(
         inputs,
@@ -404,7 +404,7 @@ def test_underflow_of_a_decay(isa, states):
 @every_isa
 @pytest.mark.parametrize('rate', [-1.0, -0.1])
 def test_underflow_of_the_state(isa, rate):
-    """A state that fades away below the smallest number."""
+    """A state that decays below the smallest number."""
     inputs = float32_inputs(1, 34, 3000, 2, 1, optional=())
     u = torch.zeros_like(inputs['u'])
     u[..., 0] = 1e-30
@@ -442,7 +442,7 @@ def test_huge_values(isa, name):
 @pytest.mark.parametrize('states', [1, 3])
 @pytest.mark.parametrize('name', ['u', 'delta', 'z'])
 def test_infinity_goes_no_further_than_it_must(isa, name, states):
-    """It is not taken for NaN; other channels and earlier positions are spared."""
+    """It does not count as NaN; other channels and earlier positions stay right."""
     inputs = float32_inputs(2, 34, 70, states, 2, requires_grad=False)
     spoilt = dict(inputs, **{name: inputs[name].clone()})
     spoilt[name][1, 20, 40] = float('inf')
@@ -453,14 +453,14 @@ def test_infinity_goes_no_further_than_it_must(isa, name, states):
     assert not got[1, 20, 40].isfinite()
     touched = torch.zeros(got.shape, dtype=torch.bool)
     touched[1, 20, 40:] = True
-    # Neighbours may share another way to round with it.
+    # Its register block may take other code for the decays, which rounds differently.
     torch.testing.assert_close(got[~touched], want[~touched])
 
 
 @every_isa
 @pytest.mark.parametrize('name', ['u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias'])
 def test_nan_is_found(isa, name):
-    """In the last of everything, next to the padding of vectors and blocks."""
+    """In the last value of each input, next to the padding of vectors and blocks."""
     for shape in ((2, 17, 33, 5, 1), (1, 64, 32, 1, 1), (1, 20, 1, 40, 1)):
         for optional in (OPTIONAL, (name,) if name in OPTIONAL else ()):
             inputs = float32_inputs(*shape, optional=optional, requires_grad=False)

@@ -1,4 +1,4 @@
-"""Which build of the kernels runs, with which instruction set, memory and threads."""
+"""Which build of the kernels runs; its instruction sets, memory and threads."""
 
 import ctypes
 import ctypes.util
@@ -39,7 +39,7 @@ def reload_library():
 
 
 def assert_torch_takes_over(reason):
-    """The backend says why it cannot run, and only who asks for it gets an error."""
+    """The status says why the backend cannot run; only a call that names it raises."""
     assert reason in backend_status()['cpu']
     assert choose_backend('cpu', torch.float32) == 'torch'
     inputs = scan_inputs(1, 2, 3, 1, dtype=torch.float32, requires_grad=False)
@@ -56,18 +56,18 @@ def test_library_that_was_not_built(reload_library, monkeypatch, tmp_path):
 
 
 def test_library_of_another_version(reload_library, monkeypatch):
-    """Structures of another size would be read as garbage."""
+    """Kernel args of another size would be read as garbage."""
     other = ctypes.util.find_library('c')
     monkeypatch.setenv(library.LIBRARY_VARIABLE, other)
     assert_torch_takes_over('built from the sources of another version')
 
 
 @needs_kernels
-def test_library_with_other_structures(backend, reload_library, monkeypatch):
-    class Longer(library.Ss2dProblem):
+def test_library_with_other_kernel_args(backend, reload_library, monkeypatch):
+    class Longer(library.Ss2dArgs):
         _fields_ = [('more', ctypes.c_int64)]
 
-    monkeypatch.setattr(library, 'Ss2dProblem', Longer)
+    monkeypatch.setattr(library, 'Ss2dArgs', Longer)
     assert_torch_takes_over('built from the sources of another version')
 
 
@@ -77,7 +77,7 @@ def test_library_that_is_not_there(reload_library, monkeypatch, tmp_path):
     assert_torch_takes_over(str(path))
 
 
-def test_library_that_is_none(reload_library, monkeypatch, tmp_path):
+def test_file_that_is_no_library(reload_library, monkeypatch, tmp_path):
     path = tmp_path / 'kernels.so'
     path.write_text('no library')
     monkeypatch.setenv(library.LIBRARY_VARIABLE, str(path))
@@ -169,9 +169,9 @@ def test_environment_and_unset_memory(backend, tmp_path):
 
 @on_every_isa()
 def test_threads_of_python(isa, set_threads):
-    """Several at once, each on torch's thread pool."""
+    """Several Python threads call the kernels at once; all share torch's threads."""
     set_threads(3)
-    problems = [
+    every_inputs = [
         scan_inputs(2, 40 + 10 * i, 300, 1 + i, 2, dtype=torch.float32, seed=i)
         for i in range(4)
     ]
@@ -181,13 +181,13 @@ def test_threads_of_python(isa, set_threads):
         return [out, *gradients((out,), inputs).values()]
 
     with library.use_isa(isa):
-        expected = [run(inputs) for inputs in problems]
-        found = [[] for _ in problems]
-        ready = threading.Barrier(len(problems))
+        expected = [run(inputs) for inputs in every_inputs]
+        found = [[] for _ in every_inputs]
+        ready = threading.Barrier(len(every_inputs))
 
         def repeat(i):
             ready.wait()
-            found[i] = [run(problems[i]) for _ in range(10)]
+            found[i] = [run(every_inputs[i]) for _ in range(10)]
 
         threads = [threading.Thread(target=repeat, args=(i,)) for i in range(4)]
         for thread in threads:

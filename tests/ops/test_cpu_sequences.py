@@ -1,4 +1,4 @@
-"""The compiled kernels around the projections of a sequence model's block.
+"""The compiled kernels of bidirectional_scan and add_rms_norm.
 
 The truth is the definition in float64.
 """
@@ -66,12 +66,12 @@ def test_shapes(isa, batch, channels, length, rank, states, taps, average):
 @every_isa
 @pytest.mark.parametrize('length', [197, 1025])
 def test_as_a_network_starts(isa, length):
-    """Slow and fast decays in one channel, over many tiles."""
+    """Slow and fast decays in one channel, over many chunks."""
     inputs = make_inputs(1, 32, length, 2, 16, 4, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
-    steps = 1e-3 * 100 ** torch.rand(32, generator=generator)
+    dt = 1e-3 * 100 ** torch.rand(32, generator=generator)
     for way in WAYS:
-        bias = steps + torch.log(-torch.expm1(-steps))
+        bias = dt + torch.log(-torch.expm1(-dt))
         A = -torch.arange(1.0, 17).repeat(32, 1)
         for name, x in (('dt_proj_bias', bias), ('A', A), ('D', torch.ones(32))):
             inputs[f'{way}.{name}'] = x.clone().requires_grad_()
@@ -79,7 +79,7 @@ def test_as_a_network_starts(isa, length):
 
 
 def _inside(x, margin):
-    """Equal values inside a bigger tensor of NaN: read by mistake, it shows."""
+    """The same values inside a bigger tensor of NaN: reading those by mistake shows."""
     shape = [n + 2 * margin for n in x.shape]
     inner = torch.full(shape, NAN)[tuple(slice(margin, margin + n) for n in x.shape)]
     return inner.copy_(x)
@@ -105,7 +105,7 @@ def test_strides(isa, layout, shape):
 
 @every_isa
 def test_convolution_of_any_size_of_numbers(isa):
-    """SiLU far out, on both sides, and its gradient."""
+    """SiLU of large and small numbers of both signs, and its gradient."""
     inputs = make_inputs(1, 20, 37, 2, 2, 4, dtype=torch.float32)
     for way in WAYS:
         scale = torch.logspace(-3, 2, 20)[:, None]
@@ -178,7 +178,7 @@ def test_norm_shapes(isa, rows, channels, residual):
 
 @every_isa
 def test_norm_of_rows_of_any_size(isa):
-    """The gradient of each row for itself: the largest must not hide the rest."""
+    """Row by row, so that the gradient of the largest does not hide the others'."""
     inputs = norm_inputs(50, 40, residual=torch.float32, spread=3.0)
     double = as_double(inputs)
     got, want = add_rms_norm(**inputs, backend='cpu')[0], norm(**double)[0]

@@ -22,8 +22,8 @@ PLAIN = dict(embed_dims=8, depth=2, patch_size=4, stride=4)
 # Of each family, at a tiny size.
 MODELS = {
     'vmamba': lambda: VSSM(dict(depths=(1,), dims=8), out_indices=(0,)),
-    'vim': lambda: Vim(dict(PLAIN, d_state=16), 16),
-    'mambar': lambda: MambaR(dict(PLAIN, d_state=16, registers=3), 16),
+    'vim': lambda: Vim(dict(PLAIN, d_state=16), img_size=16),
+    'mambar': lambda: MambaR(dict(PLAIN, d_state=16, registers=3), img_size=16),
     'mlla': lambda: MLLA(dict(depths=(1,), dims=8, num_heads=(2,)), out_indices=(0,)),
 }
 

@@ -18,10 +18,13 @@ import torch
 from mmvssm.ops import scan_order, ss2d_scan
 from mmvssm.ops.cuda import kernels, nvrtc, one_state
 from mmvssm.ops.cuda.merge import merge
-from mmvssm.ops.cuda.scan import Scan
+from mmvssm.ops.cuda.scan import Scan, turns
+from mmvssm.ops.scan_orders.tables import order_word
 from mmvssm.ops.selective_scan.cuda_backend import CudaScan
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions
 from mmvssm.ops.selective_scan.reference import ReferenceScan
+from mmvssm.ops.ss2d_scan.cuda_backend import CudaSs2d
+from mmvssm.ops.ss2d_scan.declaration import Ss2dInputs, Ss2dOptions
 
 from .cuda_emulation import AVAILABLE, SEED_VARIABLE, Emulator
 from .scan_inputs import OPTIONAL, relative_error, scan_inputs
@@ -43,13 +46,26 @@ BARRIERS = sorted(
 
 
 class Gpu(Emulator):
-    """One with a number of multiprocessors."""
+    """One with a number of multiprocessors, and some shared memory.
 
-    def __init__(self, multiprocessors):
-        self._multiprocessors = multiprocessors
+    Attributes:
+        launched: Names of the kernels, and whether their CTAs look back.
+    """
+
+    def __init__(self, multiprocessors, shared_memory=kernels.SHARED_MEMORY):
+        self._multiprocessors, self._shared_memory = multiprocessors, shared_memory
+        self.launched = []
 
     def multiprocessors(self, on):
         return self._multiprocessors
+
+    def shared_memory(self, on):
+        return self._shared_memory
+
+    def launch(self, launch, on):
+        looks_back = bool(getattr(launch.args, 'published', None))
+        self.launched.append((launch.kernel.entry, looks_back))
+        super().launch(launch, on)
 
 
 @pytest.fixture(params=WAYS)
@@ -222,6 +238,56 @@ def test_ranks_one_after_the_other(rank):
         check_map(order_inputs('cross', (1, 12, 9, 8), rank, dtype=torch.float32))
 
 
+def merged_map(inputs, gpu, orders='cross'):
+    """The output, and states before the chunks; the sum has no room on chip."""
+    dtype = inputs['x'].dtype
+    options = Ss2dOptions(order_word(orders), dtype, dtype)
+    with kernels.use_machine(gpu), torch.no_grad():
+        found = CudaSs2d().forward(Ss2dInputs(**inputs), options, keep=True)
+    return found.outputs[0], found.saved[1]
+
+
+# Their chunks fill a GPU of one multiprocessor, but not CTAs that walk all of it.
+CHUNKED = (1, 64, 11, 13)
+
+
+@pytest.mark.parametrize('rank', [6, 17, 65])
+@pytest.mark.parametrize(
+    'orders', ['cross', 'windows2', ['hilbert', 'corners']], ids=['cross', 'pad', 'six']
+)
+def test_one_after_the_other_in_chunks(orders, rank):
+    gpu = Gpu(1, shared_memory=0)
+    inputs = order_inputs(orders, CHUNKED, rank, dtype=torch.float32)
+    with kernels.use_machine(gpu):
+        check_map(inputs, orders)
+    count = len(inputs['dt_projs_weight'])
+    assert gpu.launched == [('one_state_forward', True)] * count
+
+
+def test_a_route_and_then_the_way_back():
+    x = torch.empty(1, 1, 1)
+    assert turns([Scan(x, x, x, x, route=route) for route in range(4)]) == [0, 2, 1, 3]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ('shape', 'in_turn', 'at_once', 'looks_back'),
+    [
+        (CHUNKED, 1, 10**6, True),
+        ((1, 64, 9, 13), 0, 2, False),
+    ],
+)
+def test_same_bits_one_after_the_other(shape, in_turn, at_once, looks_back, dtype):
+    """Scans add up in the same order, whether they share a launch or not."""
+    inputs = order_inputs('cross', shape, 6, dtype=dtype)
+    one, other = Gpu(in_turn, shared_memory=0), Gpu(at_once, shared_memory=0)
+    got, want = merged_map(inputs, one), merged_map(inputs, other)
+    assert [name for name, _ in one.launched] == ['one_state_forward'] * 4
+    assert [name for name, _ in other.launched] == ['one_state_forward', 'merge']
+    assert {one.launched[0][1], other.launched[0][1]} == {looks_back}
+    assert all(map(torch.equal, got, want))
+
+
 @pytest.mark.parametrize('shape', [(2, 32, 5, 7), (1, 5, 13, 1), (1, 8, 1, 70)])
 @pytest.mark.parametrize(
     'orders', ['cross', 'windows2', ['hilbert', 'corners']], ids=['cross', 'pad', 'six']
@@ -318,7 +384,7 @@ def test_nothing_is_written_that_is_not_there():
 
 
 def results():
-    """Of two scans, with and without a rank, each in both ways."""
+    """Of two scans, with and without a rank, each in both ways; and of a map's."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -347,7 +413,8 @@ def results():
             with kernels.use_machine(Gpu(count)):
                 one_state.forward(scan, out, last, saved, add)
             found += [out, last, saved]
-    return found
+    inputs = order_inputs('cross', CHUNKED, 6, dtype=torch.bfloat16)
+    return [*found, *merged_map(inputs, Gpu(1, shared_memory=0))]
 
 
 def equal_bits_in_all_orders(seeds=20):

@@ -34,13 +34,23 @@ BARRIERS = sorted(set(re.findall(r'sync_\w+\("(.*?)"\)', SOURCE.read_text())))
 
 
 class Gpu(Emulator):
-    """One with a number of multiprocessors."""
+    """One with a number of multiprocessors.
+
+    Attributes:
+        launched: Names of the kernels, and whether their CTAs look back.
+    """
 
     def __init__(self, multiprocessors):
-        self._multiprocessors = multiprocessors
+        self._multiprocessors, self.launched = multiprocessors, []
 
     def multiprocessors(self, on):
         return self._multiprocessors
+
+    def launch(self, launch, on):
+        args = getattr(launch.args, 'inputs', launch.args)
+        looks_back = bool(getattr(args, 'published', None))
+        self.launched.append((launch.kernel.entry, looks_back))
+        super().launch(launch, on)
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +252,18 @@ def test_ranks(way, rank):
     """In one launch, and one after the other."""
     inputs = order_inputs('cross', (1, 12, 9, 8), rank, dtype=torch.float32)
     compare_maps(inputs, 'cross', 'cuda', 3e-6)
+
+
+@pytest.mark.parametrize('rank', [6, 65])
+@pytest.mark.parametrize('orders', ['cross', 'windows2'])
+def test_one_after_the_other_in_chunks(orders, rank):
+    """A scan's chunks fill the GPU, but not CTAs that walk all of it."""
+    gpu = Gpu(1)
+    inputs = order_inputs(orders, (1, 64, 11, 13), rank, dtype=torch.float32)
+    with kernels.use_machine(gpu):
+        compare_maps(inputs, orders, 'cuda', 3e-6)
+    count = len(inputs['dt_projs_weight'])
+    assert gpu.launched[-count:] == [('one_state_backward', True)] * count
 
 
 @pytest.mark.parametrize('shape', [(2, 32, 5, 7), (1, 5, 13, 1), (1, 8, 1, 70)])

@@ -50,12 +50,22 @@ def test_far_out():
 
 @pytest.mark.parametrize('name', ['softplus', 'sigmoid', 'silu'])
 def test_derivatives(name):
-    x = torch.tensor([-90.0, -3.0, -1e-9, 0.0, 1e-9, 3.0, 90.0], dtype=torch.float64)
+    x = [-1e5, -90.0, -3.0, -1e-9, 0.0, 1e-9, 3.0, 90.0, 1e5]
+    x = torch.tensor(x, dtype=torch.float64)
     got, want = (
         torch.autograd.functional.jacobian(f, x).diag()
         for f in (getattr(deterministic_math, name), getattr(F, name))
     )
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-30)
+
+
+@pytest.mark.parametrize('name', ['softplus', 'sigmoid', 'silu'])
+def test_derivatives_far_out_in_float32(name):
+    """Where exp overflows there is no NaN."""
+    x = torch.tensor([-1e4, -200.0, -89.0, 89.0, 200.0, 1e4], requires_grad=True)
+    got = torch.autograd.grad(getattr(deterministic_math, name)(x).sum(), x)[0]
+    want = torch.autograd.grad(getattr(F, name)(x).sum(), x)[0]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize('shape', [(3, 50, 2, 4), (2, 50, 1), (2, 50, 1, 1)])

@@ -328,7 +328,7 @@ def test_strides(backend):
     'orders', ['hilbert', ['windows7', shuffled, 'bidi']], ids=spelled
 )
 def test_compiled_kernels(isa, orders, channels, states):
-    """Several tiles, strips of channels that are full and that are not."""
+    """Several chunks; channel blocks that are full, and that are not."""
     shape = (2, channels, 9, 11)
     with library.use_isa(isa):
         check(orders, shape, 'cpu', rank=3, states=states)

@@ -9,12 +9,10 @@ from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
-from mmvssm.checkpoints.families import recognise
+from mmvssm.families import recognise
 from mmvssm.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
-_STEM = re.compile(r'patch_embed\.|(absolute_)?pos_embed(_cls)?$|cls_token(_\w+)?$')
 _TOKENS = re.compile(r'((absolute_)?pos_embed(_cls)?|cls_token(_\w+)?)$')
-_BLOCK = re.compile(r'layers\.(\d+)\.(?:blocks\.(\d+)\.)?')
 # Decay rates, skips and biases of the scan, some of which have two axes.
 _SCAN = re.compile(r'(A_log|A_b_log|A_logs|D|D_b|Ds|dt_projs_bias)$')
 _PUBLISHED_STEM = ('backbone.cls_token', 'backbone.mask_token', 'backbone.pos_embed')
@@ -120,36 +118,18 @@ def find_depths(names: Iterable[str], what: str) -> tuple[dict[str, int], int]:
         CheckpointError: There is no backbone of this package, or several.
     """
     names = list(names)
-    prefix = recognise(names, what).prefix
-    inner = {n: n.removeprefix(prefix) for n in names if n.startswith(prefix)}
-    has_stages = any('.blocks.' in name for name in inner.values())
-    # (stage, block), or (block, 0) of a plain backbone. A downsampling layer is
-    # in a stage and in no block.
-    blocks = sorted(
-        {
-            (int(match[1]), int(match[2] or 0))
-            for match in map(_BLOCK.match, inner.values())
-            if match and (match[2] or not has_stages)
-        }
-    )
-    order = {block: i for i, block in enumerate(blocks)}
+    found = recognise(names, what)
+    places = {
+        name: found.family.depth(name.removeprefix(found.prefix))
+        if name.startswith(found.prefix)
+        else None
+        for name in names
+    }
+    # The stem is the empty tuple; what comes behind the blocks has no place.
+    blocks = sorted({place for place in places.values() if place})
+    order = {(): 0, **{place: i + 1 for i, place in enumerate(blocks)}}
     last = len(blocks) + 1
-    depths = {}
-    for name in names:
-        depths[name] = _depth(inner[name], order, last) if name in inner else last
-    return depths, last
-
-
-def _depth(name: str, order: Mapping[tuple[int, int], int], last: int) -> int:
-    if _STEM.match(name):
-        return 0
-    match = _BLOCK.match(name)
-    if match is None:
-        return last
-    stage, block = int(match[1]), int(match[2] or 0)
-    if match[2] is None and '.downsample.' in name:
-        stage += 1
-    return order[stage, block] + 1
+    return {name: order.get(place, last) for name, place in places.items()}, last
 
 
 def takes_decay(name: str, parameter: torch.Tensor) -> bool:

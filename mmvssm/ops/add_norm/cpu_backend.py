@@ -15,13 +15,13 @@ from mmvssm.ops.add_norm.declaration import (
 )
 from mmvssm.ops.contract import Result
 from mmvssm.ops.cpu import library
-from mmvssm.ops.cpu.library import Array, NormProblem
+from mmvssm.ops.cpu.library import Array, NormArgs
 from mmvssm.ops.kernel_args import pointer
 from mmvssm.ops.typed import MaybeTensor
 
 
 class CpuNorm(FusedNorm):
-    """One pass over the rows each way."""
+    """One pass over the rows forward, one backward."""
 
     supplier = backends.CPU
     dtypes = (torch.float32, torch.bfloat16)
@@ -31,7 +31,7 @@ class CpuNorm(FusedNorm):
         x, residual = _rows(inputs.x), _rows(inputs.residual)
         weight = inputs.weight.float().contiguous()
         out, total = outputs_like(inputs, options)
-        args = NormProblem(
+        args = NormArgs(
             rows=x.shape[0],
             channels=x.shape[1],
             eps=options.eps,
@@ -52,7 +52,7 @@ class CpuNorm(FusedNorm):
         grads: tuple[Tensor | None, ...],
         wanted: NormInputs,
     ) -> NormInputs:
-        """Gradients of the weight and of the sum; inputs are its terms, or itself."""
+        """Gradients of x, residual and weight."""
         x, residual = _rows(inputs.x), _rows(inputs.residual)
         grad_out, grad_total = (_rows(grad) for grad in grads)
         weight = inputs.weight.float().contiguous()
@@ -60,7 +60,7 @@ class CpuNorm(FusedNorm):
         found = new_gradients(inputs, options)
         blocks = -(-rows // library.norm_rows())
         by_block = weight.new_empty(blocks, channels)
-        args = NormProblem(
+        args = NormArgs(
             rows=rows,
             channels=channels,
             eps=options.eps,
@@ -78,7 +78,7 @@ class CpuNorm(FusedNorm):
 
 
 def _rows(x: MaybeTensor) -> MaybeTensor:
-    """The tensor as (rows, channels) with its channels next to each other."""
+    """The tensor as (rows, channels), channels contiguous."""
     if x is None:
         return None
     x = x.reshape(-1, x.shape[-1])

@@ -1,8 +1,8 @@
 """The bidirectional scan by compiled CPU kernels, forward and backward.
 
 Kernels do all but the matrix products, see ``mmvssm/ops/cpu/bidirectional_scan.h``.
-Sequences are (B, L, D) here. Only what the scans cannot do without is kept for
-the backward pass, which computes convolutions and step sizes once more.
+Sequences are (B, L, D) here. The backward pass computes the convolutions and delta
+again; only what it cannot compute again cheaply is kept for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,17 +25,17 @@ from mmvssm.ops.contract import Result
 from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import (
     Array,
-    ConvProblem,
-    ConvWay,
-    GateProblem,
-    ScanPair,
-    ScanProblem,
+    ConvArgs,
+    ConvDirection,
+    GateArgs,
+    PairArgs,
+    ScanArgs,
 )
 from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.kernel_args import pointer, readable
 from mmvssm.ops.selective_scan.cpu_backend import saved_states_shape
 
-# How the scan of each direction sees a tensor.
+# How the scan of each direction reads a tensor: from the start, from the end.
 _VIEWS = (Array.of, Array.from_end)
 
 
@@ -48,7 +48,7 @@ class CpuBidirectional(FusedBidirectional):
     def states_shape(
         self, batch: int, length: int, states: int, channels: int
     ) -> tuple[int, ...]:
-        """Of the states before each tile but the first."""
+        """Shape of the states of one direction before all chunks but the first."""
         return saved_states_shape(batch, length, states, channels)
 
     def forward(
@@ -66,10 +66,10 @@ class CpuBidirectional(FusedBidirectional):
         if keep:
             shape = saved_states_shape(batch, length, states, channels)
             saved = ys[0].new_empty(2, *shape)
-        deltas = [_step_sizes(p, w) for p, w in zip(projected, weights)]
-        pair = ScanPair()
+        deltas = [_delta(p, w) for p, w in zip(projected, weights)]
+        pair = PairArgs()
         for i, view in enumerate(_VIEWS):
-            pair.ways[i] = ScanProblem(
+            pair.directions[i] = ScanArgs(
                 **_scan_inputs(view, us[i], deltas[i], projected[i], weights[i]),
                 out=view(ys[i].mT),
                 last_state=pointer(last[i]),
@@ -77,7 +77,7 @@ class CpuBidirectional(FusedBidirectional):
             )
         has_nan = library.kernel('pair_forward')(byref(pair), library.parallel_for())
         (out,) = outputs_like(inputs, options)
-        gate = GateProblem(
+        gate = GateArgs(
             batch=batch,
             channels=channels,
             length=length,
@@ -99,13 +99,13 @@ class CpuBidirectional(FusedBidirectional):
         grads: tuple[Tensor | None, ...],
         wanted: BidirectionalInputs,
     ) -> BidirectionalInputs:
-        """All gradients; convolutions and step sizes are computed once more."""
+        """All gradients."""
         x, z, weights = KernelInputs.of(inputs, options, self.dtypes)
         y, *projected, states = saved
         batch, length, channels = x.shape
         grad_out = readable(grads[0], Array)
         grad_y, grad_z = torch.empty_like(y), torch.empty_like(z)
-        gate = GateProblem(
+        gate = GateArgs(
             batch=batch,
             channels=channels,
             length=length,
@@ -139,13 +139,13 @@ class CpuBidirectional(FusedBidirectional):
 
 def _convolve(x: Tensor, weights: Sequence[Direction]) -> list[Tensor]:
     us = [x.new_empty(x.shape) for _ in weights]
-    ways = [
-        ConvWay(
+    directions = [
+        ConvDirection(
             weight=pointer(w.conv_weight), bias=pointer(w.conv_bias), out=Array.of(u.mT)
         )
         for u, w in zip(us, weights)
     ]
-    args = _convolution(x, weights, ways)
+    args = _convolution(x, weights, directions)
     library.kernel('conv_forward')(byref(args), library.parallel_for())
     return us
 
@@ -153,10 +153,10 @@ def _convolve(x: Tensor, weights: Sequence[Direction]) -> list[Tensor]:
 def _convolve_backward(
     x: Tensor, weights: Sequence[Direction], grad_us: Sequence[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Gradients of x and, for each direction, of weight and bias.
+    """Gradients of x, and of each direction's weight and bias.
 
     Args:
-        grad_us: For each direction two gradients of u to be added up.
+        grad_us: For each direction two gradients of u, to be added.
     """
     taps = weights[0].conv_weight.shape[1]
     batch, _, channels = x.shape
@@ -168,8 +168,8 @@ def _convolve_backward(
         )
         for w in weights
     ]
-    ways = [
-        ConvWay(
+    directions = [
+        ConvDirection(
             weight=pointer(w.conv_weight),
             bias=pointer(w.conv_bias),
             grad_scan=Array.of(grads[0].mT),
@@ -179,7 +179,7 @@ def _convolve_backward(
         )
         for w, grads, by_weights in zip(weights, grad_us, sums)
     ]
-    args = _convolution(x, weights, ways, grad_x)
+    args = _convolution(x, weights, directions, grad_x)
     library.kernel('conv_backward')(byref(args), library.parallel_for())
     return grad_x, [
         (by_weight.sum(0).T.contiguous(), by_bias.sum(0)) for by_weight, by_bias in sums
@@ -189,29 +189,29 @@ def _convolve_backward(
 def _convolution(
     x: Tensor,
     weights: Sequence[Direction],
-    ways: Sequence[ConvWay],
+    directions: Sequence[ConvDirection],
     grad_x: Tensor | None = None,
-) -> ConvProblem:
+) -> ConvArgs:
     batch, length, channels = x.shape
-    return ConvProblem(
+    return ConvArgs(
         batch=batch,
         channels=channels,
         length=length,
         taps=weights[0].conv_weight.shape[1],
         x=Array.of(x.mT),
         grad_x=Array() if grad_x is None else Array.of(grad_x.mT),
-        ways=(ConvWay * 2)(*ways),
+        directions=(ConvDirection * 2)(*directions),
     )
 
 
-# Projections: to the low rank of the step sizes, B and C; then to step sizes
+# Projections: from u to dt_low_rank, B and C; then from dt_low_rank to delta
 
 
 def _project(u: Tensor, weights: Direction) -> Tensor:
     return linear_product(u.to(weights.x_proj_weight.dtype), weights.x_proj_weight)
 
 
-def _step_sizes(projected: Tensor, weights: Direction) -> Tensor:
+def _delta(projected: Tensor, weights: Direction) -> Tensor:
     rank = weights.dt_proj_weight.shape[1]
     return linear_product(projected[..., :rank], weights.dt_proj_weight)
 
@@ -222,20 +222,21 @@ def _project_backward(
     """From the gradients of a scan to those of its projections.
 
     Args:
-        grads: Of the step sizes (B, L, D), B and C (B, L, N), A, D and the bias.
+        grads: Of delta (B, L, D), B and C (B, L, N), A, D and the bias.
 
     Returns:
-        The gradient of u through the projections and those of the weights,
-        the convolution's left out.
+        The gradient of u through the projections, and those of all weights of the
+        direction but the convolution's.
     """
-    delta, B, C, A, D, bias = grads
+    grad_delta, B, C, A, D, bias = grads
     rank = weights.dt_proj_weight.shape[1]
-    grad = torch.cat([linear_product(delta, weights.dt_proj_weight.t()), B, C], dim=-1)
+    grad_low_rank = linear_product(grad_delta, weights.dt_proj_weight.t())
+    grad = torch.cat([grad_low_rank, B, C], dim=-1)
     u = u.to(projected.dtype).flatten(0, 1)
-    dt = projected[..., :rank].flatten(0, 1)
+    dt_low_rank = projected[..., :rank].flatten(0, 1)
     return linear_product(grad, weights.x_proj_weight.t()), dict(
         x_proj_weight=linear_product(grad.flatten(0, 1).t(), u.t()),
-        dt_proj_weight=linear_product(delta.flatten(0, 1).t(), dt.t()),
+        dt_proj_weight=linear_product(grad_delta.flatten(0, 1).t(), dt_low_rank.t()),
         dt_proj_bias=bias,
         A=A,
         D=D,
@@ -252,7 +253,7 @@ def _scan_inputs(
     projected: Tensor,
     weights: Direction,
 ) -> dict[str, object]:
-    """What the scan of a direction reads."""
+    """The kernel args of the inputs of one direction's scan."""
     batch, length, channels = u.shape
     states = weights.A.shape[1]
     B, C = projected[..., -2 * states :].unsqueeze(1).mT.split(states, dim=2)
@@ -280,19 +281,19 @@ def _scan_backward(
     weights: Sequence[Direction],
     saved: Tensor,
 ) -> list[tuple[Tensor, ...]]:
-    """Gradients of u, delta, B, C, A, D and the bias of each direction."""
+    """For each direction the gradients of u, delta, B, C, A, D and the bias."""
     batch, length, channels = grad_y.shape
     states = weights[0].A.shape[1]
-    strips = library.strips(channels)
-    deltas = [_step_sizes(p, w) for p, w in zip(projected, weights)]
+    blocks = library.channel_blocks(channels)
+    deltas = [_delta(p, w) for p, w in zip(projected, weights)]
     grad_us = [torch.empty_like(grad_y) for _ in weights]
     grad_deltas = [torch.empty_like(delta) for delta in deltas]
-    by_B, by_C = grad_y.new_empty(2, 2, strips, batch, length, states)
+    by_B, by_C = grad_y.new_empty(2, 2, blocks, batch, length, states)
     by_A = grad_y.new_empty(2, batch, states, channels)
     by_D, by_bias = grad_y.new_empty(2, 2, batch, channels)
-    problem = ScanPair()
+    args = PairArgs()
     for i, view in enumerate(_VIEWS):
-        problem.ways[i] = ScanProblem(
+        args.directions[i] = ScanArgs(
             **_scan_inputs(view, us[i], deltas[i], projected[i], weights[i]),
             saved=pointer(saved[i]),
             grad_out=view(grad_y.mT),
@@ -304,8 +305,8 @@ def _scan_backward(
             grad_D=pointer(by_D[i]),
             grad_bias=pointer(by_bias[i]),
         )
-    library.kernel('pair_backward')(byref(problem), library.parallel_for())
-    # Gradients of B and C come in the order of the scan.
+    library.kernel('pair_backward')(byref(args), library.parallel_for())
+    # The kernels write gradients of B and C in the order of the scan.
     in_order = ((t[0].sum(0), t[1].sum(0).flip(1)) for t in (by_B, by_C))
     return [
         (grad_u, grad_delta, B.to(delta.dtype), C.to(delta.dtype))

@@ -1,13 +1,13 @@
-// add_rms_norm over blocks of rows, forward and backward.
+// add_rms_norm over row blocks, forward and backward.
 #pragma once
 
-#include "strip.h"
+#include "channel_block_recurrence.h"
 
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-// A row of an array (row, channel) as float32, in `buffer` where it needs a copy;
-// zeros fill its last vector.
+// A row of an array (row, channel) as float32, copied to `buffer` if it must be; its
+// last vector is filled up with zeros.
 static const float* read_row(const Array& array, int64_t row, int64_t channels,
                              float* buffer) {
   const int64_t offset = row * array.stride[0];
@@ -47,15 +47,15 @@ static inline float lane_sum(vfloat x) {
   return sum;
 }
 
-// What the work on a block of rows shares. Buffers hold one row.
+// One row block, and buffers of one row each.
 class NormRows {
  public:
-  static int64_t items(const NormProblem& p) {
+  static int64_t items(const NormArgs& p) {
     return (p.rows + kNormRows - 1) / kNormRows;
   }
-  static int64_t floats(const NormProblem& p) { return 6 * (p.channels + 2 * 16); }
+  static int64_t floats(const NormArgs& p) { return 6 * (p.channels + 2 * 16); }
 
-  NormRows(const NormProblem& p, int64_t item, Arena* arena)
+  NormRows(const NormArgs& p, int64_t item, Arena* arena)
       : p(p),
         begin(item * kNormRows),
         end(begin + kNormRows < p.rows ? begin + kNormRows : p.rows),
@@ -65,8 +65,8 @@ class NormRows {
     weight = read_row(as_row, 0, p.channels, buffers[0]);
   }
 
-  // The sum x + residual of a row in buffer 1, and the root of its mean square's
-  // inverse. Four sums make short chains of additions.
+  // Writes x + residual of a row to buffer 1 and returns 1 / sqrt(mean square + eps).
+  // Four partial sums keep the chains of additions short.
   float add(int64_t row) const {
     const float* x = read_row(p.x, row, p.channels, buffers[1]);
     const float* residual = p.residual.data == nullptr
@@ -84,13 +84,13 @@ class NormRows {
     return 1.0f / __builtin_sqrtf(square / p.channels + p.eps);
   }
 
-  const NormProblem& p;
+  const NormArgs& p;
   const int64_t begin, end, width;
   const float* weight;
   float* buffers[6];
 };
 
-static bool forward_norm(const NormProblem& p, int64_t item, Arena* arena) {
+static bool forward_norm(const NormArgs& p, int64_t item, Arena* arena) {
   const NormRows rows(p, item, arena);
   float* total = rows.buffers[1];
   float* out = rows.buffers[2];
@@ -104,9 +104,9 @@ static bool forward_norm(const NormProblem& p, int64_t item, Arena* arena) {
   return false;
 }
 
-// With s = 1 / sqrt(mean(r^2) + eps) and g = w grad_out the gradient of r is
-// s g - r s^3 mean(g r), plus that of the stream.
-static bool backward_norm(const NormProblem& p, int64_t item, Arena* arena) {
+// With r = x + residual, s = 1 / sqrt(mean(r^2) + eps) and g = weight grad_out, the
+// gradient of r is s g - r s^3 mean(g r), plus the gradient of the output `total`.
+static bool backward_norm(const NormArgs& p, int64_t item, Arena* arena) {
   const NormRows rows(p, item, arena);
   const float* total = rows.buffers[1];
   float* grad = rows.buffers[2];
@@ -146,12 +146,12 @@ static bool backward_norm(const NormProblem& p, int64_t item, Arena* arena) {
   return false;
 }
 
-static int32_t norm_forward(const NormProblem& p, ParallelFor parallel_for) {
+static int32_t norm_forward(const NormArgs& p, ParallelFor parallel_for) {
   return run_items(p, NormRows::items(p), NormRows::floats(p), forward_norm,
                    parallel_for);
 }
 
-static int32_t norm_backward(const NormProblem& p, ParallelFor parallel_for) {
+static int32_t norm_backward(const NormArgs& p, ParallelFor parallel_for) {
   return run_items(p, NormRows::items(p), NormRows::floats(p), backward_norm,
                    parallel_for);
 }

@@ -1,5 +1,5 @@
-// The C interface that library.py loads: choice of the instruction set.
-#include "problem.h"
+// The C interface that library.py loads. Each call names the instruction set.
+#include "kernel_args.h"
 
 #if defined(_WIN32)
 #define MMVSSM_EXPORT extern "C" __declspec(dllexport)
@@ -42,7 +42,7 @@ static const Kernels* find(int32_t isa) {
   }
 }
 
-// Stands in for torch's parallel_for where torch has none to offer.
+// Takes the place of torch's parallel_for where torch has none.
 static int32_t run_serially(int64_t begin, int64_t end, int64_t, RangeFunction function,
                             void* context) {
   function(begin, end, context);
@@ -51,45 +51,45 @@ static int32_t run_serially(int64_t begin, int64_t end, int64_t, RangeFunction f
 
 }  // namespace mmvssm
 
-// Lanes of the instruction set (0 baseline, 1 AVX2, 2 AVX-512), 0 if this
-// machine lacks it.
+// Lanes of the instruction set (0 baseline, 1 AVX2, 2 AVX-512), or 0 if this machine
+// does not have it.
 MMVSSM_EXPORT int32_t mmvssm_lanes(int32_t isa) {
   const mmvssm::Kernels* kernels = mmvssm::find(isa);
   return kernels == nullptr ? 0 : kernels->lanes;
 }
 
-// Sizes of the structures, for library.py to compare with its own.
-MMVSSM_EXPORT int64_t mmvssm_scan_problem_size() { return sizeof(mmvssm::ScanProblem); }
-MMVSSM_EXPORT int64_t mmvssm_ss2d_problem_size() { return sizeof(mmvssm::Ss2dProblem); }
+// Sizes of the kernel args. library.py compares them with its own.
+MMVSSM_EXPORT int64_t mmvssm_scan_args_size() { return sizeof(mmvssm::ScanArgs); }
+MMVSSM_EXPORT int64_t mmvssm_ss2d_args_size() { return sizeof(mmvssm::Ss2dArgs); }
 
-MMVSSM_EXPORT int64_t mmvssm_pair_problem_size() { return sizeof(mmvssm::ScanPair); }
-MMVSSM_EXPORT int64_t mmvssm_conv_problem_size() { return sizeof(mmvssm::ConvProblem); }
-MMVSSM_EXPORT int64_t mmvssm_gate_problem_size() { return sizeof(mmvssm::GateProblem); }
-MMVSSM_EXPORT int64_t mmvssm_norm_problem_size() { return sizeof(mmvssm::NormProblem); }
+MMVSSM_EXPORT int64_t mmvssm_pair_args_size() { return sizeof(mmvssm::PairArgs); }
+MMVSSM_EXPORT int64_t mmvssm_conv_args_size() { return sizeof(mmvssm::ConvArgs); }
+MMVSSM_EXPORT int64_t mmvssm_gate_args_size() { return sizeof(mmvssm::GateArgs); }
+MMVSSM_EXPORT int64_t mmvssm_norm_args_size() { return sizeof(mmvssm::NormArgs); }
 
 MMVSSM_EXPORT int64_t mmvssm_norm_rows() { return mmvssm::kNormRows; }
-MMVSSM_EXPORT int64_t mmvssm_tile() { return mmvssm::kTile; }
+MMVSSM_EXPORT int64_t mmvssm_chunk_length() { return mmvssm::kChunk; }
 
-MMVSSM_EXPORT int64_t mmvssm_strips(int32_t isa, int64_t channels) {
-  return mmvssm::find(isa)->strips(channels);
+MMVSSM_EXPORT int64_t mmvssm_channel_blocks(int32_t isa, int64_t channels) {
+  return mmvssm::find(isa)->channel_blocks(channels);
 }
 
-#define MMVSSM_ENTRY(function, Problem)                                                \
-  MMVSSM_EXPORT int32_t mmvssm_##function(int32_t isa, const mmvssm::Problem* problem, \
-                                          mmvssm::ParallelFor parallel_for) {          \
-    if (parallel_for == nullptr) parallel_for = mmvssm::run_serially;                  \
-    return mmvssm::find(isa)->function(*problem, parallel_for);                        \
+#define MMVSSM_ENTRY(function, Args)                                             \
+  MMVSSM_EXPORT int32_t mmvssm_##function(int32_t isa, const mmvssm::Args* args, \
+                                          mmvssm::ParallelFor parallel_for) {    \
+    if (parallel_for == nullptr) parallel_for = mmvssm::run_serially;            \
+    return mmvssm::find(isa)->function(*args, parallel_for);                     \
   }
 
-MMVSSM_ENTRY(scan_forward, ScanProblem)
-MMVSSM_ENTRY(scan_backward, ScanProblem)
-MMVSSM_ENTRY(ss2d_forward, Ss2dProblem)
-MMVSSM_ENTRY(ss2d_backward, Ss2dProblem)
-MMVSSM_ENTRY(pair_forward, ScanPair)
-MMVSSM_ENTRY(pair_backward, ScanPair)
-MMVSSM_ENTRY(conv_forward, ConvProblem)
-MMVSSM_ENTRY(conv_backward, ConvProblem)
-MMVSSM_ENTRY(gate_forward, GateProblem)
-MMVSSM_ENTRY(gate_backward, GateProblem)
-MMVSSM_ENTRY(norm_forward, NormProblem)
-MMVSSM_ENTRY(norm_backward, NormProblem)
+MMVSSM_ENTRY(scan_forward, ScanArgs)
+MMVSSM_ENTRY(scan_backward, ScanArgs)
+MMVSSM_ENTRY(ss2d_forward, Ss2dArgs)
+MMVSSM_ENTRY(ss2d_backward, Ss2dArgs)
+MMVSSM_ENTRY(pair_forward, PairArgs)
+MMVSSM_ENTRY(pair_backward, PairArgs)
+MMVSSM_ENTRY(conv_forward, ConvArgs)
+MMVSSM_ENTRY(conv_backward, ConvArgs)
+MMVSSM_ENTRY(gate_forward, GateArgs)
+MMVSSM_ENTRY(gate_backward, GateArgs)
+MMVSSM_ENTRY(norm_forward, NormArgs)
+MMVSSM_ENTRY(norm_backward, NormArgs)

@@ -1,6 +1,6 @@
-// exp2, softplus and the rest on vectors, accurate to about 1e-7 in relative
-// terms. The polynomials are minimax fits of the relative error, evaluated in
-// pairs: short chains of operations keep the arithmetic units busy.
+// exp2, softplus and others of vectors. Their relative error is about 1e-7. The
+// polynomials minimise the largest relative error (minimax). They are evaluated in
+// pairs of terms, since short chains of operations run faster.
 #pragma once
 
 #include "vec.h"
@@ -9,12 +9,12 @@ namespace mmvssm {
 namespace MMVSSM_ISA {
 
 constexpr float kLog2e = 1.44269502f;
-// log(2) in two parts, the first one of so few bits that whole multiples of it
-// up to 151 are exact.
+// log(2) as a sum of two numbers. The first has so few bits that its multiples up to
+// 151 are exact.
 constexpr float kLn2 = 0.693145752f;
 constexpr float kLn2Rest = 1.42860677e-6f;
 
-// 2^r - 1 for |r| <= 1/2; relative to the result, however small r is.
+// 2^r - 1 for |r| <= 1/2, accurate also for r near zero.
 static inline vfloat exp2m1_small(vfloat r) {
   const vfloat r2 = r * r;
   const vfloat low = 0.240226492f * r + 0.693147182f;
@@ -23,9 +23,9 @@ static inline vfloat exp2m1_small(vfloat r) {
   return ((high * r2 + middle) * r2 + low) * r;
 }
 
-// x as k + r with integral k and |r| <= 1/2, x being limited to [-150, 150]:
-// 2^-150 is zero, 2^150 infinite.
-static inline vfloat split(vfloat x, vfloat* r) {
+// Returns the integer k of x = k + r, |r| <= 1/2. x is first limited to [-150, 150]:
+// 2^-150 is zero in float32, and 2^150 infinite.
+static inline vfloat integral_part(vfloat x, vfloat* r) {
 #if !defined(__AVX512F__)
   x = smaller(broadcast(150.0f), x);
 #endif
@@ -37,7 +37,7 @@ static inline vfloat split(vfloat x, vfloat* r) {
 
 static inline vfloat exp2(vfloat x) {
   vfloat r;
-  const vfloat k = split(x, &r);
+  const vfloat k = integral_part(x, &r);
   return scale_by_power(exp2m1_small(r) + 1.0f, k);
 }
 
@@ -47,14 +47,14 @@ static inline vfloat times_power_less_one(vfloat x, vfloat k) {
   return power * x + (power - 1.0f);
 }
 
-// 1 - exp(-x) for x >= 0, accurate near zero, too.
+// 1 - exp(-x) for x >= 0, accurate also for x near zero.
 static inline vfloat one_minus_exp_of_minus(vfloat x) {
   vfloat r;
-  const vfloat k = split(x * -kLog2e, &r);
+  const vfloat k = integral_part(x * -kLog2e, &r);
   return -times_power_less_one(exp2m1_small(r), k);
 }
 
-// exp(r) - 1 for |r| <= log(2) / 2, the same polynomial of another variable.
+// exp(r) - 1 for |r| <= log(2) / 2: the polynomial of exp2m1_small in r / log(2).
 static inline vfloat expm1_small(vfloat r) {
   const vfloat r2 = r * r;
   const vfloat low = 0.499999969f * r + 1.0f;
@@ -81,7 +81,7 @@ static inline vfloat softplus(vfloat x) {
 
 static inline vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp2(x * -kLog2e)); }
 
-// Adds x to the sum kept as *sum + *rest (Kahan).
+// Adds x to a sum that is kept as *sum + *rest (Kahan summation).
 static inline void add_compensated(float* sum, float* rest, vfloat x) {
   const vfloat before = load(sum);
   const vfloat added = x + load(rest);

@@ -1,9 +1,9 @@
 """Loads the compiled CPU kernels and calls them.
 
-The library knows nothing of torch's C++ interface, so one build serves every
-version of torch and of Python. What it needs of torch, its thread pool, is
-handed over as a function of torch's stable C interface (torch >= 2.10; older
-ones run the kernels on one thread).
+The library does not use torch's C++ interface, so one build serves every version
+of torch and of Python. It only needs torch's thread pool: a function of torch's
+stable C interface, which each call passes on (torch >= 2.10; with older versions
+the kernels run on one thread).
 
 Environment variables, read when the library is first used:
     MMVSSM_CPU_ISA: ``avx512``, ``avx2`` or ``baseline`` instead of the best
@@ -29,28 +29,28 @@ from mmvssm.ops.typed import assume_constant_result
 
 ISA_VARIABLE = 'MMVSSM_CPU_ISA'
 LIBRARY_VARIABLE = 'MMVSSM_CPU_LIBRARY'
-# By their numbers in entry.cpp.
+# The index of each is its number in entry.cpp.
 _ISAS = ('baseline', 'avx2', 'avx512')
 _DONE, _FOUND_NAN, _OUT_OF_MEMORY = range(3)
 _forced: list[str] = []
 
 
 class Array(kernel_args.Array):
-    """A tensor of up to four axes, as in problem.h."""
+    """A tensor of up to four axes, as in kernel_args.h."""
 
     dtypes: ClassVar[dict[torch.dtype, int]] = {torch.float32: 0, torch.bfloat16: 1}
 
     @classmethod
     def from_end(cls, x: Tensor) -> 'Array':
-        """The array of a tensor with its last axis running backwards."""
+        """The array of a tensor, its last axis reversed."""
         last = x[..., -1]
         return cls(
             last.data_ptr(), cls.dtypes[x.dtype], (*last.stride(), -x.stride(-1))
         )
 
 
-class ScanProblem(ctypes.Structure):
-    """A selective scan."""
+class ScanArgs(ctypes.Structure):
+    """Args of a selective scan and of its backward pass."""
 
     _fields_ = fields(
         (c_int64, 'batch channels length states groups softplus'),
@@ -65,8 +65,8 @@ class ScanProblem(ctypes.Structure):
     )
 
 
-class Ss2dProblem(ctypes.Structure):
-    """SS2D's core."""
+class Ss2dArgs(ctypes.Structure):
+    """Args of ss2d_scan and of its backward pass."""
 
     _fields_ = fields(
         (c_int64, 'batch channels height width states rank orders positions'),
@@ -78,14 +78,14 @@ class Ss2dProblem(ctypes.Structure):
     )
 
 
-class ScanPair(ctypes.Structure):
-    """The scans of both directions."""
+class PairArgs(ctypes.Structure):
+    """Args of the scans of both directions."""
 
-    _fields_ = fields((ScanProblem * 2, 'ways'))
+    _fields_ = fields((ScanArgs * 2, 'directions'))
 
 
-class ConvWay(ctypes.Structure):
-    """The convolution of one direction."""
+class ConvDirection(ctypes.Structure):
+    """What the convolution of one direction has of its own."""
 
     _fields_ = fields(
         (c_void_p, 'weight bias'),
@@ -94,18 +94,18 @@ class ConvWay(ctypes.Structure):
     )
 
 
-class ConvProblem(ctypes.Structure):
-    """The convolutions of both directions."""
+class ConvArgs(ctypes.Structure):
+    """Args of the convolutions of both directions."""
 
     _fields_ = fields(
         (c_int64, 'batch channels length taps'),
         (Array, 'x grad_x'),
-        (ConvWay * 2, 'ways'),
+        (ConvDirection * 2, 'directions'),
     )
 
 
-class GateProblem(ctypes.Structure):
-    """The gate of both directions."""
+class GateArgs(ctypes.Structure):
+    """Args of the sum of both directions and its gate."""
 
     _fields_ = fields(
         (c_int64, 'batch channels length'),
@@ -114,8 +114,8 @@ class GateProblem(ctypes.Structure):
     )
 
 
-class NormProblem(ctypes.Structure):
-    """Residual addition and RMS norm."""
+class NormArgs(ctypes.Structure):
+    """Args of residual addition and RMS norm."""
 
     _fields_ = fields(
         (c_int64, 'rows channels'),
@@ -135,22 +135,22 @@ def _library() -> ctypes.CDLL:
         found = sorted(here.glob('_kernels*.so')) + sorted(here.glob('_kernels*.pyd'))
         if not found:
             raise OSError(
-                'it was not compiled when mmvssm was installed (for want of a C++ '
-                'compiler, or because compiling failed); with g++ or clang++ on '
-                'the path install mmvssm again'
+                'it was not compiled when mmvssm was installed (there was no C++ '
+                'compiler, or it failed); put g++ or clang++ on the path and '
+                'install mmvssm again'
             )
         path = str(found[0])
     library = ctypes.CDLL(path)
-    problems = {
-        'scan': ScanProblem,
-        'ss2d': Ss2dProblem,
-        'pair': ScanPair,
-        'conv': ConvProblem,
-        'gate': GateProblem,
-        'norm': NormProblem,
+    by_name = {
+        'scan': ScanArgs,
+        'ss2d': Ss2dArgs,
+        'pair': PairArgs,
+        'conv': ConvArgs,
+        'gate': GateArgs,
+        'norm': NormArgs,
     }
-    for name, expected in problems.items():
-        size = getattr(library, f'mmvssm_{name}_problem_size', lambda: None)
+    for name, expected in by_name.items():
+        size = getattr(library, f'mmvssm_{name}_args_size', lambda: None)
         if size() != ctypes.sizeof(expected):
             raise OSError(
                 f'{path} was built from the sources of another version; '
@@ -161,7 +161,7 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def parallel_for() -> c_void_p:
-    """Address of torch's parallel_for, null where torch does not export it."""
+    """Address of torch's parallel_for; null where torch does not export it."""
     folder = Path(torch.__file__).parent / 'lib'
     for name in ('libtorch_cpu.so', 'libtorch_cpu.dylib', 'torch_cpu.dll'):
         if (folder / name).exists():
@@ -172,7 +172,7 @@ def parallel_for() -> c_void_p:
     return c_void_p()
 
 
-# torch.compile asks once and does not trace what follows.
+# torch.compile calls it once and does not trace into it.
 @assume_constant_result
 def unavailable() -> str | None:
     """Why the kernels cannot run here, or None."""
@@ -184,12 +184,12 @@ def unavailable() -> str | None:
 
 
 def is_threaded() -> bool:
-    """Whether torch lends its threads; without them the kernels use one."""
+    """Whether the kernels run on torch's threads; if not, they run on one thread."""
     return parallel_for().value is not None
 
 
 def available_isas() -> list[str]:
-    """Instruction sets that the library and this machine have, best first."""
+    """Instruction sets that both the library and this machine have, best first."""
     return [
         name
         for number, name in reversed(list(enumerate(_ISAS)))
@@ -202,7 +202,7 @@ def isa() -> str:
 
     Raises:
         OSError: The library is missing or cannot be loaded.
-        ValueError: ``MMVSSM_CPU_ISA`` names none that this machine has.
+        ValueError: ``MMVSSM_CPU_ISA`` is not one of :func:`available_isas`.
     """
     return _forced[-1] if _forced else _default_isa()
 
@@ -242,41 +242,39 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def lanes() -> int:
-    """Floats in a vector of the instruction set in use."""
+    """How many float32 numbers a vector of the instruction set in use holds."""
     return int(_library().mmvssm_lanes(_ISAS.index(isa())))
 
 
 @cache
-def tile() -> int:
-    """Positions between two saved states."""
-    _library().mmvssm_tile.restype = c_int64
-    return int(_library().mmvssm_tile())
+def chunk_length() -> int:
+    """Positions of a chunk: those between two saved states."""
+    _library().mmvssm_chunk_length.restype = c_int64
+    return int(_library().mmvssm_chunk_length())
 
 
 @cache
 def norm_rows() -> int:
-    """Rows that add_rms_norm sums the gradient of its weight over at once."""
+    """Rows of a row block of add_rms_norm; each gives one sum for the weight."""
     _library().mmvssm_norm_rows.restype = c_int64
     return int(_library().mmvssm_norm_rows())
 
 
-def strips(channels: int) -> int:
-    """How many strips the kernels cut channels into; sums over them are ours."""
-    _library().mmvssm_strips.restype = c_int64
+def channel_blocks(channels: int) -> int:
+    """How many channel blocks the kernels cut channels into; we sum over them."""
+    _library().mmvssm_channel_blocks.restype = c_int64
     isa_number = c_int32(_ISAS.index(isa()))
-    return int(_library().mmvssm_strips(isa_number, c_int64(channels)))
+    return int(_library().mmvssm_channel_blocks(isa_number, c_int64(channels)))
 
 
 def kernel(function: str) -> Callable[..., bool]:
-    """A kernel, to be called with a pointer to its arguments and :func:`parallel_for`.
+    """A kernel: a function of a pointer to its args and of :func:`parallel_for`.
 
-    It says whether a forward kernel met NaN.
+    The function returns whether a forward kernel found NaN. It raises MemoryError
+    if there is no memory for the kernel's buffers.
 
     Args:
-        function: Its name in entry.cpp, without ``mmvssm_``.
-
-    Raises:
-        MemoryError: (By the kernel) There is none for its buffers.
+        function: Name of the kernel in entry.cpp, without ``mmvssm_``.
     """
     return partial(_kernel(function), _ISAS.index(isa()))
 

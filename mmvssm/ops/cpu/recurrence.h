@@ -1,26 +1,29 @@
 // The recurrence h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, y_t = C_t h_t + D u_t
-// over one tile, forward and backward.
+// over one chunk and one register block, forward and backward.
 //
-// Lanes are channels; N states of each are registers. A vector of channels is
-// independent of the others, so nothing is summed over lanes but the gradients
-// of B and C.
+// A register block is V vectors of channels by N states, which are kept in registers
+// over the chunk. The lanes of a vector are channels. Channels are independent of each
+// other, so only the gradients of B and C are sums over lanes.
 //
-// A decay near 1 rounded to float32 loses its small difference from 1, and a
-// long sequence with small steps its accuracy. So where a decay is slow the state
-// moves by its change, h += (exp(dt A) - 1) h + dt B u; and where it is so slow that
-// many additions follow each other before the state forgets them, their rounding
-// errors are carried along, from tile to tile, too.
+// Accuracy: a decay near 1, rounded to float32, loses most of its difference from 1,
+// and with small dt a long sequence adds up such errors. So a slow decay is computed as
+// a change of the state, h += (exp(dt A) - 1) h + dt B u. Where decays are so slow that
+// the state is a sum over many positions, the rounding errors of its additions are kept
+// too (compensated summation), also from chunk to chunk.
 #pragma once
 
-#include "tile.h"
+#include "channel_block.h"
 
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-// How a block of channels and states goes through a tile, by |dt A log2(e)|: it is
-// at most 1/2 everywhere; or above that somewhere and in the mean of a channel and
-// state at most 1/1024; or at most 1/32; or neither, so that rounding decays costs
-// less than 1e-6.
+// How slow the decays of a register block are in a chunk, by x = |dt A log2(e)|:
+// - kSlow: x is at most 1/2 everywhere.
+// Else x is larger somewhere, and of its means over the chunk, one for each channel and
+// state, the smallest is
+// - kMixedSlowest: at most 1/1024;
+// - kMixed: at most 1/32;
+// - kFast: larger, so that rounding the decays costs less than 1e-6.
 enum class Decay { kSlow, kMixedSlowest, kMixed, kFast };
 constexpr float kSlow = 0.5f;
 constexpr float kVerySlow = 1.0f / 32;
@@ -31,16 +34,16 @@ constexpr bool compensated(Decay decay) {
   return decay == Decay::kSlow || decay == Decay::kMixedSlowest;
 }
 
-// What both passes over a tile read. Pointers are those of the first channel
-// and the first state of a block.
-struct Block {
+// What both passes read of a chunk and a register block. Pointers are to the first
+// channel and the first state of the register block.
+struct RegisterBlock {
   int64_t rows;
-  int64_t width;  // channels of the strip: stride of dt
+  int64_t width;  // of the channel block: stride of dt
   const float* dt;
   Rows u, B, C;
-  const float* A;       // (state, channel), `width` apart
+  const float* A;       // (state, channel), stride `width`
   const float* A_log2;  // A log2(e)
-  const float* D;       // zeros where it is added elsewhere
+  const float* D;       // zeros if another register block adds it
 };
 
 enum class Write { kStore, kAdd, kStream };
@@ -50,8 +53,8 @@ static inline void load_vectors(const float* from, vfloat (&to)[V]) {
   for (int v = 0; v < V; ++v) to[v] = load(from + v * kLanes);
 }
 
-// h = decay h + input by the change of h, where `low` is the part of h that did not
-// fit and `less_one` the decay less 1.
+// h = decay h + input, computed as a change of h. `less_one` is decay - 1; `low` is the
+// part of h that float32 could not hold.
 template <Decay kDecay>
 static inline void change(vfloat less_one, vfloat input, vfloat* h, vfloat* low) {
   vfloat added = less_one * *h + input;
@@ -65,9 +68,9 @@ static inline void change(vfloat less_one, vfloat input, vfloat* h, vfloat* low)
   }
 }
 
-// One step of the state. In a mixture the power of two nearest to the decay is taken
-// out of the state first; what is left is a slow decay. Returns the decay, less 1
-// unless all are fast.
+// One position: h = decay h + input, with decay = 2^exponent. If decays are mixed, the
+// state is first multiplied by the power of two nearest to the decay, without rounding;
+// the rest of the decay is slow. Returns the decay if all are fast, else decay - 1.
 template <Decay kDecay>
 static inline vfloat step(vfloat exponent, vfloat input, vfloat* h, vfloat* low) {
   if constexpr (kDecay == Decay::kFast) {
@@ -81,7 +84,7 @@ static inline vfloat step(vfloat exponent, vfloat input, vfloat* h, vfloat* low)
     return less_one;
   }
   vfloat rest;
-  const vfloat k = split(exponent, &rest);
+  const vfloat k = integral_part(exponent, &rest);
   const vfloat less_one = exp2m1_small(rest);
   *h = scale_by_power(*h, k);
   *low = scale_by_power(*low, k);
@@ -89,11 +92,11 @@ static inline vfloat step(vfloat exponent, vfloat input, vfloat* h, vfloat* low)
   return times_power_less_one(less_one, k);
 }
 
-// Runs the tile from the state h (N, channel) and leaves the last state there;
-// returns a mask of the lanes that met NaN.
+// Runs the chunk from the state h (N, channel), which becomes the last state. Returns a
+// mask of the lanes that found NaN.
 template <int V, int N, Decay kDecay, Write kWrite>
-static vint run_forward(const Block& k, float* h_memory, float* low_memory, float* y,
-                        int64_t y_stride) {
+static vint run_forward(const RegisterBlock& k, float* h_memory, float* low_memory,
+                        float* y, int64_t y_stride) {
   vfloat h[N][V], low[N][V], D[V];
   for (int n = 0; n < N; ++n) {
     load_vectors<V>(h_memory + n * k.width, h[n]);
@@ -121,7 +124,7 @@ static vint run_forward(const Block& k, float* h_memory, float* low_memory, floa
       for (int v = 0; v < V; ++v) {
         const vfloat A = load(k.A_log2 + n * k.width + v * kLanes);
         step<kDecay>(dt[v] * A, dtu[v] * B, &h[n][v], &low[n][v]);
-        // Two sums, for two chains of additions.
+        // Two sums, so that the chains of additions are half as long.
         if (n % 2) {
           sum2[v] += h[n][v] * C;
         } else {
@@ -148,15 +151,16 @@ static vint run_forward(const Block& k, float* h_memory, float* low_memory, floa
   return nan;
 }
 
-// What the backward pass recomputes of a tile: states (rows + 1, N, V kLanes),
-// the first one being that before the tile, and decays (rows, N, V kLanes) as
-// `step` returns them.
+// What the backward pass recomputes of a chunk: states (rows + 1, N, V kLanes), the
+// first of which is the one before the chunk, and decays (rows, N, V kLanes) as `step`
+// returns them.
 struct Recomputed {
   float *states, *decays;
 };
 
 template <int V, int N, Decay kDecay>
-static void recompute(const Block& k, const float* h_memory, const Recomputed& r) {
+static void recompute(const RegisterBlock& k, const float* h_memory,
+                      const Recomputed& r) {
   constexpr int64_t kRow = N * V * kLanes;
   vfloat h[N][V], low[N][V];
   for (int n = 0; n < N; ++n) {
@@ -184,24 +188,26 @@ static void recompute(const Block& k, const float* h_memory, const Recomputed& r
   }
 }
 
-// What the backward pass adds to, all of it in float32. Rows of grad_B and
-// grad_C are `weights_stride` apart.
-struct BlockGradients {
-  const float* y;  // gradient of y, (row, channel)
+// The gradients of a register block, all float32: of y, which is read, of the state,
+// and the others, which are added to (A is overwritten). Rows of B and C are
+// `weights_stride` apart.
+struct RegisterBlockGradients {
+  const float* y;  // (row, channel)
   int64_t y_stride;
-  float *carry, *low;  // of the state behind the tile, then before it
+  float *carry, *low;  // of the state after the chunk; afterwards, before it
   float* A;            // (state, channel)
-  float *dt, *dtu;     // of dt through the decay, of dt u; (row, channel)
+  float *dt, *dtu;     // of dt through the decay, and of dt u; (row, channel)
   float *B, *C;        // (row, state)
   int64_t weights_stride;
 };
 
 template <int V, int N, Decay kDecay>
-static void run_backward(const Block& k, const Recomputed& r, const BlockGradients& g) {
+static void run_backward(const RegisterBlock& k, const Recomputed& r,
+                         const RegisterBlockGradients& g) {
   constexpr int64_t kRow = N * V * kLanes;
-  // Gradient of the state, of one position later to begin with and, unless it is
-  // compensated, already through the decay between the two; that decay; and the
-  // part of the gradient that did not fit.
+  // grad: gradient of the state. At the start of an iteration it is that of the next
+  // position; unless sums are compensated, it has been multiplied by the decay between
+  // the two. decay: that decay. low: the part of grad that float32 could not hold.
   vfloat grad[N][V], decay[N][V], low[N][V], grad_A[N][V];
   for (int n = 0; n < N; ++n) {
     load_vectors<V>(g.carry + n * k.width, grad[n]);
@@ -211,7 +217,7 @@ static void run_backward(const Block& k, const Recomputed& r, const BlockGradien
       decay[n][v] = grad_A[n][v] = vfloat{};
     }
   }
-  // One state: rows wait until there are enough to sum over the lanes at once.
+  // With one state, rows are collected until all lanes' sums can be made at once.
   vfloat waiting_B[kLanes], waiting_C[kLanes];
   for (int64_t t = k.rows - 1; t >= 0; --t) {
     vfloat dt[V], u[V], y[V], grad_dt[V], grad_dtu[V];
@@ -235,7 +241,7 @@ static void run_backward(const Block& k, const Recomputed& r, const BlockGradien
         }
         const vfloat here = grad[n][v];
         decay[n][v] = load(r.decays + at);
-        vfloat through = decay[n][v] * here;  // the decay
+        vfloat through = decay[n][v] * here;  // here, through the decay
         if constexpr (by_change(kDecay)) through += here;
         if constexpr (!compensated(kDecay)) grad[n][v] = through;
         sum_C[n] += y[v] * load(r.states + kRow + at);

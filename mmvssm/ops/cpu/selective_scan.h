@@ -1,42 +1,43 @@
-// selective_scan over (batch, group, strip of channels), forward and backward.
+// selective_scan over (batch, group, channel block), forward and backward.
 #pragma once
 
-#include "strip.h"
+#include "channel_block_recurrence.h"
 
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-// What the work on one strip shares: which strip, and its buffers.
-class ScanStrip {
+// One channel block of one batch element and group: which it is, and how its inputs are
+// read.
+class ScanBlock {
  public:
-  static int64_t items(const ScanProblem& p) {
-    return p.batch * p.groups * strips_of(p.channels / p.groups);
+  static int64_t items(const ScanArgs& p) {
+    return p.batch * p.groups * channel_blocks_of(p.channels / p.groups);
   }
 
-  ScanStrip(const ScanProblem& p, int64_t item)
+  ScanBlock(const ScanArgs& p, int64_t item)
       : p(p),
-        strips(strips_of(p.channels / p.groups)),
-        index(item % strips),
-        group(item / strips % p.groups),
-        batch(item / strips / p.groups) {
-    strip = strip_of(p.channels / p.groups, index);
-    strip.first += group * (p.channels / p.groups);
+        blocks(channel_blocks_of(p.channels / p.groups)),
+        index(item % blocks),
+        group(item / blocks % p.groups),
+        batch(item / blocks / p.groups) {
+    block = channel_block_of(p.channels / p.groups, index);
+    block.first += group * (p.channels / p.groups);
   }
 
-  // Step sizes of a tile from delta, into dt (rows, width). On the way it asks
-  // for the same rows of what is read `soon` and for the delta of the tile
-  // `ahead`: the hardware does not foresee the jump from row to row of a strip.
-  // Asking for more overflows the cache's sets, which rows of equal offset share.
-  void read_steps(int64_t position, int64_t rows, const float* bias, float* dt,
-                  int64_t ahead, const StripOf* soon, int count) const {
-    const int64_t width = strip.width();
-    const StripOf deltas(p.delta, batch, strip);
-    const Rows raw = deltas.read(position, rows, dt);
+  // Computes dt (rows, width) of a chunk from delta. Meanwhile it prefetches the same
+  // rows of the arrays that are read `soon`, and delta of the chunk that is `ahead` by
+  // so many positions: the hardware does not predict the jumps from row to row.
+  // Prefetching more would not fit: such rows share a few sets of the cache.
+  void read_dt(int64_t position, int64_t rows, const float* bias, float* dt,
+               int64_t ahead, const ArrayBlock* soon, int count) const {
+    const int64_t width = block.width();
+    const ArrayBlock from(p.delta, batch, block);
+    const Rows delta = from.read(position, rows, dt);
     for (int64_t t = 0; t < rows; ++t) {
       for (int i = 0; i < count; ++i) soon[i].prefetch(position, t, rows);
-      deltas.prefetch(position + ahead, t, rows);
+      from.prefetch(position + ahead, t, rows);
       for (int64_t c = 0; c < width; c += kLanes) {
-        const vfloat x = load(raw.data + t * raw.stride + c) + load(bias + c);
+        const vfloat x = load(delta.data + t * delta.stride + c) + load(bias + c);
         store(dt + t * width + c, p.softplus ? softplus(x) : x);
       }
     }
@@ -49,48 +50,48 @@ class ScanStrip {
     return read_weights(p.C, batch, group, p.states, padded, position, rows, buffer);
   }
 
-  // The saved state before a tile, null before the first.
-  float* saved(int64_t tile) const {
-    if (tile <= 0) return nullptr;
-    return p.saved + ((tile - 1) * p.batch + batch) * p.states * p.channels;
+  // The saved state before a chunk; null for the first.
+  float* saved(int64_t chunk) const {
+    if (chunk <= 0) return nullptr;
+    return p.saved + ((chunk - 1) * p.batch + batch) * p.states * p.channels;
   }
 
-  const ScanProblem& p;
-  const int64_t strips, index, group, batch;
-  Strip strip;
+  const ScanArgs& p;
+  const int64_t blocks, index, group, batch;
+  ChannelBlock block;
 };
 
-static bool forward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
-  const ScanStrip s(p, item);
-  const int64_t width = s.strip.width();
-  StripRecurrence scan(arena, p.states, s.strip, false);
+static bool forward_scan(const ScanArgs& p, int64_t item, Arena* arena) {
+  const ScanBlock s(p, item);
+  const int64_t width = s.block.width();
+  ChannelBlockRecurrence scan(arena, p.states, s.block, false);
   scan.set_parameters(p.A, p.D);
   scan.set_state_to_zero();
   float* bias = arena->take(width);
-  read_channels(p.bias, s.strip, bias);
-  float* dt = arena->take(kTile * width);
-  float* u = arena->take(kTile * width);
-  float* z = arena->take(kTile * width);
-  float* y = arena->take(kTile * width);
-  float* B = arena->take(kTile * scan.padded());
-  float* C = arena->take(kTile * scan.padded());
+  read_channels(p.bias, s.block, bias);
+  float* dt = arena->take(kChunk * width);
+  float* u = arena->take(kChunk * width);
+  float* z = arena->take(kChunk * width);
+  float* y = arena->take(kChunk * width);
+  float* B = arena->take(kChunk * scan.padded());
+  float* C = arena->take(kChunk * scan.padded());
 
-  const StripOf inputs(p.u, s.batch, s.strip), out(p.out, s.batch, s.strip);
+  const ArrayBlock inputs(p.u, s.batch, s.block), out(p.out, s.batch, s.block);
   const int64_t bytes = p.batch * p.channels * p.length * 4;
 
   vint nan = {};
-  for (int64_t start = 0; start < p.length; start += kTile) {
-    const int64_t rows = p.length - start < kTile ? p.length - start : kTile;
+  for (int64_t start = 0; start < p.length; start += kChunk) {
+    const int64_t rows = p.length - start < kChunk ? p.length - start : kChunk;
     if (start > 0 && p.saved != nullptr)
-      scan.get_state(s.saved(start / kTile), p.channels);
-    s.read_steps(start, rows, bias, dt, kTile, &inputs, 1);
-    const Tile tile = {rows, dt, inputs.read(start, rows, u),
-                       s.read_B(start, rows, scan.padded(), B),
-                       s.read_C(start, rows, scan.padded(), C)};
+      scan.get_state(s.saved(start / kChunk), p.channels);
+    s.read_dt(start, rows, bias, dt, kChunk, &inputs, 1);
+    const Chunk chunk = {rows, dt, inputs.read(start, rows, u),
+                         s.read_B(start, rows, scan.padded(), B),
+                         s.read_C(start, rows, scan.padded(), C)};
     const Target to = out.target(start, y, bytes);
     if (p.z.data != nullptr) {
-      scan.forward(tile, Write::kStore, y, width);
-      const Rows gate = StripOf(p.z, s.batch, s.strip).read(start, rows, z);
+      scan.forward(chunk, Write::kStore, y, width);
+      const Rows gate = ArrayBlock(p.z, s.batch, s.block).read(start, rows, z);
       for (int64_t t = 0; t < rows; ++t) {
         for (int64_t c = 0; c < width; c += kLanes) {
           const vfloat x = load(gate.data + t * gate.stride + c);
@@ -100,16 +101,16 @@ static bool forward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
         }
       }
     } else {
-      // A second block of states comes back to what the first has written.
+      // With more states, the next register block adds to what this one writes.
       const bool streams = to.streams && scan.padded() <= 16;
-      nan |= scan.forward(tile, streams ? Write::kStream : Write::kStore, to.data,
+      nan |= scan.forward(chunk, streams ? Write::kStream : Write::kStore, to.data,
                           to.stride);
     }
     out.write_back(start, rows, y);
   }
   for (int64_t n = 0; n < p.states; ++n) {
-    for (int64_t c = 0; c < s.strip.count; ++c)
-      p.last_state[(s.batch * p.channels + s.strip.first + c) * p.states + n] =
+    for (int64_t c = 0; c < s.block.count; ++c)
+      p.last_state[(s.batch * p.channels + s.block.first + c) * p.states + n] =
           scan.state[n * width + c];
     for (int64_t c = 0; c < width; c += kLanes) {
       const vfloat h = load(scan.state + n * width + c);
@@ -120,7 +121,7 @@ static bool forward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
   return any(nan);
 }
 
-// Sums over positions: of each tile in float32, of the tiles compensated.
+// Sums over positions: plain within a chunk, compensated over the chunks.
 struct ChannelSum {
   float *sum, *rest;
   ChannelSum(Arena* arena, int64_t width)
@@ -133,22 +134,22 @@ struct ChannelSum {
   }
 };
 
-// From the gradients of dt u and of dt through the decay to those of u and of
-// delta, which may take their places.
-static void finish_tile(const Tile& tile, int64_t width, const float* D,
-                        const Rows& grad_y, bool softplus, const float* dtu,
-                        const float* dt_grad, const Target& to_u,
-                        const Target& to_delta, const ChannelSum& grad_D,
-                        const ChannelSum& grad_bias) {
+// Computes the gradients of u and delta from those of dt u (`grad_dtu`) and of dt
+// through the decay (`grad_dt`). They may be written over these.
+static void finish_chunk(const Chunk& chunk, int64_t width, const float* D,
+                         const Rows& grad_y, bool softplus, const float* grad_dtu,
+                         const float* grad_dt, const Target& to_u,
+                         const Target& to_delta, const ChannelSum& grad_D,
+                         const ChannelSum& grad_bias) {
   for (int64_t c = 0; c < width; c += kLanes) {
     const vfloat skip = load(D + c);
     vfloat sum_D = {}, sum_bias = {};
-    for (int64_t t = 0; t < tile.rows; ++t) {
-      const vfloat dt = load(tile.dt + t * width + c);
-      const vfloat u = load(tile.u.data + t * tile.u.stride + c);
+    for (int64_t t = 0; t < chunk.rows; ++t) {
+      const vfloat dt = load(chunk.dt + t * width + c);
+      const vfloat u = load(chunk.u.data + t * chunk.u.stride + c);
       const vfloat g = load(grad_y.data + t * grad_y.stride + c);
-      const vfloat by_dtu = load(dtu + t * width + c);
-      vfloat by_dt = load(dt_grad + t * width + c) + by_dtu * u;
+      const vfloat by_dtu = load(grad_dtu + t * width + c);
+      vfloat by_dt = load(grad_dt + t * width + c) + by_dtu * u;
       if (softplus) by_dt *= one_minus_exp_of_minus(dt);
       to_delta.put(t, c, by_dt);
       to_u.put(t, c, by_dtu * dt + skip * g);
@@ -160,7 +161,7 @@ static void finish_tile(const Tile& tile, int64_t width, const float* D,
   }
 }
 
-// From rows `stride` apart to rows without gaps.
+// Copies rows with a stride to contiguous rows.
 static void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t columns,
                       float* to) {
   if (stride == columns) {
@@ -171,11 +172,11 @@ static void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t c
   }
 }
 
-// False: NaN is looked for in the forward pass.
-static bool backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
-  const ScanStrip s(p, item);
-  const int64_t width = s.strip.width();
-  StripRecurrence scan(arena, p.states, s.strip, true);
+// Returns false: only the forward pass looks for NaN.
+static bool backward_scan(const ScanArgs& p, int64_t item, Arena* arena) {
+  const ScanBlock s(p, item);
+  const int64_t width = s.block.width();
+  ChannelBlockRecurrence scan(arena, p.states, s.block, true);
   const int64_t padded = scan.padded();
   scan.set_parameters(p.A, p.D);
   scan.set_gradients_to_zero();
@@ -183,40 +184,40 @@ static bool backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
   if (p.grad_last_state != nullptr) {
     const float* from = p.grad_last_state + s.batch * p.channels * p.states;
     for (int64_t n = 0; n < p.states; ++n)
-      for (int64_t c = 0; c < s.strip.count; ++c)
-        scan.state[n * width + c] = from[(s.strip.first + c) * p.states + n];
+      for (int64_t c = 0; c < s.block.count; ++c)
+        scan.state[n * width + c] = from[(s.block.first + c) * p.states + n];
   }
   float* bias = arena->take(width);
-  read_channels(p.bias, s.strip, bias);
+  read_channels(p.bias, s.block, bias);
   const ChannelSum grad_D(arena, width), grad_bias(arena, width);
   float* before = arena->take(padded * width);
-  float* dt = arena->take(kTile * width);
-  float* u = arena->take(kTile * width);
-  float* z = arena->take(kTile * width);
-  float* y = arena->take(kTile * width);
-  float* grad_out = arena->take(kTile * width);
-  float* grad_y = arena->take(kTile * width);
-  float* grad_dt = arena->take(kTile * width);
-  float* grad_dtu = arena->take(kTile * width);
-  float* B = arena->take(kTile * padded);
-  float* C = arena->take(kTile * padded);
-  float* grad_B = arena->take(kTile * padded);
-  float* grad_C = arena->take(kTile * padded);
-  const StripOf inputs(p.u, s.batch, s.strip), gates(p.z, s.batch, s.strip),
-      grads(p.grad_out, s.batch, s.strip);
-  const StripOf to_u(p.grad_u, s.batch, s.strip),
-      to_delta(p.grad_delta, s.batch, s.strip), to_z(p.grad_z, s.batch, s.strip);
+  float* dt = arena->take(kChunk * width);
+  float* u = arena->take(kChunk * width);
+  float* z = arena->take(kChunk * width);
+  float* y = arena->take(kChunk * width);
+  float* grad_out = arena->take(kChunk * width);
+  float* grad_y = arena->take(kChunk * width);
+  float* grad_dt = arena->take(kChunk * width);
+  float* grad_dtu = arena->take(kChunk * width);
+  float* B = arena->take(kChunk * padded);
+  float* C = arena->take(kChunk * padded);
+  float* grad_B = arena->take(kChunk * padded);
+  float* grad_C = arena->take(kChunk * padded);
+  const ArrayBlock inputs(p.u, s.batch, s.block), gates(p.z, s.batch, s.block),
+      grads(p.grad_out, s.batch, s.block);
+  const ArrayBlock to_u(p.grad_u, s.batch, s.block),
+      to_delta(p.grad_delta, s.batch, s.block), to_z(p.grad_z, s.batch, s.block);
   const int64_t bytes = p.batch * p.channels * p.length * 4;
-  const StripOf soon[] = {inputs, grads};
+  const ArrayBlock soon[] = {inputs, grads};
 
-  const int64_t tiles = (p.length + kTile - 1) / kTile;
-  for (int64_t index = tiles - 1; index >= 0; --index) {
-    const int64_t start = index * kTile;
-    const int64_t rows = p.length - start < kTile ? p.length - start : kTile;
-    s.read_steps(start, rows, bias, dt, -kTile, soon, 2);
-    const Tile tile = {rows, dt, inputs.read(start, rows, u),
-                       s.read_B(start, rows, padded, B),
-                       s.read_C(start, rows, padded, C)};
+  const int64_t chunks = (p.length + kChunk - 1) / kChunk;
+  for (int64_t index = chunks - 1; index >= 0; --index) {
+    const int64_t start = index * kChunk;
+    const int64_t rows = p.length - start < kChunk ? p.length - start : kChunk;
+    s.read_dt(start, rows, bias, dt, -kChunk, soon, 2);
+    const Chunk chunk = {rows, dt, inputs.read(start, rows, u),
+                         s.read_B(start, rows, padded, B),
+                         s.read_C(start, rows, padded, C)};
     scan.read_state(s.saved(index), s.saved(index - 1), p.channels, before);
     const Rows g = grads.read(start, rows, grad_out);
     Rows gate = {}, by_y = g;
@@ -229,7 +230,7 @@ static bool backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
           store(grad_y + t * width + c,
                 load(g.data + t * g.stride + c) * (x * sigmoid(x)));
           store(y + t * width + c,
-                load(scan.D() + c) * load(tile.u.data + t * tile.u.stride + c));
+                load(scan.D() + c) * load(chunk.u.data + t * chunk.u.stride + c));
         }
       }
     }
@@ -237,12 +238,12 @@ static bool backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
     __builtin_memset(grad_dtu, 0, rows * width * 4);
     __builtin_memset(grad_B, 0, rows * padded * 4);
     __builtin_memset(grad_C, 0, rows * padded * 4);
-    scan.backward(tile, before,
+    scan.backward(chunk, before,
                   {by_y.data, by_y.stride, grad_dt, grad_dtu, grad_B, grad_C, padded},
                   p.z.data != nullptr ? y : nullptr);
-    finish_tile(tile, width, scan.D(), by_y, p.softplus, grad_dtu, grad_dt,
-                to_u.target(start, grad_dtu, bytes),
-                to_delta.target(start, grad_dt, bytes), grad_D, grad_bias);
+    finish_chunk(chunk, width, scan.D(), by_y, p.softplus, grad_dtu, grad_dt,
+                 to_u.target(start, grad_dtu, bytes),
+                 to_delta.target(start, grad_dt, bytes), grad_D, grad_bias);
     to_u.write_back(start, rows, grad_dtu);
     to_delta.write_back(start, rows, grad_dt);
     if (p.z.data != nullptr) {
@@ -265,29 +266,29 @@ static bool backward_strip(const ScanProblem& p, int64_t item, Arena* arena) {
     copy_rows(grad_C, padded, rows, p.states, p.grad_C + at);
   }
   scan.get_grad_A(p.grad_A + s.batch * p.states * p.channels, p.channels);
-  write_channels(grad_D.sum, s.strip, p.grad_D + s.batch * p.channels);
-  write_channels(grad_bias.sum, s.strip, p.grad_bias + s.batch * p.channels);
+  write_channels(grad_D.sum, s.block, p.grad_D + s.batch * p.channels);
+  write_channels(grad_bias.sum, s.block, p.grad_bias + s.batch * p.channels);
   stream_fence();
   return false;
 }
 
-// Memory of one strip's buffers.
-static int64_t scan_floats(const ScanProblem& p, bool backward) {
+// The floats of all buffers of one item.
+static int64_t scan_floats(const ScanArgs& p, bool backward) {
   const int64_t width = kMaxVectors * kLanes;
   const int64_t padded = padded_states(p.states);
-  return StripRecurrence::floats(p.states, backward) +
-         (backward ? (8 * kTile + padded + 5) * width + 4 * kTile * padded
-                   : (4 * kTile + 1) * width + 2 * kTile * padded) +
+  return ChannelBlockRecurrence::floats(p.states, backward) +
+         (backward ? (8 * kChunk + padded + 5) * width + 4 * kChunk * padded
+                   : (4 * kChunk + 1) * width + 2 * kChunk * padded) +
          32 * 16;
 }
 
-static int32_t scan_forward(const ScanProblem& p, ParallelFor parallel_for) {
-  return run_items(p, ScanStrip::items(p), scan_floats(p, false), forward_strip,
+static int32_t scan_forward(const ScanArgs& p, ParallelFor parallel_for) {
+  return run_items(p, ScanBlock::items(p), scan_floats(p, false), forward_scan,
                    parallel_for);
 }
 
-static int32_t scan_backward(const ScanProblem& p, ParallelFor parallel_for) {
-  return run_items(p, ScanStrip::items(p), scan_floats(p, true), backward_strip,
+static int32_t scan_backward(const ScanArgs& p, ParallelFor parallel_for) {
+  return run_items(p, ScanBlock::items(p), scan_floats(p, true), backward_scan,
                    parallel_for);
 }
 

@@ -1,9 +1,9 @@
-// One SIMD vector of the instruction set this file is compiled for.
+// A SIMD vector of the instruction set that this file is compiled for.
 //
-// Every kernel is written once against these few functions and compiled once
-// for each instruction set, in a namespace of its own (MMVSSM_ISA). Nothing
-// here may be a non-static inline function of a shared name: the linker would
-// keep one copy, perhaps of the wrong instruction set.
+// The kernels are written once, with the functions of this file, and compiled once for
+// each instruction set, each time in another namespace (MMVSSM_ISA). No function here
+// may be inline without being static, unless it is in that namespace: the linker would
+// keep one copy of it, perhaps that of the wrong instruction set.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ typedef float vfloat __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vuint __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * kLanes)));
-// The same at any address, over memory of any type.
+// The same, at any address, in memory of any type.
 typedef float vfloat_any
     __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef uint16_t vhalf_any
@@ -90,26 +90,26 @@ static inline void stream(float* p, vfloat x) {
   store(p, x);
 #endif
 }
-// Adding 1.5 * 2^23 leaves no bits for a fraction.
+// After 1.5 * 2^23 is added, float32 has no bits left for a fraction.
 static inline vfloat round_nearest(vfloat x) {
   const vfloat big = broadcast(12582912.0f);
   return (x + big) - big;
 }
 #endif
 
-// Streaming stores are weakly ordered: run this before another thread reads.
+// Streaming stores are weakly ordered: call this before another thread reads them.
 static inline void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
-// p * 2^k for integral k in [-150, 150].
+// p * 2^k for an integer k in [-150, 150].
 static inline vfloat scale_by_power(vfloat p, vfloat k) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, k);
 #else
-  // In two factors, since 2^k itself may not be a normal number.
+  // In two factors, since 2^k may not be a normal number.
   const vint exponent = __builtin_convertvector(k, vint);
   const vint half = exponent >> 1;
   const vfloat first = (vfloat)((half + 127) << 23);
@@ -145,7 +145,7 @@ static inline bool any(vint mask) {
   return found != 0;
 }
 
-// a0 b0 a1 b1 ..., of the lower or of the upper halves.
+// a0 b0 a1 b1 ..., of the lower or the upper halves of a and b.
 #if defined(__clang__)
 #define MMVSSM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -172,7 +172,7 @@ static inline vfloat zip_high(vfloat a, vfloat b) {
 }
 #undef MMVSSM_SHUFFLE
 
-// Transposes a square of kLanes rows: each round zips row i with row i + half.
+// Transposes kLanes rows of kLanes numbers. Each round zips row i with row i + half.
 static inline void transpose(vfloat (&rows)[kLanes]) {
   for (int round = 1; round < kLanes; round *= 2) {
     vfloat zipped[kLanes];
@@ -184,7 +184,7 @@ static inline void transpose(vfloat (&rows)[kLanes]) {
   }
 }
 
-// Adds to sums[i] the sum over the lanes of rows[i], i < M, M a power of two.
+// Adds the sum over the lanes of rows[i] to sums[i], for i < M. M is a power of two.
 template <int M>
 static inline void add_lane_sums(const vfloat* rows, float* sums) {
   if constexpr (M > kLanes) {

@@ -259,6 +259,14 @@ MMVSSM_DEVICE uint32_t to_half2(float low, float high) {
   return bits;
 }
 
+// x y + z, rounded once wherever it stands: else the compiler may choose which product
+// of a sum it rounds, and so other bits in another kernel.
+MMVSSM_DEVICE float multiply_add(float x, float y, float z) {
+  float found;
+  asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(found) : "f"(x), "f"(y), "f"(z));
+  return found;
+}
+
 MMVSSM_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

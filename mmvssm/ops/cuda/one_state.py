@@ -26,7 +26,7 @@ from mmvssm.ops.cuda.one_state_call import (
     shared_bytes,
 )
 from mmvssm.ops.cuda.one_state_map import forward_on_chip
-from mmvssm.ops.cuda.scan import Scan
+from mmvssm.ops.cuda.scan import Scan, sum_for, turns
 from mmvssm.ops.kernel_args import pointer
 
 FORWARD = Kernel('one_state_forward.cu', 'one_state_forward')
@@ -75,7 +75,8 @@ def forward_merged(
 
     In one launch where the sum has room in shared memory, see ``one_state_map.py``.
     Else, where one scan keeps the GPU busy, they follow one another, each adding to
-    the sum of those before it; or they are scanned at the same time, and then merged.
+    the sum of those before it; or they are scanned at the same time, and then merged,
+    which adds in the same order.
 
     Args:
         scans: The inputs, ``u`` and all strides the same.
@@ -89,8 +90,11 @@ def forward_merged(
     assert memory.is_contiguous(), 'the sums are laid out like the output'
     if forward_on_chip(scans, out, saved):
         return
+    order = turns(scans)
+    scans = [scans[k] for k in order]
+    saved = None if saved is None else [saved[k] for k in order]
     if not run_side_by_side(scans):
-        total = memory.new_empty(memory.shape, dtype=torch.float32).mT
+        total = sum_for(out)
         for k, scan in enumerate(scans):
             to = out if k + 1 == len(scans) else total
             states = None if saved is None else saved[k]

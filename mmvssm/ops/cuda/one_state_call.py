@@ -208,9 +208,10 @@ def wanted_warps(on: Tensor) -> int:
 
 
 def fills_a_gpu(scan: Scan) -> bool:
-    """Whether CTAs that walk whole sequences of one scan keep a GPU busy."""
+    """Whether the CTAs of one scan keep a GPU busy, one for each chunk if need be."""
     batch, channels, _ = scan.u.shape
-    threads = batch * channels // WIDTH * (CHUNK // OWN)
+    chunks = -(-scan.length // CHUNK)
+    threads = batch * channels // WIDTH * (CHUNK // OWN) * chunks
     return threads // 32 >= wanted_warps(scan.u)
 
 
@@ -223,7 +224,11 @@ def are_one_length(scans: Sequence[Scan]) -> bool:
 
 
 def run_side_by_side(scans: Sequence[Scan]) -> bool:
-    """Whether scans of a map are to share a launch."""
+    """Whether scans of a map are to share a launch, or else follow one another.
+
+    What they give is added up. One after the other they add to one sum, which moves
+    fewer bytes than sums of their own, but for small maps, which caches hold.
+    """
     several = len(scans) > 1 and are_one_length(scans)
     return several and not fills_a_gpu(scans[0])
 

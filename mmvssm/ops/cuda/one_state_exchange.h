@@ -102,30 +102,32 @@ struct Published {
               bits_of(h[c]));
   }
   MMVSSM_DEVICE void get_step(int chunk, Step& step) const {
+    uint64_t words[kWidth];
+    wait_for(steps + static_cast<int64_t>(chunk) * kChannels, words);
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
-      const uint64_t word =
-          wait_for(steps + static_cast<int64_t>(chunk) * kChannels + c);
-      step.decay[c] = float_of(static_cast<uint32_t>(word));
-      step.added[c] = float_of(static_cast<uint32_t>(word >> 32));
+      step.decay[c] = float_of(static_cast<uint32_t>(words[c]));
+      step.added[c] = float_of(static_cast<uint32_t>(words[c] >> 32));
     }
   }
   MMVSSM_DEVICE void get_state(int chunk, float (&h)[kWidth]) const {
+    uint64_t words[kWidth];
+    wait_for(states + static_cast<int64_t>(chunk / kLookBack) * kChannels, words);
 #pragma unroll
-    for (int c = 0; c < kWidth; ++c)
-      h[c] = float_of(static_cast<uint32_t>(wait_for(
-          states + static_cast<int64_t>(chunk / kLookBack) * kChannels + c)));
+    for (int c = 0; c < kWidth; ++c) h[c] = float_of(static_cast<uint32_t>(words[c]));
   }
 
   // The memory is filled with ones, which no published number is: the upper half of a
-  // state is zero, and a decay is no NaN.
-  static MMVSSM_DEVICE uint64_t wait_for(const uint64_t* from) {
-    uint64_t word = read_published(from);
-    while (word == ~static_cast<uint64_t>(0)) {
-      spin_pause();
-      word = read_published(from);
-    }
-    return word;
+  // state is zero, and a decay is no NaN. All are asked for before one is waited for.
+  static MMVSSM_DEVICE void wait_for(const uint64_t* from, uint64_t (&words)[kWidth]) {
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) words[c] = read_published(from + c);
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c)
+      while (words[c] == ~static_cast<uint64_t>(0)) {
+        spin_pause();
+        words[c] = read_published(from + c);
+      }
   }
 };
 

@@ -75,10 +75,16 @@ struct Outputs {
   MMVSSM_DEVICE Outputs(const Args& p, const ScanPointers& scan, const Chain& chain,
                         const Own& own, char* smem) {
     to = scan.out + chain.batch * p.out_strides.batch +
-         (chain.channel + own.channel) * p.out_strides.channel;
+         (chain.channel + own.channel) * next_channel<OUT_DTYPE>(p.out_strides);
     add = reinterpret_cast<const char*>(scan.add) + chain.batch * p.add_strides.batch +
-          (chain.channel + own.channel) * p.add_strides.channel;
+          (chain.channel + own.channel) * next_channel<kFloat32>(p.add_strides);
     sums = smem + Layout::kDt + (own.team * kOwn * kDtPitch + own.channel) * 4;
+  }
+
+  // With VECTOR channels lie side by side.
+  template <int kDtype>
+  static MMVSSM_DEVICE int64_t next_channel(const Strides& strides) {
+    return VECTOR ? kSize<kDtype> : strides.channel;
   }
 
   static MMVSSM_DEVICE void read_places(const char* smem, const Own& own, int buffer,
@@ -136,8 +142,8 @@ struct Outputs {
       for (int c = 0; c < kWidth; ++c) {
         h[c] = recurrence.a[i][c] * h[c] + recurrence.b[i][c];
         if (ADD && i < kFirst) y[c] = first[i][c];
-        y[c] = ADD ? C[i] * h[c] + y[c] : C[i] * h[c];
-        y[c] = skip[c] * u[c] + y[c];
+        const float own = multiply_add(skip[c], u[c], C[i] * h[c]);
+        y[c] = ADD ? y[c] + own : own;
       }
       if constexpr (GATE) {
         float z[kWidth];
@@ -202,9 +208,10 @@ MMVSSM_KERNEL(one_state_forward, mmvssm::Args, THREADS, mmvssm::kCtas) {
     Recurrence recurrence;
     Step step = recurrence.start(smem, sizes, own, buffer, left);
     teams.put(own.team, step);
+    // First, because to wait for loads may be to wait for those behind them, too.
+    if (more) supply.put(smem, buffer ^ 1, held);
     outputs.begin(p, smem, own, buffer);
     sync_cta("exchange");
-    if (more) supply.put(smem, buffer ^ 1, held);
     float h[kWidth];
     load_channels<kFloat32>(reinterpret_cast<char*>(carry + buffer * kChannels), h);
     if (rarely(p.published != nullptr)) {

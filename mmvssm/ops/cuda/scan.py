@@ -1,8 +1,10 @@
 """What the CUDA kernels of the selective scan are told."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -46,6 +48,22 @@ class Scan:
     def length(self) -> int:
         """Positions, padded ones too."""
         return self.u.shape[2] if self.order is None else len(self.order)
+
+
+def turns(scans: Sequence[Scan]) -> list[int]:
+    """Numbers of a map's scans in the order in which they add up.
+
+    Each route is followed by the same one from its end, which begins where the caches
+    still hold what the one before has read and written.
+    """
+    return sorted(range(len(scans)), key=lambda k: scans[k].route % 2)
+
+
+def sum_for(out: Tensor) -> Tensor:
+    """A float32 sum of what adds up to an output, which may be that itself."""
+    if out.dtype == torch.float32:
+        return out
+    return torch.empty_like(out, dtype=torch.float32)
 
 
 class ScanKernels(Protocol):

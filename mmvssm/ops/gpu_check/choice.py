@@ -4,17 +4,26 @@ They may where the check of this machine found them right, and faster than what 
 be taken in their place. Who asks first has the check run, once for a machine. It runs
 in a process of its own, so any time will do but one: while a CUDA graph is captured.
 
-The choice is made in ``backends.py``, on which all of the check is built; so this file
-imports the rest only when it runs.
+The choice is made in ``backends.py``, on which all of the check is built. So this file
+imports nothing of the rest: ``run.py`` hands it the function that checks an op.
 """
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import cache
 
 import torch
 
-from mmvssm.ops.gpu_check.verdicts import ALL, HOW, VARIABLE, Store, Verdict, standing
+from mmvssm.ops.gpu_check.verdicts import (
+    ALL,
+    HOW,
+    VARIABLE,
+    Sets,
+    Store,
+    Verdict,
+    standing,
+)
 from mmvssm.ops.typed import assume_constant_result
 
 _REPORT = (
@@ -24,6 +33,13 @@ _REPORT = (
 # Verdicts that this process goes by, by device and op, and what follows from them.
 _known: dict[tuple[torch.device, str], Verdict] = {}
 _answers: dict[tuple[object, ...], str | None] = {}
+_check: Callable[[str, torch.device, str], Sets] | None = None
+
+
+def set_check(check: Callable[[str, torch.device, str], Sets]) -> None:
+    """Say what checks an op (its name, the device, the backend) for the first time."""
+    global _check
+    _check = check
 
 
 # torch.compile asks once and does not trace what follows: the answer is there before
@@ -102,16 +118,8 @@ def _objection(verdict: Verdict | None, backend: str, other: str) -> str | None:
 def _settled(backend: str, op: str, device: torch.device) -> Verdict | None:
     """The verdict on an op, by its own check if there is none yet."""
     found = _looked_up(op, device)
-    if found is None and not _capturing(device):
-        from mmvssm.ops.gpu_check.cases import of_op
-        from mmvssm.ops.gpu_check.run import ensure
-        from mmvssm.ops.scan_orders.registry import real_tensors
-
-        small = device.type == 'cpu'
-        # Whoever asks may be in any mode of torch.
-        with real_tensors():
-            sets = ensure(op, lambda: of_op(op, small), device, backend)
-        found = standing(sets, op, (op, ALL))
+    if found is None and _check is not None and not _capturing(device):
+        found = standing(_check(op, device, backend), op, (op, ALL))
     if found is not None:
         _known[device, op] = found
     return found

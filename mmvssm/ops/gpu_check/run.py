@@ -20,9 +20,10 @@ import torch
 
 from mmvssm.ops import backends
 from mmvssm.ops.gpu_check.calls import OpCall
-from mmvssm.ops.gpu_check.cases import Case, with_kernels
+from mmvssm.ops.gpu_check.cases import Case, of_op, with_kernels
 from mmvssm.ops.gpu_check.tasks import MARK, Job, Task
 from mmvssm.ops.gpu_check.verdicts import VARIABLE, Sets, Store, Verdict
+from mmvssm.ops.scan_orders.registry import real_tensors
 
 WORKER = 'mmvssm.ops.gpu_check.worker'
 logger = logging.getLogger('mmvssm')
@@ -97,6 +98,14 @@ def ensure(
         except OSError as error:
             logger.warning('the verdict cannot be kept: %s', error)
     return sets | {name: found}
+
+
+def ensure_op(op: str, device: torch.device, backend: str) -> Sets:
+    """All verdicts of this machine, with that on an op, checked if need be."""
+    small = device.type == 'cpu'
+    # Whoever asks may be in any mode of torch.
+    with real_tensors():
+        return ensure(op, lambda: of_op(op, small), device, backend)
 
 
 def check(

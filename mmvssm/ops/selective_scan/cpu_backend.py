@@ -1,7 +1,7 @@
 """The selective scan by compiled CPU kernels, forward and backward.
 
-Only the states before every tile of positions are kept for the backward pass,
-which recomputes the rest. See ``mmvssm/ops/cpu/`` for the kernels.
+Only the state before each chunk of positions is kept for the backward pass, which
+recomputes the rest. The kernels are in ``mmvssm/ops/cpu/``.
 """
 
 from ctypes import byref
@@ -12,13 +12,13 @@ from torch import Tensor
 from mmvssm.ops import backends
 from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.cpu import library
-from mmvssm.ops.cpu.library import Array, ScanProblem
+from mmvssm.ops.cpu.library import Array, ScanArgs
 from mmvssm.ops.kernel_args import parameter, pointer, readable
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions, outputs_like
 
 
 class CpuScan(KernelBackend):
-    """Channel blocks side by side, tiles of positions one after the other."""
+    """Channel blocks in parallel, chunks of positions one after the other."""
 
     supplier = backends.CPU
 
@@ -27,8 +27,8 @@ class CpuScan(KernelBackend):
         out, last_state = outputs_like(inputs, options)
         saved = self.saved_like(inputs, options) if keep else ()
         read = _read(inputs)
-        args = ScanProblem(
-            **_described(read, options),
+        args = ScanArgs(
+            **_input_args(read, options),
             out=Array.of(out),
             last_state=pointer(last_state),
             saved=pointer(saved[0]) if keep else None,
@@ -39,7 +39,7 @@ class CpuScan(KernelBackend):
     def saved_like(
         self, inputs: ScanInputs, options: ScanOptions
     ) -> tuple[Tensor, ...]:
-        """The state before each tile but the first, (tiles - 1, B, N, D)."""
+        """Memory for the states before all chunks but the first."""
         batch, channels, length = inputs.u.shape
         shape = saved_states_shape(batch, length, inputs.A.shape[1], channels)
         return (inputs.u.new_empty(shape, dtype=torch.float32),)
@@ -52,7 +52,7 @@ class CpuScan(KernelBackend):
         grads: tuple[Tensor | None, ...],
         wanted: ScanInputs,
     ) -> ScanInputs:
-        """All gradients, in one pass from the last tile to the first."""
+        """All gradients, in one pass from the last chunk to the first."""
         grad_out, grad_last_state = readable(grads[0], Array), parameter(grads[1])
         if grad_out is None:
             grad_out = torch.zeros_like(inputs.u)
@@ -65,12 +65,12 @@ class CpuScan(KernelBackend):
 
         by_u, by_delta = torch.empty_like(u), torch.empty_like(delta)
         by_z = None if z is None else torch.empty_like(z)
-        strips = library.strips(channels // groups)
-        by_B, by_C = (sums(strips, batch, groups, length, states) for _ in 'BC')
+        blocks = library.channel_blocks(channels // groups)
+        by_B, by_C = (sums(blocks, batch, groups, length, states) for _ in 'BC')
         by_A = sums(batch, states, channels)
         by_D, by_bias = sums(batch, channels), sums(batch, channels)
-        args = ScanProblem(
-            **_described(read, options),
+        args = ScanArgs(
+            **_input_args(read, options),
             saved=pointer(saved[0]),
             grad_out=Array.of(grad_out),
             grad_last_state=pointer(grad_last_state),
@@ -99,8 +99,8 @@ class CpuScan(KernelBackend):
 def saved_states_shape(
     batch: int, length: int, states: int, channels: int
 ) -> tuple[int, int, int, int]:
-    """Shape of the states before the tiles of a scan but the first."""
-    return (-(-length // library.tile()) - 1, batch, states, channels)
+    """Shape of the states before all chunks but the first (chunks - 1, B, N, D)."""
+    return (-(-length // library.chunk_length()) - 1, batch, states, channels)
 
 
 def _read(inputs: ScanInputs) -> ScanInputs:
@@ -113,8 +113,8 @@ def _read(inputs: ScanInputs) -> ScanInputs:
     )
 
 
-def _described(inputs: ScanInputs, options: ScanOptions) -> dict[str, object]:
-    """What both passes are told."""
+def _input_args(inputs: ScanInputs, options: ScanOptions) -> dict[str, object]:
+    """The kernel args that both passes have."""
     batch, channels, length = inputs.u.shape
     return dict(
         batch=batch,

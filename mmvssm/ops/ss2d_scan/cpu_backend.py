@@ -1,4 +1,4 @@
-"""SS2D's core by compiled CPU kernels: all scans and their merge in one pass."""
+"""ss2d_scan by compiled CPU kernels: all scans and their sum in one pass."""
 
 import ctypes
 from ctypes import byref, c_int32
@@ -10,7 +10,7 @@ from torch import Tensor
 from mmvssm.ops import backends
 from mmvssm.ops.contract import Result
 from mmvssm.ops.cpu import library
-from mmvssm.ops.cpu.library import Ss2dProblem
+from mmvssm.ops.cpu.library import Ss2dArgs
 from mmvssm.ops.kernel_args import pointer
 from mmvssm.ops.scan_orders import KernelOrders
 from mmvssm.ops.ss2d_scan.declaration import (
@@ -25,7 +25,7 @@ from mmvssm.ops.typed import sole
 
 
 class CpuSs2d(FusedSs2d):
-    """Channel blocks side by side, all scans over each one after the other."""
+    """Channel blocks in parallel; the scans of each one after the other."""
 
     supplier = backends.CPU
     dtypes = (torch.float32,)
@@ -33,12 +33,12 @@ class CpuSs2d(FusedSs2d):
     def states_shape(
         self, batch: int, positions: int, states: int, channels: int
     ) -> tuple[int, ...]:
-        """Of the states before each tile but the first."""
-        # Of all axes but the first in one: torch asks of four or five whether they are
-        # channels-last, and so ties a compiled graph to maps of one tile, whose tensor
-        # is empty, or of more.
-        tiles = -(-positions // library.tile())
-        return (tiles - 1, batch * states * channels)
+        """Shape of the states before all chunks but the first."""
+        # Two axes only. Of a tensor with four or five, torch checks whether it is
+        # channels-last, which depends on whether it is empty: a compiled graph would
+        # serve either maps of one chunk or larger ones, not both.
+        chunks = -(-positions // library.chunk_length())
+        return (chunks - 1, batch * states * channels)
 
     def forward(self, inputs: Ss2dInputs, options: Ss2dOptions, keep: bool) -> Result:
         """See :func:`mmvssm.ops.ss2d_scan`."""
@@ -59,7 +59,7 @@ class CpuSs2d(FusedSs2d):
         grads: tuple[Tensor | None, ...],
         wanted: Ss2dInputs,
     ) -> Ss2dInputs:
-        """All gradients, in one pass from the last tiles to the first."""
+        """All gradients, in one pass from the last chunk to the first."""
         orders = walked_orders(inputs, options)
         read = KernelInputs.of(inputs, options, self.dtypes, projected=saved[0])
         grad_out = sole(grads).permute(0, 2, 3, 1).float().contiguous()
@@ -70,7 +70,7 @@ class CpuSs2d(FusedSs2d):
         columns = count * (rank + 2 * states)
         grad_x = torch.empty_like(x)
         by_projected = x.new_empty(
-            library.strips(channels), batch, height, width, columns
+            library.channel_blocks(channels), batch, height, width, columns
         )
         by_weight = x.new_empty(batch, count, rank, channels)
         by_bias, by_D = (x.new_empty(batch, count, channels) for _ in range(2))
@@ -97,10 +97,10 @@ class CpuSs2d(FusedSs2d):
 
 def _args(
     inputs: KernelInputs, orders: KernelOrders, **results: Tensor | None
-) -> Ss2dProblem:
-    """What the kernels are told of a call; its tensors must outlive it."""
+) -> Ss2dArgs:
+    """The kernel args of a call; its tensors must stay alive until it returns."""
     batch, height, width, channels = inputs.x.shape
-    return Ss2dProblem(
+    return Ss2dArgs(
         batch=batch,
         channels=channels,
         height=height,
@@ -124,5 +124,5 @@ def _args(
 
 @lru_cache
 def _numbers(routes: tuple[int, ...]) -> 'ctypes.Array[c_int32]':
-    """As an array of C."""
+    """The numbers as a C array."""
     return (c_int32 * len(routes))(*routes)

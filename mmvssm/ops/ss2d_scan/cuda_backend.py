@@ -17,7 +17,7 @@ from mmvssm.ops import backends
 from mmvssm.ops.contract import Result
 from mmvssm.ops.cuda import one_state
 from mmvssm.ops.cuda.one_state_call import run_side_by_side
-from mmvssm.ops.cuda.scan import Scan
+from mmvssm.ops.cuda.scan import Scan, sum_for, turns
 from mmvssm.ops.deterministic_math import linear_product
 from mmvssm.ops.scan_orders import KernelOrders
 from mmvssm.ops.selective_scan.cuda_backend import kernels_for
@@ -152,13 +152,14 @@ def _order_gradients(
 
 def _forward_in_turn(scans: Sequence[Scan], out: Tensor, saved: Tensor | None) -> None:
     """Scans of several states, each adding to the sum of those before it."""
-    total = torch.empty_like(out, dtype=torch.float32)
+    total = sum_for(out)
     forward = kernels_for(scans[0].A.shape[1]).forward
-    for k, scan in enumerate(scans):
+    order = turns(scans)
+    for k in order:
         forward(
-            *(scan, out if k + 1 == len(scans) else total),
+            *(scans[k], out if k == order[-1] else total),
             saved=None if saved is None else saved[k],
-            add=total if k else None,
+            add=None if k == order[0] else total,
         )
 
 

@@ -96,13 +96,15 @@ def plain_table(tokens):
 @pytest.mark.parametrize(
     'backbone,tokens',
     [
-        (lambda: Vim(PLAIN, 16, last_layer_process='norm'), ('pos_embed',)),
+        (lambda: Vim(PLAIN, img_size=16, last_layer_process='norm'), ('pos_embed',)),
         (
-            lambda: Vim(PLAIN, 16, last_layer_process='norm', cls_token='double'),
+            lambda: Vim(
+                PLAIN, img_size=16, last_layer_process='norm', cls_token='double'
+            ),
             ('pos_embed', 'cls_token_head', 'cls_token_tail'),
         ),
         (
-            lambda: MambaR(PLAIN, 16, last_layer_process='norm'),
+            lambda: MambaR(PLAIN, img_size=16, last_layer_process='norm'),
             ('pos_embed', 'cls_token', 'pos_embed_cls'),
         ),
     ],
@@ -186,7 +188,7 @@ def test_mlla_by_its_published_names():
 
 def test_published_grouping_of_vim():
     """Blocks at full rate, position embedding decayed, as it happens there."""
-    backbone = Vim(PLAIN, 16, last_layer_process='norm')
+    backbone = Vim(PLAIN, img_size=16, last_layer_process='norm')
     rows = table(groups_of(segmentor(backbone), published_vim_grouping=True))
     blocks = [f'backbone.layers.{i}.' for i in range(2)]
     logs = ('mixer.A_log', 'mixer.A_b_log')
@@ -269,7 +271,7 @@ def test_mlla():
 
 
 def test_frozen_parameters_are_left_out():
-    groups = groups_of(segmentor(Vim(PLAIN, 16, frozen_stages=1)))
+    groups = groups_of(segmentor(Vim(PLAIN, img_size=16, frozen_stages=1)))
     names = [n for group in groups for n in group['param_names']]
     assert not [n for n in names if 'patch_embed' in n or 'layers.0.' in n]
     assert 'backbone.pos_embed' not in names
@@ -314,8 +316,8 @@ depth 3, decay         1.00000     0.1        2         96""",
 NORMED = dict(last_layer_process='norm')
 PRINTED_MODELS = {
     'vmamba': lambda: VSSM(SCAN, out_indices=(0, 1)),
-    'vim': lambda: Vim(PLAIN, 16, cls_token='middle', **NORMED),
-    'mambar': lambda: MambaR(PLAIN, 16, **NORMED),
+    'vim': lambda: Vim(PLAIN, img_size=16, cls_token='middle', **NORMED),
+    'mambar': lambda: MambaR(PLAIN, img_size=16, **NORMED),
 }
 
 
@@ -327,7 +329,7 @@ def test_printed_table(family):
 
 def test_without_weight_decay_of_the_optimizer():
     wrapper = build_optim_wrapper(
-        Vim(PLAIN, 16),
+        Vim(PLAIN, img_size=16),
         dict(
             constructor='mmvssm.LayerDecayOptimWrapperConstructor',
             optimizer=dict(type='SGD', lr=1.0),
@@ -355,7 +357,7 @@ def test_wrong_options(paramwise, message):
         paramwise_cfg=paramwise,
     )
     with pytest.raises(ValueError, match=message):
-        build_optim_wrapper(Vim(PLAIN, 16), cfg)
+        build_optim_wrapper(Vim(PLAIN, img_size=16), cfg)
 
 
 def test_other_models():
@@ -363,7 +365,7 @@ def test_other_models():
         groups_of(nn.Linear(2, 2))
     with pytest.raises(ValueError, match='needs the lr'):
         build_optim_wrapper(
-            Vim(PLAIN, 16),
+            Vim(PLAIN, img_size=16),
             dict(
                 constructor='mmvssm.LayerDecayOptimWrapperConstructor',
                 optimizer=dict(type='AdamW'),

@@ -359,6 +359,7 @@ void copy_wait() {
 inline void publish(uint64_t* to, uint64_t value) { *to = value; }
 inline uint64_t read_published(const uint64_t* from) { return *from; }
 
+inline float multiply_add(float x, float y, float z) { return fmaf(x, y, z); }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline bool rarely(bool condition) { return condition; }
 inline float inverse_root(float x) { return 1.0f / sqrtf(x); }

@@ -1,55 +1,54 @@
-// Tiles: up to kTile positions of a strip of channels, channels-last float32.
+// Channel blocks: how channels are cut into them, and how the rows of one chunk of a
+// block are read and written. A row has the channels of one position, as float32.
 #pragma once
 
-#include <cstdlib>
-
 #include "functions.h"
-#include "problem.h"
+#include "kernel_args.h"
 
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-// Arrays beyond this size are not worth a place in the cache once written.
+// Arrays larger than this are written past the cache, which they would only fill.
 constexpr int64_t kStreamBytes = 8 << 20;
 
-// Vectors of channels in a strip, at most: a few cache lines a position.
+// The most vectors of channels that a channel block has: a row is a few cache lines.
 constexpr int kMaxVectors = 4;
 
-// The channels one thread works on at once. The cut into strips follows from
-// the shapes alone, so sums over strips have the same bits on any machine with
-// the same instruction set.
-struct Strip {
+// The channels that one thread works on at a time. The cut into channel blocks follows
+// from the shapes alone, so sums over blocks have the same bits on any machine with the
+// same instruction set.
+struct ChannelBlock {
   int64_t first;  // channel
   int64_t count;  // channels
-  int vectors;    // that hold them, the last one maybe not full
+  int vectors;    // that hold them; the last one may not be full
   int64_t width() const { return (int64_t)vectors * kLanes; }
   bool full() const { return count == width(); }
 };
 
-static inline int64_t strips_of(int64_t channels) {
+static inline int64_t channel_blocks_of(int64_t channels) {
   const int64_t vectors = (channels + kLanes - 1) / kLanes;
-  const int64_t strips = (vectors + kMaxVectors - 1) / kMaxVectors;
-  // An even number shares out better.
-  return strips > 1 && strips % 2 && strips < vectors ? strips + 1 : strips;
+  const int64_t blocks = (vectors + kMaxVectors - 1) / kMaxVectors;
+  // An even number is easier to divide between threads.
+  return blocks > 1 && blocks % 2 && blocks < vectors ? blocks + 1 : blocks;
 }
 
-static inline Strip strip_of(int64_t channels, int64_t index) {
+static inline ChannelBlock channel_block_of(int64_t channels, int64_t index) {
   const int64_t vectors = (channels + kLanes - 1) / kLanes;
-  const int64_t strips = strips_of(channels);
-  const int64_t begin = vectors * index / strips;
-  const int64_t end = vectors * (index + 1) / strips;
+  const int64_t blocks = channel_blocks_of(channels);
+  const int64_t begin = vectors * index / blocks;
+  const int64_t end = vectors * (index + 1) / blocks;
   const int64_t first = begin * kLanes;
   const int64_t last = end * kLanes < channels ? end * kLanes : channels;
   return {first, last - first, (int)(end - begin)};
 }
 
-// Rows of a tile that are read, where they are or in a buffer.
+// Rows of a chunk to read, in place or in a buffer.
 struct Rows {
   const float* data;
   int64_t stride;
 };
 
-// Rows of a tile that are written, past the cache where that pays.
+// Rows of a chunk to write, past the cache if `streams`.
 struct Target {
   float* data;
   int64_t stride;
@@ -62,29 +61,6 @@ struct Target {
       store(to, x);
     }
   }
-};
-
-// Aligned memory that is handed out piece by piece and freed at once.
-class Arena {
- public:
-  explicit Arena(int64_t floats)
-      : size_((floats * 4 + 63) / 64 * 64),
-        memory_((char*)std::aligned_alloc(64, size_)) {}
-  ~Arena() { std::free(memory_); }
-  Arena(const Arena&) = delete;
-  bool failed() const { return memory_ == nullptr; }
-  // Starts on a cache line of its own.
-  float* take(int64_t floats) {
-    float* piece = (float*)(memory_ + used_);
-    used_ += rounded(floats) * 4;
-    return piece;
-  }
-  static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
-
- private:
-  int64_t size_;
-  char* memory_;
-  int64_t used_ = 0;
 };
 
 template <class E>
@@ -168,58 +144,58 @@ static inline void store_rows(E* to, int64_t channel_stride, int64_t row_stride,
   }
 }
 
-// A strip of one batch element of an array (batch, channel, position).
-class StripOf {
+// A channel block of one batch element of an array (batch, channel, position).
+class ArrayBlock {
  public:
-  StripOf(const Array& array, int64_t batch, const Strip& strip)
+  ArrayBlock(const Array& array, int64_t batch, const ChannelBlock& block)
       : array_(array),
-        offset_(batch * array.stride[0] + strip.first * array.stride[1]),
-        strip_(strip) {}
+        offset_(batch * array.stride[0] + block.first * array.stride[1]),
+        block_(block) {}
 
-  // Whether kernels may work on the memory itself.
+  // Whether kernels may read and write the rows in place.
   bool direct() const {
-    return array_.dtype == kFloat32 && array_.stride[1] == 1 && strip_.full();
+    return array_.dtype == kFloat32 && array_.stride[1] == 1 && block_.full();
   }
   float* at(int64_t position) const {
     return (float*)array_.data + offset_ + position * array_.stride[2];
   }
   int64_t row_stride() const { return array_.stride[2]; }
 
-  // Part t of `parts` of a request for the tile at `position`.
-  // (Inlined by force: gcc takes a function that only prefetches for empty.)
+  // Prefetches part t of `parts` of the chunk that starts at `position`.
+  // (gcc drops a function that only prefetches, unless it is always inlined.)
   __attribute__((always_inline)) void prefetch(int64_t position, int64_t t,
                                                int64_t parts) const {
     const int64_t size = array_.dtype == kFloat32 ? 4 : 2;
     const char* first =
         (const char*)array_.data + (offset_ + position * array_.stride[2]) * size;
     if (array_.stride[1] == 1) {
-      for (int64_t at = 0; at < strip_.count * size; at += 64)
+      for (int64_t at = 0; at < block_.count * size; at += 64)
         __builtin_prefetch(first + t * array_.stride[2] * size + at);
     } else if (array_.stride[2] == 1) {
-      for (int64_t c = t; c < strip_.count; c += parts)
-        for (int64_t at = 0; at < kTile * size; at += 64)
+      for (int64_t c = t; c < block_.count; c += parts)
+        for (int64_t at = 0; at < kChunk * size; at += 64)
           __builtin_prefetch(first + c * array_.stride[1] * size + at);
     }
   }
 
-  // The rows from `position` on; `buffer` serves where they need a copy.
+  // The rows from `position` on, copied to `buffer` if they must be.
   Rows read(int64_t position, int64_t rows, float* buffer) const {
     if (direct()) return {at(position), row_stride()};
     const int64_t offset = offset_ + position * array_.stride[2];
     if (array_.dtype == kFloat32) {
       load_rows((const float*)array_.data + offset, array_.stride[1], array_.stride[2],
-                strip_.count, rows, buffer, strip_.width());
+                block_.count, rows, buffer, block_.width());
     } else {
       load_rows((const bfloat16*)array_.data + offset, array_.stride[1],
-                array_.stride[2], strip_.count, rows, buffer, strip_.width());
+                array_.stride[2], block_.count, rows, buffer, block_.width());
     }
-    return {buffer, strip_.width()};
+    return {buffer, block_.width()};
   }
 
-  // Where the rows from `position` on are to be put: in place or, for
-  // write_back(), in `buffer`. `bytes` is the size of the whole array.
+  // Where to write the rows from `position` on: in place, or in `buffer`, which
+  // write_back() then copies. `bytes` is the size of the whole array.
   Target target(int64_t position, float* buffer, int64_t bytes) const {
-    if (!direct()) return {buffer, strip_.width(), false};
+    if (!direct()) return {buffer, block_.width(), false};
     const int64_t vector = 4 * kLanes;
     const bool aligned =
         (uintptr_t)at(0) % vector == 0 && row_stride() * 4 % vector == 0;
@@ -231,21 +207,21 @@ class StripOf {
     const int64_t offset = offset_ + position * array_.stride[2];
     if (array_.dtype == kFloat32) {
       store_rows((float*)array_.data + offset, array_.stride[1], array_.stride[2],
-                 strip_.count, rows, buffer, strip_.width());
+                 block_.count, rows, buffer, block_.width());
     } else {
       store_rows((bfloat16*)array_.data + offset, array_.stride[1], array_.stride[2],
-                 strip_.count, rows, buffer, strip_.width());
+                 block_.count, rows, buffer, block_.width());
     }
   }
 
  private:
   const Array& array_;
   int64_t offset_;
-  const Strip& strip_;
+  const ChannelBlock& block_;
 };
 
-// One batch element and group of B or C (batch, group, state, position), as
-// rows of `padded` states, the ones beyond the last being zero.
+// Rows of `padded` states of one batch element and group of B or C (batch, group,
+// state, position). States beyond the last one are zero.
 static inline Rows read_weights(const Array& array, int64_t batch, int64_t group,
                                 int64_t states, int64_t padded, int64_t position,
                                 int64_t rows, float* buffer) {
@@ -264,14 +240,16 @@ static inline Rows read_weights(const Array& array, int64_t batch, int64_t group
   return {buffer, padded};
 }
 
-// The channels of a strip of a vector (channel), zeros behind the last one.
-static inline void read_channels(const float* from, const Strip& strip, float* to) {
-  for (int64_t c = 0; c < strip.width(); ++c)
-    to[c] = from != nullptr && c < strip.count ? from[strip.first + c] : 0.0f;
+// The channel block's part of an array (channel), then zeros up to its width.
+static inline void read_channels(const float* from, const ChannelBlock& block,
+                                 float* to) {
+  for (int64_t c = 0; c < block.width(); ++c)
+    to[c] = from != nullptr && c < block.count ? from[block.first + c] : 0.0f;
 }
 
-static inline void write_channels(const float* from, const Strip& strip, float* to) {
-  __builtin_memcpy(to + strip.first, from, strip.count * 4);
+static inline void write_channels(const float* from, const ChannelBlock& block,
+                                  float* to) {
+  __builtin_memcpy(to + block.first, from, block.count * 4);
 }
 
 }  // namespace MMVSSM_ISA

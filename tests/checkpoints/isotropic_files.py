@@ -14,12 +14,12 @@ ARCH = dict(embed_dims=16, depth=4, patch_size=4, stride=4, d_state=4)
 
 def vim_classifier(img_size=56, **options):
     options.setdefault('cls_token', 'middle')
-    backbone = Vim(ARCH, img_size, classification=True, **options)
+    backbone = Vim(ARCH, img_size=img_size, classification=True, **options)
     return ImageClassifier(backbone, ClassTokenHead(16, 5))
 
 
 def mambar_classifier(img_size=56, reduce=2, **options):
-    backbone = MambaR(ARCH, img_size, classification=True, **options)
+    backbone = MambaR(ARCH, img_size=img_size, classification=True, **options)
     return ImageClassifier(
         backbone, RegisterHead(16, 5, backbone.num_registers, reduce)
     )

@@ -7,11 +7,14 @@ import pytest
 import torch
 from mmengine.registry import MODELS as MMENGINE_MODELS
 
+from compare import relative_error
 from mmvssm.backbones import MambaR, Vim
-from mmvssm.backbones import plain as module
+from mmvssm.backbones import isotropic as module
+from mmvssm.families import recognise
 from mmvssm.layers import DropPath
+from mmvssm.ops import use_backend
 
-from .plain_models import BUILDERS, TINY, loss
+from .isotropic_models import BUILDERS, TINY, loss
 
 every = pytest.mark.parametrize('build', BUILDERS.values(), ids=BUILDERS)
 both = pytest.mark.parametrize('cls', [Vim, MambaR])
@@ -104,7 +107,7 @@ def test_out_indices(build, indices, feature, process):
 @both
 def test_features(cls):
     """Each map against the blocks run by hand."""
-    net = cls(TINY, 32).eval()
+    net = cls(TINY, img_size=32).eval()
     hidden, streams = [], []
 
     def keep(block, args, out):
@@ -129,7 +132,9 @@ def test_features(cls):
         state = net.state_dict()
         for feature, before in inner.items():
             for process, end in last.items():
-                dense = cls(TINY, 32, feature=feature, last_layer_process=process)
+                dense = cls(
+                    TINY, img_size=32, feature=feature, last_layer_process=process
+                )
                 dense.eval().load_state_dict(state, strict=False)
                 for got, want in zip(dense(x), [*before, end], strict=True):
                     torch.testing.assert_close(got, as_map(want))
@@ -230,7 +235,7 @@ def test_classifiers_drop_the_last_output_before_the_norm(cls):
         def forward(self, x):
             return torch.zeros_like(x)
 
-    net = cls(TINY, 32, classification=True).eval()
+    net = cls(TINY, img_size=32, classification=True).eval()
     net.drop_path = Dropped()
     streams = []
     net.layers[-1].register_forward_hook(lambda _, args, out: streams.append(out[1]))
@@ -244,7 +249,7 @@ def test_classifiers_drop_the_last_output_before_the_norm(cls):
 
 @both
 def test_drop_path_only_in_training(cls):
-    net = cls(TINY, 32, drop_path_rate=0.8, last_layer_process='norm')
+    net = cls(TINY, img_size=32, drop_path_rate=0.8, last_layer_process='norm')
     x = torch.randn(4, 3, 32, 32)
     assert not torch.equal(net(x)[-1], net(x)[-1])
     net.eval()
@@ -253,7 +258,7 @@ def test_drop_path_only_in_training(cls):
 
 @both
 def test_classification_form(cls):
-    net = cls(TINY, 32, classification=True).eval()
+    net = cls(TINY, img_size=32, classification=True).eval()
     assert net.out_indices == (3,) and net.last_layer_process == 'norm'
     ((out, tokens),) = net(torch.randn(2, 3, 32, 32))
     assert out.shape == (2, 16, 8, 8)
@@ -320,7 +325,10 @@ def test_other_wrong_arguments(cls):
     with pytest.raises(ValueError, match='last_layer_process must be one of'):
         cls(TINY, last_layer_process='add & norm')
     for size in (3, (16, 2), (16, 16, 16)):
-        with pytest.raises(ValueError, match='img_size must be at least one patch'):
+        with pytest.raises(
+            ValueError,
+            match='img_size must .* at least 4',
+        ):
             cls(TINY, img_size=size)
 
 
@@ -338,7 +346,7 @@ def test_registry(cls):
 def test_initialisation(cls):
     arch = dict(TINY, embed_dims=64, patch_size=16, stride=16)
     for classification in (False, True):
-        net = cls(arch, 224, classification=classification)
+        net = cls(arch, img_size=224, classification=classification)
         weight = net.patch_embed.proj.weight
         std = weight[0].numel() ** -0.5
         assert weight.std() == pytest.approx(std, rel=0.05)
@@ -404,7 +412,7 @@ def peak():  # not ru_maxrss: that one starts at the size of the parent process
     status = Path('/proc/self/status').read_text()
     return int(re.search('VmHWM:[^0-9]*([0-9]+)', status)[1]) / 1024
 arch = dict(embed_dims=64, depth=24, patch_size=4, stride=4)
-net = Vim(arch, 128, with_cp=sys.argv[1] == 'True')
+net = Vim(arch, img_size=128, with_cp=sys.argv[1] == 'True')
 for size in (8, 128):
     before = peak()
     sum(x.square().mean() for x in net(torch.randn(1, 3, size, size))).backward()
@@ -428,3 +436,34 @@ def test_with_cp_saves_memory():
     )
     assert plain > 60
     assert saving < plain / 2
+
+
+# ------------------------------------------------- expansion and convolution
+@both
+@pytest.mark.parametrize('backend', ['reference', 'torch', 'cpu'])
+@pytest.mark.parametrize('change', [dict(expand=1), dict(expand=3), dict(d_conv=2)])
+def test_expand_and_d_conv(cls, change, backend):
+    torch.manual_seed(0)
+    net = cls(dict(TINY, **change), img_size=32)
+    mixer = net.layers[0].mixer
+    inner = change.get('expand', 2) * TINY['embed_dims']
+    assert mixer.A_log.shape[0] == mixer.out_proj.in_features == inner
+    assert mixer.conv1d.weight.shape == (inner, 1, change.get('d_conv', 4))
+    x = torch.randn(1, 3, 32, 32)
+    with use_backend('reference'):
+        want = net(x)[-1]
+    with use_backend(backend):
+        got = net(x)[-1]
+    assert relative_error(got, want) < 1e-5
+    description = recognise(net.state_dict(), 'the model').family.describe(
+        net.state_dict()
+    )
+    assert all(f'{key}={value}' in description for key, value in change.items())
+
+
+@both
+@pytest.mark.parametrize('key', ['expand', 'd_conv'])
+@pytest.mark.parametrize('value', [0, 1.5, '2', True])
+def test_wrong_expand_and_d_conv(cls, key, value):
+    with pytest.raises(ValueError, match=f'{key} must be a positive integer'):
+        cls(dict(TINY, **{key: value}))

@@ -1,4 +1,4 @@
-"""What goes wrong with checkpoints."""
+"""What goes wrong with checkpoints, and on the way to them."""
 
 
 class CheckpointError(RuntimeError):
@@ -18,3 +18,7 @@ class UnsafeCheckpointError(CheckpointError):
             'Only if you made the file yourself, and want all it holds to be run: '
             'mmvssm.checkpoints.trust(PATH), or --trust-checkpoint with a tool'
         )
+
+
+class ZooError(CheckpointError):
+    """Weights cannot be found, downloaded or verified."""

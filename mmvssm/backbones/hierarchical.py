@@ -1,13 +1,21 @@
 """What VMamba and MLLA share: stages of blocks, the map halved between them."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvssm.backbones.base import Backbone
+from mmvssm.backbones.base import (
+    Backbone,
+    check_in_channels,
+    is_count,
+    parse_img_size,
+)
+from mmvssm.heads import ClassificationHead
 from mmvssm.layers import LayerNorm2d, channels_last
 
 
@@ -38,24 +46,25 @@ class Stage(nn.Module):
         return x, self.downsample(x)
 
 
-class StagedBackbone(Backbone):
+class HierarchicalBackbone(Backbone):
     """A patch embedding and stages, each with twice the channels of the last.
 
     Args:
-        patch_embed: Image -> first map (B, dims, H', W').
+        patch_embed: Makes the layer from the image to the first map (B, dims, H', W'),
+            of the channels of both.
         block: Makes a block, of its stage, channels and drop path rate.
         downsample: Makes what halves the map, of its channels in and out.
         depths: Blocks of each stage.
         dims: Channels of the first stage.
         norm_name: What output norms are called, in front of their stage.
         min_size: Height and width of the smallest image, in pixels.
-        in_channels, out_indices, frozen_stages, with_cp, drop_path_rate,
+        img_size, in_channels, out_indices, frozen_stages, with_cp, drop_path_rate,
             out_norm, init_cfg: See :class:`VSSM`.
     """
 
     def __init__(
         self,
-        patch_embed: nn.Module,
+        patch_embed: Callable[[int, int], nn.Module],
         block: Callable[[int, int, float], nn.Module],
         downsample: Callable[[int, int], nn.Module],
         *,
@@ -63,6 +72,7 @@ class StagedBackbone(Backbone):
         dims: int,
         norm_name: str,
         min_size: int,
+        img_size: int | tuple[int, int],
         in_channels: int,
         out_indices: Sequence[int],
         frozen_stages: int,
@@ -72,6 +82,9 @@ class StagedBackbone(Backbone):
         init_cfg: dict | list[dict] | None,
     ):
         super().__init__(init_cfg)
+        check_in_channels(in_channels)
+        # Most families make no use of it: a wrong one is told all the same.
+        parse_img_size(img_size, min_size)
         self.out_indices = _checked_indices(out_indices, len(depths))
         self.num_stages = self.out_indices[-1] + 1
         if not -1 <= frozen_stages <= self.num_stages:
@@ -85,7 +98,7 @@ class StagedBackbone(Backbone):
         self.norm_name = norm_name
         self.out_channels = tuple(dims * 2**i for i in self.out_indices)
 
-        self.patch_embed = patch_embed
+        self.patch_embed = patch_embed(in_channels, dims)
         rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
         self.layers = nn.ModuleList()
         for i in range(self.num_stages):
@@ -140,7 +153,7 @@ class StagedBackbone(Backbone):
             if parameter.ndim == 1 or name.endswith('.bias')
         }
 
-    def train(self, mode: bool = True) -> 'StagedBackbone':
+    def train(self, mode: bool = True) -> 'HierarchicalBackbone':
         """Set the mode of all but the frozen stages."""
         super().train(mode)
         self._freeze()
@@ -199,14 +212,12 @@ def resolve_arch(
         )
     arch = {**defaults, **arch}
     depths = arch['depths']
-    if not isinstance(depths, Sequence) or not all(
-        isinstance(depth, int) and depth > 0 for depth in depths
-    ):
+    if not isinstance(depths, Sequence) or not all(is_count(depth) for depth in depths):
         raise ValueError(
             f'arch of {family}: depths is the number of blocks of each stage, such '
             f'as (2, 2, 8, 2), got {depths!r}'
         )
-    if not isinstance(arch['dims'], int):
+    if not is_count(arch['dims']):
         raise ValueError(
             f'arch of {family}: dims is the number of channels of the first stage, '
             f'doubled from stage to stage, got {arch["dims"]!r}'
@@ -240,3 +251,59 @@ def _checked_indices(indices: Sequence[int], stages: int) -> tuple[int, ...]:
             f'{tuple(range(stages))}, got {indices}'
         )
     return indices
+
+
+# What the records of hierarchical families have in common
+
+
+def map_head(
+    backbone: HierarchicalBackbone, arch: str, num_classes: int, **options: Any
+) -> ClassificationHead:
+    """The head on the last map."""
+    return ClassificationHead(backbone.out_channels[-1], num_classes, **options)
+
+
+def last_block(backbone: HierarchicalBackbone) -> nn.Module:
+    """The last block: its output is the last map, before the output norm."""
+    return backbone.layers[-1].blocks[-1]
+
+
+def block_depth(name: str) -> tuple[int, ...] | None:
+    """Where a parameter stands; see :class:`mmvssm.families.Family`.
+
+    A downsampling layer counts as part of the block that follows it.
+    """
+    if re.match(r'patch_embed\.|(absolute_)?pos_embed$', name):
+        return ()
+    match = re.match(r'layers\.(\d+)\.(?:blocks\.(\d+)|(downsample))\.', name)
+    if match is None:
+        return None
+    return (int(match[1]) + 1, 0) if match[3] else (int(match[1]), int(match[2]))
+
+
+def component(key: str) -> str | None:
+    """Which part the name belongs to that is there as a whole or not at all.
+
+    None for output norms, which classification files do not have, and for the
+    counters of batch norms, which have no say in eval mode. A position
+    embedding, an option of the published code that no published model takes and
+    none here has, counts as part of the stem: without it a file's weights are
+    of no use.
+    """
+    if key.endswith('.num_batches_tracked'):
+        return None
+    if key in ('pos_embed', 'absolute_pos_embed'):
+        return 'patch_embed.'
+    match = re.match(r'patch_embed\.|layers\.\d+\.(blocks|downsample)\.', key)
+    return match and match[0]
+
+
+def count_blocks(keys: Iterable[str]) -> tuple[int, ...]:
+    """Number of blocks of each stage."""
+    depths = {}
+    for key in keys:
+        match = re.match(r'layers\.(\d{1,6})\.blocks\.(\d{1,6})\.', key)
+        if match:
+            stage, block = map(int, match.groups())
+            depths[stage] = max(depths.get(stage, 0), block + 1)
+    return tuple(depths[stage] for stage in sorted(depths))

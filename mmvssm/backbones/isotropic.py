@@ -1,14 +1,23 @@
 """What Vim and Mamba® share: a sequence of patches through one stack of blocks."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvssm.backbones.base import Backbone
+from mmvssm.backbones.base import (
+    Backbone,
+    check_in_channels,
+    describe_arch,
+    is_count,
+    note_grid,
+    parse_img_size,
+)
+from mmvssm.errors import CheckpointError
 from mmvssm.layers import (
     AddRMSNorm,
     DropPath,
@@ -20,7 +29,9 @@ from mmvssm.layers import (
     split_tokens,
 )
 
-ARCH_DEFAULTS = dict(patch_size=16, stride=16, d_state=16, drop_path_rate=0.1)
+ARCH_DEFAULTS = dict(
+    patch_size=16, stride=16, d_state=16, d_conv=4, expand=2, drop_path_rate=0.1
+)
 _FEATURES = ('hidden', 'residual')
 _LAST = ('none', 'add', 'norm')
 
@@ -48,7 +59,7 @@ class PatchEmbed(nn.Module):
         return self.proj(channels_last(x))
 
 
-class PlainMamba(Backbone):
+class IsotropicMamba(Backbone):
     """A stack of bidirectional Mamba blocks on patches and extra tokens.
 
     A subclass makes the position embedding and the tokens: it sets
@@ -85,6 +96,7 @@ class PlainMamba(Backbone):
         init_cfg: dict | list[dict] | None,
     ):
         super().__init__(init_cfg)
+        check_in_channels(in_channels)
         channels, depth = arch['embed_dims'], arch['depth']
         self.depth = depth
         check_choice('feature', feature, _FEATURES)
@@ -111,6 +123,7 @@ class PlainMamba(Backbone):
         self.rope = None
         self.rope_residual = False
         self.grid = self._grid_of(img_size)
+        note_grid(self)
 
         self.patch_embed = PatchEmbed(
             in_channels, channels, self.patch_size, self.stride
@@ -123,6 +136,8 @@ class PlainMamba(Backbone):
                 rates[i],
                 residual_in_fp32,
                 d_state=arch['d_state'],
+                d_conv=arch['d_conv'],
+                expand=arch['expand'],
                 average=average,
             )
             for i in range(num_blocks)
@@ -231,7 +246,7 @@ class PlainMamba(Backbone):
             if parameter.ndim == 1 or name.endswith('.bias') or name in self.token_names
         }
 
-    def train(self, mode: bool = True) -> 'PlainMamba':
+    def train(self, mode: bool = True) -> 'IsotropicMamba':
         """Set the mode of all but the frozen stages."""
         super().train(mode)
         self._freeze()
@@ -246,12 +261,7 @@ class PlainMamba(Backbone):
             getattr(self, name).requires_grad_(False)
 
     def _grid_of(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
-        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        if len(sides) != 2 or min(sides) < self.patch_size:
-            raise ValueError(
-                f'img_size must be at least one patch, '
-                f'{self.patch_size}x{self.patch_size} pixels, got {img_size}'
-            )
+        sides = parse_img_size(img_size, self.patch_size)
         return tuple((side - self.patch_size) // self.stride + 1 for side in sides)
 
     def _check_input(self, x: torch.Tensor) -> None:
@@ -309,8 +319,10 @@ def resolve_arch(arch: str | dict, zoo: dict[str, dict], family: str) -> dict:
             f'known are {sorted(known)}'
         )
     arch = {**known, **arch}
-    for key in ('embed_dims', 'depth', 'patch_size', 'stride', 'd_state'):
-        if not isinstance(arch[key], int) or arch[key] < 1:
+    for key in known:
+        if key == 'drop_path_rate':
+            continue
+        if not is_count(arch[key]):
             raise ValueError(
                 f'arch of {family}: {key} must be a positive integer, got {arch[key]!r}'
             )
@@ -339,3 +351,114 @@ def _checked_indices(indices: Sequence[int] | None, depth: int) -> tuple[int, ..
             f'got {indices}'
         )
     return indices
+
+
+# What the records of isotropic families have in common
+
+_RENAMES = (
+    (r'(head|neck|norm_neck)\.', r'classifier.\1.'),
+    # Enlarging layers that the published segmentation backbone has inside.
+    (r'fpn1\.', 'neck.upsample_4x.'),
+    (r'fpn2\.', 'neck.upsample_2x.'),
+)
+_RENAMES = tuple((re.compile(old), new) for old, new in _RENAMES)
+# What is renamed already, and must not be again.
+_CURRENT = re.compile(r'neck\.upsample_')
+
+
+def rename(key: str) -> str:
+    """Published or own name, without prefix -> own name."""
+    if _CURRENT.match(key):
+        return key
+    for old, new in _RENAMES:
+        if old.match(key):
+            return old.sub(new, key, count=1)
+    return key
+
+
+def has_pyramid(keys: Iterable[str]) -> bool:
+    """Whether the backbone of the file has layers that belong to a neck."""
+    return any(key.startswith(('fpn1.', 'fpn2.')) for key in keys)
+
+
+def second_last_mixer(backbone: IsotropicMamba) -> nn.Module:
+    """The mixer in front of the last block, with an output (B, L, C).
+
+    Behind the last one no other token has a say in what becomes of a class token.
+    """
+    return backbone.layers[max(len(backbone.layers) - 2, 0)].mixer
+
+
+def block_depth(name: str) -> tuple[int, ...] | None:
+    """Where a parameter stands; see :class:`mmvssm.families.Family`."""
+    if re.match(r'patch_embed\.|pos_embed(_cls)?$|cls_token(_\w+)?$', name):
+        return ()
+    match = re.match(r'layers\.(\d+)\.', name)
+    return match and (int(match[1]),)
+
+
+def component(key: str) -> str | None:
+    """Which part the name belongs to that is there as a whole or not at all.
+
+    None for class tokens, the last norm and rotary tables, which some models of
+    the family have and others do not. The position embedding is part of the
+    stem: without it a file's weights are of no use.
+    """
+    if key == 'pos_embed':
+        return 'patch_embed.'
+    match = re.match(r'patch_embed\.|layers\.\d+\.', key)
+    return match and match[0]
+
+
+def describe(
+    state: Mapping[str, torch.Tensor],
+    archs: Mapping[str, Mapping],
+    name: str,
+    title: str,
+) -> str:
+    """Name of the arch that current keys and their shapes belong to.
+
+    Variants with another stride have the same weights and go by the name of the
+    one with stride 16.
+    """
+    try:
+        embed_dims, _, _, patch_size = state['patch_embed.proj.weight'].shape
+        inner, d_state = state['layers.0.mixer.A_log'].shape
+        d_conv = state['layers.0.mixer.conv1d.weight'].shape[2]
+    except (KeyError, IndexError, ValueError):
+        return f'an incomplete {title}'
+    found = dict(
+        embed_dims=embed_dims,
+        depth=_count_blocks(state),
+        patch_size=patch_size,
+        d_state=d_state,
+        d_conv=d_conv,
+        expand=inner // embed_dims,
+    )
+    return describe_arch(found, archs, name, title)
+
+
+def check_depth(state: Mapping[str, torch.Tensor], backbone: IsotropicMamba) -> None:
+    """Refuse a file of a deeper arch, whose first blocks would fit.
+
+    Raises:
+        CheckpointError: It is deeper than the arch of the model.
+    """
+    depth = _count_blocks(state)
+    if depth > backbone.depth:
+        raise CheckpointError(
+            f'the file does not fit the model: it has {depth} blocks, the arch of the '
+            f'model {backbone.depth}'
+        )
+
+
+def can_fit(state: Mapping[str, torch.Tensor], backbone: IsotropicMamba) -> bool:
+    """Whether there are position embeddings of one width in file and model."""
+    if 'pos_embed' not in state or 'pos_embed' not in backbone.token_names:
+        return False
+    return state['pos_embed'].shape[2:] == backbone.pos_embed.shape[2:]
+
+
+def _count_blocks(state: Iterable[str]) -> int:
+    blocks = [re.match(r'layers\.(\d{1,6})\.', key) for key in state]
+    return max((int(match[1]) + 1 for match in blocks if match), default=0)

@@ -1,27 +1,29 @@
-// The recurrence over the tiles of one strip of channels: its parameters and
-// its state, and the choice of a kernel for each block of vectors and states.
+// The recurrence over the chunks of one channel block: its parameters, its state, and
+// the choice of a kernel for each register block.
 #pragma once
 
+#include "parallel.h"
 #include "recurrence.h"
 
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-// One state: the vectors of a strip go through a kernel together. More: one
-// vector at a time with as many states as there are registers for.
-static inline int64_t forward_block(int64_t states) {
+// How many states a register block has. With one state a register block has all
+// vectors of the channel block, with more states one vector and as many states as the
+// registers hold.
+static inline int64_t forward_state_block(int64_t states) {
   return states > 8 ? 16 : states > 4 ? 8 : states > 2 ? 4 : states;
 }
-static inline int64_t backward_block(int64_t states) {
-  return states > 4 ? 8 : forward_block(states);
+static inline int64_t backward_state_block(int64_t states) {
+  return states > 4 ? 8 : forward_state_block(states);
 }
 static inline int64_t padded_states(int64_t states) {
-  const int64_t block = forward_block(states);
+  const int64_t block = forward_state_block(states);
   return (states + block - 1) / block * block;
 }
 
 template <int V, int N, Decay kDecay>
-static inline vint forward_as(Write write, const Block& k, float* h, float* low,
+static inline vint forward_as(Write write, const RegisterBlock& k, float* h, float* low,
                               float* y, int64_t y_stride) {
   switch (write) {
     case Write::kAdd:
@@ -34,15 +36,15 @@ static inline vint forward_as(Write write, const Block& k, float* h, float* low,
 }
 
 template <int V, int N, Decay kDecay>
-static inline void backward_with(const Block& k, const float* h, const Recomputed& r,
-                                 const BlockGradients& g) {
+static inline void backward_with(const RegisterBlock& k, const float* h,
+                                 const Recomputed& r, const RegisterBlockGradients& g) {
   recompute<V, N, kDecay>(k, h, r);
   run_backward<V, N, kDecay>(k, r, g);
 }
 
 template <int V, int N>
-static inline void backward_as(Decay decay, const Block& k, const float* h,
-                               const Recomputed& r, const BlockGradients& g) {
+static inline void backward_as(Decay decay, const RegisterBlock& k, const float* h,
+                               const Recomputed& r, const RegisterBlockGradients& g) {
   switch (decay) {
     case Decay::kSlow:
       return backward_with<V, N, Decay::kSlow>(k, h, r, g);
@@ -55,14 +57,14 @@ static inline void backward_as(Decay decay, const Block& k, const float* h,
   }
 }
 
-// y += C h for the recomputed states of a block.
-static inline void add_readout(const Block& k, const float* states, int vectors,
-                               int64_t block, float* y, int64_t y_stride) {
-  const int64_t row = block * vectors * kLanes;
+// y += C h, of the recomputed states of a register block with `count` states.
+static inline void add_readout(const RegisterBlock& k, const float* states, int vectors,
+                               int64_t count, float* y, int64_t y_stride) {
+  const int64_t row = count * vectors * kLanes;
   for (int64_t t = 0; t < k.rows; ++t) {
     for (int v = 0; v < vectors; ++v) {
       vfloat sum = load(y + t * y_stride + v * kLanes);
-      for (int64_t n = 0; n < block; ++n)
+      for (int64_t n = 0; n < count; ++n)
         sum += load(states + (t + 1) * row + (n * vectors + v) * kLanes) *
                broadcast(k.C.data[t * k.C.stride + n]);
       store(y + t * y_stride + v * kLanes, sum);
@@ -70,73 +72,77 @@ static inline void add_readout(const Block& k, const float* states, int vectors,
   }
 }
 
-// Input of a tile: step sizes (rows, width) and where the rest is.
-struct Tile {
+// Inputs of a chunk. dt is (row, width).
+struct Chunk {
   int64_t rows;
   const float* dt;
   Rows u, B, C;
 };
 
-// Gradients of a tile, all added to; rows of dt and dtu are `width` long.
-struct TileGradients {
+// Gradients of a chunk: of y, which is read, and the others, which are added to. dt and
+// dtu are (row, width).
+struct ChunkGradients {
   const float* y;
   int64_t y_stride;
   float *dt, *dtu, *B, *C;
   int64_t weights_stride;
 };
 
-class StripRecurrence {
+class ChannelBlockRecurrence {
  public:
   static int64_t floats(int64_t states, bool backward) {
     const int64_t width = kMaxVectors * kLanes;
     const int64_t padded = padded_states(states);
     int64_t total = (6 * padded + 2) * width;
     if (backward) {
-      const int64_t block = backward_block(states);
+      const int64_t state_block = backward_state_block(states);
       const int64_t vectors = states == 1 ? kMaxVectors : 1;
-      total +=
-          (2 * kTile + 1) * block * vectors * kLanes + (2 * padded + block) * width;
+      total += (2 * kChunk + 1) * state_block * vectors * kLanes +
+               (2 * padded + state_block) * width;
     }
     return total + 16 * 16;
   }
 
-  StripRecurrence(Arena* arena, int64_t states, const Strip& strip, bool backward)
+  ChannelBlockRecurrence(Arena* arena, int64_t states, const ChannelBlock& block,
+                         bool backward)
       : states_(states),
         padded_(padded_states(states)),
-        block_(backward ? backward_block(states) : forward_block(states)),
-        vectors_(strip.vectors),
-        together_(states == 1 ? strip.vectors : 1),
-        width_(strip.width()),
-        strip_(strip) {
+        state_block_(backward ? backward_state_block(states)
+                              : forward_state_block(states)),
+        vectors_(block.vectors),
+        together_(states == 1 ? block.vectors : 1),
+        width_(block.width()),
+        block_(block) {
     A_ = arena->take(padded_ * width_);
     A_log2_ = arena->take(padded_ * width_);
-    fastest_ = arena->take(padded_ / block_ * width_);
-    slowest_ = arena->take(padded_ / block_ * width_);
+    fastest_ = arena->take(padded_ / state_block_ * width_);
+    slowest_ = arena->take(padded_ / state_block_ * width_);
     D_ = arena->take(width_);
     zeros_ = arena->take(width_);
     state = arena->take(padded_ * width_);
     state_low_ = arena->take(padded_ * width_);
     if (backward) {
-      const int64_t row = block_ * together_ * kLanes;
-      recomputed_ = {arena->take((kTile + 1) * row), arena->take(kTile * row)};
+      const int64_t row = state_block_ * together_ * kLanes;
+      recomputed_ = {arena->take((kChunk + 1) * row), arena->take(kChunk * row)};
       grad_A_ = arena->take(padded_ * width_);
       grad_A_rest_ = arena->take(padded_ * width_);
-      tile_grad_A_ = arena->take(block_ * width_);
+      chunk_grad_A_ = arena->take(state_block_ * width_);
     }
   }
 
   int64_t padded() const { return padded_; }
 
-  // A is (channel, state) of all channels; D may be null.
+  // A is (channel, state), of all channels. D may be null.
   void set_parameters(const float* A, const float* D) {
     __builtin_memset(A_, 0, padded_ * width_ * 4);
-    load_rows(A + strip_.first * states_, states_, 1, strip_.count, states_, A_,
+    load_rows(A + block_.first * states_, states_, 1, block_.count, states_, A_,
               width_);
     for (int64_t i = 0; i < padded_ * width_; ++i) A_log2_[i] = A_[i] * kLog2e;
-    for (int64_t b = 0; b < padded_ / block_; ++b) {
+    for (int64_t b = 0; b < padded_ / state_block_; ++b) {
       for (int64_t c = 0; c < width_; c += kLanes) {
         vfloat most = {}, least = broadcast(1e30f);
-        for (int64_t n = b * block_; n < (b + 1) * block_ && n < states_; ++n) {
+        for (int64_t n = b * state_block_; n < (b + 1) * state_block_ && n < states_;
+             ++n) {
           const vfloat rate = absolute(load(A_log2_ + n * width_ + c));
           most = larger(most, rate);
           least = smaller(least, rate);
@@ -144,12 +150,12 @@ class StripRecurrence {
         store(fastest_ + b * width_ + c, most);
         store(slowest_ + b * width_ + c, least);
       }
-      // What only fills a vector never counts as slow.
-      for (int64_t c = strip_.count; c < width_; ++c)
+      // Lanes beyond the last channel must never count as slow.
+      for (int64_t c = block_.count; c < width_; ++c)
         slowest_[b * width_ + c] = __builtin_nanf("");
     }
-    read_channels(D, strip_, D_);
-    read_channels(nullptr, strip_, zeros_);
+    read_channels(D, block_, D_);
+    read_channels(nullptr, block_, zeros_);
   }
 
   void set_state_to_zero() {
@@ -157,35 +163,35 @@ class StripRecurrence {
     __builtin_memset(state_low_, 0, padded_ * width_ * 4);
   }
 
-  // Saves the state as (state, channel) of all `channels`.
+  // Saves the state in an array (state, channel) of all `channels`.
   void get_state(float* to, int64_t channels) const {
     for (int64_t n = 0; n < states_; ++n)
-      write_channels(state + n * width_, strip_, to + n * channels);
+      write_channels(state + n * width_, block_, to + n * channels);
   }
-  // Reads a saved state, zeros if `from` is null, into (padded state, width), and
-  // asks for the one that is read `next`.
+  // Reads a saved state into (padded state, width), zeros if `from` is null, and
+  // prefetches the one that will be read `next`.
   void read_state(const float* from, const float* next, int64_t channels,
                   float* to) const {
     for (int64_t n = 0; n < padded_; ++n) {
       const bool there = from != nullptr && n < states_;
-      read_channels(there ? from + n * channels : nullptr, strip_, to + n * width_);
+      read_channels(there ? from + n * channels : nullptr, block_, to + n * width_);
     }
     if (next == nullptr) return;
     for (int64_t n = 0; n < states_; ++n)
-      for (int64_t c = 0; c < strip_.count; c += 16)
-        __builtin_prefetch(next + n * channels + strip_.first + c);
+      for (int64_t c = 0; c < block_.count; c += 16)
+        __builtin_prefetch(next + n * channels + block_.first + c);
   }
 
-  vint forward(const Tile& tile, Write write, float* y, int64_t y_stride) {
+  vint forward(const Chunk& chunk, Write write, float* y, int64_t y_stride) {
     vint nan = {};
-    for (int64_t n = 0; n < padded_; n += block_) {
+    for (int64_t n = 0; n < padded_; n += state_block_) {
       for (int v = 0; v < vectors_; v += together_) {
-        const Block k = block(tile, n, v);
+        const RegisterBlock k = register_block(chunk, n, v);
         const Write how = n == 0 ? write : Write::kAdd;
         float* h = state + n * width_ + v * kLanes;
         float* low = state_low_ + n * width_ + v * kLanes;
         float* to = y + v * kLanes;
-        switch (decay_of(tile, n, v)) {
+        switch (decay_of(chunk, n, v)) {
           case Decay::kSlow:
             nan |= choose_forward<Decay::kSlow>(how, k, h, low, to, y_stride);
             break;
@@ -203,32 +209,33 @@ class StripRecurrence {
     return nan;
   }
 
-  // Backward through a tile. `before` is the state before it (state, width);
-  // `state` the gradient of the state behind it, afterwards of that before it.
-  // If `readout` is not null, C h is added to it.
-  void backward(const Tile& tile, const float* before, const TileGradients& g,
+  // Backward through a chunk. `before` is the state before the chunk (state, width).
+  // `state` is the gradient of the state after the chunk, and afterwards of the state
+  // before it. If `readout` is not null, C h is added to it.
+  void backward(const Chunk& chunk, const float* before, const ChunkGradients& g,
                 float* readout) {
-    for (int64_t n = 0; n < padded_; n += block_) {
+    for (int64_t n = 0; n < padded_; n += state_block_) {
       for (int v = 0; v < vectors_; v += together_) {
-        const Block k = block(tile, n, v);
+        const RegisterBlock k = register_block(chunk, n, v);
         const int64_t c = v * kLanes;
-        const BlockGradients grads = {g.y + c,
-                                      g.y_stride,
-                                      state + n * width_ + c,
-                                      state_low_ + n * width_ + c,
-                                      tile_grad_A_ + c,
-                                      g.dt + c,
-                                      g.dtu + c,
-                                      g.B + n,
-                                      g.C + n,
-                                      g.weights_stride};
-        choose_backward(decay_of(tile, n, v), k, before + n * width_ + c, grads);
+        const RegisterBlockGradients grads = {g.y + c,
+                                              g.y_stride,
+                                              state + n * width_ + c,
+                                              state_low_ + n * width_ + c,
+                                              chunk_grad_A_ + c,
+                                              g.dt + c,
+                                              g.dtu + c,
+                                              g.B + n,
+                                              g.C + n,
+                                              g.weights_stride};
+        choose_backward(decay_of(chunk, n, v), k, before + n * width_ + c, grads);
         if (readout != nullptr)
-          add_readout(k, recomputed_.states, together_, block_, readout + c, width_);
+          add_readout(k, recomputed_.states, together_, state_block_, readout + c,
+                      width_);
       }
-      for (int64_t i = 0; i < block_ * width_; i += kLanes)
+      for (int64_t i = 0; i < state_block_ * width_; i += kLanes)
         add_compensated(grad_A_ + n * width_ + i, grad_A_rest_ + n * width_ + i,
-                        load(tile_grad_A_ + i));
+                        load(chunk_grad_A_ + i));
     }
   }
 
@@ -236,10 +243,10 @@ class StripRecurrence {
     __builtin_memset(grad_A_, 0, padded_ * width_ * 4);
     __builtin_memset(grad_A_rest_, 0, padded_ * width_ * 4);
   }
-  // As (state, channel) of all `channels`.
+  // Writes it to an array (state, channel) of all `channels`.
   void get_grad_A(float* to, int64_t channels) const {
     for (int64_t n = 0; n < states_; ++n)
-      write_channels(grad_A_ + n * width_, strip_, to + n * channels);
+      write_channels(grad_A_ + n * width_, block_, to + n * channels);
   }
 
   const float* D() const { return D_; }
@@ -247,31 +254,31 @@ class StripRecurrence {
   float* state = nullptr;  // (padded states, width)
 
  private:
-  Block block(const Tile& tile, int64_t n, int v) const {
+  RegisterBlock register_block(const Chunk& chunk, int64_t n, int v) const {
     const int64_t c = v * kLanes;
-    return {tile.rows,
+    return {chunk.rows,
             width_,
-            tile.dt + c,
-            {tile.u.data + c, tile.u.stride},
-            {tile.B.data + n, tile.B.stride},
-            {tile.C.data + n, tile.C.stride},
+            chunk.dt + c,
+            {chunk.u.data + c, chunk.u.stride},
+            {chunk.B.data + n, chunk.B.stride},
+            {chunk.C.data + n, chunk.C.stride},
             A_ + n * width_ + c,
             A_log2_ + n * width_ + c,
             (n == 0 ? D_ : zeros_) + c};
   }
 
-  Decay decay_of(const Tile& tile, int64_t n, int v) const {
+  Decay decay_of(const Chunk& chunk, int64_t n, int v) const {
     vint fast = {}, slow = {}, slowest = {};
     for (int i = v; i < v + together_; ++i) {
       vfloat most = {}, sum = {};
-      for (int64_t t = 0; t < tile.rows; ++t) {
-        const vfloat dt = absolute(load(tile.dt + t * width_ + i * kLanes));
+      for (int64_t t = 0; t < chunk.rows; ++t) {
+        const vfloat dt = absolute(load(chunk.dt + t * width_ + i * kLanes));
         most = larger(most, dt);
         sum += dt;
       }
-      const int64_t at = n / block_ * width_ + i * kLanes;
+      const int64_t at = n / state_block_ * width_ + i * kLanes;
       fast |= !(most * load(fastest_ + at) <= kSlow);
-      const vfloat mean = sum * load(slowest_ + at) / (float)tile.rows;
+      const vfloat mean = sum * load(slowest_ + at) / (float)chunk.rows;
       slow |= mean <= kVerySlow;
       slowest |= mean <= kSlowest;
     }
@@ -282,9 +289,9 @@ class StripRecurrence {
   }
 
   template <Decay kDecay>
-  vint choose_forward(Write write, const Block& k, float* h, float* low, float* y,
-                      int64_t y_stride) const {
-    switch (block_) {
+  vint choose_forward(Write write, const RegisterBlock& k, float* h, float* low,
+                      float* y, int64_t y_stride) const {
+    switch (state_block_) {
       case 1:
         switch (together_) {
           case 1:
@@ -307,9 +314,9 @@ class StripRecurrence {
     }
   }
 
-  void choose_backward(Decay decay, const Block& k, const float* h,
-                       const BlockGradients& g) const {
-    switch (block_) {
+  void choose_backward(Decay decay, const RegisterBlock& k, const float* h,
+                       const RegisterBlockGradients& g) const {
+    switch (state_block_) {
       case 1:
         switch (together_) {
           case 1:
@@ -330,44 +337,14 @@ class StripRecurrence {
     }
   }
 
-  const int64_t states_, padded_, block_;
+  const int64_t states_, padded_, state_block_;
   const int vectors_, together_;
   const int64_t width_;
-  const Strip strip_;
+  const ChannelBlock block_;
   float *A_, *A_log2_, *fastest_, *slowest_, *D_, *zeros_, *state_low_;
   Recomputed recomputed_ = {};
-  float *grad_A_ = nullptr, *grad_A_rest_ = nullptr, *tile_grad_A_ = nullptr;
+  float *grad_A_ = nullptr, *grad_A_rest_ = nullptr, *chunk_grad_A_ = nullptr;
 };
-
-// Shares the items of a problem out among torch's threads. `work` does one with
-// an arena of `floats` and says whether it met NaN.
-template <class Problem>
-static int32_t run_items(const Problem& problem, int64_t items, int64_t floats,
-                         bool (*work)(const Problem&, int64_t, Arena*),
-                         ParallelFor parallel_for) {
-  struct Task {
-    const Problem& problem;
-    int64_t floats;
-    bool (*work)(const Problem&, int64_t, Arena*);
-    int32_t status;
-  } task = {problem, floats, work, kDone};
-  const RangeFunction run = [](int64_t begin, int64_t end, void* context) {
-    Task* task = (Task*)context;
-    for (int64_t item = begin; item < end; ++item) {
-      Arena arena(task->floats);
-      if (arena.failed()) {
-        __atomic_store_n(&task->status, (int32_t)kOutOfMemory, __ATOMIC_RELAXED);
-        return;
-      }
-      int32_t none = kDone;
-      if (task->work(task->problem, item, &arena))
-        __atomic_compare_exchange_n(&task->status, &none, (int32_t)kFoundNaN, false,
-                                    __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-    }
-  };
-  parallel_for(0, items, 1, run, &task);
-  return task.status;
-}
 
 }  // namespace MMVSSM_ISA
 }  // namespace mmvssm

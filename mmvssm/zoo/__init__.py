@@ -1,0 +1,19 @@
+"""Published weights by name: what there is, where it comes from, where it lies.
+
+``python -m mmvssm.zoo list`` shows all of it.
+"""
+
+from mmvssm.zoo.download import fetch, is_address, path_of, verify
+from mmvssm.zoo.table import SCHEME, TABLE, Weights, find, of_config
+
+__all__ = [
+    'SCHEME',
+    'TABLE',
+    'Weights',
+    'fetch',
+    'find',
+    'is_address',
+    'of_config',
+    'path_of',
+    'verify',
+]

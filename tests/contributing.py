@@ -1,0 +1,15 @@
+"""The worked examples of CONTRIBUTING.md."""
+
+import re
+
+from tiny import REPO
+
+
+def run_example(section, **names):
+    """Run the Python code of a section; gives what it defines."""
+    text = (REPO / 'CONTRIBUTING.md').read_text()
+    (body,) = re.findall(rf'^## {section}\n(.*?)(?=^## |\Z)', text, re.S | re.M)
+    (code,) = re.findall(r'```python\n(.*?)```', body, re.S)
+    found = dict(names, __name__='example')
+    exec(compile(code, f'CONTRIBUTING.md: {section}', 'exec'), found)
+    return found
