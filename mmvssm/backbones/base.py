@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor
 
-from mmvssm.backbones.padding import find_img_shapes, masked_maps
+from mmvssm.backbones.padding import masked_maps
 from mmvssm.errors import CheckpointError
 from mmvssm.layers import resize_position
 
@@ -68,7 +68,7 @@ class Backbone(BaseModule):
                 synchronised batch norms in training.
         """
         if self.mask_padding and x.ndim == 4:
-            return masked_maps(self, x, find_img_shapes(x, img_shapes))
+            return masked_maps(self, x, img_shapes)
         if img_shapes is not None and not self.mask_padding:
             raise ValueError(
                 'img_shapes have no effect without mask_padding: build the backbone '

@@ -86,7 +86,12 @@ def find_img_shapes(
     return sizes
 
 
-def masked_maps(backbone: Maskable, x: Tensor, sizes: Sequence[Size]) -> tuple:
+# A graph of this function would be one of these sizes alone. The passes it makes are
+# compiled, for all sizes.
+@torch.compiler.disable(recursive=False)
+def masked_maps(
+    backbone: Maskable, x: Tensor, img_shapes: Sequence[Sequence[int]] | None
+) -> tuple:
     """The maps of each image alone, with zeros beyond it.
 
     Patches that an image does not fill are filled up with zeros.
@@ -94,15 +99,17 @@ def masked_maps(backbone: Maskable, x: Tensor, sizes: Sequence[Size]) -> tuple:
     Args:
         backbone: Called once for each size.
         x: (B, C, H, W). Images are at the top left, and nothing else is read.
-        sizes: Height and width of each image.
+        img_shapes: See :func:`find_img_shapes`.
 
     Returns:
         What ``backbone.compute_maps`` returns, for the batch. Maps have the size of
         those of H x W, rounded up to whole patches.
 
     Raises:
+        ValueError: Sizes are not known, or do not fit the batch.
         RuntimeError: Processes wait for each other inside of the backbone.
     """
+    sizes = find_img_shapes(x, img_shapes)
     _refuse_waiting(backbone)
     groups: dict[Size, list[int]] = {}
     for number, size in enumerate(sizes):
