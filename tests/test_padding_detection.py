@@ -203,7 +203,7 @@ def test_resized_batches(monkeypatch):
         (192, 320),
         (160, 120),
     ]
-    assert last[0, :, :4, :6].any() and not last[0, :, 4:].any()
+    assert last[0, :, 3, 5].any() and not last[0, :, 4:].any()
 
 
 @needs_detection
@@ -212,7 +212,7 @@ def test_images_without_data_samples():
     model = build(config()).eval()
     data = model.data_preprocessor(dict(mixed(), data_samples=None))
     *_, last = model.backbone(data['inputs'])
-    assert last[0, :, :2, :3].any() and not last[0, :, 2:].any()
+    assert last[0, :, 1, 2].any() and not last[0, :, 2:].any()
 
 
 @needs_detection
@@ -253,7 +253,7 @@ def test_inference_of_mmdet(tmp_path):
     )
     inferencer(paths, batch_size=2, no_save_vis=True)
     ((number, last),) = shapes
-    assert number == 2 and not last[0, :, 2:].any() and last[0, :, :2, :3].any()
+    assert number == 2 and not last[0, :, 2:].any() and last[0, :, 1, 2].any()
 
 
 @needs_detection

@@ -8,6 +8,7 @@ embedding.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import index
 from typing import Protocol
 
 import torch
@@ -73,7 +74,7 @@ def find_img_shapes(
             'classifiers) leave mask_padding=False'
         )
     number, _, height, width = batch.shape
-    sizes = [tuple(shape[:2]) for shape in img_shapes]
+    sizes = [tuple(map(index, shape[:2])) for shape in img_shapes]
     if len(sizes) != number or any(
         len(size) != 2 or not (0 < size[0] <= height and 0 < size[1] <= width)
         for size in sizes
@@ -119,12 +120,15 @@ def masked_maps(
     for (height, width), members in groups.items():
         for row, number in enumerate(members):
             places[number] = (len(found), row)
+        whole = backbone.whole_size((height, width))
         images = torch.stack([x[number, :, :height, :width] for number in members])
-        outs = backbone.compute_maps(_pad(images, backbone.whole_size((height, width))))
+        outs = backbone.compute_maps(_pad(images, whole))
         found.append(
             [
-                _each(lambda t, target=target: _pad(t, target), out)
-                for out, target in zip(outs, targets, strict=True)
+                _each(lambda t, own=own, target=target: _fill(t, own, target), out)
+                for out, own, target in zip(
+                    outs, backbone.map_sizes(whole), targets, strict=True
+                )
             ]
         )
     if len(found) == 1:
@@ -144,16 +148,21 @@ def _each(function: Callable[..., Tensor], *outs: Tensor | tuple) -> Tensor | tu
     return function(*outs)
 
 
-def _pad(x: Tensor, size: Size) -> Tensor:
-    """Zeros at the bottom and right; tokens (B, n, C) have no such place."""
+def _fill(x: Tensor, own: Size, target: Size) -> Tensor:
+    """A map of its own size -> of the batch's; tokens (B, n, C) stay as they are."""
     if x.ndim == 3:
         return x
-    below, right = (want - have for want, have in zip(size, x.shape[2:]))
-    if below < 0 or right < 0:
+    if tuple(x.shape[2:]) != own:
         raise RuntimeError(
-            f'a map of {tuple(x.shape[2:])} has no room in {size}: map_sizes and '
-            f'whole_size of the backbone do not say what it computes'
+            f'a map is {tuple(x.shape[2:])}, and by map_sizes of the backbone it would '
+            f'be {own}: a family with another stem defines its own'
         )
+    return _pad(x, target)
+
+
+def _pad(x: Tensor, size: Size) -> Tensor:
+    """Zeros at the bottom and right."""
+    below, right = (want - have for want, have in zip(size, x.shape[2:]))
     return F.pad(x, (0, right, 0, below)) if below or right else x
 
 

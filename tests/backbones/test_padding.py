@@ -111,6 +111,18 @@ def test_alone_is_what_it_is_without_masks(name):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize('name', ['vmamba_v05_noz', 'mlla', 'hilbert'])
+@torch.no_grad()
+def test_stems_of_any_size(name):
+    """They leave nothing out, so nothing is added, either."""
+    net, plain = pair(name)
+    for height, width in SHAPES:
+        image = images([(height, width)])[..., :height, :width]
+        got = net(image, img_shapes=[(height, width)])
+        for out, want in zip(got, plain(image), strict=True):
+            assert out.shape == want.shape and difference(out, want) < 1e-5
+
+
 @every
 @torch.no_grad()
 def test_without_masks_they_differ(name):
@@ -352,8 +364,8 @@ def test_classifiers():
 def test_wrong_map_sizes_are_told(monkeypatch):
     """A family of somebody else's whose stem has another stride."""
     net, _ = pair('mlla')
-    monkeypatch.setattr(net, 'map_sizes', lambda size: [(3, 4), (3, 4)])
-    with pytest.raises(RuntimeError, match='map_sizes and whole_size'):
+    monkeypatch.setattr(net, 'map_sizes', lambda size: [(24, 32), (12, 16)])
+    with pytest.raises(RuntimeError, match='by map_sizes of the backbone'):
         net(images(), img_shapes=SHAPES)
 
 
