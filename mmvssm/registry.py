@@ -25,7 +25,10 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='mmvssm',
-    locations=['mmvssm.backbones', 'mmvssm.heads', 'mmvssm.layers', 'mmvssm.necks'],
+    locations=[
+        *('mmvssm.backbones', 'mmvssm.heads', 'mmvssm.layers', 'mmvssm.necks'),
+        'mmvssm.data_preprocessor',
+    ],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',

@@ -33,6 +33,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmvssm.backbones import set_img_shapes
 from mmvssm.ops.leaves import shapes_of
 from mmvssm.ops.operator import Op, all_ops, public_ops
 from mmvssm.ops.selective_scan.declaration import scan_flops
@@ -85,6 +86,7 @@ def count_flops(
             }
             device = next(iter(state.values())).device if state else 'cpu'
             image = torch.empty(tuple(input_shape), device=device)
+            set_img_shapes(image, [input_shape[2:]] * input_shape[0])
             with counter, _WholeOps(counter):
                 functional_call(model, state, (image,))
     finally:

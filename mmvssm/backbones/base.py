@@ -8,6 +8,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 
+from mmvssm.backbones.padding import masked_maps
 from mmvssm.errors import CheckpointError
 from mmvssm.layers import resize_position
 
@@ -28,7 +29,64 @@ def set_pretrained_loader(load: Callable[..., Any]) -> None:
 
 
 class Backbone(BaseModule):
-    """An mmengine module that loads published checkpoints without conversion."""
+    """An mmengine module that loads published checkpoints without conversion.
+
+    A subclass computes maps in :meth:`compute_maps`, and tells their sizes by
+    :meth:`whole_size` and :meth:`map_sizes`.
+
+    Args:
+        init_cfg, mask_padding: See :class:`VSSM`.
+    """
+
+    def __init__(
+        self, init_cfg: dict | list[dict] | None = None, mask_padding: bool = False
+    ):
+        super().__init__(init_cfg)
+        self.mask_padding = mask_padding
+
+    def forward(
+        self, x: Tensor, img_shapes: Sequence[Sequence[int]] | None = None
+    ) -> tuple:
+        """Compute the maps of ``out_indices``.
+
+        Args:
+            x: Images (B, in_channels, H, W).
+            img_shapes: With ``mask_padding``, height and width of each image in
+                pixels; what is below and to the right is padding. None: those that
+                the data preprocessor ``mmvssm.DetDataPreprocessor``, or
+                :func:`set_img_shapes`, has given the batch.
+
+        Returns:
+            What :meth:`compute_maps` returns. With ``mask_padding`` maps are zero
+            beyond the image, and patches that an image or the batch does not fill
+            are filled up with zeros rather than left out.
+
+        Raises:
+            ValueError: ``img_shapes`` does not fit, is missing, or is given without
+                ``mask_padding``.
+            RuntimeError: Masked images in a backbone that is sharded or has
+                synchronised batch norms in training.
+        """
+        if self.mask_padding and x.ndim == 4:
+            return masked_maps(self, x, img_shapes)
+        if img_shapes is not None and not self.mask_padding:
+            raise ValueError(
+                'img_shapes have no effect without mask_padding: build the backbone '
+                'with mask_padding=True, or leave them out'
+            )
+        return self.compute_maps(x)
+
+    def compute_maps(self, x: Tensor) -> tuple:
+        """Compute the maps of images that fill the batch."""
+        raise NotImplementedError
+
+    def whole_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The least image size of whole patches in which another one has room."""
+        raise NotImplementedError
+
+    def map_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Height and width of each map, of an image of whole patches."""
+        raise NotImplementedError
 
     def init_weights(self) -> None:
         """Apply ``init_cfg``.

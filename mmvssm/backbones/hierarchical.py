@@ -60,7 +60,7 @@ class HierarchicalBackbone(Backbone):
         norm_name: Name of the output norms, before the number of the stage.
         min_size: Height and width of the smallest image, in pixels.
         img_size, in_channels, out_indices, frozen_stages, with_cp, drop_path_rate,
-            out_norm, init_cfg: See :class:`VSSM`.
+            out_norm, init_cfg, mask_padding: See :class:`VSSM`.
     """
 
     def __init__(
@@ -81,8 +81,9 @@ class HierarchicalBackbone(Backbone):
         drop_path_rate: float,
         out_norm: bool,
         init_cfg: dict | list[dict] | None,
+        mask_padding: bool = False,
     ):
-        super().__init__(init_cfg)
+        super().__init__(init_cfg, mask_padding)
         check_in_channels(in_channels)
         # Most families do not use it, but a wrong value is an error for all.
         parse_img_size(img_size, min_size)
@@ -114,8 +115,8 @@ class HierarchicalBackbone(Backbone):
         self.apply(_init_linear)
         self._freeze()
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Compute the maps of ``out_indices``.
+    def compute_maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Compute the maps of ``out_indices`` of images that fill the batch.
 
         Args:
             x: Image (B, in_channels, H, W), any H and W.
@@ -136,6 +137,20 @@ class HierarchicalBackbone(Backbone):
                 out = getattr(self, f'{self.norm_name}{i}')(out)
                 outs.append(out.contiguous())
         return tuple(outs)
+
+    def whole_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The least image size of whole patches in which another one has room.
+
+        Only stems that need a patch at least leave rows and columns out.
+        """
+        patch = self.min_size
+        return tuple(-(-side // patch) * patch for side in size)
+
+    def map_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Height and width of each map, of an image of whole patches."""
+        return [
+            tuple(-(-side // (4 * 2**i)) for side in size) for i in self.out_indices
+        ]
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay.

@@ -72,7 +72,8 @@ class IsotropicMamba(Backbone):
             stored for the grid of patches of this size.
         in_channels, out_indices, frozen_stages, with_cp, drop_path_rate,
             average, residual_in_fp32, feature, last_layer_process,
-            return_tokens, classification, init_cfg: See :class:`Vim`.
+            return_tokens, classification, init_cfg, mask_padding: See
+            :class:`Vim`.
     """
 
     token_names: tuple[str, ...] = ()
@@ -94,8 +95,9 @@ class IsotropicMamba(Backbone):
         return_tokens: bool,
         classification: bool,
         init_cfg: dict | list[dict] | None,
+        mask_padding: bool = False,
     ):
-        super().__init__(init_cfg)
+        super().__init__(init_cfg, mask_padding)
         check_in_channels(in_channels)
         channels, depth = arch['embed_dims'], arch['depth']
         self.depth = depth
@@ -161,8 +163,8 @@ class IsotropicMamba(Backbone):
 
     # The forward pass
 
-    def forward(self, x: torch.Tensor) -> tuple:
-        """Compute the maps of ``out_indices``.
+    def compute_maps(self, x: torch.Tensor) -> tuple:
+        """Compute the maps of ``out_indices`` of images that fill the batch.
 
         Args:
             x: Image (B, in_channels, H, W), at least one patch high and wide.
@@ -182,6 +184,17 @@ class IsotropicMamba(Backbone):
         x = insert_tokens(patches, tokens, positions)
         outs = self._run_blocks(x, self._rotation(x, size, positions))
         return tuple(self._unfold(out, size, positions) for out in outs)
+
+    def whole_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The least image size of whole patches in which another one has room."""
+        patch, stride = self.patch_size, self.stride
+        return tuple(
+            patch + -(-max(side - patch, 0) // stride) * stride for side in size
+        )
+
+    def map_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Height and width of each map, of an image of whole patches."""
+        return [self._grid_of(size)] * len(self.out_indices)
 
     def _run_blocks(
         self, x: torch.Tensor, rotation: tuple[torch.Tensor, ...] | None

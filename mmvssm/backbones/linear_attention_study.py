@@ -204,7 +204,7 @@ class LinearAttentionStudy(HierarchicalBackbone):
         img_size: Height and width, or one number for both, for which absolute position
             embeddings are stored. Images may have any size.
         in_channels, out_indices, frozen_stages, with_cp, drop_path_rate,
-            out_norm, init_cfg: See :class:`VSSM`.
+            out_norm, init_cfg, mask_padding: See :class:`VSSM`.
 
     Attributes:
         out_channels: Channels of each returned map.
@@ -234,6 +234,7 @@ class LinearAttentionStudy(HierarchicalBackbone):
         drop_path_rate: float | None = None,
         out_norm: bool = True,
         init_cfg: dict | list[dict] | None = None,
+        mask_padding: bool = False,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, type(self).__name__, _DEFAULTS)
         if drop_path_rate is None:
@@ -280,6 +281,7 @@ class LinearAttentionStudy(HierarchicalBackbone):
             drop_path_rate=drop_path_rate,
             out_norm=out_norm,
             init_cfg=init_cfg,
+            mask_padding=mask_padding,
         )
         for module in self.modules():
             if isinstance(module, StepSize2d):

@@ -85,6 +85,7 @@ class MambaR(IsotropicMamba):
         return_tokens: bool = False,
         classification: bool = False,
         init_cfg: dict | list[dict] | None = None,
+        mask_padding: bool = False,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'MambaR')
         check_choice('placement', placement, ('even', 'head', 'middle'))
@@ -106,6 +107,7 @@ class MambaR(IsotropicMamba):
             return_tokens=return_tokens,
             classification=classification,
             init_cfg=init_cfg,
+            mask_padding=mask_padding,
         )
         self.num_registers = registers
         self.placement = placement

@@ -189,6 +189,12 @@ class MLLA(HierarchicalBackbone):
         init_cfg: mmengine's initialisation config. ``dict(type='Pretrained',
             checkpoint=...)`` loads published files without conversion, by
             :func:`mmvssm.load_checkpoint`, and logs what matched.
+        mask_padding: For batches of images of several sizes, padded at the bottom
+            and right: compute the maps of each image as if it were alone, and set
+            them to zero beyond it. The images of each size run on their own,
+            batch norms in training included, whose running statistics then move
+            once for each size. It needs the sizes: see :meth:`forward` and
+            docs/detection.md.
 
     Attributes:
         out_channels: Channels of each returned map.
@@ -210,6 +216,7 @@ class MLLA(HierarchicalBackbone):
         drop_path_rate: float | None = None,
         out_norm: bool = True,
         init_cfg: dict | list[dict] | None = None,
+        mask_padding: bool = False,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'MLLA', _DEFAULTS)
         dims, heads = arch['dims'], arch['num_heads']
@@ -245,6 +252,7 @@ class MLLA(HierarchicalBackbone):
             drop_path_rate=drop_path_rate,
             out_norm=out_norm,
             init_cfg=init_cfg,
+            mask_padding=mask_padding,
         )
 
 

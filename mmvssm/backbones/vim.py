@@ -105,6 +105,10 @@ class Vim(IsotropicMamba):
         init_cfg: mmengine's initialisation config. ``dict(type='Pretrained',
             checkpoint=...)`` loads published files without conversion, by
             :func:`mmvssm.load_checkpoint`, and logs what matched.
+        mask_padding: For batches of images of several sizes, padded at the bottom
+            and right: compute the maps of each image as if it were alone, and set
+            them to zero beyond it. The images of each size run on their own. It
+            needs the sizes: see :meth:`forward` and docs/detection.md.
 
     Attributes:
         out_channels: Channels of each returned map.
@@ -138,6 +142,7 @@ class Vim(IsotropicMamba):
         classification: bool = False,
         pretrained_cls_token: str = 'middle',
         init_cfg: dict | list[dict] | None = None,
+        mask_padding: bool = False,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'Vim')
         check_choice('cls_token', cls_token, _CLASS_TOKENS)
@@ -157,6 +162,7 @@ class Vim(IsotropicMamba):
             return_tokens=return_tokens,
             classification=classification,
             init_cfg=init_cfg,
+            mask_padding=mask_padding,
         )
         channels = arch['embed_dims']
         if rope and channels % 4:

@@ -202,6 +202,10 @@ class VSSM(HierarchicalBackbone):
             :func:`mmvssm.ops.list_scan_orders`, several names, or a function
             of height and width; see :func:`mmvssm.ops.ss2d_scan`. None for that of
             ``forward_type``, which is ``'cross'`` for most of its names.
+        mask_padding: For batches of images of several sizes, padded at the bottom
+            and right: compute the maps of each image as if it were alone, and set
+            them to zero beyond it. The images of each size run on their own. It
+            needs the sizes: see :meth:`forward` and docs/detection.md.
 
     Attributes:
         out_channels: Channels of each returned map.
@@ -225,6 +229,7 @@ class VSSM(HierarchicalBackbone):
         out_norm: bool = True,
         init_cfg: dict | list[dict] | None = None,
         orders: Orders | None = None,
+        mask_padding: bool = False,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'VSSM', _DEFAULTS, _CHOICES)
         dims = arch['dims']
@@ -254,6 +259,7 @@ class VSSM(HierarchicalBackbone):
             drop_path_rate=drop_path_rate,
             out_norm=out_norm,
             init_cfg=init_cfg,
+            mask_padding=mask_padding,
         )
 
 
