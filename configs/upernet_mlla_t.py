@@ -4,5 +4,5 @@ _base_ = [
     './_base_/schedules/schedule_160k.py',
     './_base_/default_runtime.py',
 ]
-# The recipe is that of the published MLLA-B with a drop path of its own.
+# The recipe of the published MLLA-B, with another drop path.
 model = dict(backbone=dict(arch='t', drop_path_rate=0.2))

@@ -1,4 +1,4 @@
-"""Backbones, one file a family."""
+"""Backbones, one file for each family."""
 
 from mmvssm.backbones.linear_attention_study import LinearAttentionStudy
 from mmvssm.backbones.mambar import MambaR

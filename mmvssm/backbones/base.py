@@ -1,4 +1,4 @@
-"""What the backbones of all families have in common."""
+"""Code that the backbones of all families share."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,35 +11,34 @@ from torch import Tensor, nn
 from mmvssm.errors import CheckpointError
 from mmvssm.layers import resize_position
 
-# Loads a checkpoint into a module, and gives a report. mmvssm.checkpoints, which
-# imports this file, puts its function here.
+# Loads a checkpoint into a module and returns a report. mmvssm.checkpoints imports this
+# file and sets this function.
 _load_pretrained: Callable[..., Any] | None = None
 
 
 def set_pretrained_loader(load: Callable[..., Any]) -> None:
-    """Say by what ``init_cfg=dict(type='Pretrained', ...)`` is carried out.
+    """Set the function that carries out ``init_cfg=dict(type='Pretrained', ...)``.
 
     Args:
-        load: Takes the module, the ``checkpoint``, ``prefix=`` and ``weights=``; gives
-            a report to print.
+        load: Takes the module, the ``checkpoint``, ``prefix=`` and ``weights=``, and
+            returns a report to print.
     """
     global _load_pretrained
     _load_pretrained = load
 
 
 class Backbone(BaseModule):
-    """An mmengine module that loads published checkpoints as they are."""
+    """An mmengine module that loads published checkpoints without conversion."""
 
     def init_weights(self) -> None:
         """Apply ``init_cfg``.
 
         ``dict(type='Pretrained', checkpoint=PATH_OR_NAME)``, with ``prefix`` and
-        ``weights`` as further keys, goes through
-        :func:`mmvssm.load_checkpoint`: the file is recognised and converted,
-        what matched is logged, and a file that does not fit is an error
-        (mmengine's own loader would go on without the weights). Without an
-        ``init_cfg`` the published initialisation stays, which is in place
-        after construction.
+        ``weights`` as further keys, goes through :func:`mmvssm.load_checkpoint`. The
+        file is recognised and converted, and what matched is logged. A file that does
+        not fit is an error; mmengine's own loader would continue without the weights.
+        Without an ``init_cfg`` the module keeps the published initialisation that it
+        has after construction.
         """
         given = self.init_cfg
         cfgs = [given] if isinstance(given, dict) else list(given or [])
@@ -56,7 +55,7 @@ class Backbone(BaseModule):
 
 
 def is_count(value: object, least: int = 1) -> bool:
-    """Whether it is an integer of at least that value."""
+    """Whether it is an integer, and at least that value."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -70,14 +69,14 @@ def check_in_channels(in_channels: int) -> None:
 
 
 def parse_img_size(img_size: int | Sequence[int], smallest: int = 1) -> tuple[int, int]:
-    """One number or height and width -> height and width.
+    """Turn one number, or height and width, into height and width.
 
     Args:
         img_size: In pixels.
-        smallest: Least height and width.
+        smallest: Smallest height and width.
 
     Raises:
-        ValueError: It is neither, or too small.
+        ValueError: It is neither of these, or too small.
     """
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size
     if (
@@ -95,7 +94,7 @@ def parse_img_size(img_size: int | Sequence[int], smallest: int = 1) -> tuple[in
 def describe_arch(
     found: Mapping[str, Any], archs: Mapping[str, Mapping], name: str, title: str
 ) -> str:
-    """Name of the model whose arch has the values found, or the values in words.
+    """Name of the model whose arch has these values, or the values in words.
 
     Args:
         found: Values of some keys of an arch.
@@ -132,20 +131,21 @@ def fit_grid(
 ) -> tuple[Tensor, list[str]]:
     """Resize the position embedding of a file to the model's grid.
 
-    Where the file does not say its grid, a square one is assumed, as all published
-    files have, and else the model's.
+    If the file does not say its grid, a square one is assumed, as all published files
+    have; if the number of patches is not a square number, the model's own grid.
 
     Args:
-        embedding: (1, M, C), of the patches alone.
+        embedding: (1, M, C), of the patches only.
         grid: Rows and columns of the model.
         stored: Rows and columns of the file, if it says so.
-        name: What to call it in messages.
+        name: Its name in messages.
 
     Returns:
         The embedding, and a note if it was resized or its grid is a guess.
 
     Raises:
-        CheckpointError: It belongs to no grid that could be told.
+        CheckpointError: The file does not say its grid, and the number of patches is
+            neither a square number nor that of the model.
     """
     length = embedding.shape[1]
     side = math.isqrt(length)
@@ -161,7 +161,7 @@ def fit_grid(
     else:
         raise CheckpointError(
             f'the position embedding of the file belongs to {length} patches, which '
-            f'are no square grid, and the model has {grid[0]}x{grid[1]}; build the '
+            f'are not a square grid, and the model has {grid[0]}x{grid[1]}; build the '
             f'model with the img_size of the file'
         )
     if old == grid:

@@ -38,7 +38,7 @@ class ClassificationHead(BaseModule):
 
 
 class ImageClassifier(BaseModule):
-    """A backbone and a head on the last of its maps.
+    """A backbone and a head on its last map.
 
     Args:
         backbone: Image -> tuple of maps.
