@@ -425,9 +425,7 @@ def test_every_barrier_of_forward_is_needed():
 
 
 def test_every_barrier_of_backward_is_needed():
-    # Between what a warp reads and what it writes there are exchanges among its lanes,
-    # for which they wait here as well.
-    barriers = barriers_of('backward') - {'products read'}
+    barriers = barriers_of('backward')
     assert {*fail_without(['ends'], backward_of_long_splits)} == {'ends'}
     others = barriers - {'ends'}
     assert {*fail_without(sorted(others), backward_results)} == others

@@ -1,10 +1,9 @@
 // What the kernels of the selective scan of several states share.
 //
 // A CTA has one thread for each channel of its block and walks the positions in chunks.
-// kLanes neighbouring lanes share kLanes channels: each works out for one channel, its
-// own, what does not depend on the state, and has STATES / kLanes states of all of them.
-// Registers name channels by how their lanes differ: number k is that of lane ^ k, so
-// number 0 is the own one, and nothing is ever chosen by the number of the lane.
+// kLanes neighbouring lanes share kLanes channels, the own ones of these lanes, and each
+// has STATES / kLanes states of all of them. Registers have channels by number, see
+// `lane_of`.
 //
 // dt is kept times log2(e), as the hardware has powers of two, and B times ln(2).
 #pragma once
@@ -146,20 +145,37 @@ MMVSSM_DEVICE float sigmoid(float x, float inverse) {
   return sigmoid_of_log2(kLog2E * x, inverse);
 }
 
-// Of all that share a channel: register k from lane ^ k, and the sum of what they have
-// for the lane's own channel.
+// The lane whose own channel has a number. Two lanes exchange by shuffles, and name a
+// channel by how lanes differ: number 0 is the own one, and nothing is chosen by the
+// number of the lane. Four exchange through shared memory, and name them in order.
+template <int kLanes>
+MMVSSM_DEVICE int lane_of(int lane, int k) {
+  return kLanes == 2 ? lane ^ k : lane / kLanes * kLanes + k;
+}
+
+// What the lanes that share channels have each for its own one, by number.
 template <int kLanes>
 MMVSSM_DEVICE void spread(float own, float (&x)[kLanes]) {
-  x[0] = own;
 #pragma unroll
-  for (int k = 1; k < kLanes; ++k) x[k] = shuffle_xor(own, k);
+  for (int k = 0; k < kLanes; ++k)
+    x[k] = kLanes > 2 ? shuffle(own, k, kLanes) : k ? shuffle_xor(own, k) : own;
 }
+// The sum of what all that share a channel have for the lane's own one.
 template <int kLanes>
 MMVSSM_DEVICE float gather(const float (&x)[kLanes]) {
-  float sum = x[0];
+  if constexpr (kLanes == 2) {
+    return x[0] + shuffle_xor(x[1], 1);
+  } else {
+    float sum = 0.0f;
 #pragma unroll
-  for (int k = 1; k < kLanes; ++k) sum += shuffle_xor(x[k], k);
-  return sum;
+    for (int k = 0; k < kLanes; ++k)
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) {
+        const float one = shuffle(x[k], i, kLanes);
+        if (static_cast<int>(threadIdx.x) % kLanes == k) sum += one;
+      }
+    return sum;
+  }
 }
 
 // What a CTA, a warp and a lane work on
@@ -193,8 +209,20 @@ struct Work {
     if (end_chunk > chunks) end_chunk = chunks;
   }
 
-  MMVSSM_DEVICE float parameter(const float* x) const {
-    return x != nullptr && valid ? x[own] : 0.0f;
+  MMVSSM_DEVICE float parameter(const float* x, int channel) const {
+    return x != nullptr && channel < end ? x[channel] : 0.0f;
+  }
+  MMVSSM_DEVICE float parameter(const float* x) const { return parameter(x, own); }
+  // Of all channels that the lane shares.
+  template <int kLanes>
+  MMVSSM_DEVICE void parameters(const float* x, float (&found)[kLanes]) const {
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k)
+      found[k] = parameter(x, first + lane_of<kLanes>(lane, k));
+  }
+  template <int kLanes>
+  MMVSSM_DEVICE bool is_valid(int k) const {
+    return first + lane_of<kLanes>(lane, k) < end;
   }
 };
 
@@ -208,7 +236,7 @@ template <int kLanes>
 MMVSSM_DEVICE int64_t offset_of_states(const Inputs& p, const Work& work, int k,
                                        int states) {
   const int64_t channels = static_cast<int64_t>(p.groups) * p.group_size;
-  const int64_t row = work.batch * channels + work.first + (work.lane ^ k);
+  const int64_t row = work.batch * channels + work.first + lane_of<kLanes>(work.lane, k);
   return row * states + work.lane % kLanes * (kStates / kLanes);
 }
 
@@ -222,8 +250,7 @@ MMVSSM_DEVICE void load_states(const Inputs& p, const Work& work, const float* f
     const float* row = from + offset_of_states<kLanes>(p, work, k, p.states);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
-      x[k][i] = work.first + (work.lane ^ k) < work.end &&
-                        work.lane % kLanes * kOwn + i < p.states
+      x[k][i] = work.is_valid<kLanes>(k) && work.lane % kLanes * kOwn + i < p.states
                     ? row[i]
                     : 0.0f;
   }
@@ -237,8 +264,7 @@ MMVSSM_DEVICE void store_states(const Inputs& p, const Work& work, float* to,
     float* row = to + offset_of_states<kLanes>(p, work, k, p.states);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
-      if (work.first + (work.lane ^ k) < work.end &&
-          work.lane % kLanes * kOwn + i < p.states)
+      if (work.is_valid<kLanes>(k) && work.lane % kLanes * kOwn + i < p.states)
         row[i] = x[k][i];
   }
 }
@@ -269,9 +295,9 @@ struct KeptStates {
     data = kept + row * kStates - stride;
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) {
-      const int lane = work.lane ^ k;
-      offsets[k] = lane % kLanes * kStates + work.lane % kLanes * (kStates / kLanes);
-      valid[k] = work.first + lane < work.end;
+      offsets[k] = lane_of<kLanes>(work.lane, k) % kLanes * kStates +
+                   work.lane % kLanes * (kStates / kLanes);
+      valid[k] = work.is_valid<kLanes>(k);
     }
   }
 
@@ -397,6 +423,45 @@ struct RowsOfWarp {
   }
   MMVSSM_DEVICE void put(char* tile, int t, float x) const {
     store_float<kDtype>(tile + t * kPitch + lane * kSize<kDtype>, x);
+  }
+
+  // Four lanes share four channels and as many positions, of which each has one. Where
+  // the lane's are that begin at position 0, and those that are `by` positions on.
+  MMVSSM_DEVICE char* of_four(char* tile) const {
+    return tile + lane % 4 * kPitch + lane / 4 * 4 * kSize<kDtype>;
+  }
+  MMVSSM_DEVICE static void get_four(const char* at, int by, float (&x)[4]) {
+    at += by * kPitch;
+    if constexpr (!VECTOR) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) x[k] = load_float<kDtype>(at + k * kSize<kDtype>);
+    } else if constexpr (kDtype == kFloat32) {
+      load_floats(reinterpret_cast<const float*>(at), x);
+    } else {
+      const uint2 two = *reinterpret_cast<const uint2*>(at);
+      const uint32_t words[2] = {two.x, two.y};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        x[2 * i] = kDtype == kBfloat16 ? float_of(words[i] << 16)
+                                       : from_half(words[i] & 0xffff);
+        x[2 * i + 1] = kDtype == kBfloat16 ? float_of(words[i] & 0xffff0000u)
+                                           : from_half(words[i] >> 16);
+      }
+    }
+  }
+  MMVSSM_DEVICE static void put_four(char* at, int by, const float (&x)[4]) {
+    at += by * kPitch;
+    if constexpr (!VECTOR) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) store_float<kDtype>(at + k * kSize<kDtype>, x[k]);
+    } else if constexpr (kDtype == kFloat32) {
+      store_floats(reinterpret_cast<float*>(at), x);
+    } else {
+      uint2 two;
+      two.x = kDtype == kBfloat16 ? to_bfloat16x2(x[0], x[1]) : to_half2(x[0], x[1]);
+      two.y = kDtype == kBfloat16 ? to_bfloat16x2(x[2], x[3]) : to_half2(x[2], x[3]);
+      *reinterpret_cast<uint2*>(at) = two;
+    }
   }
 
  private:

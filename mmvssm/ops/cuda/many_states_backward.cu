@@ -4,17 +4,21 @@
 // before its sub-chunks. Then, from the last sub-chunk to the first, its states and
 // decays are found once more and kept in registers, and the gradient g of the state is
 // walked backwards: g_t = C_t dy_t + a_t+1 g_t+1.
+//
+// What does not depend on the state is worked out by four channels at once: four lanes
+// share four channels and, of a sub-chunk, each has one of four positions.
 #include "many_states_splits.h"
 #include "many_states_staging.h"
 
 namespace mmvssm {
 
 // Four lanes share four channels: sums over the channels and over the states are about
-// as long as each other, and the fewest numbers go from lane to lane.
+// as long as each other, and a thread reads four numbers at once of any kind.
 constexpr int kLanes = 4;
 constexpr int kOwn = kStates / kLanes;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kSub = 4, kSubs = kPositions / kSub;  // positions of a sub-chunk
+static_assert(kSub == kLanes, "a lane has a position of a sub-chunk");
 // Of the gate: there is one; its gradient is wanted, which takes the output before the
 // gate; that one was kept, or is found once more.
 constexpr bool kGate = GATE > 0, kGradZ = GATE > 1;
@@ -43,28 +47,37 @@ using GradDeltaRows = RowsOfWarp<GRAD_DELTA_DTYPE>;
 constexpr bool kGradUInU = !ADD && kSize<GRAD_U_DTYPE> == kSize<U_DTYPE>;
 constexpr bool kGradDeltaInOut = kSize<GRAD_DELTA_DTYPE> == kSize<GRAD_OUT_DTYPE>;
 
-// The states before sub-chunks, in slots of which a thread reads its own alone.
+// The states before sub-chunks, in slots of which a thread reads its own alone. Those
+// before the last one are kept in registers, if they are not read from memory.
 static_assert(kKept % kSub == 0, "whole sub-chunks");
+constexpr int kSlots = kKept == kSub ? kSubs : kSubs - 1;
 constexpr int kSlotBytes = kStates * kThreads * 4;
 // What the threads of a warp have for the gradients of B and C of a sub-chunk. Their
-// sums take the place of dt, which is then read no more.
-constexpr int kProductsBytes = kSub * (kWarp / kLanes) * 2 * kStates * 4;  // of a warp
-static_assert(2 * kStates <= kWarp, "a warp has as many sums as columns of dt");
+// sums take the place of dt u, which is then read no more.
+constexpr int kProducts = kSub * (kWarp / kLanes) * 2 * kStates;  // numbers
+static_assert(2 * kStates <= kWarp, "a warp has as many sums as columns of dt u");
+// Then what they have for sums over the states: two sums of a position and channel. The
+// pitch keeps lanes that read from different banks.
+constexpr int kPartsPitch = kWarp * kLanes + 4;
+constexpr int kParts = 2 * kSub * kPartsPitch;
+constexpr int kExchangeBytes = (kProducts > kParts ? kProducts : kParts) * 4;  // of a warp
 
 struct Shared {
   static constexpr int kU = 0;
   static constexpr int kGradOut = kU + kWarps * URows::kBytes;
   static constexpr int kZ = kGradOut + kWarps * GradOutRows::kBytes;
   static constexpr int kTotal = kZ + (kGate ? kWarps * URows::kBytes : 0);
-  static constexpr int kGradU = kTotal + (kGradZ ? kWarps * TotalRows::kBytes : 0);
+  static constexpr int kGradU = kTotal + (kReadsTotal ? kWarps * TotalRows::kBytes : 0);
   static constexpr int kGradDelta = kGradU + (kGradUInU ? 0 : kWarps * GradURows::kBytes);
   static constexpr int kDelta =
       kGradDelta + (kGradDeltaInOut ? 0 : kWarps * GradDeltaRows::kBytes);
   static constexpr int kDt = kDelta + (kRank ? 0 : 2 * kWarps * DeltaRows::kBytes);
   static constexpr int kSlope = kDt + kDtBytes;
-  static constexpr int kSlot = kSlope + kDtBytes;
-  static constexpr int kProducts = kSlot + kSubs * kSlotBytes;
-  static constexpr int kWeights = kProducts + kWarps * kProductsBytes;
+  static constexpr int kInput = kSlope + kDtBytes;
+  static constexpr int kDy = kInput + kDtBytes;  // of a sub-chunk
+  static constexpr int kSlot = kDy + kSub * kDtPitch * 4;
+  static constexpr int kExchange = kSlot + kSlots * kSlotBytes;
+  static constexpr int kWeights = kExchange + kWarps * kExchangeBytes;
   static constexpr int kLowRank = kWeights + 2 * kWeightsBytes;
   static constexpr int kFragment = kLowRank + 2 * kLowRankBytes;
   static constexpr int kPlaces = kFragment + kFragmentsBytes;
@@ -72,10 +85,10 @@ struct Shared {
 };
 static_assert(Shared::kBytes == SHARED, "as Python has it");
 
-// The gradients of a split.
+// The gradients of a split. Those of D and bias are sums over the lane's positions.
 struct Sums {
   States<kLanes> A = {};
-  float D = 0.0f, bias = 0.0f;
+  float D[kLanes] = {}, bias[kLanes] = {};
 };
 
 // A walk along a split from its end. With kEnds it finds only what the split makes of
@@ -95,10 +108,12 @@ struct Walk {
   Places places;
   Projection projection;
   KeptStates<kLanes> kept;
-  float skip, shift;
+  float skip[kLanes], shift[kLanes];
   char *u_tile, *out_tile, *z_tile, *total_tile, *delta_tiles;
   char *grad_u_tile, *grad_delta_tile;
-  float *dt, *slope, *products;  // of the lane, of the lane, of the warp
+  float* steps;  // dt of the lane's channels
+  int own;       // from position 0 to the lane's position of the first sub-chunk
+  float* exchange;  // of the warp
 
   MMVSSM_DEVICE Walk(const Args& args, const Work& w, const States<kLanes>& r,
                      char* memory)
@@ -110,8 +125,10 @@ struct Walk {
         places{reinterpret_cast<int*>(memory + Shared::kPlaces), w.end_chunk - 1, -1},
         projection(p.in, w, memory + Shared::kFragment),
         kept(p.in, w, const_cast<float*>(p.kept)) {
-    skip = work.parameter(p.in.D);
-    shift = work.parameter(p.in.bias) * kLog2E;
+    work.parameters<kLanes>(p.in.D, skip);
+    work.parameters<kLanes>(p.in.bias, shift);
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k) shift[k] *= kLog2E;
     u_tile = smem + Shared::kU + work.warp * URows::kBytes;
     out_tile = smem + Shared::kGradOut + work.warp * GradOutRows::kBytes;
     z_tile = smem + Shared::kZ + work.warp * URows::kBytes;
@@ -124,11 +141,19 @@ struct Walk {
         kGradDeltaInOut
             ? out_tile
             : smem + Shared::kGradDelta + work.warp * GradDeltaRows::kBytes;
-    const int column = work.warp * kWarp + work.lane;
-    dt = reinterpret_cast<float*>(smem + Shared::kDt) + column;
-    slope = reinterpret_cast<float*>(smem + Shared::kSlope) + column;
-    products = reinterpret_cast<float*>(smem + Shared::kProducts) +
-               work.warp * (kProductsBytes / 4);
+    steps = reinterpret_cast<float*>(smem + Shared::kDt) + work.warp * kWarp +
+            work.lane / kLanes * kLanes;
+    own = work.lane % kLanes * kDtPitch;
+    exchange = reinterpret_cast<float*>(smem + Shared::kExchange) +
+               work.warp * (kExchangeBytes / 4);
+  }
+
+  // Rows like those of dt.
+  MMVSSM_DEVICE float* slopes() const { return steps + (Shared::kSlope - Shared::kDt) / 4; }
+  MMVSSM_DEVICE float* inputs() const { return steps + (Shared::kInput - Shared::kDt) / 4; }
+  // dy of a sub-chunk; with kEnds of the whole chunk, as dt u is not needed.
+  MMVSSM_DEVICE float* dys(int first) const {
+    return kEnds ? inputs() + first * kDtPitch : steps + (Shared::kDy - Shared::kDt) / 4;
   }
 
   MMVSSM_DEVICE float* slot(int number, int k) const {
@@ -172,31 +197,46 @@ struct Walk {
   }
   MMVSSM_DEVICE static constexpr bool is_kept(int sub) { return sub * kSub % kKept == 0; }
 
-  // dt of all positions, and its slope where it is a function of delta.
+  // dt of all positions, its slope where it is a function of delta, and dt u.
   MMVSSM_DEVICE void find_steps(int chunk) const {
     if (kRank)
-      projection.run(low_rank_of(chunk), work.lane, dt - work.lane);
+      projection.run(low_rank_of(chunk), work.lane, steps - work.lane / kLanes * kLanes);
     copy_wait<1>();
     sync_warp("dt");
-    const char* tile = delta_tile(chunk);
+    const char* from = delta.of_four(delta_tile(chunk));
+    const char* u_from = u.of_four(u_tile);
 #pragma unroll
-    for (int t = 0; t < kPositions; ++t) {
-      const float raw = kRank ? dt[t * kDtPitch] : delta.get(tile, t);
-      const float x = raw * kLog2E + shift;
-      if (SOFTPLUS) {
-        const float e = exp2_fast(-fabsf(x));
-        dt[t * kDtPitch] = softplus_of_log2(x, e);
-        slope[t * kDtPitch] = sigmoid_of_log2(x, 1.0f);
-      } else {
-        dt[t * kDtPitch] = x;
-        slope[t * kDtPitch] = 1.0f;
+    for (int t = 0; t < kPositions; t += kSub) {
+      float raw[kLanes], us[kLanes], dt[kLanes], slope[kLanes];
+      if (kRank)
+        load_floats(steps + own + t * kDtPitch, raw);
+      else
+        delta.get_four(from, t, raw);
+      if (!kEnds) u.get_four(u_from, t, us);
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k) {
+        const float x = raw[k] * kLog2E + shift[k];
+        dt[k] = SOFTPLUS ? softplus_of_log2(x, exp2_fast(-fabsf(x))) : x;
+        if (kEnds) continue;
+        slope[k] = SOFTPLUS ? sigmoid_of_log2(x, 1.0f) : 1.0f;
+        us[k] *= dt[k];
       }
+      store_floats(steps + own + t * kDtPitch, dt);
+      if (kEnds) continue;
+      store_floats(slopes() + own + t * kDtPitch, slope);
+      store_floats(inputs() + own + t * kDtPitch, us);
     }
     const int count = count_of(p.in, chunk);
     if (rarely(count < kPositions)) {
       // No time passes where there are no positions.
-      for (int t = count; t < kPositions; ++t)
-        dt[t * kDtPitch] = slope[t * kDtPitch] = 0.0f;
+      const float zeros[kLanes] = {};
+#pragma unroll
+      for (int t = 0; t < kPositions; t += kSub) {
+        if (t + work.lane % kLanes < count) continue;
+        store_floats(steps + own + t * kDtPitch, zeros);
+        store_floats(slopes() + own + t * kDtPitch, zeros);
+        store_floats(inputs() + own + t * kDtPitch, zeros);
+      }
     }
   }
 
@@ -207,38 +247,66 @@ struct Walk {
                     t * kWeightsPitch + offset + work.lane % kLanes * kOwn,
                 x);
   }
-  // The factor of the gate, and its derivative.
-  MMVSSM_DEVICE float gate_of(int t, float& slope_of_gate) const {
-    if (!kGate) return 1.0f;
-    const float gate = z.get(z_tile, t), open = sigmoid(gate, p.inverse);
-    const float factor = gate * open;
-    // d(z s(z)) = s + z s (1 - s)
-    slope_of_gate = open + factor - factor * (open * p.inverse);
-    return factor;
+  // The lane's dy of a sub-chunk, and the gradient of the gate. The output before the
+  // gate is read, or `parts` of it are in the exchange.
+  MMVSSM_DEVICE void open_gate(int first) const {
+    float dy[kLanes], gate[kLanes], before[kLanes];
+    grad_out.get_four(grad_out.of_four(out_tile), first, dy);
+    if (kGate) {
+      char* at = z.of_four(z_tile);
+      z.get_four(at, first, gate);
+      if (kReadsTotal && !kEnds) total.get_four(total.of_four(total_tile), first, before);
+      if (kFindsTotal && !kEnds) {
+        float us[kLanes];
+        add_parts(0, before);
+        u.get_four(u.of_four(u_tile), first, us);
+#pragma unroll
+        for (int k = 0; k < kLanes; ++k) before[k] += skip[k] * us[k];
+      }
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k) {
+        const float open = sigmoid(gate[k], p.inverse), factor = gate[k] * open;
+        // d(z s(z)) = s + z s (1 - s)
+        const float slope = open + factor * (1.0f - open * p.inverse);
+        if (kGradZ && !kEnds) gate[k] = dy[k] * before[k] * slope;
+        dy[k] *= factor;
+      }
+      if (kGradZ && !kEnds) grad_z.put_four(at, first, gate);
+    }
+    store_floats(dys(first) + own, dy);
   }
 
-  MMVSSM_DEVICE void step(const float (&dts)[kLanes], const float (&inputs)[kLanes],
-                          const float (&B)[kOwn], const States<kLanes>& before,
-                          States<kLanes>& a, States<kLanes>& h) const {
+  // What the lane has for a sum over the states of a position, and such a sum.
+  MMVSSM_DEVICE void put_part(int number, int t, const float (&x)[kLanes]) const {
+    store_floats(exchange + (number * kSub + t) * kPartsPitch + work.lane * kLanes, x);
+  }
+  MMVSSM_DEVICE void add_parts(int number, float (&sum)[kLanes]) const {
+    const float* from = exchange + (number * kSub + work.lane % kLanes) * kPartsPitch +
+                        work.lane / kLanes * kLanes * kLanes;
+    load_floats(from, sum);
+#pragma unroll
+    for (int i = 1; i < kLanes; ++i) {
+      float x[kLanes];
+      load_floats(from + i * kLanes, x);
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k) sum[k] += x[k];
+    }
+  }
+
+  // One step forwards: the decays, and the states.
+  MMVSSM_DEVICE void advance(int chunk, int t, const States<kLanes>& before,
+                             States<kLanes>& a, States<kLanes>& h) const {
+    float dt[kLanes], input[kLanes], B[kOwn];
+    load_floats(steps + t * kDtPitch, dt);
+    load_floats(inputs() + t * kDtPitch, input);
+    load_weights(chunk, t, 0, B);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k)
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
-        a[k][i] = exp2_fast(rates[k][i] * dts[k]);
-        h[k][i] = a[k][i] * before[k][i] + inputs[k] * B[i];
+        a[k][i] = exp2_fast(rates[k][i] * dt[k]);
+        h[k][i] = a[k][i] * before[k][i] + input[k] * B[i];
       }
-  }
-
-  // One step forwards: dt and dt u of the channels, the decays, and the states.
-  MMVSSM_DEVICE void advance(int chunk, int t,
-                             const States<kLanes>& before, States<kLanes>& a,
-                             States<kLanes>& h) const {
-    const float own = dt[t * kDtPitch];
-    float dts[kLanes], inputs[kLanes], B[kOwn];
-    spread<kLanes>(own, dts);
-    spread<kLanes>(own * u.get(u_tile, t), inputs);
-    load_weights(chunk, t, 0, B);
-    step(dts, inputs, B, before, a, h);
   }
 
   // The states before the sub-chunks that were not kept. Those before the last one are
@@ -259,64 +327,41 @@ struct Walk {
     if (is_kept(kSubs - 1)) load_slot(kSubs - 1, h);
   }
 
-  // One step backwards. g is the gradient of the state after the position times the
-  // decay to there, then that before it.
-  MMVSSM_DEVICE void retreat(int chunk, int t,
-                             const States<kLanes>& a, const States<kLanes>& h,
-                             const States<kLanes>& before, States<kLanes>& g,
-                             Sums& sums) const {
-    const float own = dt[t * kDtPitch], input = u.get(u_tile, t);
-    float slope_of_gate;
-    const float grad = grad_out.get(out_tile, t), dy = grad * gate_of(t, slope_of_gate);
-    float dts[kLanes], inputs[kLanes], dys[kLanes], B[kOwn], C[kOwn];
-    spread<kLanes>(own, dts);
-    spread<kLanes>(own * input, inputs);
-    spread<kLanes>(dy, dys);
+  // One step backwards, `i` of a sub-chunk. g is the gradient of the state after the
+  // position times the decay to there, then that before it.
+  MMVSSM_DEVICE void retreat(int chunk, int first, int i, const States<kLanes>& a,
+                             const States<kLanes>& h, const States<kLanes>& before,
+                             States<kLanes>& g, Sums& sums, float (&q)[kLanes],
+                             float (&r)[kLanes]) const {
+    const int t = first + i;
+    float dt[kLanes], input[kLanes], dy[kLanes], B[kOwn], C[kOwn];
+    load_floats(steps + t * kDtPitch, dt);
+    load_floats(inputs() + t * kDtPitch, input);
+    load_floats(dys(first) + i * kDtPitch, dy);
     load_weights(chunk, t, 0, B);
     load_weights(chunk, t, kStates, C);
-    float by_B[kOwn] = {}, by_C[kOwn] = {}, q[kLanes] = {}, r[kLanes] = {};
+    float by_B[kOwn] = {}, by_C[kOwn] = {};
 #pragma unroll
-    for (int k = 0; k < kLanes; ++k)
+    for (int k = 0; k < kLanes; ++k) {
+      q[k] = r[k] = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const float now = C[i] * dys[k] + g[k][i];
-        q[k] += now * B[i];
-        by_B[i] += now * inputs[k];
-        by_C[i] += h[k][i] * dys[k];
-        g[k][i] = now * a[k][i];
-        const float w = g[k][i] * before[k][i];
-        r[k] += rates[k][i] * w;
-        sums.A[k][i] += dts[k] * w;
+      for (int n = 0; n < kOwn; ++n) {
+        const float now = C[n] * dy[k] + g[k][n];
+        q[k] += now * B[n];
+        by_B[n] += now * input[k];
+        by_C[n] += h[k][n] * dy[k];
+        g[k][n] = now * a[k][n];
+        const float w = g[k][n] * before[k][n];
+        r[k] += rates[k][n] * w;
+        sums.A[k][n] += dt[k] * w;
       }
-    const float by_input = gather<kLanes>(q), by_decay = gather<kLanes>(r);
-    float by_u = skip * dy + own * by_input;
-    sums.D += dy * input;
-    const float by_dt = input * by_input * kLog2E + by_decay;
-    const float by_delta = by_dt * slope[t * kDtPitch];
-    sums.bias += by_delta;
-    if (kGradZ)
-      grad_z.put(z_tile, t, grad * total.get(total_tile, t) * slope_of_gate);
-    if (ADD) by_u += grad_u.get(grad_u_tile, t);
-    grad_u.put(grad_u_tile, t, by_u);
-    grad_delta.put(grad_delta_tile, t, by_delta);
-
+    }
     const int group = work.lane / kLanes;
-    float* to = products + ((t % kSub * (kWarp / kLanes) + group) * 2) * kStates +
+    float* to = exchange + ((i * (kWarp / kLanes) + group) * 2) * kStates +
                 work.lane % kLanes * kOwn;
     // Swapped in every other group: no conflicts of banks.
     store_floats(to + (group % 2 ? kStates : 0), by_B);
     store_floats(to + (group % 2 ? 0 : kStates), by_C);
-  }
-
-  // What comes out of a state, before the gate.
-  MMVSSM_DEVICE float output(int chunk, int t, const States<kLanes>& h) const {
-    float C[kOwn], y[kLanes] = {};
-    load_weights(chunk, t, kStates, C);
-#pragma unroll
-    for (int k = 0; k < kLanes; ++k)
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) y[k] += C[i] * h[k][i];
-    return gather<kLanes>(y) + skip * u.get(u_tile, t);
   }
 
   // A sub-chunk forwards and backwards; `start` holds the states before it.
@@ -327,17 +372,60 @@ struct Walk {
     const auto before = [&](int i) -> const States<kLanes>& {
       return i == 0 ? start : static_cast<const States<kLanes>&>(h[i == 0 ? 0 : i - 1]);
     };
+    if (!kFindsTotal) open_gate(first);
+    sync_warp("exchange read");
 #pragma unroll
     for (int i = 0; i < kSub; ++i) {
       advance(chunk, first + i, before(i), a[i], h[i]);
-      if (kFindsTotal) total.put(total_tile, first + i, output(chunk, first + i, h[i]));
+      if (!kFindsTotal) continue;
+      float C[kOwn], y[kLanes] = {};
+      load_weights(chunk, first + i, kStates, C);
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k)
+#pragma unroll
+        for (int n = 0; n < kOwn; ++n) y[k] += C[n] * h[i][k][n];
+      put_part(0, i, y);
     }
+    if (kFindsTotal) {
+      sync_warp("outputs");
+      open_gate(first);
+      sync_warp("outputs read");
+    }
+    float q[kSub][kLanes], r[kSub][kLanes];
 #pragma unroll
     for (int i = kSub - 1; i >= 0; --i)
-      retreat(chunk, first + i, a[i], h[i], before(i), g, sums);
+      retreat(chunk, first, i, a[i], h[i], before(i), g, sums, q[i], r[i]);
     sync_warp("products");
     add_up(first);
     sync_warp("products read");
+#pragma unroll
+    for (int i = 0; i < kSub; ++i) put_part(0, i, q[i]), put_part(1, i, r[i]);
+    sync_warp("parts");
+    finish(first, sums);
+  }
+
+  // The lane's gradients of u and delta of a sub-chunk.
+  MMVSSM_DEVICE void finish(int first, Sums& sums) const {
+    float by_input[kLanes], by_decay[kLanes], dt[kLanes], slope[kLanes], dy[kLanes];
+    float us[kLanes], by_u[kLanes], by_delta[kLanes];
+    add_parts(0, by_input);
+    add_parts(1, by_decay);
+    load_floats(steps + own + first * kDtPitch, dt);
+    load_floats(slopes() + own + first * kDtPitch, slope);
+    load_floats(dys(first) + own, dy);
+    u.get_four(u.of_four(u_tile), first, us);
+    char* at = grad_u.of_four(grad_u_tile);
+    if (ADD) grad_u.get_four(at, first, by_u);
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k) {
+      const float one = skip[k] * dy[k] + dt[k] * by_input[k];
+      by_u[k] = ADD ? by_u[k] + one : one;
+      by_delta[k] = (us[k] * by_input[k] * kLog2E + by_decay[k]) * slope[k];
+      sums.D[k] += dy[k] * us[k];
+      sums.bias[k] += by_delta[k];
+    }
+    grad_u.put_four(at, first, by_u);
+    grad_delta.put_four(grad_delta.of_four(grad_delta_tile), first, by_delta);
   }
 
   // The sums over the warp of what its threads have for B and C.
@@ -345,7 +433,7 @@ struct Walk {
     constexpr int kGroups = kWarp / kLanes, kFours = 2 * kStates / 4;
     if (kSub * kFours < kWarp && work.lane >= kSub * kFours) return;
     const int t = work.lane / kFours, four = work.lane % kFours;
-    const float* from = products + t * kGroups * 2 * kStates + four * 4;
+    const float* from = exchange + t * kGroups * 2 * kStates + four * 4;
     const int other = four < kFours / 2 ? kStates : -kStates;
     float sum[4];
     load_floats(from, sum);
@@ -356,20 +444,25 @@ struct Walk {
 #pragma unroll
       for (int k = 0; k < 4; ++k) sum[k] += x[k];
     }
-    store_floats(dt - work.lane + (first + t) * kDtPitch + four * 4, sum);
+    store_floats(sums_of(first + t) + work.warp * kWarp + four * 4, sum);
+  }
+  // Of the first warp.
+  MMVSSM_DEVICE float* sums_of(int t) const {
+    return reinterpret_cast<float*>(smem + Shared::kInput) + t * kDtPitch;
   }
 
   // The sums over the CTA, to global memory.
   MMVSSM_DEVICE void store_sums(int chunk) const {
-    constexpr int kFours = 2 * kStates / 4;
+    constexpr int kFours = 2 * kStates / 4, kAll = kPositions * kFours;
     const int block = work.chain % p.in.blocks;
     const int64_t row = (static_cast<int64_t>(block) * p.in.batch + work.batch) *
                             p.in.groups + work.group;
 #pragma unroll
-    for (int i = threadIdx.x; i < kPositions * kFours; i += kThreads) {
+    for (int first = 0; first < kAll; first += kThreads) {
+      const int i = first + threadIdx.x;
+      if (first + kThreads > kAll && i >= kAll) break;
       const int t = i / kFours, four = i % kFours, place = places.of(chunk)[t];
-      const float* from =
-          reinterpret_cast<const float*>(smem + Shared::kDt) + t * kDtPitch + four * 4;
+      const float* from = sums_of(t) + four * 4;
       float sum[4];
       load_floats(from, sum);
 #pragma unroll
@@ -392,7 +485,7 @@ struct Walk {
   MMVSSM_DEVICE float run(States<kLanes>& g, Sums& sums) const {
     StagedWeights<true> weights(p.in, work);
     StagedLowRank low_rank(p.in, work);
-    float sum = 0.0f;
+    float sum[kLanes] = {};
     const auto fetch = [&](int chunk) {
       if (!kRank) delta.load(delta_tile(chunk), places.of(chunk));
       weights.fetch(p.in, places.of(chunk));
@@ -427,9 +520,19 @@ struct Walk {
       find_steps(chunk);
       if (kEnds) {
 #pragma unroll
-        for (int t = kPositions - 1; t >= 0; --t) sum += retreat_end(chunk, t, g);
+        for (int t = 0; t < kPositions; t += kSub) {
+          open_gate(t);
+          float dt[kLanes];
+          load_floats(steps + own + t * kDtPitch, dt);
+#pragma unroll
+          for (int k = 0; k < kLanes; ++k) sum[k] += dt[k];
+        }
+        sync_warp("steps");
+#pragma unroll
+        for (int t = kPositions - 1; t >= 0; --t) retreat_end(chunk, t, g);
         copy_commit();
       } else {
+        sync_warp("steps");
         States<kLanes> h;
         find_states(chunk, h);
 #pragma unroll 1
@@ -448,23 +551,20 @@ struct Walk {
       }
       if (chunk > work.begin_chunk) put(chunk - 1);
     }
-    return sum;
+    return kEnds ? gather<kLanes>(sum) : 0.0f;
   }
 
   // A step backwards of the gradient of the state alone.
-  MMVSSM_DEVICE float retreat_end(int chunk, int t, States<kLanes>& g) const {
-    const float own = dt[t * kDtPitch];
-    const float grad = grad_out.get(out_tile, t);
-    float slope_of_gate, dts[kLanes], dys[kLanes], C[kOwn];
-    spread<kLanes>(own, dts);
-    spread<kLanes>(grad * gate_of(t, slope_of_gate), dys);
+  MMVSSM_DEVICE void retreat_end(int chunk, int t, States<kLanes>& g) const {
+    float dt[kLanes], dy[kLanes], C[kOwn];
+    load_floats(steps + t * kDtPitch, dt);
+    load_floats(dys(t), dy);
     load_weights(chunk, t, kStates, C);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k)
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
-        g[k][i] = exp2_fast(rates[k][i] * dts[k]) * (C[i] * dys[k] + g[k][i]);
-    return own;
+        g[k][i] = exp2_fast(rates[k][i] * dt[k]) * (C[i] * dy[k] + g[k][i]);
   }
 };
 
@@ -503,13 +603,14 @@ MMVSSM_KERNEL(many_states_backward, Args, THREADS, 256 / THREADS) {
     for (int i = 0; i < kOwn; ++i) sums.A[k][i] *= kLn2;
     store_global(p.grad_A + work.split * rows * kStates +
                      offset_of_states<kLanes>(p.in, work, k, kStates),
-                 work.first + (work.lane ^ k) < work.end, sums.A[k]);
+                 work.is_valid<kLanes>(k), sums.A[k]);
   }
   const int64_t row = work.split * rows +
                       static_cast<int64_t>(work.batch) * p.in.groups * p.in.group_size +
                       work.own;
-  if (work.valid && p.grad_D != nullptr) p.grad_D[row] = sums.D;
-  if (work.valid && p.grad_bias != nullptr) p.grad_bias[row] = sums.bias;
+  const float by_D = gather<kLanes>(sums.D), by_bias = gather<kLanes>(sums.bias);
+  if (work.valid && p.grad_D != nullptr) p.grad_D[row] = by_D;
+  if (work.valid && p.grad_bias != nullptr) p.grad_bias[row] = by_bias;
 }
 
 }  // namespace mmvssm

@@ -259,15 +259,17 @@ def _backward_shared(constants: dict[str, int]) -> int:
     names = ('U_DTYPE', 'GRAD_OUT_DTYPE', 'GRAD_U_DTYPE', 'GRAD_DELTA_DTYPE')
     u, grad_out, grad_u, grad_delta = (_rows_bytes(constants, name) for name in names)
     gate, threads = constants['GATE'], constants['THREADS']
-    rows = (1 + (gate > 0)) * u + grad_out + (gate > 1) * _rows_bytes(constants)
+    rows = (1 + (gate > 0)) * u + grad_out + (gate == 2) * _rows_bytes(constants)
     if constants['ADD'] or grad_u != u:
         rows += grad_u
     if grad_delta != grad_out:
         rows += grad_delta
-    steps = _steps_bytes(constants) * (1 if constants['RANK'] else 2)
-    slots = 4 * constants['STATES'] * threads * 4
-    products = threads // 32 * 4 * 8 * 2 * constants['STATES'] * 4
-    return rows + steps + slots + products + _staged_bytes(constants)
+    steps = _steps_bytes(constants)
+    found = rows + (2 if constants['RANK'] else 3) * steps + steps // 4
+    found += (4 if constants['KEPT'] == 4 else 3) * constants['STATES'] * threads * 4
+    parts = 2 * 4 * (32 * 4 + 4)
+    found += threads // 32 * max(4 * 8 * 2 * constants['STATES'], parts) * 4
+    return found + _staged_bytes(constants)
 
 
 def _rows_bytes(constants: dict[str, int], dtype: str | None = None) -> int:
