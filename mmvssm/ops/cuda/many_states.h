@@ -425,11 +425,7 @@ struct RowsOfWarp {
     store_float<kDtype>(tile + t * kPitch + lane * kSize<kDtype>, x);
   }
 
-  // Four lanes share four channels and as many positions, of which each has one. Where
-  // the lane's are that begin at position 0, and those that are `by` positions on.
-  MMVSSM_DEVICE char* of_four(char* tile) const {
-    return tile + lane % 4 * kPitch + lane / 4 * 4 * kSize<kDtype>;
-  }
+  // The four channels at an address, `by` positions on.
   MMVSSM_DEVICE static void get_four(const char* at, int by, float (&x)[4]) {
     at += by * kPitch;
     if constexpr (!VECTOR) {

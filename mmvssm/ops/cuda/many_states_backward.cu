@@ -71,6 +71,8 @@ struct Shared {
   static constexpr int kGradDelta = kGradU + (kGradUInU ? 0 : kWarps * GradURows::kBytes);
   static constexpr int kDelta =
       kGradDelta + (kGradDeltaInOut ? 0 : kWarps * GradDeltaRows::kBytes);
+  static constexpr int kGradUTile = kGradUInU ? kU : kGradU;
+  static constexpr int kGradDeltaTile = kGradDeltaInOut ? kGradOut : kGradDelta;
   static constexpr int kDt = kDelta + (kRank ? 0 : 2 * kWarps * DeltaRows::kBytes);
   static constexpr int kSlope = kDt + kDtBytes;
   static constexpr int kInput = kSlope + kDtBytes;
@@ -91,6 +93,48 @@ struct Sums {
   float D[kLanes] = {}, bias[kLanes] = {};
 };
 
+// Where the numbers of a lane are, of the positions of a sub-chunk: in arrays with rows
+// of one kind at the same distance from each other. These move from one sub-chunk to
+// the next, so that nothing has to be found anew.
+struct Cursor {
+  static constexpr int kNarrowPitch = RowsOfWarp<kBfloat16>::kPitch;
+  static constexpr int kWidePitch = RowsOfWarp<kFloat32>::kPitch;
+  char *steps, *own;     // of the lane's channels: the first position, and its own
+  char *weights;
+  char *narrow, *wide;  // its own position, of rows of 16 bits and of float32
+
+  MMVSSM_DEVICE Cursor(char* smem, const Work& work) {
+    const int group = work.lane / kLanes, i = work.lane % kLanes;
+    steps = smem + (work.warp * kWarp + group * kLanes) * 4;
+    own = steps + i * (kDtPitch * 4);
+    weights = smem + i * (kOwn * 4);
+    narrow = smem + work.warp * (kPositions * kNarrowPitch) + i * kNarrowPitch +
+             group * (kLanes * 2);
+    wide = smem + work.warp * (kPositions * kWidePitch) + i * kWidePitch +
+           group * (kLanes * 4);
+  }
+
+  MMVSSM_DEVICE void move(int positions) {
+    steps += positions * (kDtPitch * 4);
+    own += positions * (kDtPitch * 4);
+    weights += positions * (kWeightsPitch * 4);
+    narrow += positions * kNarrowPitch;
+    wide += positions * kWidePitch;
+  }
+
+  // Row `i` of the array at an offset.
+  MMVSSM_DEVICE float* row(int offset, int i) const {
+    return reinterpret_cast<float*>(steps + offset + i * (kDtPitch * 4));
+  }
+  MMVSSM_DEVICE float* own_row(int offset, int i = 0) const {
+    return reinterpret_cast<float*>(own + offset + i * (kDtPitch * 4));
+  }
+  template <typename Array>
+  MMVSSM_DEVICE char* tile(int offset) const {
+    return (Array::kPitch == kWidePitch ? wide : narrow) + offset;
+  }
+};
+
 // A walk along a split from its end. With kEnds it finds only what the split makes of
 // the gradient of a state, and the sum of dt.
 template <bool kEnds>
@@ -109,11 +153,9 @@ struct Walk {
   Projection projection;
   KeptStates<kLanes> kept;
   float skip[kLanes], shift[kLanes];
-  char *u_tile, *out_tile, *z_tile, *total_tile, *delta_tiles;
+  char *u_tile, *out_tile, *z_tile, *total_tile;
   char *grad_u_tile, *grad_delta_tile;
-  float* steps;  // dt of the lane's channels
-  int own;       // from position 0 to the lane's position of the first sub-chunk
-  float* exchange;  // of the warp
+  float *exchange, *dy_rows;  // of the warp, of the lane's channels
 
   MMVSSM_DEVICE Walk(const Args& args, const Work& w, const States<kLanes>& r,
                      char* memory)
@@ -133,27 +175,12 @@ struct Walk {
     out_tile = smem + Shared::kGradOut + work.warp * GradOutRows::kBytes;
     z_tile = smem + Shared::kZ + work.warp * URows::kBytes;
     total_tile = smem + Shared::kTotal + work.warp * TotalRows::kBytes;
-    delta_tiles = smem + Shared::kDelta + work.warp * DeltaRows::kBytes;
-    grad_u_tile = kGradUInU
-                      ? u_tile
-                      : smem + Shared::kGradU + work.warp * GradURows::kBytes;
-    grad_delta_tile =
-        kGradDeltaInOut
-            ? out_tile
-            : smem + Shared::kGradDelta + work.warp * GradDeltaRows::kBytes;
-    steps = reinterpret_cast<float*>(smem + Shared::kDt) + work.warp * kWarp +
-            work.lane / kLanes * kLanes;
-    own = work.lane % kLanes * kDtPitch;
+    grad_u_tile = smem + Shared::kGradUTile + work.warp * GradURows::kBytes;
+    grad_delta_tile = smem + Shared::kGradDeltaTile + work.warp * GradDeltaRows::kBytes;
     exchange = reinterpret_cast<float*>(smem + Shared::kExchange) +
                work.warp * (kExchangeBytes / 4);
-  }
-
-  // Rows like those of dt.
-  MMVSSM_DEVICE float* slopes() const { return steps + (Shared::kSlope - Shared::kDt) / 4; }
-  MMVSSM_DEVICE float* inputs() const { return steps + (Shared::kInput - Shared::kDt) / 4; }
-  // dy of a sub-chunk; with kEnds of the whole chunk, as dt u is not needed.
-  MMVSSM_DEVICE float* dys(int first) const {
-    return kEnds ? inputs() + first * kDtPitch : steps + (Shared::kDy - Shared::kDt) / 4;
+    dy_rows = reinterpret_cast<float*>(smem + Shared::kDy) + work.warp * kWarp +
+              work.lane / kLanes * kLanes;
   }
 
   MMVSSM_DEVICE float* slot(int number, int k) const {
@@ -165,8 +192,11 @@ struct Walk {
     for (int k = 0; k < kLanes; ++k) load_floats(slot(number, k), h[k]);
   }
 
-  MMVSSM_DEVICE char* delta_tile(int chunk) const {
-    return delta_tiles + (chunk & 1) * kWarps * DeltaRows::kBytes;
+  MMVSSM_DEVICE int delta_offset(int chunk) const {
+    return Shared::kDelta + (chunk & 1) * (kWarps * DeltaRows::kBytes);
+  }
+  MMVSSM_DEVICE int weights_offset(int chunk) const {
+    return Shared::kWeights + (chunk & 1) * kWeightsBytes;
   }
 
   MMVSSM_DEVICE char* low_rank_of(int chunk) const {
@@ -198,21 +228,21 @@ struct Walk {
   MMVSSM_DEVICE static constexpr bool is_kept(int sub) { return sub * kSub % kKept == 0; }
 
   // dt of all positions, its slope where it is a function of delta, and dt u.
-  MMVSSM_DEVICE void find_steps(int chunk) const {
+  MMVSSM_DEVICE void find_steps(int chunk, const Cursor& at) const {
     if (kRank)
-      projection.run(low_rank_of(chunk), work.lane, steps - work.lane / kLanes * kLanes);
+      projection.run(low_rank_of(chunk), work.lane,
+                     reinterpret_cast<float*>(smem + Shared::kDt) + work.warp * kWarp);
     copy_wait<1>();
     sync_warp("dt");
-    const char* from = delta.of_four(delta_tile(chunk));
-    const char* u_from = u.of_four(u_tile);
+    const char* from = at.tile<DeltaRows>(delta_offset(chunk));
 #pragma unroll
     for (int t = 0; t < kPositions; t += kSub) {
       float raw[kLanes], us[kLanes], dt[kLanes], slope[kLanes];
       if (kRank)
-        load_floats(steps + own + t * kDtPitch, raw);
+        load_floats(at.own_row(Shared::kDt, t), raw);
       else
         delta.get_four(from, t, raw);
-      if (!kEnds) u.get_four(u_from, t, us);
+      if (!kEnds) u.get_four(at.tile<URows>(Shared::kU), t, us);
 #pragma unroll
       for (int k = 0; k < kLanes; ++k) {
         const float x = raw[k] * kLog2E + shift[k];
@@ -221,10 +251,10 @@ struct Walk {
         slope[k] = SOFTPLUS ? sigmoid_of_log2(x, 1.0f) : 1.0f;
         us[k] *= dt[k];
       }
-      store_floats(steps + own + t * kDtPitch, dt);
+      store_floats(at.own_row(Shared::kDt, t), dt);
       if (kEnds) continue;
-      store_floats(slopes() + own + t * kDtPitch, slope);
-      store_floats(inputs() + own + t * kDtPitch, us);
+      store_floats(at.own_row(Shared::kSlope, t), slope);
+      store_floats(at.own_row(Shared::kInput, t), us);
     }
     const int count = count_of(p.in, chunk);
     if (rarely(count < kPositions)) {
@@ -233,33 +263,34 @@ struct Walk {
 #pragma unroll
       for (int t = 0; t < kPositions; t += kSub) {
         if (t + work.lane % kLanes < count) continue;
-        store_floats(steps + own + t * kDtPitch, zeros);
-        store_floats(slopes() + own + t * kDtPitch, zeros);
-        store_floats(inputs() + own + t * kDtPitch, zeros);
+        store_floats(at.own_row(Shared::kDt, t), zeros);
+        store_floats(at.own_row(Shared::kSlope, t), zeros);
+        store_floats(at.own_row(Shared::kInput, t), zeros);
       }
     }
   }
 
   // B, or C, of a position.
-  MMVSSM_DEVICE void load_weights(int chunk, int t, int offset, float (&x)[kOwn]) const {
-    load_floats(reinterpret_cast<const float*>(smem + Shared::kWeights +
-                                               (chunk & 1) * kWeightsBytes) +
-                    t * kWeightsPitch + offset + work.lane % kLanes * kOwn,
+  MMVSSM_DEVICE void load_weights(const Cursor& at, int chunk, int i, int offset,
+                                  float (&x)[kOwn]) const {
+    load_floats(reinterpret_cast<const float*>(at.weights + weights_offset(chunk) +
+                                               i * (kWeightsPitch * 4) + offset * 4),
                 x);
   }
   // The lane's dy of a sub-chunk, and the gradient of the gate. The output before the
   // gate is read, or `parts` of it are in the exchange.
-  MMVSSM_DEVICE void open_gate(int first) const {
+  MMVSSM_DEVICE void open_gate(const Cursor& cursor) const {
     float dy[kLanes], gate[kLanes], before[kLanes];
-    grad_out.get_four(grad_out.of_four(out_tile), first, dy);
+    grad_out.get_four(cursor.tile<GradOutRows>(Shared::kGradOut), 0, dy);
     if (kGate) {
-      char* at = z.of_four(z_tile);
-      z.get_four(at, first, gate);
-      if (kReadsTotal && !kEnds) total.get_four(total.of_four(total_tile), first, before);
+      char* at = cursor.tile<URows>(Shared::kZ);
+      z.get_four(at, 0, gate);
+      if (kReadsTotal && !kEnds)
+        total.get_four(cursor.tile<TotalRows>(Shared::kTotal), 0, before);
       if (kFindsTotal && !kEnds) {
         float us[kLanes];
         add_parts(0, before);
-        u.get_four(u.of_four(u_tile), first, us);
+        u.get_four(cursor.tile<URows>(Shared::kU), 0, us);
 #pragma unroll
         for (int k = 0; k < kLanes; ++k) before[k] += skip[k] * us[k];
       }
@@ -271,9 +302,14 @@ struct Walk {
         if (kGradZ && !kEnds) gate[k] = dy[k] * before[k] * slope;
         dy[k] *= factor;
       }
-      if (kGradZ && !kEnds) grad_z.put_four(at, first, gate);
+      if (kGradZ && !kEnds) grad_z.put_four(at, 0, gate);
     }
-    store_floats(dys(first) + own, dy);
+    store_floats(own_dy(cursor), dy);
+  }
+
+  // dy does not move with the cursor, except with kEnds.
+  MMVSSM_DEVICE float* own_dy(const Cursor& cursor) const {
+    return kEnds ? cursor.own_row(Shared::kInput) : dy_rows + work.lane % kLanes * kDtPitch;
   }
 
   // What the lane has for a sum over the states of a position, and such a sum.
@@ -294,12 +330,12 @@ struct Walk {
   }
 
   // One step forwards: the decays, and the states.
-  MMVSSM_DEVICE void advance(int chunk, int t, const States<kLanes>& before,
+  MMVSSM_DEVICE void advance(const Cursor& at, int chunk, int t, const States<kLanes>& before,
                              States<kLanes>& a, States<kLanes>& h) const {
     float dt[kLanes], input[kLanes], B[kOwn];
-    load_floats(steps + t * kDtPitch, dt);
-    load_floats(inputs() + t * kDtPitch, input);
-    load_weights(chunk, t, 0, B);
+    load_floats(at.row(Shared::kDt, t), dt);
+    load_floats(at.row(Shared::kInput, t), input);
+    load_weights(at, chunk, t, 0, B);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k)
 #pragma unroll
@@ -311,7 +347,7 @@ struct Walk {
 
   // The states before the sub-chunks that were not kept. Those before the last one are
   // left in h.
-  MMVSSM_DEVICE void find_states(int chunk, States<kLanes>& h) const {
+  MMVSSM_DEVICE void find_states(const Cursor& at, int chunk, States<kLanes>& h) const {
 #pragma unroll
     for (int t = 0; t < kPositions - kSub; ++t) {
       const int sub = t / kSub;
@@ -322,24 +358,23 @@ struct Walk {
         for (int k = 0; k < kLanes; ++k) store_floats(slot(sub, k), h[k]);
       }
       States<kLanes> a;
-      advance(chunk, t, h, a, h);
+      advance(at, chunk, t, h, a, h);
     }
     if (is_kept(kSubs - 1)) load_slot(kSubs - 1, h);
   }
 
   // One step backwards, `i` of a sub-chunk. g is the gradient of the state after the
   // position times the decay to there, then that before it.
-  MMVSSM_DEVICE void retreat(int chunk, int first, int i, const States<kLanes>& a,
+  MMVSSM_DEVICE void retreat(const Cursor& at, int chunk, int i, const States<kLanes>& a,
                              const States<kLanes>& h, const States<kLanes>& before,
                              States<kLanes>& g, Sums& sums, float (&q)[kLanes],
                              float (&r)[kLanes]) const {
-    const int t = first + i;
     float dt[kLanes], input[kLanes], dy[kLanes], B[kOwn], C[kOwn];
-    load_floats(steps + t * kDtPitch, dt);
-    load_floats(inputs() + t * kDtPitch, input);
-    load_floats(dys(first) + i * kDtPitch, dy);
-    load_weights(chunk, t, 0, B);
-    load_weights(chunk, t, kStates, C);
+    load_floats(at.row(Shared::kDt, i), dt);
+    load_floats(at.row(Shared::kInput, i), input);
+    load_floats(dy_rows + i * kDtPitch, dy);
+    load_weights(at, chunk, i, 0, B);
+    load_weights(at, chunk, i, kStates, C);
     float by_B[kOwn] = {}, by_C[kOwn] = {};
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) {
@@ -365,21 +400,21 @@ struct Walk {
   }
 
   // A sub-chunk forwards and backwards; `start` holds the states before it.
-  MMVSSM_DEVICE void sub_chunk(int chunk, int first,
+  MMVSSM_DEVICE void sub_chunk(const Cursor& at, int chunk,
                                const States<kLanes>& start, States<kLanes>& g,
                                Sums& sums) const {
     States<kLanes> a[kSub], h[kSub];
     const auto before = [&](int i) -> const States<kLanes>& {
       return i == 0 ? start : static_cast<const States<kLanes>&>(h[i == 0 ? 0 : i - 1]);
     };
-    if (!kFindsTotal) open_gate(first);
+    if (!kFindsTotal) open_gate(at);
     sync_warp("exchange read");
 #pragma unroll
     for (int i = 0; i < kSub; ++i) {
-      advance(chunk, first + i, before(i), a[i], h[i]);
+      advance(at, chunk, i, before(i), a[i], h[i]);
       if (!kFindsTotal) continue;
       float C[kOwn], y[kLanes] = {};
-      load_weights(chunk, first + i, kStates, C);
+      load_weights(at, chunk, i, kStates, C);
 #pragma unroll
       for (int k = 0; k < kLanes; ++k)
 #pragma unroll
@@ -388,34 +423,34 @@ struct Walk {
     }
     if (kFindsTotal) {
       sync_warp("outputs");
-      open_gate(first);
+      open_gate(at);
       sync_warp("outputs read");
     }
     float q[kSub][kLanes], r[kSub][kLanes];
 #pragma unroll
     for (int i = kSub - 1; i >= 0; --i)
-      retreat(chunk, first, i, a[i], h[i], before(i), g, sums, q[i], r[i]);
+      retreat(at, chunk, i, a[i], h[i], before(i), g, sums, q[i], r[i]);
     sync_warp("products");
-    add_up(first);
+    add_up(at);
     sync_warp("products read");
 #pragma unroll
     for (int i = 0; i < kSub; ++i) put_part(0, i, q[i]), put_part(1, i, r[i]);
     sync_warp("parts");
-    finish(first, sums);
+    finish(at, sums);
   }
 
   // The lane's gradients of u and delta of a sub-chunk.
-  MMVSSM_DEVICE void finish(int first, Sums& sums) const {
+  MMVSSM_DEVICE void finish(const Cursor& cursor, Sums& sums) const {
     float by_input[kLanes], by_decay[kLanes], dt[kLanes], slope[kLanes], dy[kLanes];
     float us[kLanes], by_u[kLanes], by_delta[kLanes];
     add_parts(0, by_input);
     add_parts(1, by_decay);
-    load_floats(steps + own + first * kDtPitch, dt);
-    load_floats(slopes() + own + first * kDtPitch, slope);
-    load_floats(dys(first) + own, dy);
-    u.get_four(u.of_four(u_tile), first, us);
-    char* at = grad_u.of_four(grad_u_tile);
-    if (ADD) grad_u.get_four(at, first, by_u);
+    load_floats(cursor.own_row(Shared::kDt), dt);
+    load_floats(cursor.own_row(Shared::kSlope), slope);
+    load_floats(own_dy(cursor), dy);
+    u.get_four(cursor.tile<URows>(Shared::kU), 0, us);
+    char* at = cursor.tile<GradURows>(Shared::kGradUTile);
+    if (ADD) grad_u.get_four(at, 0, by_u);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) {
       const float one = skip[k] * dy[k] + dt[k] * by_input[k];
@@ -424,12 +459,12 @@ struct Walk {
       sums.D[k] += dy[k] * us[k];
       sums.bias[k] += by_delta[k];
     }
-    grad_u.put_four(at, first, by_u);
-    grad_delta.put_four(grad_delta.of_four(grad_delta_tile), first, by_delta);
+    grad_u.put_four(at, 0, by_u);
+    grad_delta.put_four(cursor.tile<GradDeltaRows>(Shared::kGradDeltaTile), 0, by_delta);
   }
 
   // The sums over the warp of what its threads have for B and C.
-  MMVSSM_DEVICE void add_up(int first) const {
+  MMVSSM_DEVICE void add_up(const Cursor& at) const {
     constexpr int kGroups = kWarp / kLanes, kFours = 2 * kStates / 4;
     if (kSub * kFours < kWarp && work.lane >= kSub * kFours) return;
     const int t = work.lane / kFours, four = work.lane % kFours;
@@ -444,7 +479,8 @@ struct Walk {
 #pragma unroll
       for (int k = 0; k < 4; ++k) sum[k] += x[k];
     }
-    store_floats(sums_of(first + t) + work.warp * kWarp + four * 4, sum);
+    // From the lane's channels to the first one of the warp.
+    store_floats(at.row(Shared::kInput, t) - work.lane / kLanes * kLanes + four * 4, sum);
   }
   // Of the first warp.
   MMVSSM_DEVICE float* sums_of(int t) const {
@@ -487,7 +523,7 @@ struct Walk {
     StagedLowRank low_rank(p.in, work);
     float sum[kLanes] = {};
     const auto fetch = [&](int chunk) {
-      if (!kRank) delta.load(delta_tile(chunk), places.of(chunk));
+      if (!kRank) delta.load(smem + delta_offset(chunk) + work.warp * DeltaRows::kBytes, places.of(chunk));
       weights.fetch(p.in, places.of(chunk));
       if (kRank) low_rank.fetch(p.in, places.of(chunk), low_rank_of(chunk));
     };
@@ -496,6 +532,7 @@ struct Walk {
                                            (chunk & 1) * kWeightsBytes));
       if (kRank) low_rank.put(low_rank_of(chunk));
     };
+    const Cursor start(smem, work);
     const int last = work.end_chunk - 1;
     places.find(p.in, last);
     sync_cta("first places");
@@ -517,28 +554,33 @@ struct Walk {
       if (rarely(places.is_due(chunk))) {
         places.find(p.in, chunk - Places::kBatch);
       }
-      find_steps(chunk);
+      find_steps(chunk, start);
       if (kEnds) {
+        Cursor at = start;
 #pragma unroll
         for (int t = 0; t < kPositions; t += kSub) {
-          open_gate(t);
+          open_gate(at);
           float dt[kLanes];
-          load_floats(steps + own + t * kDtPitch, dt);
+          load_floats(at.own_row(Shared::kDt), dt);
 #pragma unroll
           for (int k = 0; k < kLanes; ++k) sum[k] += dt[k];
+          at.move(kSub);
         }
         sync_warp("steps");
 #pragma unroll
-        for (int t = kPositions - 1; t >= 0; --t) retreat_end(chunk, t, g);
+        for (int t = kPositions - 1; t >= 0; --t) retreat_end(start, chunk, t, g);
         copy_commit();
       } else {
         sync_warp("steps");
         States<kLanes> h;
-        find_states(chunk, h);
+        find_states(start, chunk, h);
+        Cursor at = start;
+        at.move(kPositions - kSub);
 #pragma unroll 1
         for (int sub = kSubs - 1; sub >= 0; --sub) {  // 4 trips
           if (sub < kSubs - 1) load_slot(sub, h);
-          sub_chunk(chunk, sub * kSub, h, g, sums);
+          sub_chunk(at, chunk, h, g, sums);
+          at.move(-kSub);
         }
         if (chunk > work.begin_chunk) copy_states(chunk - 1);
         copy_commit();
@@ -555,11 +597,12 @@ struct Walk {
   }
 
   // A step backwards of the gradient of the state alone.
-  MMVSSM_DEVICE void retreat_end(int chunk, int t, States<kLanes>& g) const {
+  MMVSSM_DEVICE void retreat_end(const Cursor& at, int chunk, int t,
+                                 States<kLanes>& g) const {
     float dt[kLanes], dy[kLanes], C[kOwn];
-    load_floats(steps + t * kDtPitch, dt);
-    load_floats(dys(t), dy);
-    load_weights(chunk, t, kStates, C);
+    load_floats(at.row(Shared::kDt, t), dt);
+    load_floats(at.row(Shared::kInput, t), dy);
+    load_weights(at, chunk, t, kStates, C);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k)
 #pragma unroll

@@ -31,9 +31,8 @@ _LARGEST_RANK = 64
 _WARPS = 8
 # Of look-back, see many_states_splits.h.
 _SPLITS_OF_GROUP = 8
-# Bytes of shared memory that every GPU has for a CTA, and a large one for all that a
-# multiprocessor runs, of which it keeps some for each.
-_SHARED, _SHARED_OF_ALL, _SHARED_KEPT = 99 * 1024, 228 * 1024, 1024
+# Bytes of shared memory that a multiprocessor keeps for each CTA.
+_SHARED_KEPT = 1024
 
 
 class Rows(ctypes.Structure):
@@ -110,19 +109,25 @@ class Pass:
     shared: Callable[[dict[str, int]], int]
     threads: int
 
-    def block(self, constants: dict[str, int], group_size: int) -> int:
-        """Channels of a CTA: few idle threads, then many at once, then few CTAs."""
+    def block(self, constants: dict[str, int], group_size: int, shared: int) -> int:
+        """Channels of a CTA: few idle threads, then many at once, then few CTAs.
+
+        Args:
+            constants: All others.
+            group_size: Channels of a group.
+            shared: Bytes of shared memory that a CTA may have.
+        """
+
+        def used(size: int) -> int:
+            return self.shared(dict(constants, THREADS=size))
 
         def order(size: int) -> tuple[int, int, int]:
-            shared = self.shared(dict(constants, THREADS=size))
-            ctas = min(self.threads // size, _SHARED_OF_ALL // (shared + _SHARED_KEPT))
-            return -group_size % size, -ctas * size, -size
+            # One CTA may have all but what is kept for it.
+            ctas = (shared + _SHARED_KEPT) // (used(size) + _SHARED_KEPT)
+            at_once = min(self.threads // size, ctas) * size
+            return -group_size % size, -at_once, -size
 
-        sizes = [32, 64, 96, 128]
-        fitting = [
-            n for n in sizes if self.shared(dict(constants, THREADS=n)) <= _SHARED
-        ]
-        return min(fitting, key=order)
+        return min((n for n in (32, 64, 96, 128) if used(n) <= shared), key=order)
 
 
 @dataclass
@@ -179,7 +184,7 @@ class Call:
             VECTOR=int(all(_are_vectors(x, group_size) for x in arrays))
         )
         constants |= options
-        threads = of_pass.block(constants, group_size)
+        threads = of_pass.block(constants, group_size, kernels.shared_memory(read.u))
         blocks = -(-group_size // threads)
         chains = batch * groups * blocks
         chunks = -(-read.length // CHUNK)
