@@ -181,7 +181,7 @@ MMVSSM_DEVICE float gather(const float (&x)[kLanes]) {
 // What a CTA, a warp and a lane work on
 
 struct Work {
-  int batch, group, split;
+  int batch, group, block, split;
   int chain;              // numbers batch, group and block
   int warp, lane;
   int first, end;         // channels of the warp; the end is that of the group
@@ -194,7 +194,7 @@ struct Work {
     chain = blockIdx.x % p.chains;
     split = blockIdx.x / p.chains;
     if (from_end) split = p.splits - 1 - split;
-    const int block = chain % p.blocks;
+    block = chain % p.blocks;
     group = chain / p.blocks % p.groups;
     batch = chain / p.blocks / p.groups;
     warp = threadIdx.x / kWarp;
@@ -297,7 +297,8 @@ struct KeptStates {
     for (int k = 0; k < kLanes; ++k) {
       offsets[k] = lane_of<kLanes>(work.lane, k) % kLanes * kStates +
                    work.lane % kLanes * (kStates / kLanes);
-      valid[k] = work.is_valid<kLanes>(k);
+      // Vectors hold channels of one group.
+      valid[k] = work.is_valid<kLanes>(VECTOR ? 0 : k);
     }
   }
 
@@ -354,10 +355,11 @@ struct RowsOfWarp {
   static constexpr int kBytes = kPositions * kPitch;
   static constexpr int kPieces = kWarp * kSize<kDtype> / 16;  // of a row
   static constexpr int kRowsAtOnce = kWarp / kPieces;
-  char* memory;
+  char* memory;  // of the CTA
   int stride;
-  int64_t of_channel;
+  int64_t of_channel, of_lane;
   int lane, along;
+  int in_array;  // from where arrays of warps begin to what the lane copies
   bool valid;
 
   MMVSSM_DEVICE RowsOfWarp(const Rows& x, const Work& work, int is_along)
@@ -370,17 +372,36 @@ struct RowsOfWarp {
       channel += along ? lane / 16 : lane;
     valid = channel < work.end;
     left = work.end - channel;
-    memory = x.data + work.batch * x.batch + channel * x.channel;
+    in_array = work.warp * kBytes;
+    if (VECTOR) in_array += lane / kPieces * kPitch + lane % kPieces * 16;
+    in_array = hidden(in_array);
+    const int first = work.first - work.warp * kWarp;
+    memory = hidden(x.data + work.batch * x.batch + first * x.channel);
+    of_lane = VECTOR ? (channel - first) * kSize<kDtype> : (channel - first) * x.channel;
+  }
+  MMVSSM_DEVICE char* at(int place) const {
+    return memory + offset_of(place, stride, of_lane);
   }
 
-  // Begins to copy in what is there; the rest is zero.
-  MMVSSM_DEVICE void load(char* tile, const int* places) const {
+  // Those of the lane's rows, for all arrays of a dtype.
+  struct Own {
+    int places[kPositions / kRowsAtOnce];
+    MMVSSM_DEVICE Own(const int* of_chunk, const Work& work) {
+#pragma unroll
+      for (int i = 0; i < kPositions / kRowsAtOnce; ++i)
+        places[i] = of_chunk[i * kRowsAtOnce + work.lane / kPieces];
+    }
+  };
+
+  // Begins to copy in what is there; the rest is zero. It goes to the warp's part of
+  // `array`.
+  MMVSSM_DEVICE void load(char* array, const int* places, const Own& own) const {
+    char* tile = array + in_array;
     if constexpr (VECTOR) {
-      tile += lane / kPieces * kPitch + lane % kPieces * 16;
 #pragma unroll
       for (int i = 0; i < kPositions; i += kRowsAtOnce) {
-        const int place = places[i + lane / kPieces];
-        copy_async_or_zero<16>(tile + i * kPitch, address(memory, place, stride),
+        const int place = own.places[i / kRowsAtOnce];
+        copy_async_or_zero<16>(tile + i * kPitch, at(place),
                                valid && place >= 0);
       }
     } else {
@@ -397,15 +418,15 @@ struct RowsOfWarp {
   }
 
   // Copies out. The warp has written all of it.
-  MMVSSM_DEVICE void store(const char* tile, const int* places) const {
+  MMVSSM_DEVICE void store(const char* array, const int* places, const Own& own) const {
+    const char* tile = array + in_array;
     if constexpr (VECTOR) {
-      tile += lane / kPieces * kPitch + lane % kPieces * 16;
 #pragma unroll
       for (int i = 0; i < kPositions; i += kRowsAtOnce) {
-        const int place = places[i + lane / kPieces];
+        const int place = own.places[i / kRowsAtOnce];
         const uint4 row = *reinterpret_cast<const uint4*>(tile + i * kPitch);
         const uint32_t words[4] = {row.x, row.y, row.z, row.w};
-        store_bytes<16>(address(memory, place, stride), valid && place >= 0, words);
+        store_bytes<16>(at(place), valid && place >= 0, words);
       }
     } else {
 #pragma unroll
@@ -472,7 +493,7 @@ struct RowsOfWarp {
     return place >= 0 && (along ? 2 * i < left : valid);
   }
   MMVSSM_DEVICE char* element(int i, int place) const {
-    return in_global(address(memory, place, stride)) + (along ? 2 * i * of_channel : 0);
+    return in_global(at(place)) + (along ? 2 * i * of_channel : 0);
   }
 };
 

@@ -7,6 +7,11 @@
 //
 // What does not depend on the state is worked out by four channels at once: four lanes
 // share four channels and, of a sub-chunk, each has one of four positions.
+//
+// B and C of 16 bits times a number of each channel, for all states, are found by tensor
+// cores. Their tf32 holds B and C as they are, but only half of a float32, so it is the
+// sum of two: one that the hardware makes by cutting off, and `low`, the rest. That makes
+// two of the four products that are added up at once, and they come twice, halved.
 #include "many_states_splits.h"
 #include "many_states_staging.h"
 
@@ -19,6 +24,12 @@ constexpr int kOwn = kStates / kLanes;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kSub = 4, kSubs = kPositions / kSub;  // positions of a sub-chunk
 static_assert(kSub == kLanes, "a lane has a position of a sub-chunk");
+constexpr bool kOnTensorCores = B_DTYPE != kFloat32 && kOwn > 1;
+constexpr int kPairs = kOwn > 1 ? kOwn / 2 : 1;
+constexpr float kOfWeights = kOnTensorCores ? 0.5f : 1.0f;  // factor of B and C
+// Of four states the inner two change places: what is next to each other is then what a
+// lane needs of b in two products.
+constexpr bool kSwapped = kOnTensorCores && kOwn == 4;
 // Of the gate: there is one; its gradient is wanted, which takes the output before the
 // gate; that one was kept, or is found once more.
 constexpr bool kGate = GATE > 0, kGradZ = GATE > 1;
@@ -53,14 +64,17 @@ static_assert(kKept % kSub == 0, "whole sub-chunks");
 constexpr int kSlots = kKept == kSub ? kSubs : kSubs - 1;
 constexpr int kSlotBytes = kStates * kThreads * 4;
 // What the threads of a warp have for the gradients of B and C of a sub-chunk. Their
-// sums take the place of dt u, which is then read no more.
+// sums take the place of dt, which is then read no more.
 constexpr int kProducts = kSub * (kWarp / kLanes) * 2 * kStates;  // numbers
-static_assert(2 * kStates <= kWarp, "a warp has as many sums as columns of dt u");
-// Then what they have for sums over the states: two sums of a position and channel. The
-// pitch keeps lanes that read from different banks.
+static_assert(2 * kStates <= kWarp, "a warp has as many sums as columns of dt");
+// Then what they have for sums over the states: two sums of a position and channel, and
+// besides the output if it is found. The pitch of positions keeps lanes that read from
+// different banks.
 constexpr int kPartsPitch = kWarp * kLanes + 4;
-constexpr int kParts = 2 * kSub * kPartsPitch;
-constexpr int kExchangeBytes = (kProducts > kParts ? kProducts : kParts) * 4;  // of a warp
+constexpr int kParts = kSub * kPartsPitch;
+constexpr int kOutput = 2;  // its number
+static_assert(kProducts <= kOutput * kParts, "the output is found before the products");
+constexpr int kExchangeBytes = (kFindsTotal ? 3 : 2) * kParts * 4;  // of a warp
 
 struct Shared {
   static constexpr int kU = 0;
@@ -75,12 +89,17 @@ struct Shared {
   static constexpr int kGradDeltaTile = kGradDeltaInOut ? kGradOut : kGradDelta;
   static constexpr int kDt = kDelta + (kRank ? 0 : 2 * kWarps * DeltaRows::kBytes);
   static constexpr int kSlope = kDt + kDtBytes;
-  static constexpr int kInput = kSlope + kDtBytes;
-  static constexpr int kDy = kInput + kDtBytes;  // of a sub-chunk
-  static constexpr int kSlot = kDy + kSub * kDtPitch * 4;
+  static constexpr int kInput = kSlope + kPositions * kThreads * 4;
+  // dy is where dt u of the sub-chunk behind was, so there are rows for one more.
+  static constexpr int kInputBytes = (kPositions + kSub) * kDtPitch * 4;
+  static constexpr int kDy = kInput + kSub * kDtPitch * 4;
+  static constexpr int kSlot = kInput + kInputBytes * (kOnTensorCores ? 2 : 1);
   static constexpr int kExchange = kSlot + kSlots * kSlotBytes;
-  static constexpr int kWeights = kExchange + kWarps * kExchangeBytes;
-  static constexpr int kLowRank = kWeights + 2 * kWeightsBytes;
+  // What the output before the gate is times, of the thread's position of a sub-chunk.
+  static constexpr int kOfOutput = kExchange + kWarps * kExchangeBytes;
+  static constexpr int kWeights = kOfOutput + (kFindsTotal ? kThreads * kLanes * 4 : 0);
+  static constexpr int kSkip = kWeights + kWeightsBytes;  // D, then the shift of delta
+  static constexpr int kLowRank = kSkip + 2 * kThreads * 4;
   static constexpr int kFragment = kLowRank + 2 * kLowRankBytes;
   static constexpr int kPlaces = kFragment + kFragmentsBytes;
   static constexpr int kBytes = kPlaces + Places::kBytes;
@@ -102,6 +121,9 @@ struct Cursor {
   char *steps, *own;     // of the lane's channels: the first position, and its own
   char *weights;
   char *narrow, *wide;  // its own position, of rows of 16 bits and of float32
+  char* slope;
+  // Of products on tensor cores: b, and a: rows like those of steps, or low parts.
+  char *fragment, *factor;
 
   MMVSSM_DEVICE Cursor(char* smem, const Work& work) {
     const int group = work.lane / kLanes, i = work.lane % kLanes;
@@ -112,6 +134,9 @@ struct Cursor {
              group * (kLanes * 2);
     wide = smem + work.warp * (kPositions * kWidePitch) + i * kWidePitch +
            group * (kLanes * 4);
+    slope = smem + Shared::kSlope + threadIdx.x * (kLanes * 4);
+    fragment = smem + group * (kPairs * 4);
+    factor = steps + (i % 2 ? Shared::kInputBytes : 0);
   }
 
   MMVSSM_DEVICE void move(int positions) {
@@ -120,6 +145,9 @@ struct Cursor {
     weights += positions * (kWeightsPitch * 4);
     narrow += positions * kNarrowPitch;
     wide += positions * kWidePitch;
+    slope += positions * (kThreads * 4);
+    fragment += positions * (kWeightsPitch * 4);
+    factor += positions * (kDtPitch * 4);
   }
 
   // Row `i` of the array at an offset.
@@ -152,10 +180,13 @@ struct Walk {
   Places places;
   Projection projection;
   KeptStates<kLanes> kept;
-  float skip[kLanes], shift[kLanes];
-  char *u_tile, *out_tile, *z_tile, *total_tile;
-  char *grad_u_tile, *grad_delta_tile;
-  float *exchange, *dy_rows;  // of the warp, of the lane's channels
+  // Without dt u there is room for dy of all positions.
+  static constexpr int kDy = kEnds ? Shared::kInput : Shared::kDy;
+  // In the exchange of the warp: what the lane puts for B and C; the sums that it finds
+  // and on to those of the next group; parts that it puts, and those it adds up.
+  char *for_B, *for_C, *group, *other_group, *part, *parts;
+  int to_sums;            // from the lane's dt of a sub-chunk to its sums
+  char *grad_B, *grad_C;  // of the CTA
 
   MMVSSM_DEVICE Walk(const Args& args, const Work& w, const States<kLanes>& r,
                      char* memory)
@@ -167,20 +198,29 @@ struct Walk {
         places{reinterpret_cast<int*>(memory + Shared::kPlaces), w.end_chunk - 1, -1},
         projection(p.in, w, memory + Shared::kFragment),
         kept(p.in, w, const_cast<float*>(p.kept)) {
-    work.parameters<kLanes>(p.in.D, skip);
-    work.parameters<kLanes>(p.in.bias, shift);
-#pragma unroll
-    for (int k = 0; k < kLanes; ++k) shift[k] *= kLog2E;
-    u_tile = smem + Shared::kU + work.warp * URows::kBytes;
-    out_tile = smem + Shared::kGradOut + work.warp * GradOutRows::kBytes;
-    z_tile = smem + Shared::kZ + work.warp * URows::kBytes;
-    total_tile = smem + Shared::kTotal + work.warp * TotalRows::kBytes;
-    grad_u_tile = smem + Shared::kGradUTile + work.warp * GradURows::kBytes;
-    grad_delta_tile = smem + Shared::kGradDeltaTile + work.warp * GradDeltaRows::kBytes;
-    exchange = reinterpret_cast<float*>(smem + Shared::kExchange) +
-               work.warp * (kExchangeBytes / 4);
-    dy_rows = reinterpret_cast<float*>(smem + Shared::kDy) + work.warp * kWarp +
-              work.lane / kLanes * kLanes;
+    float* skip = reinterpret_cast<float*>(smem + Shared::kSkip) + threadIdx.x;
+    skip[0] = work.parameter(p.in.D);
+    skip[kThreads] = work.parameter(p.in.bias) * kLog2E;
+    const int row = (work.block * p.in.batch + work.batch) * p.in.groups + work.group;
+    const int64_t before = static_cast<int64_t>(row) * p.in.places * (kStates * 4);
+    grad_B = hidden(reinterpret_cast<char*>(p.grad_B) + before);
+    grad_C = hidden(reinterpret_cast<char*>(p.grad_C) + before);
+    constexpr int kFours = 2 * kStates / 4;
+    const int lane = work.lane, i = lane % kLanes, four = lane % kFours;
+    const int exchange = Shared::kExchange + work.warp * kExchangeBytes;
+    // Swapped in every other group: no conflicts of banks.
+    const int swap = lane / kLanes % 2 * (kStates * 4);
+    const int to = exchange + (lane / kLanes * 2 * kStates + i * kOwn) * 4;
+    for_B = smem + hidden(to + swap);
+    for_C = smem + hidden(to + kStates * 4 - swap);
+    const int from =
+        exchange + (lane / kFours * (kWarp / kLanes) * 2 * kStates + four * 4) * 4;
+    group = smem + hidden(from);
+    other_group = smem + hidden(from + (four < kFours / 2 ? kStates : -kStates) * 4);
+    // They begin with the first channel of the warp.
+    to_sums = hidden((lane / kFours * kDtPitch + four * 4 - lane / kLanes * kLanes) * 4);
+    part = smem + hidden(exchange + lane * (kLanes * 4));
+    parts = smem + hidden(exchange + (i * kPartsPitch + lane / kLanes * kLanes * kLanes) * 4);
   }
 
   MMVSSM_DEVICE float* slot(int number, int k) const {
@@ -195,8 +235,11 @@ struct Walk {
   MMVSSM_DEVICE int delta_offset(int chunk) const {
     return Shared::kDelta + (chunk & 1) * (kWarps * DeltaRows::kBytes);
   }
-  MMVSSM_DEVICE int weights_offset(int chunk) const {
-    return Shared::kWeights + (chunk & 1) * kWeightsBytes;
+  // D, or with some bytes more the shift of delta, of the lane's channels.
+  MMVSSM_DEVICE void load_parameters(int bytes, float (&x)[kLanes]) const {
+    load_floats(reinterpret_cast<const float*>(smem + Shared::kSkip + bytes) +
+                    static_cast<int>(threadIdx.x) / kLanes * kLanes,
+                x);
   }
 
   MMVSSM_DEVICE char* low_rank_of(int chunk) const {
@@ -206,23 +249,26 @@ struct Walk {
   // Begins to bring in the rows of a chunk that are not needed at once.
   MMVSSM_DEVICE void copy_rows(int chunk) const {
     const int* where = places.of(chunk);
-    if (kGate) z.load(z_tile, where);
-    grad_out.load(out_tile, where);
+    const URows::Own own(where, work);
+    if (kGate) z.load(smem + Shared::kZ, where, own);
+    grad_out.load(smem + Shared::kGradOut, where, {where, work});
     if (kEnds) return;
-    u.load(u_tile, where);
-    if (kReadsTotal) total.load(total_tile, where);
-    if (ADD) grad_u.load(grad_u_tile, where);
+    u.load(smem + Shared::kU, where, own);
+    if (kReadsTotal) total.load(smem + Shared::kTotal, where, {where, work});
+    if (ADD) grad_u.load(smem + Shared::kGradUTile, where, {where, work});
   }
 
-  // Begins to bring in the states that are kept before sub-chunks.
-  MMVSSM_DEVICE void copy_states(int chunk) const {
+  // Begins to bring in the states that are kept before sub-chunks, from where those of
+  // the chunk are.
+  MMVSSM_DEVICE void copy_states(int chunk, const float* from) const {
 #pragma unroll
     for (int i = 0; i < kPositions; i += kKept) {
       const int t = chunk * kPositions + i;
 #pragma unroll
       for (int k = 0; k < kLanes; ++k)
-        copy_async_or_zero<4 * kOwn>(slot(i / kSub, k), kept.at(t, k),
-                                     kept.valid[k] && t > 0 && t < p.in.length);
+        copy_async_or_zero<4 * kOwn>(slot(i / kSub, k),
+                                     from + i / kKept * kept.stride + k * kStates,
+                                     kept.valid[k] && t > 0 && (i == 0 || t < p.in.length));
     }
   }
   MMVSSM_DEVICE static constexpr bool is_kept(int sub) { return sub * kSub % kKept == 0; }
@@ -234,6 +280,8 @@ struct Walk {
                      reinterpret_cast<float*>(smem + Shared::kDt) + work.warp * kWarp);
     copy_wait<1>();
     sync_warp("dt");
+    float shift[kLanes];
+    load_parameters(kThreads * 4, shift);
     const char* from = at.tile<DeltaRows>(delta_offset(chunk));
 #pragma unroll
     for (int t = 0; t < kPositions; t += kSub) {
@@ -249,12 +297,12 @@ struct Walk {
         dt[k] = SOFTPLUS ? softplus_of_log2(x, exp2_fast(-fabsf(x))) : x;
         if (kEnds) continue;
         slope[k] = SOFTPLUS ? sigmoid_of_log2(x, 1.0f) : 1.0f;
-        us[k] *= dt[k];
+        us[k] *= dt[k] * kLn2;
       }
       store_floats(at.own_row(Shared::kDt, t), dt);
       if (kEnds) continue;
-      store_floats(at.own_row(Shared::kSlope, t), slope);
-      store_floats(at.own_row(Shared::kInput, t), us);
+      store_floats(reinterpret_cast<float*>(at.slope + t * (kThreads * 4)), slope);
+      put_factor(at.own_row(Shared::kInput, t), us);
     }
     const int count = count_of(p.in, chunk);
     if (rarely(count < kPositions)) {
@@ -264,21 +312,67 @@ struct Walk {
       for (int t = 0; t < kPositions; t += kSub) {
         if (t + work.lane % kLanes < count) continue;
         store_floats(at.own_row(Shared::kDt, t), zeros);
-        store_floats(at.own_row(Shared::kSlope, t), zeros);
-        store_floats(at.own_row(Shared::kInput, t), zeros);
+        if (kEnds) continue;
+        store_floats(reinterpret_cast<float*>(at.slope + t * (kThreads * 4)), zeros);
+        put_factor(at.own_row(Shared::kInput, t), zeros);
       }
     }
   }
 
-  // B, or C, of a position.
-  MMVSSM_DEVICE void load_weights(const Cursor& at, int chunk, int i, int offset,
+  // Four numbers that are multiplied by B or C, and their low parts.
+  MMVSSM_DEVICE static void put_factor(float* to, const float (&x)[kLanes]) {
+    store_floats(to, x);
+    if constexpr (kOnTensorCores) {
+      float low[kLanes];
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k) low[k] = x[k] - float_of(bits_of(x[k]) & 0xffffe000u);
+      store_floats(to + Shared::kInputBytes / 4, low);
+    }
+  }
+
+  // B, or C, of a position, times kOfWeights.
+  MMVSSM_DEVICE void load_weights(const Cursor& at, int i, int offset,
                                   float (&x)[kOwn]) const {
-    load_floats(reinterpret_cast<const float*>(at.weights + weights_offset(chunk) +
+    load_floats(reinterpret_cast<const float*>(at.weights + Shared::kWeights +
                                                i * (kWeightsPitch * 4) + offset * 4),
                 x);
+    if constexpr (kSwapped) {
+      const float one = x[1];
+      x[1] = x[2], x[2] = one;
+    }
   }
-  // The lane's dy of a sub-chunk, and the gradient of the gate. The output before the
-  // gate is read, or `parts` of it are in the exchange.
+
+  // Adds to the states B, or C, times numbers of the channels.
+  MMVSSM_DEVICE void add_products(const Cursor& at, int i, int offset,
+                                  int factors, States<kLanes>& x) const {
+    float factor[kLanes];
+    load_floats(reinterpret_cast<const float*>((kOnTensorCores ? at.factor : at.steps) +
+                                               factors + i * (kDtPitch * 4)),
+                factor);
+    if constexpr (kOnTensorCores) {
+      float b[kPairs];
+      load_floats(reinterpret_cast<const float*>(at.fragment + Shared::kWeights +
+                                                 i * (kWeightsPitch * 4) + offset * 4),
+                  b);
+#pragma unroll
+      for (int k = 0; k < kLanes; k += 2)
+#pragma unroll
+        for (int n = 0; n < kOwn; n += 2) {
+          float d[4] = {x[k][n], x[k][n + 1], x[k + 1][n], x[k + 1][n + 1]};
+          mma_1684(d, factor[k], factor[k + 1], b[n / 2]);
+          x[k][n] = d[0], x[k][n + 1] = d[1], x[k + 1][n] = d[2], x[k + 1][n + 1] = d[3];
+        }
+    } else {
+      float weights[kOwn];
+      load_weights(at, i, offset, weights);
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k)
+#pragma unroll
+        for (int n = 0; n < kOwn; ++n) x[k][n] += factor[k] * weights[n];
+    }
+  }
+  // The lane's dy of a sub-chunk, and the gradient of the gate, or what it is without the
+  // output if that is not yet known.
   MMVSSM_DEVICE void open_gate(const Cursor& cursor) const {
     float dy[kLanes], gate[kLanes], before[kLanes];
     grad_out.get_four(cursor.tile<GradOutRows>(Shared::kGradOut), 0, dy);
@@ -287,38 +381,30 @@ struct Walk {
       z.get_four(at, 0, gate);
       if (kReadsTotal && !kEnds)
         total.get_four(cursor.tile<TotalRows>(Shared::kTotal), 0, before);
-      if (kFindsTotal && !kEnds) {
-        float us[kLanes];
-        add_parts(0, before);
-        u.get_four(cursor.tile<URows>(Shared::kU), 0, us);
-#pragma unroll
-        for (int k = 0; k < kLanes; ++k) before[k] += skip[k] * us[k];
-      }
 #pragma unroll
       for (int k = 0; k < kLanes; ++k) {
         const float open = sigmoid(gate[k], p.inverse), factor = gate[k] * open;
         // d(z s(z)) = s + z s (1 - s)
         const float slope = open + factor * (1.0f - open * p.inverse);
-        if (kGradZ && !kEnds) gate[k] = dy[k] * before[k] * slope;
+        if (kGradZ && !kEnds) gate[k] = kReadsTotal ? dy[k] * before[k] * slope : dy[k] * slope;
         dy[k] *= factor;
       }
-      if (kGradZ && !kEnds) grad_z.put_four(at, 0, gate);
+      if (kReadsTotal && !kEnds) grad_z.put_four(at, 0, gate);
+      if (kFindsTotal && !kEnds) store_floats(of_output(), gate);
     }
-    store_floats(own_dy(cursor), dy);
+    put_factor(cursor.own_row(kDy), dy);
   }
-
-  // dy does not move with the cursor, except with kEnds.
-  MMVSSM_DEVICE float* own_dy(const Cursor& cursor) const {
-    return kEnds ? cursor.own_row(Shared::kInput) : dy_rows + work.lane % kLanes * kDtPitch;
+  MMVSSM_DEVICE float* of_output() const {
+    return reinterpret_cast<float*>(smem + Shared::kOfOutput) +
+           static_cast<int>(threadIdx.x) * kLanes;
   }
 
   // What the lane has for a sum over the states of a position, and such a sum.
   MMVSSM_DEVICE void put_part(int number, int t, const float (&x)[kLanes]) const {
-    store_floats(exchange + (number * kSub + t) * kPartsPitch + work.lane * kLanes, x);
+    store_floats(reinterpret_cast<float*>(part) + number * kParts + t * kPartsPitch, x);
   }
   MMVSSM_DEVICE void add_parts(int number, float (&sum)[kLanes]) const {
-    const float* from = exchange + (number * kSub + work.lane % kLanes) * kPartsPitch +
-                        work.lane / kLanes * kLanes * kLanes;
+    const float* from = reinterpret_cast<const float*>(parts) + number * kParts;
     load_floats(from, sum);
 #pragma unroll
     for (int i = 1; i < kLanes; ++i) {
@@ -330,24 +416,24 @@ struct Walk {
   }
 
   // One step forwards: the decays, and the states.
-  MMVSSM_DEVICE void advance(const Cursor& at, int chunk, int t, const States<kLanes>& before,
+  MMVSSM_DEVICE void advance(const Cursor& at, int t, const States<kLanes>& before,
                              States<kLanes>& a, States<kLanes>& h) const {
-    float dt[kLanes], input[kLanes], B[kOwn];
+    float dt[kLanes];
     load_floats(at.row(Shared::kDt, t), dt);
-    load_floats(at.row(Shared::kInput, t), input);
-    load_weights(at, chunk, t, 0, B);
+    States<kLanes> added = {};
+    add_products(at, t, 0, Shared::kInput, added);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k)
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
         a[k][i] = exp2_fast(rates[k][i] * dt[k]);
-        h[k][i] = a[k][i] * before[k][i] + input[k] * B[i];
+        h[k][i] = a[k][i] * before[k][i] + added[k][i];
       }
   }
 
   // The states before the sub-chunks that were not kept. Those before the last one are
   // left in h.
-  MMVSSM_DEVICE void find_states(const Cursor& at, int chunk, States<kLanes>& h) const {
+  MMVSSM_DEVICE void find_states(const Cursor& at, States<kLanes>& h) const {
 #pragma unroll
     for (int t = 0; t < kPositions - kSub; ++t) {
       const int sub = t / kSub;
@@ -358,30 +444,30 @@ struct Walk {
         for (int k = 0; k < kLanes; ++k) store_floats(slot(sub, k), h[k]);
       }
       States<kLanes> a;
-      advance(at, chunk, t, h, a, h);
+      advance(at, t, h, a, h);
     }
     if (is_kept(kSubs - 1)) load_slot(kSubs - 1, h);
   }
 
   // One step backwards, `i` of a sub-chunk. g is the gradient of the state after the
   // position times the decay to there, then that before it.
-  MMVSSM_DEVICE void retreat(const Cursor& at, int chunk, int i, const States<kLanes>& a,
+  MMVSSM_DEVICE void retreat(const Cursor& at, int i, const States<kLanes>& a,
                              const States<kLanes>& h, const States<kLanes>& before,
                              States<kLanes>& g, Sums& sums, float (&q)[kLanes],
                              float (&r)[kLanes]) const {
-    float dt[kLanes], input[kLanes], dy[kLanes], B[kOwn], C[kOwn];
+    float dt[kLanes], input[kLanes], dy[kLanes], B[kOwn];
     load_floats(at.row(Shared::kDt, i), dt);
     load_floats(at.row(Shared::kInput, i), input);
-    load_floats(dy_rows + i * kDtPitch, dy);
-    load_weights(at, chunk, i, 0, B);
-    load_weights(at, chunk, i, kStates, C);
+    load_floats(at.row(kDy, i), dy);
+    load_weights(at, i, 0, B);
+    add_products(at, i, kStates, kDy, g);
     float by_B[kOwn] = {}, by_C[kOwn] = {};
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) {
       q[k] = r[k] = 0.0f;
 #pragma unroll
       for (int n = 0; n < kOwn; ++n) {
-        const float now = C[n] * dy[k] + g[k][n];
+        const float now = g[k][n];
         q[k] += now * B[n];
         by_B[n] += now * input[k];
         by_C[n] += h[k][n] * dy[k];
@@ -391,73 +477,78 @@ struct Walk {
         sums.A[k][n] += dt[k] * w;
       }
     }
-    const int group = work.lane / kLanes;
-    float* to = exchange + ((i * (kWarp / kLanes) + group) * 2) * kStates +
-                work.lane % kLanes * kOwn;
-    // Swapped in every other group: no conflicts of banks.
-    store_floats(to + (group % 2 ? kStates : 0), by_B);
-    store_floats(to + (group % 2 ? 0 : kStates), by_C);
+    constexpr int kPosition = kWarp / kLanes * 2 * kStates;
+    store_floats(reinterpret_cast<float*>(for_B) + i * kPosition, by_B);
+    store_floats(reinterpret_cast<float*>(for_C) + i * kPosition, by_C);
   }
 
   // A sub-chunk forwards and backwards; `start` holds the states before it.
-  MMVSSM_DEVICE void sub_chunk(const Cursor& at, int chunk,
+  MMVSSM_DEVICE void sub_chunk(const Cursor& at,
                                const States<kLanes>& start, States<kLanes>& g,
                                Sums& sums) const {
     States<kLanes> a[kSub], h[kSub];
     const auto before = [&](int i) -> const States<kLanes>& {
       return i == 0 ? start : static_cast<const States<kLanes>&>(h[i == 0 ? 0 : i - 1]);
     };
-    if (!kFindsTotal) open_gate(at);
+    open_gate(at);
     sync_warp("exchange read");
 #pragma unroll
     for (int i = 0; i < kSub; ++i) {
-      advance(at, chunk, i, before(i), a[i], h[i]);
+      advance(at, i, before(i), a[i], h[i]);
       if (!kFindsTotal) continue;
       float C[kOwn], y[kLanes] = {};
-      load_weights(at, chunk, i, kStates, C);
+      load_weights(at, i, kStates, C);
 #pragma unroll
       for (int k = 0; k < kLanes; ++k)
 #pragma unroll
         for (int n = 0; n < kOwn; ++n) y[k] += C[n] * h[i][k][n];
-      put_part(0, i, y);
-    }
-    if (kFindsTotal) {
-      sync_warp("outputs");
-      open_gate(at);
-      sync_warp("outputs read");
+      put_part(kOutput, i, y);
     }
     float q[kSub][kLanes], r[kSub][kLanes];
 #pragma unroll
     for (int i = kSub - 1; i >= 0; --i)
-      retreat(at, chunk, i, a[i], h[i], before(i), g, sums, q[i], r[i]);
+      retreat(at, i, a[i], h[i], before(i), g, sums, q[i], r[i]);
+    float dt[kLanes];
+    load_floats(at.own_row(Shared::kDt), dt);
     sync_warp("products");
     add_up(at);
     sync_warp("products read");
 #pragma unroll
     for (int i = 0; i < kSub; ++i) put_part(0, i, q[i]), put_part(1, i, r[i]);
     sync_warp("parts");
-    finish(at, sums);
+    finish(at, dt, sums);
   }
 
   // The lane's gradients of u and delta of a sub-chunk.
-  MMVSSM_DEVICE void finish(const Cursor& cursor, Sums& sums) const {
-    float by_input[kLanes], by_decay[kLanes], dt[kLanes], slope[kLanes], dy[kLanes];
-    float us[kLanes], by_u[kLanes], by_delta[kLanes];
+  MMVSSM_DEVICE void finish(const Cursor& cursor, const float (&dt)[kLanes],
+                            Sums& sums) const {
+    float by_input[kLanes], by_decay[kLanes], slope[kLanes], dy[kLanes];
+    float us[kLanes], skip[kLanes], by_u[kLanes], by_delta[kLanes];
+    load_parameters(0, skip);
     add_parts(0, by_input);
     add_parts(1, by_decay);
-    load_floats(cursor.own_row(Shared::kDt), dt);
-    load_floats(cursor.own_row(Shared::kSlope), slope);
-    load_floats(own_dy(cursor), dy);
+    load_floats(reinterpret_cast<const float*>(cursor.slope), slope);
+    load_floats(cursor.own_row(kDy), dy);
     u.get_four(cursor.tile<URows>(Shared::kU), 0, us);
     char* at = cursor.tile<GradURows>(Shared::kGradUTile);
     if (ADD) grad_u.get_four(at, 0, by_u);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) {
-      const float one = skip[k] * dy[k] + dt[k] * by_input[k];
+      const float one = skip[k] * dy[k] + dt[k] * (kLn2 / kOfWeights) * by_input[k];
       by_u[k] = ADD ? by_u[k] + one : one;
-      by_delta[k] = (us[k] * by_input[k] * kLog2E + by_decay[k]) * slope[k];
+      by_delta[k] =
+          (us[k] * by_input[k] * (1.0f / kOfWeights) + by_decay[k]) * slope[k];
       sums.D[k] += dy[k] * us[k];
       sums.bias[k] += by_delta[k];
+    }
+    if (kFindsTotal) {
+      float output[kLanes], factor[kLanes];
+      add_parts(kOutput, output);
+      load_floats(of_output(), factor);
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k)
+        factor[k] *= output[k] * (1.0f / kOfWeights) + skip[k] * us[k];
+      grad_z.put_four(cursor.tile<URows>(Shared::kZ), 0, factor);
     }
     grad_u.put_four(at, 0, by_u);
     grad_delta.put_four(cursor.tile<GradDeltaRows>(Shared::kGradDeltaTile), 0, by_delta);
@@ -467,35 +558,28 @@ struct Walk {
   MMVSSM_DEVICE void add_up(const Cursor& at) const {
     constexpr int kGroups = kWarp / kLanes, kFours = 2 * kStates / 4;
     if (kSub * kFours < kWarp && work.lane >= kSub * kFours) return;
-    const int t = work.lane / kFours, four = work.lane % kFours;
-    const float* from = exchange + t * kGroups * 2 * kStates + four * 4;
-    const int other = four < kFours / 2 ? kStates : -kStates;
     float sum[4];
-    load_floats(from, sum);
+    load_floats(reinterpret_cast<const float*>(group), sum);
 #pragma unroll
     for (int i = 1; i < kGroups; ++i) {
       float x[4];
-      load_floats(from + i * 2 * kStates + (i % 2 ? other : 0), x);
+      load_floats(reinterpret_cast<const float*>(i % 2 ? other_group : group) + i * 2 * kStates, x);
 #pragma unroll
       for (int k = 0; k < 4; ++k) sum[k] += x[k];
     }
-    // From the lane's channels to the first one of the warp.
-    store_floats(at.row(Shared::kInput, t) - work.lane / kLanes * kLanes + four * 4, sum);
+    store_floats(reinterpret_cast<float*>(at.steps + Shared::kDt + to_sums), sum);
   }
   // Of the first warp.
   MMVSSM_DEVICE float* sums_of(int t) const {
-    return reinterpret_cast<float*>(smem + Shared::kInput) + t * kDtPitch;
+    return reinterpret_cast<float*>(smem + Shared::kDt) + t * kDtPitch;
   }
 
   // The sums over the CTA, to global memory.
   MMVSSM_DEVICE void store_sums(int chunk) const {
     constexpr int kFours = 2 * kStates / 4, kAll = kPositions * kFours;
-    const int block = work.chain % p.in.blocks;
-    const int64_t row = (static_cast<int64_t>(block) * p.in.batch + work.batch) *
-                            p.in.groups + work.group;
 #pragma unroll
     for (int first = 0; first < kAll; first += kThreads) {
-      const int i = first + threadIdx.x;
+      const uint32_t i = first + threadIdx.x;
       if (first + kThreads > kAll && i >= kAll) break;
       const int t = i / kFours, four = i % kFours, place = places.of(chunk)[t];
       const float* from = sums_of(t) + four * 4;
@@ -508,13 +592,9 @@ struct Walk {
 #pragma unroll
         for (int k = 0; k < 4; ++k) sum[k] += x[k];
       }
-      const bool is_B = four < kFours / 2;
-      const float factor = is_B ? kLn2 : 1.0f;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) sum[k] *= factor;
-      float* to = (is_B ? p.grad_B : p.grad_C) + (row * p.in.places + place) * kStates +
-                  four % (kFours / 2) * 4;
-      store_global(to, place >= 0, sum);
+      char* to = address(four < kFours / 2 ? grad_B : grad_C, place, kStates * 4) +
+                 four % (kFours / 2) * 16;
+      store_global(reinterpret_cast<float*>(to), place >= 0, sum);
     }
   }
 
@@ -523,22 +603,25 @@ struct Walk {
     StagedLowRank low_rank(p.in, work);
     float sum[kLanes] = {};
     const auto fetch = [&](int chunk) {
-      if (!kRank) delta.load(smem + delta_offset(chunk) + work.warp * DeltaRows::kBytes, places.of(chunk));
+      if (!kRank)
+        delta.load(smem + delta_offset(chunk),
+                   places.of(chunk), {places.of(chunk), work});
       weights.fetch(p.in, places.of(chunk));
       if (kRank) low_rank.fetch(p.in, places.of(chunk), low_rank_of(chunk));
     };
     const auto put = [&](int chunk) {
-      weights.put(reinterpret_cast<float*>(smem + Shared::kWeights +
-                                           (chunk & 1) * kWeightsBytes));
+      weights.put_times(reinterpret_cast<float*>(smem + Shared::kWeights), kOfWeights,
+                        kSwapped);
       if (kRank) low_rank.put(low_rank_of(chunk));
     };
-    const Cursor start(smem, work);
+    Cursor at(smem, work);
     const int last = work.end_chunk - 1;
     places.find(p.in, last);
     sync_cta("first places");
     fetch(last);
     copy_commit();
-    if (!kEnds) copy_states(last);
+    const float* states = hidden(kept.at(last * kPositions, 0));
+    if (!kEnds) copy_states(last, states);
     copy_commit();
     put(last);
 
@@ -554,9 +637,8 @@ struct Walk {
       if (rarely(places.is_due(chunk))) {
         places.find(p.in, chunk - Places::kBatch);
       }
-      find_steps(chunk, start);
+      find_steps(chunk, at);
       if (kEnds) {
-        Cursor at = start;
 #pragma unroll
         for (int t = 0; t < kPositions; t += kSub) {
           open_gate(at);
@@ -566,30 +648,33 @@ struct Walk {
           for (int k = 0; k < kLanes; ++k) sum[k] += dt[k];
           at.move(kSub);
         }
+        at.move(-kPositions);
         sync_warp("steps");
 #pragma unroll
-        for (int t = kPositions - 1; t >= 0; --t) retreat_end(start, chunk, t, g);
+        for (int t = kPositions - 1; t >= 0; --t) retreat_end(at, t, g);
+        sync_cta("weights read");
         copy_commit();
       } else {
         sync_warp("steps");
         States<kLanes> h;
-        find_states(start, chunk, h);
-        Cursor at = start;
+        find_states(at, h);
         at.move(kPositions - kSub);
 #pragma unroll 1
         for (int sub = kSubs - 1; sub >= 0; --sub) {  // 4 trips
-          if (sub < kSubs - 1) load_slot(sub, h);
-          sub_chunk(at, chunk, h, g, sums);
+          sub_chunk(at, h, g, sums);
+          if (sub > 0) load_slot(sub - 1, h);
           at.move(-kSub);
         }
-        if (chunk > work.begin_chunk) copy_states(chunk - 1);
+        at.move(kSub);
+        states -= kPositions / kKept * kept.stride;
+        if (chunk > work.begin_chunk) copy_states(chunk - 1, states);
         copy_commit();
         sync_cta("sums");
         store_sums(chunk);
         const int* where = places.of(chunk);
-        grad_u.store(grad_u_tile, where);
-        grad_delta.store(grad_delta_tile, where);
-        if (kGradZ) grad_z.store(z_tile, where);
+        grad_u.store(smem + Shared::kGradUTile, where, {where, work});
+        grad_delta.store(smem + Shared::kGradDeltaTile, where, {where, work});
+        if (kGradZ) grad_z.store(smem + Shared::kZ, where, {where, work});
       }
       if (chunk > work.begin_chunk) put(chunk - 1);
     }
@@ -597,24 +682,22 @@ struct Walk {
   }
 
   // A step backwards of the gradient of the state alone.
-  MMVSSM_DEVICE void retreat_end(const Cursor& at, int chunk, int t,
+  MMVSSM_DEVICE void retreat_end(const Cursor& at, int t,
                                  States<kLanes>& g) const {
-    float dt[kLanes], dy[kLanes], C[kOwn];
+    float dt[kLanes];
     load_floats(at.row(Shared::kDt, t), dt);
-    load_floats(at.row(Shared::kInput, t), dy);
-    load_weights(at, chunk, t, kStates, C);
+    add_products(at, t, kStates, kDy, g);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k)
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i)
-        g[k][i] = exp2_fast(rates[k][i] * dt[k]) * (C[i] * dy[k] + g[k][i]);
+      for (int i = 0; i < kOwn; ++i) g[k][i] *= exp2_fast(rates[k][i] * dt[k]);
   }
 };
 
 // Eight warps on a multiprocessor.
 MMVSSM_KERNEL(many_states_backward, Args, THREADS, 256 / THREADS) {
   const Work work(p.in, true);
-  char* smem = shared_memory();
+  char* smem = hidden_shared(shared_memory());
   States<kLanes> rates, g = {};
   load_rates<kLanes>(p.in, work, rates);
   if (p.grad_last_state != nullptr)
@@ -632,7 +715,6 @@ MMVSSM_KERNEL(many_states_backward, Args, THREADS, 256 / THREADS) {
       splits.publish_split(added, sum);
       splits.find_start(rates, before, g);
       splits.publish_group(rates, g, added, sum);
-      sync_cta("ends");
     } else {
       splits.find_start(rates, before, g);
     }

@@ -269,11 +269,17 @@ def _backward_shared(constants: dict[str, int]) -> int:
         rows += grad_u
     if grad_delta != grad_out:
         rows += grad_delta
+    # Products on tensor cores take what they multiply in two parts.
+    parts = 2 if constants['B_DTYPE'] and constants['STATES'] > 4 else 1
     steps = _steps_bytes(constants)
-    found = rows + (2 if constants['RANK'] else 3) * steps + steps // 4
+    found = rows + parts * steps * 5 // 4 + (0 if constants['RANK'] else steps)
+    found += CHUNK * threads * 4
     found += (4 if constants['KEPT'] == 4 else 3) * constants['STATES'] * threads * 4
-    parts = 2 * 4 * (32 * 4 + 4)
-    found += threads // 32 * max(4 * 8 * 2 * constants['STATES'], parts) * 4
+    # What threads exchange, and the output before the gate with a factor of it.
+    found += threads // 32 * (3 if gate == 3 else 2) * 4 * (32 * 4 + 4) * 4
+    found += threads * 4 * 4 * (gate == 3)
+    # There is one buffer for B and C, and D and the bias are here, too.
+    found += 2 * threads * 4 - 2 * CHUNK * constants['STATES'] * 4
     return found + _staged_bytes(constants)
 
 
