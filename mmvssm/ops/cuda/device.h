@@ -220,10 +220,11 @@ MMVSSM_DEVICE void mma_1688(float (&d)[4], const float (&a)[4], const float (&b)
 // The same for a (16, 4) and b (4, 8):
 //   a: (g, c), (g + 8, c);  b: (c, g);  d: as above.
 MMVSSM_DEVICE void mma_1684(float (&d)[4], float upper, float lower, float b) {
-  asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-      "{%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, "
+      "{%6}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(__float_as_uint(upper)), "r"(__float_as_uint(lower)), "r"(__float_as_uint(b)));
+      : "r"(__float_as_uint(upper)), "r"(__float_as_uint(lower)),
+        "r"(__float_as_uint(b)));
 }
 
 // A number that says by itself whether it is there: other CTAs read it until it is not
@@ -368,7 +369,9 @@ MMVSSM_DEVICE T* hidden(T* x) {
 // The same for a pointer to shared memory.
 MMVSSM_DEVICE char* hidden_shared(char* x) {
   uint32_t same;
-  asm("mov.b32 %0, %1;" : "=r"(same) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(x))));
+  asm("mov.b32 %0, %1;"
+      : "=r"(same)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(x))));
   return static_cast<char*>(__cvta_shared_to_generic(same));
 }
 

@@ -5,7 +5,8 @@
 // has STATES / kLanes states of all of them. Registers have channels by number, see
 // `lane_of`.
 //
-// dt is kept times log2(e), as the hardware has powers of two, and B times ln(2).
+// dt is kept times log2(e), as the hardware has powers of two, and B times ln(2), or in
+// the backward pass u.
 #pragma once
 
 #include "device.h"
@@ -291,7 +292,8 @@ struct KeptStates {
   MMVSSM_DEVICE KeptStates(const Inputs& p, const Work& work, float* kept)
       : stride(static_cast<int64_t>(p.batch) * p.groups * p.group_size * kStates) {
     const int64_t channels = static_cast<int64_t>(p.groups) * p.group_size;
-    const int64_t row = work.batch * channels + work.first + work.lane / kLanes * kLanes;
+    const int64_t row =
+        work.batch * channels + work.first + work.lane / kLanes * kLanes;
     data = kept + row * kStates - stride;
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) {
@@ -336,7 +338,9 @@ struct Places {
   MMVSSM_DEVICE int* of(int chunk) const {
     return data + ((chunk - first) * step & (2 * kBatch - 1)) * kPositions;
   }
-  MMVSSM_DEVICE bool is_due(int chunk) const { return ((chunk - first) * step & (kBatch - 1)) == 0; }
+  MMVSSM_DEVICE bool is_due(int chunk) const {
+    return ((chunk - first) * step & (kBatch - 1)) == 0;
+  }
   MMVSSM_DEVICE void find(const Inputs& p, int first_of_batch) const {
     int* to = of(first_of_batch);
 #pragma unroll 1
@@ -433,8 +437,9 @@ struct RowsOfWarp {
       for (int i = 0; i < kPositions; ++i) {
         const int place = places[position(i)];
         if (there(i, place))
-          store_float<kDtype>(element(i, place),
-                              load_float<kDtype>(tile + position(i) * kPitch + offset(i)));
+          store_float<kDtype>(
+              element(i, place),
+              load_float<kDtype>(tile + position(i) * kPitch + offset(i)));
       }
     }
   }

@@ -112,16 +112,15 @@ struct Sums {
   float D[kLanes] = {}, bias[kLanes] = {};
 };
 
-// Where the numbers of a lane are, of the positions of a sub-chunk: in arrays with rows
-// of one kind at the same distance from each other. These move from one sub-chunk to
-// the next, so that nothing has to be found anew.
+// Where the numbers of a lane are, of the positions of a sub-chunk. Arrays with rows of
+// one kind share a pointer, which moves on from sub-chunk to sub-chunk.
 struct Cursor {
   static constexpr int kNarrowPitch = RowsOfWarp<kBfloat16>::kPitch;
   static constexpr int kWidePitch = RowsOfWarp<kFloat32>::kPitch;
-  char *steps, *own;     // of the lane's channels: the first position, and its own
-  char *weights;
-  char *narrow, *wide;  // its own position, of rows of 16 bits and of float32
-  char* slope;
+  char *steps, *own;    // rows of all channels: those of the lane, and its position
+  char* weights;        // the lane's states
+  char *narrow, *wide;  // rows of a warp, of 16 bits and of float32: its position
+  char* slope;          // of the thread alone
   // Of products on tensor cores: b, and a: rows like those of steps, or low parts.
   char *fragment, *factor;
 
@@ -216,11 +215,14 @@ struct Walk {
     const int from =
         exchange + (lane / kFours * (kWarp / kLanes) * 2 * kStates + four * 4) * 4;
     group = smem + hidden(from);
-    other_group = smem + hidden(from + (four < kFours / 2 ? kStates : -kStates) * 4);
+    const int other = from + (four < kFours / 2 ? kStates : -kStates) * 4;
+    // Splits leave no register for it.
+    other_group = smem + (SPLIT ? other : hidden(other));
     // They begin with the first channel of the warp.
-    to_sums = hidden((lane / kFours * kDtPitch + four * 4 - lane / kLanes * kLanes) * 4);
+    const int first = lane / kLanes * kLanes;
+    to_sums = hidden((lane / kFours * kDtPitch + four * 4 - first) * 4);
     part = smem + hidden(exchange + lane * (kLanes * 4));
-    parts = smem + hidden(exchange + (i * kPartsPitch + lane / kLanes * kLanes * kLanes) * 4);
+    parts = smem + hidden(exchange + (i * kPartsPitch + first * kLanes) * 4);
   }
 
   MMVSSM_DEVICE float* slot(int number, int k) const {
@@ -266,12 +268,14 @@ struct Walk {
       const int t = chunk * kPositions + i;
 #pragma unroll
       for (int k = 0; k < kLanes; ++k)
-        copy_async_or_zero<4 * kOwn>(slot(i / kSub, k),
-                                     from + i / kKept * kept.stride + k * kStates,
-                                     kept.valid[k] && t > 0 && (i == 0 || t < p.in.length));
+        copy_async_or_zero<4 * kOwn>(
+            slot(i / kSub, k), from + i / kKept * kept.stride + k * kStates,
+            kept.valid[k] && t > 0 && (i == 0 || t < p.in.length));
     }
   }
-  MMVSSM_DEVICE static constexpr bool is_kept(int sub) { return sub * kSub % kKept == 0; }
+  MMVSSM_DEVICE static constexpr bool is_kept(int sub) {
+    return sub * kSub % kKept == 0;
+  }
 
   // dt of all positions, its slope where it is a function of delta, and dt u.
   MMVSSM_DEVICE void find_steps(int chunk, const Cursor& at) const {
@@ -325,7 +329,8 @@ struct Walk {
     if constexpr (kOnTensorCores) {
       float low[kLanes];
 #pragma unroll
-      for (int k = 0; k < kLanes; ++k) low[k] = x[k] - float_of(bits_of(x[k]) & 0xffffe000u);
+      for (int k = 0; k < kLanes; ++k)
+        low[k] = x[k] - float_of(bits_of(x[k]) & 0xffffe000u);
       store_floats(to + Shared::kInputBytes / 4, low);
     }
   }
@@ -360,7 +365,8 @@ struct Walk {
         for (int n = 0; n < kOwn; n += 2) {
           float d[4] = {x[k][n], x[k][n + 1], x[k + 1][n], x[k + 1][n + 1]};
           mma_1684(d, factor[k], factor[k + 1], b[n / 2]);
-          x[k][n] = d[0], x[k][n + 1] = d[1], x[k + 1][n] = d[2], x[k + 1][n + 1] = d[3];
+          x[k][n] = d[0], x[k][n + 1] = d[1];
+          x[k + 1][n] = d[2], x[k + 1][n + 1] = d[3];
         }
     } else {
       float weights[kOwn];
@@ -386,7 +392,8 @@ struct Walk {
         const float open = sigmoid(gate[k], p.inverse), factor = gate[k] * open;
         // d(z s(z)) = s + z s (1 - s)
         const float slope = open + factor * (1.0f - open * p.inverse);
-        if (kGradZ && !kEnds) gate[k] = kReadsTotal ? dy[k] * before[k] * slope : dy[k] * slope;
+        if (kGradZ && !kEnds)
+          gate[k] = kReadsTotal ? dy[k] * before[k] * slope : dy[k] * slope;
         dy[k] *= factor;
       }
       if (kReadsTotal && !kEnds) grad_z.put_four(at, 0, gate);
@@ -551,7 +558,8 @@ struct Walk {
       grad_z.put_four(cursor.tile<URows>(Shared::kZ), 0, factor);
     }
     grad_u.put_four(at, 0, by_u);
-    grad_delta.put_four(cursor.tile<GradDeltaRows>(Shared::kGradDeltaTile), 0, by_delta);
+    grad_delta.put_four(cursor.tile<GradDeltaRows>(Shared::kGradDeltaTile), 0,
+                        by_delta);
   }
 
   // The sums over the warp of what its threads have for B and C.
@@ -563,7 +571,9 @@ struct Walk {
 #pragma unroll
     for (int i = 1; i < kGroups; ++i) {
       float x[4];
-      load_floats(reinterpret_cast<const float*>(i % 2 ? other_group : group) + i * 2 * kStates, x);
+      load_floats(reinterpret_cast<const float*>(i % 2 ? other_group : group) +
+                      i * 2 * kStates,
+                  x);
 #pragma unroll
       for (int k = 0; k < 4; ++k) sum[k] += x[k];
     }

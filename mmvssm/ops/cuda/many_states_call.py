@@ -31,8 +31,9 @@ _LARGEST_RANK = 64
 _WARPS = 8
 # Of look-back, see many_states_splits.h.
 _SPLITS_OF_GROUP = 8
-# Bytes of shared memory that a multiprocessor keeps for each CTA.
-_SHARED_KEPT = 1024
+# Bytes of shared memory that every GPU has for a CTA, and that a multiprocessor keeps
+# for each.
+_SHARED, _SHARED_KEPT = 99 * 1024, 1024
 
 
 class Rows(ctypes.Structure):
@@ -184,7 +185,9 @@ class Call:
             VECTOR=int(all(_are_vectors(x, group_size) for x in arrays))
         )
         constants |= options
-        threads = of_pass.block(constants, group_size, kernels.shared_memory(read.u))
+        threads = of_pass.block(
+            constants, group_size, max(_SHARED, kernels.shared_memory(read.u))
+        )
         blocks = -(-group_size // threads)
         chains = batch * groups * blocks
         chunks = -(-read.length // CHUNK)
