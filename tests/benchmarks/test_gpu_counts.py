@@ -37,6 +37,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # worse either, see `test_nothing_gets_worse`.
 _SPLITS = 'each split is walked twice, for its end and for its outputs'
 _BACKWARD = 'registers hold a, b, h and the sums of A, D and bias at once'
+_STATES = 'registers hold the decays and states of 4 positions at once'
 _SUMS = 'every scan adds to a float32 sum in memory, where the map does not fit on chip'
 MISSES = {
     ('stack', 'one_state_backward'): _BACKWARD,
@@ -44,8 +45,8 @@ MISSES = {
     ('instructions', 'one_state_backward'): _BACKWARD,
     ('instructions', 'one_state_forward'): 'one row, with a gate and whole step sizes',
     ('instructions', 'many_states_forward'): _SPLITS,
-    ('resident warps', 'many_states_backward'): 'a thread has all states of a channel',
-    ('instructions', 'many_states_backward'): 'so are outputs that were not kept, or ends',
+    ('resident warps', 'many_states_backward'): _STATES,
+    ('instructions', 'many_states_backward'): 'it finds outputs or ends of splits, too',
     ('maps', 'one_state_forward'): _SUMS,
     ('instructions', 'one_state_map'): 'rank 48 on a map of 25x40: 40.2',
     ('maps', 'one_state_map'): 'chunks of 64 positions are not full on small maps',
