@@ -133,7 +133,7 @@ struct Recurrence {
   float a[kHeld][kWidth];  // decays
   float b[kHeld][kWidth];  // what is added; then the states
 
-  // From raw step sizes. Leaves the step sizes in shared memory.
+  // From delta, the step sizes before softplus. Leaves the step sizes in shared memory.
   MMVSSM_DEVICE Sides start(const Maps& maps, const Own& own,
                             const float (&rate)[kWidth],
                             const float (&x)[kOwn][kWidth], float (&skip)[kWidth]) {
