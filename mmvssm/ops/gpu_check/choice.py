@@ -63,7 +63,10 @@ def objection(
     verdict = None if _switch() is not None else _settled(backend, op, device)
     found = _objection(verdict, backend, other)
     if found and _switch() is None:
-        text = f'the kernels of {op} are not used, {other} is: {found}'
+        text = (
+            f'{op} uses the backend {other!r}. '
+            f'The backend {backend!r} is not used: {found}'
+        )
         _warn(f'{text}. {_REPORT}' if verdict else text)
     if verdict is not None:
         _answers[asked] = found

@@ -86,7 +86,7 @@ def test_the_next_one_is_taken_in_the_place_of_broken_ones(checks, mamba_ssm):
         assert ops.choose_backend('cpu', torch.bfloat16) == 'mamba_ssm'
     (warning,) = caught
     for text in (
-        'the kernels of selective_scan are not used, mamba_ssm is',
+        "selective_scan uses the backend 'mamba_ssm'. The backend 'cuda' is not used",
         'the gradient of u has an error',
         'report it with the output of `python -m mmvssm.check_gpu --all --json`',
     ):
@@ -205,7 +205,7 @@ def test_every_call_takes_what_was_found(checks):
         choice.forget()
         Store(CPU).forget()
         checks(FAILED)
-        with pytest.warns(UserWarning, match='are not used, torch is'):
+        with pytest.warns(UserWarning, match="uses the backend 'torch'"):
             ops.selective_scan(**inputs).sum().backward()
     assert passes == ['backward']
 
@@ -214,13 +214,13 @@ def test_ops_say_what_they_are_asked(checks, mamba_ssm):
     """Their name, and whether somebody wants the last state."""
     runs = checks(FAILED)
     with (
-        pytest.warns(UserWarning, match='ss2d_scan are not used, mamba_ssm is'),
+        pytest.warns(UserWarning, match="ss2d_scan uses the backend 'mamba_ssm'"),
         pytest.raises(ImportError, match='mamba_ssm is not installed'),
     ):
         ops.ss2d_scan(**ss2d_inputs(1, 4, 3, 5, 2, 1, dtype=torch.float32))
     assert runs == [{'ss2d_scan'}]
     inputs = scan_inputs(1, 2, 3, 4, dtype=torch.float32)
-    with pytest.warns(UserWarning, match='selective_scan are not used, torch is'):
+    with pytest.warns(UserWarning, match="selective_scan uses the backend 'torch'"):
         _, last = ops.selective_scan(**inputs, return_last_state=True)
     last.sum().backward()
     assert inputs['A'].grad is not None

@@ -49,7 +49,8 @@ def test_broken_kernels_are_not(capsys, fault, backend):
     found = json.loads(capsys.readouterr().out)['ops']['selective_scan']
     assert found['backend'] == 'torch'
     (warning,) = found['warnings']
-    assert 'the kernels of selective_scan are not used, torch is' in warning
+    assert "selective_scan uses the backend 'torch'" in warning
+    assert "The backend 'cuda' is not used" in warning
     assert SAID[fault] in warning and SAID[fault] in found['why']
     assert 'Please report it' in warning
     assert (found['failure'] is None) == (fault == 'slow')
