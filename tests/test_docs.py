@@ -4,9 +4,13 @@ import re
 
 import pytest
 import torch
+from mmengine.config import Config
 
 import mmvssm
+import mmvssm.engine
+import tiny_det
 from tiny import REPO
+from tiny_det import needs_detection
 
 PAGES = sorted(
     [*REPO.glob('*.md'), *REPO.glob('docs/*.md'), *REPO.glob('configs/**/*.md')]
@@ -75,3 +79,42 @@ def test_accuracy_is_the_same_on_both_pages():
         )
     ]
     assert rows[0] and rows[0].items() <= rows[1].items()
+
+
+def own_data(page, section, tmp_path, blocks):
+    """The config that the first blocks of a section make together."""
+    text = (REPO / page).read_text()
+    part = re.split(r'^## ', text.partition(f'\n## {section}\n')[2], flags=re.M)[0]
+    found = re.findall(r'```python\n(.*?)```', part, re.S)
+    path = tmp_path / 'own.py'
+    path.write_text(''.join(found[:blocks]))
+    return mmvssm.engine.load_config(str(path))
+
+
+def numbers_of_classes(cfg):
+    """Classes that the data sets have, and those that the heads predict."""
+    loaders = [cfg[f'{split}_dataloader'] for split in ('train', 'val', 'test')]
+    named = {len(loader.dataset.metainfo.classes) for loader in loaders}
+    heads = re.findall(r'\bnum_classes=(\d+)', Config(dict(x=cfg.model)).pretty_text)
+    return named, set(map(int, heads))
+
+
+@needs_detection
+@pytest.mark.parametrize('blocks', [1, 2], ids=['masks', 'boxes'])
+def test_own_boxes(tmp_path, blocks):
+    cfg = own_data('docs/detection.md', 'Your own boxes', tmp_path, blocks)
+    assert numbers_of_classes(cfg) == ({2}, {2})
+    for split in ('train', 'val'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert dataset.ann_file == f'{split}.json'
+        asked = [step for step in dataset.pipeline if step.type == 'LoadAnnotations']
+        assert [step.get('with_mask', False) for step in asked] == [blocks == 1]
+    root = cfg.train_dataloader.dataset.data_root
+    assert cfg.test_dataloader == cfg.val_dataloader
+    assert cfg.test_evaluator.ann_file == f'{root}/val.json'
+    assert len(cfg.test_evaluator.metric) == 3 - blocks
+    detector = tiny_det.build(cfg).train()
+    data = detector.data_preprocessor(tiny_det.batch(), training=True)
+    losses = detector(**data, mode='loss')
+    assert ('loss_mask' in losses) == (blocks == 1)
+    assert tiny_det.total_loss(losses).isfinite()
