@@ -7,7 +7,12 @@ _base_ = [
 # Never published. Drop path as in upernet_mambar_s.py; layer decay of the cascade
 # with a Vim of this size.
 model = dict(
-    backbone=dict(type='mmvssm.MambaR', arch='s', drop_path_rate=0.1),
+    backbone=dict(
+        type='mmvssm.MambaR',
+        arch='s',
+        drop_path_rate=0.1,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://mambar_s'),
+    ),
     neck=dict(in_channels=384),
 )
 optim_wrapper = dict(

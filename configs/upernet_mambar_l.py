@@ -8,7 +8,11 @@ _base_ = [
 # decay 0.96, which at twice the depth leaves the stem the rate of Vim's 0.92.
 model = dict(
     backbone=dict(
-        arch='l', out_indices=(11, 23, 35, 47), drop_path_rate=0.4, with_cp=True
+        arch='l',
+        out_indices=(11, 23, 35, 47),
+        drop_path_rate=0.4,
+        with_cp=True,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://mambar_l'),
     ),
     neck=dict(channels=1024),
     decode_head=dict(in_channels=[1024, 1024, 1024, 1024]),

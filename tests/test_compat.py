@@ -50,22 +50,25 @@ def test_wrong_base_still_fails(tmp_path, base, error):
 
 
 def test_name_of_a_config_of_this_package_is_enough_for_an_inferencer():
-    compat.find_own_models()
+    import mmvssm.engine  # noqa: F401
+
     find = BaseInferencer._load_model_from_metafile
     config, weights = find(None, 'upernet_vmamba_t')
-    assert config.model.backbone.arch == 't_s1l8' and weights is None
+    assert config.model.backbone.arch == 't_s1l8'
+    assert weights == 'mmvssm://upernet_vmamba_t'
+    assert find(None, 'upernet_vim_quickstart')[1] is None
 
 
 def test_applying_again_changes_nothing():
     # mmengine's own loader takes back what was allowed.
     compat.apply()
-    compat.find_own_models()
+    compat.find_own_models(str)
     find = Config._get_cfg_path
     load = BaseInferencer._load_model_from_metafile
     scopes = dict(MODULE2PACKAGE)
     allowed = set(torch.serialization.get_safe_globals())
     compat.apply()
-    compat.find_own_models()
+    compat.find_own_models(str)
     assert Config._get_cfg_path is find
     assert BaseInferencer._load_model_from_metafile is load
     assert scopes == MODULE2PACKAGE

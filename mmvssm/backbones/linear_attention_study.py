@@ -19,6 +19,7 @@ from mmvssm.backbones.base import (
     fit_grid,
     note_grid,
     parse_img_size,
+    with_pretrained,
 )
 from mmvssm.backbones.hierarchical import (
     HierarchicalBackbone,
@@ -208,7 +209,7 @@ class LinearAttentionStudy(HierarchicalBackbone):
         img_size: Height and width, or one number for both, at which absolute
             position embeddings are stored. Every image size is accepted.
         in_channels, out_indices, frozen_stages, with_cp, drop_path_rate,
-            out_norm, init_cfg: See :class:`VSSM`.
+            out_norm, init_cfg, pretrained: See :class:`VSSM`.
 
     Attributes:
         out_channels: Channels of each returned map.
@@ -238,6 +239,7 @@ class LinearAttentionStudy(HierarchicalBackbone):
         drop_path_rate: float | None = None,
         out_norm: bool = True,
         init_cfg: dict | list[dict] | None = None,
+        pretrained: str | None = None,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, type(self).__name__, _DEFAULTS)
         if drop_path_rate is None:
@@ -283,7 +285,7 @@ class LinearAttentionStudy(HierarchicalBackbone):
             with_cp=with_cp,
             drop_path_rate=drop_path_rate,
             out_norm=out_norm,
-            init_cfg=init_cfg,
+            init_cfg=with_pretrained(init_cfg, pretrained),
         )
         for module in self.modules():
             if isinstance(module, StepSize2d):

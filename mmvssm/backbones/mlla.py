@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmvssm.backbones.base import describe_arch
+from mmvssm.backbones.base import describe_arch, with_pretrained
 from mmvssm.backbones.hierarchical import (
     HierarchicalBackbone,
     block_depth,
@@ -192,6 +192,7 @@ class MLLA(HierarchicalBackbone):
         init_cfg: mmengine's initialisation config. ``dict(type='Pretrained',
             checkpoint=...)`` takes published files as they are, by
             :func:`mmvssm.load_checkpoint`, and logs what matched.
+        pretrained: The older way to say so: the ``checkpoint`` alone.
 
     Attributes:
         out_channels: Channels of each returned map.
@@ -213,6 +214,7 @@ class MLLA(HierarchicalBackbone):
         drop_path_rate: float | None = None,
         out_norm: bool = True,
         init_cfg: dict | list[dict] | None = None,
+        pretrained: str | None = None,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'MLLA', _DEFAULTS)
         dims, heads = arch['dims'], arch['num_heads']
@@ -247,7 +249,7 @@ class MLLA(HierarchicalBackbone):
             with_cp=with_cp,
             drop_path_rate=drop_path_rate,
             out_norm=out_norm,
-            init_cfg=init_cfg,
+            init_cfg=with_pretrained(init_cfg, pretrained),
         )
 
 

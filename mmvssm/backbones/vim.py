@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mmvssm.backbones.base import fit_grid
+from mmvssm.backbones.base import fit_grid, with_pretrained
 from mmvssm.backbones.isotropic import (
     ARCH_DEFAULTS,
     IsotropicMamba,
@@ -104,6 +104,7 @@ class Vim(IsotropicMamba):
         init_cfg: mmengine's initialisation config. ``dict(type='Pretrained',
             checkpoint=...)`` takes published files as they are, by
             :func:`mmvssm.load_checkpoint`, and logs what matched.
+        pretrained: The older way to say so: the ``checkpoint`` alone.
 
     Attributes:
         out_channels: Channels of each returned map.
@@ -137,6 +138,7 @@ class Vim(IsotropicMamba):
         classification: bool = False,
         pretrained_cls_token: str = 'middle',
         init_cfg: dict | list[dict] | None = None,
+        pretrained: str | None = None,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'Vim')
         check_choice('cls_token', cls_token, _CLASS_TOKENS)
@@ -155,7 +157,7 @@ class Vim(IsotropicMamba):
             last_layer_process=last_layer_process,
             return_tokens=return_tokens,
             classification=classification,
-            init_cfg=init_cfg,
+            init_cfg=with_pretrained(init_cfg, pretrained),
         )
         channels = arch['embed_dims']
         if rope and channels % 4:

@@ -86,6 +86,7 @@ def load_checkpoint(
     weights: str | None = None,
     strict: bool = False,
     allow_nan: bool = False,
+    other_heads: bool = False,
 ) -> LoadReport:
     """Load published or own weights into a model.
 
@@ -111,6 +112,8 @@ def load_checkpoint(
         strict: Refuse a file whose heads have another number of classes, or that
             lacks a tensor of the model other than those it cannot have.
         allow_nan: Load weights that are not finite.
+        other_heads: Leave tensors of heads and necks that have another shape in the
+            file as initialised, and say so, instead of refusing the file.
 
     Returns:
         What matched, what the file misses and what it has left over.
@@ -152,7 +155,10 @@ def load_checkpoint(
         if not fits(tensors[key], wanted[key])
     }
     _check_arch(checkpoint, {key: target[own[key]] for key in own}, wrong, what)
-    if wrong:
+    if wrong and other_heads:
+        notes.append(f'{_first(wrong.values())}: left as initialised')
+        matched = [key for key in matched if key not in wrong]
+    elif wrong:
         raise CheckpointError(
             f'{what} has a head of another shape: {_first(wrong.values())}. Load into '
             'model.backbone to leave the head out'
