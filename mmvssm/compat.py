@@ -85,7 +85,8 @@ def find_own_models(weights_of: Callable[[str], str | None]) -> None:
         weights_of: The published weights of a config, by its name; None if there are
             none.
     """
-    from mmengine.infer import BaseInferencer
+    # The package itself may be on its way to be imported.
+    from mmengine.infer.infer import BaseInferencer
 
     find = BaseInferencer._load_model_from_metafile
     if getattr(find, 'knows_mmvssm', False):

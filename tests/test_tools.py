@@ -67,7 +67,7 @@ def trained(work):
         cwd=work,
     )
     number = len(backbone.state_dict())
-    assert f"loaded {number} of the model's {number} tensors" in output
+    assert f'loaded {number} of {number} tensors of the model' in output
     assert len(re.findall(r'Iter\(train\) \[[12]/2\]', output)) == 2
     return work / 'out'
 

@@ -42,7 +42,7 @@ class Backbone(BaseModule):
         after construction.
         """
         given = self.init_cfg
-        cfgs = [given] if isinstance(given, dict) else list(given or [])
+        cfgs = [given] if given and isinstance(given, dict) else list(given or [])
         pretrained = [
             cfg for cfg in cfgs if cfg['type'] in ('Pretrained', PretrainedInit)
         ]

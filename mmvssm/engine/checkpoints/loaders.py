@@ -77,7 +77,7 @@ def load_from_ceph(filename: str, map_location: Any = None) -> Any:
         return load_from_local(str(path), map_location)
 
 
-@CheckpointLoader.register_scheme([zoo.SCHEME, zoo.HF_SCHEME], force=True)
+@CheckpointLoader.register_scheme(zoo.SCHEME, force=True)
 def load_from_zoo(filename: str, map_location: Any = None) -> dict:
     """Fetch published weights, under the names of this package.
 
@@ -105,6 +105,7 @@ def _classes(meta: dict) -> Any:
 _LOADERS = {
     'http://': load_from_http,
     'https://': load_from_http,
+    zoo.HF_SCHEME: load_from_zoo,
     r'(\S+\:)?s3://': load_from_ceph,
     r'(\S+\:)?petrel://': load_from_ceph,
     '': load_from_local,
