@@ -184,7 +184,8 @@ def test_fine_tuning_on_other_classes(by, mirror, work):
 
 def _two_classes():
     return (
-        "metainfo = dict(classes=('wall', 'building'), palette=[[0, 0, 0], [9, 9, 9]])\n"
+        "metainfo = dict(classes=('wall', 'building'))\n"
+        'metainfo.update(palette=[[0, 0, 0], [9, 9, 9]])\n'
         'for loader in (train_dataloader, val_dataloader):\n'
         "    loader['dataset']['metainfo'] = metainfo\n"
         'test_dataloader = val_dataloader\n'
