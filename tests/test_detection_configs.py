@@ -229,6 +229,7 @@ def test_published_settings_of_the_vim_cascade(arch, width, rate):
         average=False,
         rope=True,
         rope_residual=True,
+        init_cfg=dict(type='Pretrained', checkpoint=f'mmvssm://vim_{arch}'),
     )
     assert model.neck == dict(
         type='mmvssm.SimpleFeaturePyramid',
