@@ -1,6 +1,8 @@
 """mmvssm.compat: configs of other packages, checkpoints of mmengine."""
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from mmengine.infer import BaseInferencer
 from mmengine.logging import HistoryBuffer, MessageHub
 
 from mmvssm import compat
+from tiny import REPO
 
 
 def inherit(tmp_path, base):
@@ -57,6 +60,25 @@ def test_name_of_a_config_of_this_package_is_enough_for_an_inferencer():
     assert config.model.backbone.arch == 't_s1l8'
     assert weights == 'mmvssm://upernet_vmamba_t'
     assert find(None, 'upernet_vim_quickstart')[1] is None
+
+
+@pytest.mark.parametrize(
+    'first, then', [('mmvssm', 'mmengine.infer'), ('mmengine.infer', 'mmvssm')]
+)
+def test_importing_the_package_is_enough_for_an_inferencer(first, then):
+    script = (
+        f'import {first}, sys; seen = "cv2" in sys.modules; import {then};'
+        'from mmengine.infer import BaseInferencer as B; '
+        'print(seen, B._load_model_from_metafile(None, "upernet_vmamba_t")[1])'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', script], capture_output=True, text=True, cwd=REPO
+    )
+    assert done.returncode == 0, done.stderr
+    seen, name = done.stdout.split()[-2:]
+    assert name == 'mmvssm://upernet_vmamba_t'
+    # The package alone does without what inferencers import.
+    assert (seen == 'True') == (first != 'mmvssm')
 
 
 def test_applying_again_changes_nothing():

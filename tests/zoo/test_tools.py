@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -133,6 +134,24 @@ def test_pretrained_replaces_it(imagenet, mirror, work):
     assert 'This training starts from mine.pth' in output
     assert not mirror.requests
     assert_backbone(work / 'out/iter_2.pth', imagenet['ema'])
+
+
+def test_a_training_that_goes_on_needs_no_weights(imagenet, mirror, work):
+    run('train.py', NAME, '--work-dir', 'out', cwd=work)
+    mirror.files.clear()
+    shutil.rmtree(work / 'cache')
+    more = ('--resume', '--cfg-options', 'train_cfg.max_iters=3')
+    output = run('train.py', NAME, '--work-dir', 'out', *more, cwd=work)
+    assert 'Iter(train) [3/3]' in output and '[2/3]' not in output
+    assert 'This training starts' not in output
+    assert len(mirror.requests) == 1
+    assert_backbone(work / 'out/iter_3.pth', imagenet['raw'])
+
+
+def test_resume_from_the_first_start(imagenet, mirror, work):
+    output = run('train.py', NAME, '--work-dir', 'out', '--resume', cwd=work)
+    assert f'starts from mmvssm://{IMAGENET}, unless there is a checkpoint' in output
+    assert_backbone(work / 'out/iter_2.pth', imagenet['raw'])
 
 
 def test_data_and_weights_missing(mirror, tmp_path):

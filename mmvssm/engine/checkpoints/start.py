@@ -22,6 +22,7 @@ from mmvssm.checkpoints import CheckpointError, convert, load_checkpoint
 from mmvssm.checkpoints.adapt import fresh_heads
 from mmvssm.checkpoints.load import fits
 from mmvssm.checkpoints.read import read_state_dict
+from mmvssm.engine.checkpoints.files import has_checkpoints
 from mmvssm.engine.configs.data import check_datasets
 from mmvssm.engine.errors import UsageError, require_file
 from mmvssm.families import recognise
@@ -57,7 +58,7 @@ def choose_start(
         from_scratch: Start from random weights.
         weights: ``'raw'`` or ``'ema'``, of a file with both.
         resume: What ``--resume`` names. All weights come from there, unless it is
-            ``'auto'`` and there may be nothing to go on from yet.
+            ``'auto'`` and there is nothing to go on from yet.
 
     Returns:
         Paths and addresses of all that is loaded.
@@ -67,7 +68,7 @@ def choose_start(
             a copy of.
     """
     model = cfg.model
-    if resume not in (None, 'auto'):
+    if resume not in (None, 'auto') or (resume and _goes_on(cfg)):
         cfg.load_from, pretrained, from_scratch, weights = None, None, True, None
     if from_scratch and (
         pretrained or (cfg.get('load_from') and not cfg.get('resume'))
@@ -77,6 +78,11 @@ def choose_start(
     own = has_own_backbone(cfg)
     if own:
         _adopt_pretrained(model)
+    if pretrained and 'backbone' not in model:
+        raise UsageError(
+            f'--pretrained fills the backbone, and the model {model.get("type")} has '
+            'none: use load_from.'
+        )
     if pretrained or from_scratch:
         for part in _parts(model) if from_scratch else [model, model.backbone]:
             _drop_pretrained(part)
@@ -143,7 +149,7 @@ def announce_start(cfg: Config, weights: list[str]) -> None:
         cfg: After :func:`mmvssm.engine.enable_resume`, if a training is to go on.
         weights: What :func:`choose_start` returned.
     """
-    if cfg.get('resume') and cfg.get('load_from'):
+    if cfg.get('resume') and (cfg.get('load_from') or _goes_on(cfg)):
         return  # mmengine says so.
     text = f'This training starts from {", ".join(weights) or "random weights"}'
     if cfg.get('resume'):
@@ -341,6 +347,14 @@ def _adopt_pretrained(model: ConfigDict) -> None:
 
 
 # Files
+
+
+def _goes_on(cfg: Config) -> bool:
+    """Whether ``--resume auto`` finds something, so that no other weights matter."""
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    safe = str(hook.get('type')).endswith('SafeCheckpointHook')
+    folder = cfg.get('work_dir') or ''
+    return safe and not hook.get('out_dir') and has_checkpoints(folder)
 
 
 def _is_here(source: str) -> bool:
