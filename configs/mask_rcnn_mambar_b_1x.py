@@ -4,8 +4,8 @@ _base_ = [
     './_base_/schedules/schedule_1x.py',
     './_base_/default_runtime_det.py',
 ]
-# Never published. Drop path as in upernet_mambar_b.py; layer decay of the cascade
-# with a Vim of this size.
+# Not published. Drop path as in upernet_mambar_b.py. Layer decay as in the cascade with
+# a Vim of this size.
 model = dict(
     backbone=dict(
         type='mmvssm.MambaR',

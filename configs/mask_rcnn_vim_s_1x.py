@@ -4,8 +4,8 @@ _base_ = [
     './_base_/schedules/schedule_1x.py',
     './_base_/default_runtime_det.py',
 ]
-# Never published. Drop path and layer decay of the published cascade; positions and
-# directions as in Vim's own training.
+# Not published. Drop path and layer decay are those of the published cascade. Positions
+# and directions are as in Vim's own training.
 model = dict(
     backbone=dict(
         arch='s', init_cfg=dict(type='Pretrained', checkpoint='mmvssm://vim_s')

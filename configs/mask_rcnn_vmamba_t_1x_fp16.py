@@ -1,4 +1,4 @@
 _base_ = './mask_rcnn_vmamba_t_1x.py'
-# What `tools/train.py --amp float16` makes of it; needs a GPU.
+# The same as with `tools/train.py --amp float16`; needs a GPU.
 optim_wrapper = dict(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')
 custom_hooks = [dict(type='mmvssm.Float32RegionsHook')]

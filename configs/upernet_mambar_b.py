@@ -4,8 +4,8 @@ _base_ = [
     './_base_/schedules/schedule_160k_layer_decay.py',
     './_base_/default_runtime.py',
 ]
-# Never published. Drop path 0.3, between the 0.1 and 0.4 of the stages of Mamba®'s
-# own training, as a larger model overfits sooner; layer decay 0.92 of Vim's config.
+# Not published. Drop path 0.3 is between the 0.1 and 0.4 of the stages of Mamba®'s own
+# training, because a larger model overfits sooner. Layer decay 0.92 is that of Vim.
 model = dict(
     backbone=dict(
         arch='b',

@@ -4,8 +4,8 @@ _base_ = [
     './_base_/schedules/schedule_160k_layer_decay.py',
     './_base_/default_runtime.py',
 ]
-# Never published. Drop path 0.4 of the last stage of Mamba®'s own training; layer
-# decay 0.96, which at twice the depth leaves the stem the rate of Vim's 0.92.
+# Not published. Drop path 0.4 is that of the last stage of Mamba®'s own training. Layer
+# decay is 0.96: at twice the depth it gives the stem the same rate as Vim's 0.92.
 model = dict(
     backbone=dict(
         arch='l',

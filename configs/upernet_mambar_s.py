@@ -4,8 +4,9 @@ _base_ = [
     './_base_/schedules/schedule_160k_layer_decay.py',
     './_base_/default_runtime.py',
 ]
-# Never published. Drop path 0.1 as Vim's segmentation and the first stage of
-# Mamba®'s own training have it; layer decay 0.92 of Vim's config, same depth.
+# Not published. Drop path 0.1 is that of Vim's segmentation, and that of the first
+# stage of Mamba®'s own training. Layer decay 0.92 is that of Vim's config of the same
+# depth.
 model = dict(
     backbone=dict(
         arch='s',

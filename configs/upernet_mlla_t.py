@@ -4,7 +4,7 @@ _base_ = [
     './_base_/schedules/schedule_160k.py',
     './_base_/default_runtime.py',
 ]
-# The recipe is that of the published MLLA-B with a drop path of its own.
+# The recipe of the published MLLA-B, with another drop path.
 model = dict(
     backbone=dict(
         arch='t',

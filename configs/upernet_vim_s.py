@@ -4,8 +4,8 @@ _base_ = [
     './_base_/schedules/schedule_60k_vim.py',
     './_base_/default_runtime.py',
 ]
-# Published: positions by rotation, too, directions added up rather than
-# averaged, the residual stream as features.
+# As published: also rotary position embeddings, directions added up instead of
+# averaged, and the residual stream as features.
 model = dict(
     backbone=dict(
         arch='s',

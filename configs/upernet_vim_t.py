@@ -4,7 +4,7 @@ _base_ = [
     './_base_/schedules/schedule_60k_vim.py',
     './_base_/default_runtime.py',
 ]
-# Published: outputs of the blocks as features, stream in the dtype of the model.
+# As published: outputs of the blocks as features, stream in the model's dtype.
 model = dict(
     backbone=dict(
         arch='t',

@@ -1,7 +1,7 @@
 _base_ = './upernet_vmamba_t.py'
-# The published batch of 16 on one GPU: the gradients of 8 batches of 2 images make
-# one step. An iteration is one of these batches, and so there are 8 times as many.
-# A norm in the heads sees 2 images, not 16 (SyncBN is BN in one process).
+# The published batch of 16 on one GPU: the gradients of 8 batches of 2 images are added
+# up for one step. Each of these batches is an iteration, so there are 8 times as many
+# iterations. Norms in the heads see 2 images, not 16 (SyncBN is BN in one process).
 count = 8
 optim_wrapper = dict(accumulative_counts=count)
 param_scheduler = [

@@ -18,7 +18,7 @@ def list_models(pattern: str | None = None, pretrained: bool = False) -> list[st
     """Names of all models, sorted.
 
     Args:
-        pattern: Keep names that match this shell pattern, such as
+        pattern: List only names that match this shell pattern, such as
             ``'vmamba_t*'``.
         pretrained: Keep models that ``pretrained=True`` finds weights for.
     """
@@ -40,13 +40,13 @@ def build_classifier(
     Args:
         name: One of :func:`list_models`.
         num_classes: K.
-        head: Further arguments of the head. That of Mamba® takes ``pooling``
-            and ``reduce``, see :class:`mmvssm.heads.RegisterHead`.
+        head: More arguments of the head. The head of Mamba® takes ``pooling`` and
+            ``reduce``, see :class:`mmvssm.heads.RegisterHead`.
         pretrained: True for the published weights of the model, downloaded once; or
             any checkpoint that :func:`mmvssm.load_checkpoint` takes. The report is
             logged.
         weights: ``'raw'`` or ``'ema'``; see :func:`mmvssm.load_checkpoint`.
-        **kwargs: Further arguments of the backbone.
+        **kwargs: More arguments of the backbone.
 
     Raises:
         ValueError: The name is unknown.
@@ -76,10 +76,10 @@ def build_backbone(
 
     Args:
         name: One of :func:`list_models`.
-        out_indices: Stages whose maps are returned, of an isotropic backbone blocks;
-            by default all four stages, or the last block of each quarter.
+        out_indices: Stages whose maps are returned; for an isotropic backbone, blocks.
+            By default all four stages, or the last block of each quarter.
         pretrained, weights: See :func:`build_classifier`.
-        **kwargs: Further arguments of the backbone.
+        **kwargs: More arguments of the backbone.
 
     Raises:
         ValueError, ZooError, CheckpointError: See :func:`build_classifier`.
@@ -121,9 +121,9 @@ def _find(name: str) -> tuple[Family, str]:
     known = {model: (family, arch) for model, family, arch in models()}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = (
-            f'did you mean {" or ".join(near)}?' if near else f'known are {list(known)}'
-        )
+        hint = f'known are {list(known)}.'
+        if near:
+            hint = f'did you mean {" or ".join(near)}?'
         raise ValueError(
             f"unknown model '{name}'; {hint} mmvssm.list_models() lists all"
         )

@@ -1,8 +1,8 @@
 """Check and time the GPU kernels on this machine: ``python -m mmvssm.check_gpu``.
 
-What it finds is kept, and decides which backend calls on the GPU get from then on; what
-was found before is forgotten. It is also done without being asked for: the first
-time that a training starts or an op is called on a GPU of a kind.
+The verdicts are kept. They decide which backend calls on the GPU get from now on, and
+replace older verdicts. The check also runs by itself, the first time that a training
+starts or an op is called on a kind of GPU.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from mmvssm.ops.gpu_check.verdicts import ALL, Store, Verdict
 from mmvssm.ops.operator import all_ops
 
 BACKEND = 'cuda'
-# Of the whole list, which takes its time.
+# Limit for the whole list, which takes long.
 _ALL_SECONDS = 3600.0
 
 
@@ -63,10 +63,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, print and keep what was found; 1 if kernels are not taken."""
+    """Check, print and keep the verdicts. Returns 1 if some kernels are not used."""
     args = parse_args(arguments)
     device = torch.device(args.device or 'cuda')
-    # On the CPU its own kernels stand in.
+    # On the CPU the CPU kernels take the place of the GPU kernels.
     supplier = backends.CPU if device.type == 'cpu' else backends.suppliers[BACKEND]
     reason = supplier.unavailable()
     if reason:
@@ -86,13 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choice.settle(device, verdicts)
     results = {op: _result(op, verdict, device) for op, verdict in verdicts.items()}
     if device.type == 'cpu':
-        # It says nothing of any machine.
+        # A verdict of the CPU says nothing about a GPU.
         store.forget()
     if args.json:
         print(json.dumps(dict(machine=store.machine, ops=results), indent=1))
     else:
         for op, result in results.items():
-            print(f'{op}: {result["backend"]} is taken unasked')
+            print(f'{op}: {result["backend"]} is used by default')
             print('', *result['warnings'] or [result['why']], sep='  ')
     return int(any(result['backend'] != BACKEND for result in results.values()))
 
@@ -105,7 +105,7 @@ def _check(args: argparse.Namespace, device: torch.device) -> dict[str, Verdict]
         cases = [case for name in names for case in of_op(name, small)]
     cases = with_kernels(cases, BACKEND)
     print(
-        f'{len(cases)} calls to check, in about {estimate(cases):.0f} s and the time '
+        f'{len(cases)} calls to check, in about {estimate(cases):.0f} s plus the time '
         f'to compile their kernels',
         file=sys.stderr,
     )
@@ -116,7 +116,7 @@ def _check(args: argparse.Namespace, device: torch.device) -> dict[str, Verdict]
 
 
 def _result(op: str, verdict: Verdict, device: torch.device) -> dict[str, Any]:
-    """The verdict on an op, what is taken for it, and why."""
+    """The verdict on an op, the backend that is used, and why."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         taken = backends.choose_backend(device, torch.float32, op=op)

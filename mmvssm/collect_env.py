@@ -1,9 +1,9 @@
 """What is installed here and which scan backends can run.
 
 ``python -m mmvssm.collect_env`` prints the report to paste into an issue.
-Versions are read from the installed metadata: a package that fails to import
-(a torchvision built for another torch, an mmdet that refuses the mmcv beside
-it) is reported all the same.
+Versions are read from the installed metadata. So packages that cannot be imported (a
+torchvision built for another torch, an mmdet that refuses the installed mmcv) are
+reported, too.
 """
 
 import os
@@ -31,7 +31,7 @@ from mmvssm.ops.gpu_check.verdicts import HOW
 from mmvssm.ops.gpu_check.verdicts import VARIABLE as GPU_CHECK_VARIABLE
 from mmvssm.ops.operator import all_ops
 
-# Import name -> the distributions that supply it; one at most may be there.
+# Import name -> the distributions that have it; at most one may be installed.
 _DISTRIBUTIONS = {
     'mmengine': ('onedl-mmengine', 'mmengine'),
     'mmcv': ('onedl-mmcv', 'mmcv', 'mmcv-lite'),
@@ -56,8 +56,8 @@ def collect_env() -> dict[str, dict[str, str]]:
     """Describe the machine, the packages and the scan backends.
 
     Returns:
-        Section title -> name -> one line of text. It needs neither mmcv, mmseg
-        nor mmdet, and never raises because of another package's state.
+        Section title -> name -> one line of text. This needs neither mmcv, mmseg nor
+        mmdet, and raises no error if another package is broken.
     """
     return {
         'Machine': _machine(),
@@ -70,7 +70,7 @@ def collect_env() -> dict[str, dict[str, str]]:
             for name, reason in backend_status().items()
         },
         'CPU kernels': _kernels(),
-        'GPU kernels unasked': _gpu_check() | _variables(GPU_CHECK_VARIABLE),
+        'GPU kernels by default': _gpu_check() | _variables(GPU_CHECK_VARIABLE),
         'CUDA kernels': _cuda_kernels() | _variables(CACHE_VARIABLE),
         'Backend a tensor gets': {device: _choice(device) for device in ('cpu', 'cuda')}
         | _variables(ENV_VARIABLE),
@@ -102,7 +102,7 @@ def _cpu_name() -> str:
 
 
 def _cpu_model() -> str:
-    """Maker and numbers of the processor: two of one name may differ."""
+    """Maker and model numbers: two processors of one name may differ."""
     info = _cpuinfo()
     names = {'cpu family': 'family', 'model': 'model', 'stepping': 'stepping'}
     parts = [f'{name} {info[key]}' for key, name in names.items() if key in info]
@@ -110,7 +110,7 @@ def _cpu_model() -> str:
 
 
 def _instruction_sets() -> str:
-    """Those that libraries choose their code by."""
+    """The instruction sets by which libraries choose their code."""
     flags = _cpuinfo().get('flags', '').split()
     wanted = (
         'sse4_2',
@@ -127,7 +127,7 @@ def _instruction_sets() -> str:
 
 
 def _cpuinfo(path: Path = Path('/proc/cpuinfo')) -> dict[str, str]:
-    """What Linux says of the first core, empty elsewhere."""
+    """What Linux says about the first core; empty on other systems."""
     if not path.exists():
         return {}
     first = path.read_text().partition('\n\n')[0]
@@ -142,7 +142,7 @@ def _usable_cores() -> int:
 
 
 def _first_line(program: str, *arguments: str) -> str:
-    """The first line of what a program prints, or that it is not on the path."""
+    """The first line that a program prints, or that it is not on the path."""
     path = shutil.which(program)
     if path is None:
         return f'no {program} on the path'
@@ -176,7 +176,7 @@ def _blas() -> str:
 
 
 def _package(module: str) -> str:
-    """Version and distribution of a module, and what is wrong with it."""
+    """Version and distribution of a module, and its problem if it has one."""
     found = {}
     for distribution in _DISTRIBUTIONS[module]:
         try:
@@ -222,7 +222,7 @@ def _kernels() -> dict[str, str]:
 
 
 def _cuda_kernels() -> dict[str, str]:
-    """What compiles the kernels of the backend 'cuda', and for what."""
+    """The compiler of the kernels of the backend 'cuda', and its targets."""
     found = {'compiled into': str(cache_folder())}
     try:
         compiler = kernels.compiler()
@@ -244,7 +244,7 @@ def _variables(*names: str) -> dict[str, str]:
 
 
 def _gpu_check() -> dict[str, str]:
-    """What this machine's check of the GPU kernels has found, op by op."""
+    """The verdicts of the check of the GPU kernels, op by op."""
     if not torch.cuda.is_available():
         return {'all ops': 'there is no GPU that torch can use'}
     return {
@@ -255,7 +255,7 @@ def _gpu_check() -> dict[str, str]:
 
 
 def _choice(device: str) -> str:
-    """The backend for tensors of this device, by dtype where it differs."""
+    """The backend for tensors of this device, with the dtypes if they differ."""
     chosen = {}
     for dtype in _DTYPES:
         try:

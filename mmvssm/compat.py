@@ -1,9 +1,9 @@
 """Every shim for a version of torch, mmengine, mmcv, mmseg or mmdet.
 
-Importing ``mmvssm`` calls :func:`apply` once. Nothing outside this module may
-look at a version number or patch somebody else's module. What is done at import only
-adds: names that led nowhere are found, files that were refused are read. A function of
-mmengine that is wrapped for this passes on whatever is not a name of this package.
+Importing ``mmvssm`` calls :func:`apply` once. No code outside this module may look at a
+version number or patch another package. What is done at import only adds: names that
+were not found are found, and files that were refused are read. If a function of
+mmengine is wrapped for this, it passes on all names that are not of this package.
 """
 
 import pickle
@@ -38,9 +38,9 @@ _CONFIGS = Path(__file__).parent / '.mim' / 'configs'
 def _register_config_scopes() -> None:
     """Let ``_base_ = 'mmvssm::...'`` and ``'mmseg::...'`` be found.
 
-    mmengine looks a scope up in a fixed table of distributions. This package
-    is not in it, and the maintained fork of mmsegmentation has a distribution
-    name of its own; the import name works for both the fork and the original.
+    mmengine looks a scope up in a fixed table of distributions. This package is not in
+    it, and the maintained fork of mmsegmentation has another distribution name. The
+    import name works for both the fork and the original.
     """
     MODULE2PACKAGE['mmvssm'] = 'mmvssm'
     if not is_installed('mmsegmentation'):
@@ -50,11 +50,11 @@ def _register_config_scopes() -> None:
 def _find_own_configs() -> None:
     """Let ``_base_ = 'mmvssm::upernet_vmamba_t.py'`` mean this package's file.
 
-    mmengine's own look-up fails here in three ways: it insists on a
-    sub-folder after the ``::``, and ``configs/`` is flat; up to 0.10.7 it
-    looks beside the distribution's metadata, where an editable install has no
-    package; and it marks what it inherits with the scope before the ``::``,
-    in which ``EncoderDecoder`` would have to be a class of this package.
+    mmengine's own look-up fails here for three reasons. It needs a sub-folder after the
+    ``::``, and ``configs/`` has none. Up to 0.10.7 it looks beside the metadata of the
+    distribution, where an editable install has no package. And it marks the inherited
+    config with the scope before the ``::``; in this scope ``EncoderDecoder`` would have
+    to be a class of this package.
     """
     find = Config._get_cfg_path
     if getattr(find, 'knows_mmvssm', False):
@@ -67,7 +67,7 @@ def _find_own_configs() -> None:
         if not path.is_file():
             known = sorted(p.name for p in _CONFIGS.glob('*.py'))
             raise FileNotFoundError(
-                f'mmvssm has no config {cfg_path}; take one of {known}'
+                f'mmvssm has no config {cfg_path}; use one of {known}'
             )
         return str(path), None
 
@@ -78,12 +78,11 @@ def _find_own_configs() -> None:
 def find_own_models(weights_of: Callable[[str], str | None]) -> None:
     """Let ``DetInferencer('mask_rcnn_vmamba_t_1x')`` mean this package's config.
 
-    mmengine looks a name up in the package whose scope the model is built in,
-    which for a config of this package is that of mmseg or mmdet.
+    mmengine looks a name up in the package of the default scope. For a config of this
+    package that is mmseg or mmdet.
 
     Args:
-        weights_of: The published weights of a config, by its name; None if there are
-            none.
+        weights_of: Gives the published weights of a config by its name, or None.
     """
     # The package itself may be on its way to be imported.
     from mmengine.infer.infer import BaseInferencer
@@ -143,11 +142,11 @@ def import_behind_inferencers(module: str) -> None:
 def allow_mmengine_checkpoints() -> None:
     """Let ``torch.load(weights_only=True)`` read mmengine's own checkpoints.
 
-    They hold the message hub's ``HistoryBuffer`` (numpy arrays, and references
-    to its own methods) and numpy scalars such as the best score, under the
-    names of the numpy they were written with. mmengine up to 0.10.7 declares
-    none of them as safe; the fork does so inside its own loader, and takes it
-    back there, for those who had declared it, too.
+    They contain the message hub's ``HistoryBuffer`` (numpy arrays, and references to
+    its own methods) and numpy scalars such as the best score, under the names of the
+    numpy that wrote them. mmengine up to 0.10.7 does not declare them as safe. The fork
+    declares them inside its loader. Afterwards it removes the declaration, even if
+    somebody else had made it.
     """
     multiarray = getattr(np, '_core', None) or np.core
     multiarray = multiarray.multiarray
@@ -176,7 +175,7 @@ def _history_buffer_method(owner: type, name: str) -> Callable:
 
 @cache
 def _named(module: str, function: Callable, name: str = '') -> Callable:
-    """The function under the name by which a pickle refers to it."""
+    """The function under the name that a pickle uses for it."""
 
     def alias(*arguments):
         return function(*arguments)
@@ -189,9 +188,8 @@ def _named(module: str, function: Callable, name: str = '') -> Callable:
 def why_no_detection() -> str | None:
     """Why detectors cannot be built here, or None where they can.
 
-    mmdet needs mmcv's compiled ops, which mmcv-lite does not have and which a
-    wheel built for another torch fails to load. Its older releases assert the
-    version of mmcv.
+    mmdet needs mmcv's compiled ops. mmcv-lite does not have them, and a wheel built for
+    another torch cannot load them. Older releases of mmdet assert the version of mmcv.
     """
     for module, what in (
         ('mmcv._ext', 'no mmcv with compiled ops'),
@@ -205,16 +203,16 @@ def why_no_detection() -> str | None:
 
 
 def start_behind_seen(loop: 'IterBasedTrainLoop') -> bool:
-    """Let a training loop go on behind the images it has seen, not loading them.
+    """Let a training loop continue after the images it has seen, without loading them.
 
-    The loops of mmengine up to 0.10.7 make their iterator, and with it the
-    workers, before a hook can change the loader, and load what they skip.
+    The loops of mmengine up to 0.10.7 make their iterator, and so the workers, before a
+    hook can change the loader. They load the batches that they skip.
 
     Args:
-        loop: Of which no iteration was run in this process.
+        loop: A loop that has run no iteration in this process.
 
     Returns:
-        Whether it will. If not, it loads the batches again and drops them.
+        Whether the loop does so. If not, it loads the batches again and drops them.
     """
     from mmengine.dataset import InfiniteSampler
 
@@ -225,11 +223,11 @@ def start_behind_seen(loop: 'IterBasedTrainLoop') -> bool:
     moves = isinstance(sampler, InfiniteSampler) and loader.batch_size is not None
     seen = loop.iter if moves else 0
     if moves:
-        # Workers have taken indices already: the stream is made anew.
+        # Workers have already taken indices from the stream, so make a new one.
         again = InfiniteSampler(sampler.dataset, sampler.shuffle, sampler.seed)
         sampler.indices = islice(again.indices, seen * loader.batch_size, None)
 
-    # Private to torch: persistent workers, which would be kept as they are.
+    # Private attribute of torch. Persistent workers would be kept otherwise.
     loader._iterator = None
 
     def batches() -> Iterator:

@@ -1,4 +1,4 @@
-"""What goes wrong with checkpoints, and on the way to them."""
+"""Errors with checkpoints and their downloads."""
 
 
 class CheckpointError(RuntimeError):
@@ -6,16 +6,16 @@ class CheckpointError(RuntimeError):
 
 
 class MissingCheckpointError(CheckpointError, FileNotFoundError):
-    """There is no file where a checkpoint was looked for."""
+    """There is no such checkpoint file."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """Reading the file in full would call what may be anybody's code."""
+    """Reading the whole file would run code of its author."""
 
     def __init__(self, where: str, what: str):
         super().__init__(
             f'{where} is refused: {what}. A state dict alone can always be read. '
-            'Only if you made the file yourself, and want all it holds to be run: '
+            'If you made the file yourself and want to run all that it contains: '
             'mmvssm.checkpoints.trust(PATH), or --trust-checkpoint with a tool'
         )
 

@@ -1,7 +1,7 @@
-"""Families of models: one record each, in the file of its backbone.
+"""Families of models. Each has one record, in the file of its backbone.
 
-Builders, checkpoints, layer decay and analysis read these records. Nothing else has
-to know that a family exists.
+Builders, checkpoints, layer decay and analysis read these records. No other code names
+a family.
 """
 
 import re
@@ -32,40 +32,42 @@ def _same_tensors(
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """All that the package knows about one family of backbones.
+    """Everything that the package knows about one family of backbones.
 
-    The names of parameters that these functions take and give have no prefix: they
-    are those of the bare backbone. Names of the classification head start with
-    ``classifier.``, those of a neck with ``neck.``.
+    These functions take and return names of parameters without a prefix: the names in
+    the bare backbone. Names of the classification head start with ``classifier.``,
+    those of a neck with ``neck.``.
 
     Attributes:
-        name: First part of the names of its models: ``'vim'`` of ``'vim_t'``.
-        title: What messages call it, such as ``'Vim'``.
+        name: First part of the names of its models: ``'vim'`` for ``'vim_t'``.
+        title: Name in messages, such as ``'Vim'``.
         backbone: Its class. It takes the name of an arch, then keywords.
         archs: Arguments of each published arch, by the second part of the name.
         head: Makes the classification head, from the backbone, the name of the arch,
             the number of classes, and options as keywords.
-        classifier_args: Arguments of the backbone when that head follows.
+        classifier_args: Arguments of the backbone in a classifier.
         signature: Pattern of a name that every model of the family has, and no model
             of another family.
-        unless: Pattern of a name that says that it is another family after all.
-        depth: Where a parameter stands on the way from the image to the maps: an
-            empty tuple in the stem, the place of its block (such as stage and number)
-            in a block, None behind all blocks. Layer decay goes by it.
-        describe: Name of the model that shapes of a state dict belong to, such as
-            ``'vim_t'``, or what they look like in words.
-        component: Which part of the backbone a name belongs to that a file has as a
-            whole or not at all. None for what a file may lack.
-        target_layer: The module of a backbone whose output Grad-CAM takes: a map
+        unless: Pattern of a name that only models of another family have. A state dict
+            with such a name does not belong to this family.
+        depth: Position of a parameter between the image and the maps: an empty tuple in
+            the stem, the number of its block (such as stage and block) in a block, None
+            after all blocks. Layer decay uses it.
+        describe: Name of the model with the shapes of a state dict, such as
+            ``'vim_t'``, or a description of these shapes.
+        component: The part of the backbone that a name belongs to. A file must have
+            either the whole part or nothing of it. None for a name that may be missing.
+        target_layer: The module of a backbone for Grad-CAM. Its output is a map
             (B, C, H, W) or a sequence (B, L, C).
-        file_format: What the naming of a file is called, by its names.
-        rename: Published name -> own name.
-        reshape: Own name and the tensor of a file -> the tensor as stored here.
-        fit: Fits the tensors of a file to a model (position embeddings, class
-            tokens), and gives notes on what it changed. The third argument has the
-            grids (rows, columns) that the file says its position embeddings have, by
-            the name of the module, ``''`` for the backbone itself. It raises
-            :class:`mmvssm.errors.CheckpointError` where there is no way.
+        file_format: Name of the published format of a file, from its names.
+        rename: Turns a published name into our own name.
+        reshape: Turns the tensor of a file into the one that is stored here; it gets
+            our own name and the tensor.
+        fit: Fits the tensors of a file to a model (position embeddings, class tokens),
+            and returns notes on its changes. The third argument has the grids (rows,
+            columns) that the file says its position embeddings have, by the name of
+            the module, ``''`` for the backbone itself. It raises
+            :class:`mmvssm.errors.CheckpointError` if it cannot fit them.
     """
 
     name: str
@@ -89,11 +91,11 @@ class Family:
     ] = _same_tensors
 
     def format_of(self, keys: Iterable[str]) -> str:
-        """What the naming of a file is called; the family's name if it has only one."""
+        """Name of the format of a file; the family's name if it has only one format."""
         return self.file_format(keys) if self.file_format else self.name
 
     def prefixes(self, keys: Iterable[str]) -> set[str]:
-        """What stands before the names of each backbone of this family."""
+        """The prefixes of all backbones of this family."""
         found = {_prefix(self.signature, key) for key in keys} - {None}
         if found and self.unless:
             found -= {_prefix(self.unless, key) for key in keys}
@@ -112,15 +114,15 @@ def register_family(family: Family) -> Family:
     """Make a family known to builders, checkpoints, layer decay and analysis.
 
     Args:
-        family: Its record. ``family.backbone`` is registered for configs by itself,
+        family: Its record. To use ``family.backbone`` in configs, register that class
             with ``@MODELS.register_module()``.
 
     Returns:
         The record.
 
     Raises:
-        ValueError: Its name or title is taken, or one of its models has the name of
-            another family's.
+        ValueError: Another family has the same name or title, or a model of the same
+            name.
     """
     for other in _FAMILIES.values():
         if family.name == other.name or family.title == other.title:
@@ -158,11 +160,11 @@ def models() -> list[tuple[str, Family, str]]:
 
 @dataclass(frozen=True)
 class Recognised:
-    """Whose names these are.
+    """The family of a state dict.
 
     Attributes:
         family: The family.
-        prefix: What precedes the backbone's own names, such as ``'backbone.'``.
+        prefix: Prefix of the names of the backbone, such as ``'backbone.'``.
     """
 
     family: Family
@@ -174,11 +176,11 @@ def recognise(keys: Iterable[str], what: str, prefix: str | None = None) -> Reco
 
     Args:
         keys: Names of a state dict.
-        what: How to call their owner in an error message.
+        what: Name of the state dict in error messages.
         prefix: Which backbone, if there are several.
 
     Raises:
-        CheckpointError: No family, or several backbones in one state dict.
+        CheckpointError: The names belong to no family, or to several backbones.
     """
     keys = list(keys)
     for family in families():
@@ -193,6 +195,6 @@ def recognise(keys: Iterable[str], what: str, prefix: str | None = None) -> Reco
         if prefixes:
             return Recognised(family, prefixes.pop())
     raise CheckpointError(
-        f'{what} is of none of the families {[f.title for f in families()]}; its keys '
-        f'start with {keys[:5]}'
+        f'{what} belongs to none of the families {[f.title for f in families()]}; its '
+        f'first keys are {keys[:5]}'
     )

@@ -1,9 +1,8 @@
-"""Child registries of mmengine's, in the scope ``mmvssm``.
+"""Child registries of mmengine's registries, in the scope ``mmvssm``.
 
-``type='mmvssm.VSSM'`` in anybody's config is enough to find a module of this
-package: mmengine imports ``mmvssm.registry`` for the prefix and then the
-``locations`` below, so neither ``custom_imports`` nor a working directory is
-needed.
+``type='mmvssm.VSSM'`` in any config is enough to find a module of this package. For
+this prefix mmengine imports ``mmvssm.registry``, and then the ``locations`` below. So a
+config needs neither ``custom_imports`` nor a certain working directory.
 """
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
@@ -26,7 +25,10 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='mmvssm',
-    locations=['mmvssm.backbones', 'mmvssm.heads', 'mmvssm.layers', 'mmvssm.necks'],
+    locations=[
+        *('mmvssm.backbones', 'mmvssm.heads', 'mmvssm.layers', 'mmvssm.necks'),
+        'mmvssm.data_preprocessor',
+    ],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',

@@ -19,7 +19,7 @@ def parse_args() -> argparse.Namespace:
         'hf://OWNER/REPOSITORY/FILE',
     )
     parser.add_argument('dst', help='file to write, .pth or .safetensors')
-    parser.add_argument('--prefix', help='take only the keys behind this prefix')
+    parser.add_argument('--prefix', help='use only the keys with this prefix')
     parser.add_argument(
         '--weights',
         choices=('raw', 'ema'),
@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--trust-checkpoint',
         action='store_true',
-        help='run what the checkpoint holds besides tensors: for files of your own',
+        help='run code that the checkpoint contains; only for files of your own',
     )
     return parser.parse_args()
 

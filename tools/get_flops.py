@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace):
-    """Build the model; returns it with the default size of its image."""
+    """Build the model. Returns it with the default size of its image."""
     import mmvssm
     from mmvssm import engine
     from mmvssm.analysis.detectors import CountableDetector

@@ -1,10 +1,10 @@
 """Predict images: ``python tools/infer.py IMAGE... --config C [--checkpoint W]``.
 
-For every image the output folder gets NAME_overlay.png, what was found painted
-over the image. A segmentor also writes NAME_labels.png, whose pixel values are
-class numbers counted from 0; a detector NAME_objects.json with categories,
-scores, boxes and masks. Files that cannot be read are skipped, named at the end,
-and make the exit code 1.
+For every image this writes NAME_overlay.png, the image with the prediction painted over
+it. A segmentor also writes NAME_labels.png, whose pixel values are class numbers
+counted from 0. A detector also writes NAME_objects.json with categories, scores, boxes
+and masks. Files that cannot be read are skipped and listed at the end. The exit code is
+then 1.
 """
 
 import argparse
@@ -32,12 +32,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--out-dir', default='outputs', help='default: outputs')
     parser.add_argument(
-        '--device', help='such as cpu or cuda:1 (default: a GPU if there is)'
+        '--device', help='such as cpu or cuda:1 (default: a GPU if there is one)'
     )
     parser.add_argument(
         '--trust-checkpoint',
         action='store_true',
-        help='run what the checkpoint holds besides tensors: for files of your own',
+        help='run code that the checkpoint contains; only for files of your own',
     )
     parser.add_argument(
         '--cfg-options', nargs='+', metavar='KEY=VALUE', help='override config entries'
@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Predict every image; 1 if some could not be read."""
+    """Predict every image. Returns 1 if some could not be read."""
     from mmengine.utils import track_iter_progress
 
     from mmvssm import engine

@@ -16,11 +16,11 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        '--layout', default='ade20k', choices=LAYOUTS, help='whose files to write'
+        '--layout', default='ade20k', choices=LAYOUTS, help='layout of the files'
     )
     parser.add_argument(
         '--root',
-        help='folder to make (default: data/quickstart, data/quickstart_coco)',
+        help='folder to make (default: data/quickstart or data/quickstart_coco)',
     )
     parser.add_argument(
         '--num-train', type=int, default=480, help='number of training images'
@@ -33,7 +33,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--seed', type=int, default=0, help='seed of the generator')
     parser.add_argument(
-        '--overwrite', action='store_true', help='replace a data set of other settings'
+        '--overwrite',
+        action='store_true',
+        help='replace a data set that was made with other settings',
     )
     return parser.parse_args()
 

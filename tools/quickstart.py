@@ -1,9 +1,9 @@
-"""Make a small data set, train a small model on it, show what it does.
+"""Make a small data set, train a small model on it, and show its predictions.
 
 The model is a VMamba-UperNet, or that of another ``configs/*_quickstart.py``.
-Everything runs on the CPU, in minutes. Run again, it goes on from the latest
-checkpoint in the work dir, and at once to the results if training is finished;
-delete the work dir to start anew.
+Everything runs on the CPU, in minutes. If you run it again, it continues from the
+latest checkpoint in the work dir; if the training is finished, it only shows the
+results. Delete the work dir to start from the beginning.
 """
 
 import argparse
@@ -45,13 +45,13 @@ def main(args: argparse.Namespace) -> None:
     cfg = engine.load_config(args.config, args.cfg_options, work_dir)
     if 'generator' not in cfg:
         raise engine.UsageError(
-            f'{args.config} does not train on the data set that is made here, as '
-            'configs/*_quickstart.py do: use tools/train.py.'
+            f'{args.config} does not train on the data set that is made here; only '
+            'configs/*_quickstart.py do. Use tools/train.py.'
         )
     data_root = cfg.train_dataloader.dataset.data_root
     make_data(data_root, cfg.generator)
     weights = engine.choose_start(cfg, resume='auto')
-    # To be interrupted and started again at will.
+    # So that it can be interrupted and started again.
     engine.enable_resume(cfg)
     engine.check_inputs(cfg, weights)
     runner = Runner.from_cfg(cfg)
@@ -91,7 +91,7 @@ Next:
 
 
 def summarise(metrics: dict) -> str:
-    """The figures that say most."""
+    """The most important figures."""
     if 'mIoU' in metrics:
         return f'mIoU {metrics["mIoU"]:.2f}'
     boxes, masks = (metrics[f'coco/{kind}_mAP_50'] for kind in ('bbox', 'segm'))
@@ -99,7 +99,7 @@ def summarise(metrics: dict) -> str:
 
 
 def make_data(root: str, settings: dict) -> None:
-    """Make the data set, or find it made, with a progress bar."""
+    """Make the data set with a progress bar, if it does not exist yet."""
     from functools import partial
 
     from mmvssm.datasets import make_quickstart_dataset

@@ -1,8 +1,8 @@
 """Train the rows of configs/ablation on a data set and put them in one table.
 
-A row that is finished is not trained again, one that was interrupted goes on:
-start the same command as often as needed. Rows and seeds may come in several
-starts. --count trains nothing: it prints parameters and FLOPs.
+A finished row is not trained again, and an interrupted row continues: run the same
+command as often as needed. You may train some rows and seeds now and others later.
+--count trains nothing and only prints parameters and FLOPs.
 """
 
 import argparse
@@ -15,12 +15,15 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        '--rows', nargs='+', metavar='ROW', help='which, by config name (default: all)'
+        '--rows',
+        nargs='+',
+        metavar='ROW',
+        help='rows to train, by config name (default: all)',
     )
     parser.add_argument(
         '--data',
         metavar='CONFIG',
-        help='data set, schedule and whatever else all rows are to have, such as '
+        help='config with the data set and schedule for all rows, such as '
         "configs/_base_/ablation_quickstart.py (default: the rows' own, ADE20K)",
     )
     parser.add_argument(
@@ -32,8 +35,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--work-dir',
         default='work_dirs/ablation',
-        help='a folder for each row and seed, and ablation.csv, .md and .png for '
-        'all that are finished (default: work_dirs/ablation)',
+        help='gets a folder for each row and seed, and ablation.csv, .md and .png '
+        'of all finished rows (default: work_dirs/ablation)',
     )
     parser.add_argument(
         '--cfg-options',
@@ -45,13 +48,15 @@ def parse_args() -> argparse.Namespace:
         '--count', action='store_true', help='print parameters and FLOPs and stop'
     )
     parser.add_argument(
-        '--configs', default=str(REPOSITORY / 'configs/ablation'), help='their folder'
+        '--configs',
+        default=str(REPOSITORY / 'configs/ablation'),
+        help='folder with the configs of the rows',
     )
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    """Count, or train what is not finished and write the table."""
+    """Count; or train the rows that are not finished, and write the table."""
     from mmvssm.analysis import ablation as tables
     from mmvssm.engine.configs import ablation
 

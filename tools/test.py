@@ -21,7 +21,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--work-dir',
-        help='where the log and the metrics go (default: work_dirs/NAME of the config)',
+        help='folder for log and metrics (default: work_dirs/NAME of the config)',
     )
     parser.add_argument(
         '--out',
@@ -35,15 +35,17 @@ def parse_args() -> argparse.Namespace:
         type=float,
         default=2,
         metavar='SECONDS',
-        help='how long --show stays on an image',
+        help='seconds for which --show shows an image',
     )
     parser.add_argument(
-        '--tta', action='store_true', help='multi-scale and flip, as the config sets it'
+        '--tta',
+        action='store_true',
+        help='average over scales and flips, as set in the config',
     )
     parser.add_argument(
         '--trust-checkpoint',
         action='store_true',
-        help='run what the checkpoint holds besides tensors: for files of your own',
+        help='run code that the checkpoint contains; only for files of your own',
     )
     parser.add_argument(
         '--cfg-options', nargs='+', metavar='KEY=VALUE', help='override config entries'
@@ -84,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         engine.keep_predictions(cfg, args.out)
     if args.tta:
         engine.enable_tta(cfg)
-    # The runner must put nothing over the weights loaded below.
+    # The runner must not overwrite the weights that are loaded below.
     cfg.load_from, cfg.resume = None, False
     engine.prepare_launch(cfg, args.launcher)
     runner = Runner.from_cfg(cfg)

@@ -11,15 +11,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='a file, or mmvssm::NAME.py')
     parser.add_argument(
         '--work-dir',
-        help='where logs and checkpoints go (default: work_dirs/NAME of the config)',
+        help='folder for logs and checkpoints (default: work_dirs/NAME of the config)',
     )
     parser.add_argument(
         '--resume',
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='go on from this checkpoint, or without one (or with "auto") '
-        'from the latest in the work dir',
+        help='continue from this checkpoint; without a file, or with "auto", '
+        'from the newest one in the work dir',
     )
     parser.add_argument(
         '--pretrained',
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--trust-checkpoint',
         action='store_true',
-        help='run what the checkpoint holds besides tensors: for files of your own',
+        help='run code that the checkpoint contains; only for files of your own',
     )
     parser.add_argument(
         '--cfg-options',
@@ -71,13 +71,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def exit_when_told_to_stop() -> None:
-    """End on the signals of PreemptionHook, with its code, until it listens.
+    """Exit on the signals of PreemptionHook, with its exit code, until it takes over.
 
-    While a training starts, which may take minutes, there is nothing to save,
-    and it is to be started again.
+    A training may need minutes to start. Until then there is nothing to save, and the
+    training should be started again.
     """
     for name in {'SIGTERM', 'SIGUSR1'} & set(dir(signal)):
-        # No cleaning up: it could wait for processes that have ended.
+        # No clean-up, which could wait for processes that have ended.
         signal.signal(getattr(signal, name), lambda *_: os._exit(75))
 
 

@@ -1,6 +1,6 @@
-# For `tools/run_ablation.py --data`: the rows of configs/ablation, or those of
-# configs/ablation_scan, in small, on the data set that tools/make_quickstart_data.py
-# makes, at half its resolution, in a minute or two a row on a CPU core.
+# For `tools/run_ablation.py --data`: small forms of the rows of configs/ablation or
+# configs/ablation_scan. The data set is that of tools/make_quickstart_data.py, at half
+# its resolution. A row takes a minute or two on a CPU core.
 _base_ = './datasets/quickstart.py'
 train_pipeline = [
     dict(type='LoadImageFromFile'),

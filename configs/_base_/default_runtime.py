@@ -1,5 +1,5 @@
 default_scope = 'mmseg'
-# tools/* choose gloo themselves on a machine without an accelerator.
+# On a machine without an accelerator the tools use gloo.
 env_cfg = dict(
     cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
@@ -16,5 +16,5 @@ log_level = 'INFO'
 load_from = None
 resume = False
 
-# tools/test.py --tta: multi-scale and flip, with the data set's tta_pipeline.
+# For tools/test.py --tta: averages over scales and flips, with the tta_pipeline.
 tta_model = dict(type='SegTTAModel')

@@ -1,7 +1,7 @@
-# Swin-T with linear attention in the place of window attention. Every other row
-# inherits this one and sets its switches. `ablation` says where a row stands in
-# the table, and what the paper (arXiv 2405.16605, tables 1 to 3) has for it:
-# millions of parameters, GFLOPs and top-1 accuracy on ImageNet-1K.
+# Swin-T with linear attention instead of window attention. All other rows inherit from
+# this one and set their switches. `ablation` has the place of a row in the table, and
+# the figures of the paper (arXiv 2405.16605, tables 1 to 3): millions of parameters,
+# GFLOPs and top-1 accuracy on ImageNet-1K.
 _base_ = [
     '../_base_/models/upernet_linear_attention.py',
     '../_base_/datasets/ade20k.py',

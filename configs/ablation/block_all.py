@@ -1,5 +1,5 @@
-# The paper does not say how the FLOPs of this row stay alike. With as many blocks
-# as the baseline it would have 24.0 M and 3.9 G.
+# The paper does not say how this row keeps its FLOPs. With as many blocks as the
+# baseline it would have 24.0 M and 3.9 G.
 _base_ = './baseline.py'
 ablation = dict(
     order=6,

@@ -1,5 +1,5 @@
-# The scan of Mamba in the block of Mamba, in one direction: queries and keys
-# lose the feature map with the normalisation that needs it.
+# The scan of Mamba in the block of Mamba, in one direction. There is no normalisation,
+# so queries and keys need no feature map.
 _base_ = './baseline.py'
 ablation = dict(order=14, row='All six: Mamba', paper=None)
 model = dict(

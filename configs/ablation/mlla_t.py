@@ -1,5 +1,5 @@
-# MLLA-T, with a macro architecture of its own. The paper trains it with one more
-# strategy against overfitting (MESA); without it, it has 83.3.
+# MLLA-T, which has another macro architecture. The paper trains it with a further
+# method against overfitting (MESA); without that method it reaches 83.3.
 _base_ = '../upernet_mlla_t.py'
 # All rows start from random weights.
 model = dict(backbone=dict(init_cfg=None))

@@ -1,7 +1,7 @@
-# VMamba-T (t_s1l8), whose SS2D scans crosswise. Every other row inherits this one and
-# sets its switches. `ablation` says where a row stands in the table, and what the
-# paper (arXiv 2401.10166, tables 10 to 15) has for it: millions of parameters, GFLOPs
-# and top-1 accuracy on ImageNet-1K.
+# VMamba-T (t_s1l8) with the scan order 'cross'. All other rows inherit from this one
+# and set their switches. `ablation` has the place of a row in the table, and the
+# figures of the paper (arXiv 2401.10166, tables 10 to 15): millions of parameters,
+# GFLOPs and top-1 accuracy on ImageNet-1K.
 _base_ = [
     '../_base_/models/upernet_vmamba.py',
     '../_base_/datasets/ade20k.py',

@@ -28,9 +28,9 @@ def count_row(cfg: Config) -> tuple[Complexity, Complexity]:
         cfg: Its config.
 
     Returns:
-        Those of :func:`count_classifier`, and of the segmentor at 512x2048.
+        The result of :func:`count_classifier`, and that of the segmentor at 512x2048.
     """
-    # Nothing is computed, so the weights need no memory and no values.
+    # Nothing is computed, so the weights need neither memory nor values.
     with torch.device('meta'):
         segmentor = revert_sync_batchnorm(MODELS.build(cfg.model))
     return count_classifier(cfg), count_flops(segmentor, (1, 3, *SEGMENTOR_SIZE))
@@ -39,7 +39,7 @@ def count_row(cfg: Config) -> tuple[Complexity, Complexity]:
 def count_classifier(cfg: Config) -> Complexity:
     """Parameters and FLOPs of a row's backbone as the paper counts them.
 
-    That is as a classifier of 1000 classes, at 224x224.
+    That is for a classifier with 1000 classes at 224x224.
     """
     arguments = dict(img_size=CLASSIFIER_SIZE, out_indices=(3,), out_norm=False)
     with torch.device('meta'):
@@ -52,11 +52,11 @@ def count_classifier(cfg: Config) -> Complexity:
 def complexity_table(
     rows: Iterable[tuple[Any, tuple[Complexity, Complexity]]],
 ) -> str:
-    """Markdown table of parameters and FLOPs beside the paper's.
+    """Markdown table of parameters and FLOPs, ours and those of the paper.
 
     Args:
-        rows: Each :class:`mmvssm.engine.configs.ablation.Row` with what
-            :func:`count_row` found.
+        rows: Each :class:`mmvssm.engine.configs.ablation.Row` with the result of
+            :func:`count_row`.
     """
     lines = [
         ('Row', 'Config', 'Params', 'paper', 'FLOPs', 'paper', 'UperNet', 'at 512x2048')
@@ -79,16 +79,16 @@ def complexity_table(
 
 
 def summarise(rows: Sequence[Any], results: Iterable[Mapping]) -> list[dict]:
-    """Put the results of all seeds of a row together.
+    """Combine the results of all seeds of a row.
 
     Args:
         rows: Each a :class:`mmvssm.engine.configs.ablation.Row`; the first one is the
             baseline.
-        results: Of :func:`mmvssm.engine.configs.ablation.train_row`.
+        results: Results of :func:`mmvssm.engine.configs.ablation.train_row`.
 
     Returns:
         A dict for each row with results: ``row``, ``label``, ``seeds``,
-        ``values`` (one a seed), ``mean``, ``difference`` (of the mean from the
+        ``values`` (one for each seed), ``mean``, ``difference`` (of the mean from the
         baseline's; None without a baseline), ``seconds_per_iteration`` and
         ``paper`` (top-1 accuracy) with ``paper_difference``; None if the paper
         has no such row.

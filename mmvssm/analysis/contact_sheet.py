@@ -1,4 +1,4 @@
-"""One picture that shows how well a segmentor does."""
+"""A picture of the predictions of a segmentor."""
 
 import os
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def write_contact_sheet(
     palette: Sequence[Sequence[int]],
     max_rows: int = 12,
 ) -> Path:
-    """Draw image, truth and prediction side by side, one sample a row.
+    """Draw image, truth and prediction side by side, one sample in each row.
 
     Args:
         path (str | os.PathLike): The PNG file to write.
@@ -35,8 +35,8 @@ def write_contact_sheet(
         predictions (Sequence[numpy.ndarray]): Predicted labels, likewise.
         classes (Sequence[str]): The K names.
         palette (Sequence[Sequence[int]]): K RGB colours in [0, 255].
-        max_rows (int): How many samples to draw at most; of more, evenly
-            spaced ones are taken. Defaults to 12.
+        max_rows (int): The most samples to draw. If there are more, evenly spaced ones
+            are drawn. Defaults to 12.
 
     Returns:
         pathlib.Path: The file written.
@@ -88,18 +88,18 @@ def write_contact_sheet(
 def write_model_contact_sheet(
     path: str | os.PathLike, model, dataset, max_rows: int = 12
 ) -> Path:
-    """Run a segmentor over evenly spaced samples and draw the outcome.
+    """Run a segmentor on evenly spaced samples, and draw its predictions.
 
     With a finished ``mmengine`` runner: ``write_model_contact_sheet(path,
     runner.model, runner.test_dataloader.dataset)``.
 
     Args:
         path (str | os.PathLike): The PNG file to write.
-        model (mmseg.models.BaseSegmentor): The segmentor; its mode, training
-            or evaluation, is left as it was found.
+        model (mmseg.models.BaseSegmentor): The segmentor. Its mode (training or
+            evaluation) does not change.
         dataset (mmseg.datasets.BaseSegDataset): A data set with a test
             pipeline that loads annotations.
-        max_rows (int): How many samples to draw at most. Defaults to 12.
+        max_rows (int): The most samples to draw. Defaults to 12.
 
     Returns:
         pathlib.Path: The file written.

@@ -1,4 +1,4 @@
-"""One picture that shows how well a detector does."""
+"""A picture of the predictions of a detector."""
 
 import os
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def write_detection_sheet(
     classes: Sequence[str],
     palette: Sequence[Sequence[int]],
 ) -> Path:
-    """Draw image, true and predicted boxes and masks, one sample a row.
+    """Draw image, true and predicted boxes and masks, one sample in each row.
 
     Args:
         path (str | os.PathLike): The PNG file to write.
@@ -106,18 +106,18 @@ def write_detector_sheet(
     max_rows: int = 12,
     score: float = 0.5,
 ) -> Path:
-    """Run a detector over evenly spaced samples and draw the outcome.
+    """Run a detector on evenly spaced samples, and draw its predictions.
 
     With a finished ``mmengine`` runner: ``write_detector_sheet(path,
     runner.model, runner.test_dataloader.dataset)``.
 
     Args:
         path (str | os.PathLike): The PNG file to write.
-        model (mmdet.models.BaseDetector): A detector with masks; its mode, training
-            or evaluation, is left as it was found.
+        model (mmdet.models.BaseDetector): A detector with masks. Its mode (training or
+            evaluation) does not change.
         dataset (mmdet.datasets.BaseDetDataset): A data set with a test
             pipeline that loads boxes and masks.
-        max_rows (int): How many samples to draw at most. Defaults to 12.
+        max_rows (int): The most samples to draw. Defaults to 12.
         score (float): Predictions below it are not drawn. Defaults to 0.5.
 
     Returns:
@@ -131,7 +131,7 @@ def write_detector_sheet(
             (sample,) = model.test_step(pseudo_collate([dataset[int(index)]]))
             images.append(np.asarray(Image.open(sample.img_path).convert('RGB')))
             found = sample.pred_instances
-            # The best are drawn last, over others that cover the same thing.
+            # The best ones are drawn last, over others of the same object.
             found = found[found.scores.argsort()]
             truths.append(_objects(sample.gt_instances))
             predictions.append(_objects(found[found.scores >= score]))
@@ -146,7 +146,7 @@ def _objects(instances) -> Objects:
     instances = instances.cpu().numpy()
     boxes, masks = instances.bboxes, instances.masks
     return Objects(
-        # mmdet's data sets have classes of their own for both.
+        # mmdet's data sets have their own classes for boxes and masks.
         np.asarray(getattr(boxes, 'tensor', boxes)),
         np.asarray(getattr(masks, 'masks', masks), dtype=bool),
         instances.labels,

@@ -1,26 +1,27 @@
-"""A two-stage detector with all of its work and none of its decisions."""
+"""A two-stage detector that runs all layers, to count FLOPs."""
 
 import torch
 from torch import nn
 
-# As in the published tables, mmdet's among them.
+# As in the published tables, also those of mmdet.
 PROPOSALS = 1000
 MASKS = 100
 
 
 class CountableDetector(nn.Module):
-    """What to count the FLOPs of a Mask R-CNN or its cascade on.
+    """Wraps a Mask R-CNN or a cascade, to count its FLOPs.
 
-    Which proposals a detector refines depends on the picture. Published counts
-    take 1000 for the box heads, of every stage, and 100 for the mask heads. Here
-    the heads run on so many regions of zeros: no anchors, no suppression, no
-    RoIAlign, none of which has a multiply-add by the usual convention.
+    The number of proposals depends on the image. Published counts use 1000 for the box
+    heads of every stage, and 100 for the mask heads. Here the heads run on that many
+    regions of zeros. Anchors, suppression and RoIAlign are left out: by the usual
+    convention they have no multiply-adds.
 
     Args:
-        detector: Of mmdet, with ``extract_feat``, ``rpn_head`` and ``roi_head``.
+        detector: A detector of mmdet with ``extract_feat``, ``rpn_head`` and
+            ``roi_head``.
 
     Raises:
-        ValueError: It has no such parts, as one-stage detectors do not.
+        ValueError: The detector lacks one of these parts, as one-stage detectors do.
     """
 
     def __init__(self, detector: nn.Module):
@@ -58,7 +59,7 @@ class CountableDetector(nn.Module):
 
 
 def _as_list(modules: nn.Module | None) -> list[nn.Module]:
-    """A stage alone, the stages of a cascade, or nothing."""
+    """The stages as a list: of a cascade, of a single stage, or empty."""
     if modules is None:
         return []
     return list(modules) if isinstance(modules, nn.ModuleList) else [modules]

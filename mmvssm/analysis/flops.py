@@ -1,22 +1,22 @@
-r"""Parameters and FLOPs of a model, the scan included.
+r"""Parameters and FLOPs of a model, including its scans.
 
-The convention is that of the published tables (and of fvcore and mmengine):
+This uses the convention of the published tables (and of fvcore and mmengine):
 
 - a multiply-add of a matrix product or a convolution is one FLOP;
-- a norm costs 5 per element (4 without affine parameters), an evaluated
-  batch norm 2 (1); bilinear resizing 4 per output, average pooling 1 per
-  input; activations, additions, products of elements and copies are free;
+- a norm costs 5 for each element (4 without affine parameters), a batch norm in eval
+  mode 2 (1); bilinear resizing 4 for each output, average pooling 1 for each input;
+  activations, additions, elementwise products and copies are free;
 - a selective scan over B sequences of L positions with D channels and N
   states costs
 
   .. math:: 9 B L D N + B D L \; [\text{skip}\ D] + B D L \; [\text{gate}\ z].
 
-SS2D scans along K orders at once, by default four, so there D is K times its
-inner channels, and its projections to Δ, B and C add the matrix products of their
-definition, however a backend computes them:
-:math:`K B L C (R + 2 N) + K B L C R`. What an order pads is not counted. The
-bidirectional scan is two scans whose sum is gated once, with two convolutions of
-width W and two sets of projections: :math:`2 B L C (W + R + 2 N) + 2 B L C R`.
+SS2D has K scans, by default four. So there D is K times its inner channels. Its
+projections to Δ, B and C add the matrix products of their definition, however a backend
+computes them: :math:`K B L C (R + 2 N) + K B L C R`. Padded places are not counted. The
+bidirectional scan is two scans whose sum is gated once, with two convolutions of width
+W
+and two sets of projections: :math:`2 B L C (W + R + 2 N) + 2 B L C R`.
 """
 
 from collections import Counter
@@ -33,6 +33,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmvssm.backbones import set_img_shapes
 from mmvssm.ops.leaves import shapes_of
 from mmvssm.ops.operator import Op, all_ops, public_ops
 from mmvssm.ops.selective_scan.declaration import scan_flops
@@ -44,12 +45,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Complexity:
-    """What :func:`count_flops` counted.
+    """The result of :func:`count_flops`.
 
     Attributes:
         params: Number of parameters.
         flops: FLOPs of one forward pass.
-        by_operator: Those FLOPs by the name of the operator.
+        by_operator: These FLOPs by the name of the operator.
     """
 
     params: int
@@ -62,18 +63,17 @@ def count_flops(
 ) -> Complexity:
     """Count the FLOPs of ``model(image)`` in eval mode, without computing it.
 
-    Shapes are all that is propagated, so any size takes a few seconds and no
-    memory. The model is left as it was, its mode included.
+    Only shapes are computed, so any size takes a few seconds and no memory. The model,
+    including its mode, does not change.
 
     Args:
-        model: Takes one tensor. A segmentor of mmseg does, and returns the
-            logits at the decode head's resolution; its auxiliary head then
-            has parameters but runs no FLOPs.
+        model: A model that takes one tensor. A segmentor of mmseg does, and returns the
+            logits at the resolution of the decode head. Its auxiliary head has
+            parameters but does not run.
         input_shape: Shape of that tensor, (batch, channels, height, width).
 
     Raises:
-        NotImplementedError: The model runs an op of mmvssm that has no
-            formula here.
+        NotImplementedError: The model runs an op of mmvssm without a formula here.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -86,6 +86,7 @@ def count_flops(
             }
             device = next(iter(state.values())).device if state else 'cpu'
             image = torch.empty(tuple(input_shape), device=device)
+            set_img_shapes(image, [input_shape[2:]] * input_shape[0])
             with counter, _WholeOps(counter):
                 functional_call(model, state, (image,))
     finally:
@@ -99,7 +100,7 @@ def count_flops(
 
 
 class _FlopCounter(TorchDispatchMode):
-    """Adds up the ops that reach the dispatcher."""
+    """Adds up the FLOPs of the ops that reach the dispatcher."""
 
     def __init__(self):
         super().__init__()
@@ -123,7 +124,7 @@ class _FlopCounter(TorchDispatchMode):
 
 
 class _WholeOps(TorchFunctionMode):
-    """Counts the ops of mmvssm as a whole and none of the ops they are made of."""
+    """Counts each op of mmvssm as a whole, without the ops that it is composed of."""
 
     def __init__(self, counter: _FlopCounter):
         super().__init__()
@@ -146,7 +147,7 @@ class _WholeOps(TorchFunctionMode):
 
 
 def _product(first: int) -> Callable[[tuple, Tensor], int]:
-    """A matrix product, whose left factor is argument number ``first``."""
+    """A matrix product; its left factor is argument number ``first``."""
     return lambda args, out: out.numel() * args[first].shape[-1]
 
 
@@ -157,11 +158,11 @@ def _convolution(args: tuple, out: Tensor) -> int:
 
 
 def _norm(weight: int, per_element: int) -> Callable[[tuple, Any], int]:
-    """A norm whose affine weight is argument number ``weight``."""
+    """A norm; its affine weight is argument number ``weight``."""
     return lambda args, out: args[0].numel() * (per_element - (args[weight] is None))
 
 
-# Each formula takes the positional arguments of the op and what it returned.
+# Each formula takes the positional arguments of the op and its result.
 FORMULAS: dict[Any, Callable[[tuple, Any], int]] = {
     aten.mm: _product(0),
     aten.bmm: _product(0),

@@ -1,4 +1,4 @@
-"""What the backbones of all families have in common."""
+"""Code that the backbones of all families share."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,38 +8,95 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 
+from mmvssm.backbones.padding import masked_maps
 from mmvssm.errors import CheckpointError
 from mmvssm.layers import resize_position
 
-# Loads a checkpoint into a module, and gives a report. mmvssm.checkpoints, which
-# imports this file, puts its function here.
+# Loads a checkpoint into a module and returns a report. mmvssm.checkpoints imports this
+# file and sets this function.
 _load_pretrained: Callable[..., Any] | None = None
 
 
 def set_pretrained_loader(load: Callable[..., Any]) -> None:
-    """Say by what ``init_cfg=dict(type='Pretrained', ...)`` is carried out.
+    """Set the function that carries out ``init_cfg=dict(type='Pretrained', ...)``.
 
     Args:
-        load: Takes the module, the ``checkpoint``, ``prefix=`` and ``weights=``; gives
-            a report to print.
+        load: Takes the module, the ``checkpoint``, ``prefix=`` and ``weights=``, and
+            returns a report to print.
     """
     global _load_pretrained
     _load_pretrained = load
 
 
 class Backbone(BaseModule):
-    """An mmengine module that loads published checkpoints as they are."""
+    """An mmengine module that loads published checkpoints without conversion.
+
+    A subclass computes maps in :meth:`compute_maps`, and tells their sizes by
+    :meth:`whole_size` and :meth:`map_sizes`.
+
+    Args:
+        init_cfg, mask_padding: See :class:`VSSM`.
+    """
+
+    def __init__(
+        self, init_cfg: dict | list[dict] | None = None, mask_padding: bool = False
+    ):
+        super().__init__(init_cfg)
+        self.mask_padding = mask_padding
+
+    def forward(
+        self, x: Tensor, img_shapes: Sequence[Sequence[int]] | None = None
+    ) -> tuple:
+        """Compute the maps of ``out_indices``.
+
+        Args:
+            x: Images (B, in_channels, H, W).
+            img_shapes: With ``mask_padding``, height and width of each image in
+                pixels; what is below and to the right is padding. None: those that
+                the data preprocessor ``mmvssm.DetDataPreprocessor``, or
+                :func:`set_img_shapes`, has given the batch.
+
+        Returns:
+            What :meth:`compute_maps` returns. With ``mask_padding`` maps are zero
+            beyond the image, and patches that an image or the batch does not fill
+            are filled up with zeros rather than left out.
+
+        Raises:
+            ValueError: ``img_shapes`` does not fit, is missing, or is given without
+                ``mask_padding``.
+            RuntimeError: Masked images in a backbone that is sharded or has
+                synchronised batch norms in training.
+        """
+        if self.mask_padding and x.ndim == 4:
+            return masked_maps(self, x, img_shapes)
+        if img_shapes is not None and not self.mask_padding:
+            raise ValueError(
+                'img_shapes have no effect without mask_padding: build the backbone '
+                'with mask_padding=True, or leave them out'
+            )
+        return self.compute_maps(x)
+
+    def compute_maps(self, x: Tensor) -> tuple:
+        """Compute the maps of images that fill the batch."""
+        raise NotImplementedError
+
+    def whole_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The least image size of whole patches in which another one has room."""
+        raise NotImplementedError
+
+    def map_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Height and width of each map, of an image of whole patches."""
+        raise NotImplementedError
 
     def init_weights(self) -> None:
         """Apply ``init_cfg``.
 
         ``dict(type='Pretrained', checkpoint=PATH_OR_NAME)``, with ``prefix`` and
-        ``weights`` as further keys, goes through
-        :func:`mmvssm.load_checkpoint`: the file is recognised and converted,
-        what matched is logged, and a file that does not fit is an error
-        (mmengine's own loader would go on without the weights). Without an
-        ``init_cfg`` the published initialisation stays, which is in place
-        after construction.
+        ``weights`` as further keys, goes through :func:`mmvssm.load_checkpoint`. The
+        file is recognised and converted, and what matched is logged. A file that does
+        not fit is an error; mmengine's own loader would continue without the weights.
+        Without an ``init_cfg`` the module keeps the published initialisation that it
+        has after construction.
         """
         given = self.init_cfg
         cfgs = [given] if given and isinstance(given, dict) else list(given or [])
@@ -74,7 +131,7 @@ def with_pretrained(
 
 
 def is_count(value: object, least: int = 1) -> bool:
-    """Whether it is an integer of at least that value."""
+    """Whether it is an integer, and at least that value."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -88,14 +145,14 @@ def check_in_channels(in_channels: int) -> None:
 
 
 def parse_img_size(img_size: int | Sequence[int], smallest: int = 1) -> tuple[int, int]:
-    """One number or height and width -> height and width.
+    """Turn one number, or height and width, into height and width.
 
     Args:
         img_size: In pixels.
-        smallest: Least height and width.
+        smallest: Smallest height and width.
 
     Raises:
-        ValueError: It is neither, or too small.
+        ValueError: It is neither of these, or too small.
     """
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size
     if (
@@ -113,7 +170,7 @@ def parse_img_size(img_size: int | Sequence[int], smallest: int = 1) -> tuple[in
 def describe_arch(
     found: Mapping[str, Any], archs: Mapping[str, Mapping], name: str, title: str
 ) -> str:
-    """Name of the model whose arch has the values found, or the values in words.
+    """Name of the model whose arch has these values, or the values in words.
 
     Args:
         found: Values of some keys of an arch.
@@ -150,20 +207,21 @@ def fit_grid(
 ) -> tuple[Tensor, list[str]]:
     """Resize the position embedding of a file to the model's grid.
 
-    Where the file does not say its grid, a square one is assumed, as all published
-    files have, and else the model's.
+    If the file does not say its grid, a square one is assumed, as all published files
+    have; if the number of patches is not a square number, the model's own grid.
 
     Args:
-        embedding: (1, M, C), of the patches alone.
+        embedding: (1, M, C), of the patches only.
         grid: Rows and columns of the model.
         stored: Rows and columns of the file, if it says so.
-        name: What to call it in messages.
+        name: Its name in messages.
 
     Returns:
         The embedding, and a note if it was resized or its grid is a guess.
 
     Raises:
-        CheckpointError: It belongs to no grid that could be told.
+        CheckpointError: The file does not say its grid, and the number of patches is
+            neither a square number nor that of the model.
     """
     length = embedding.shape[1]
     side = math.isqrt(length)
@@ -179,7 +237,7 @@ def fit_grid(
     else:
         raise CheckpointError(
             f'the position embedding of the file belongs to {length} patches, which '
-            f'are no square grid, and the model has {grid[0]}x{grid[1]}; build the '
+            f'are not a square grid, and the model has {grid[0]}x{grid[1]}; build the '
             f'model with the img_size of the file'
         )
     if old == grid:

@@ -1,4 +1,4 @@
-"""What VMamba and MLLA share: stages of blocks, the map halved between them."""
+"""Base of hierarchical backbones: stages of blocks, the map halved between stages."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +20,7 @@ from mmvssm.layers import LayerNorm2d, channels_last
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution and the downsampling behind them.
+    """Blocks of one resolution, and the downsampling after them.
 
     Returns the map before and the map after downsampling; they are the same
     where ``downsample`` is the identity.
@@ -50,16 +50,17 @@ class HierarchicalBackbone(Backbone):
     """A patch embedding and stages, each with twice the channels of the last.
 
     Args:
-        patch_embed: Makes the layer from the image to the first map (B, dims, H', W'),
-            of the channels of both.
-        block: Makes a block, of its stage, channels and drop path rate.
-        downsample: Makes what halves the map, of its channels in and out.
-        depths: Blocks of each stage.
+        patch_embed: Makes the layer from the image to the first map (B, dims, H', W').
+            It gets the channels of both.
+        block: Makes a block. It gets the stage, the channels and the drop path rate.
+        downsample: Makes the layer that halves the map. It gets the channels of its
+            input and output.
+        depths: Number of blocks of each stage.
         dims: Channels of the first stage.
-        norm_name: What output norms are called, in front of their stage.
+        norm_name: Name of the output norms, before the number of the stage.
         min_size: Height and width of the smallest image, in pixels.
         img_size, in_channels, out_indices, frozen_stages, with_cp, drop_path_rate,
-            out_norm, init_cfg: See :class:`VSSM`.
+            out_norm, init_cfg, mask_padding: See :class:`VSSM`.
     """
 
     def __init__(
@@ -80,10 +81,11 @@ class HierarchicalBackbone(Backbone):
         drop_path_rate: float,
         out_norm: bool,
         init_cfg: dict | list[dict] | None,
+        mask_padding: bool = False,
     ):
-        super().__init__(init_cfg)
+        super().__init__(init_cfg, mask_padding)
         check_in_channels(in_channels)
-        # Most families make no use of it: a wrong one is told all the same.
+        # Most families do not use it, but a wrong value is an error for all.
         parse_img_size(img_size, min_size)
         self.out_indices = _checked_indices(out_indices, len(depths))
         self.num_stages = self.out_indices[-1] + 1
@@ -113,17 +115,16 @@ class HierarchicalBackbone(Backbone):
         self.apply(_init_linear)
         self._freeze()
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Compute the maps of ``out_indices``.
+    def compute_maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Compute the maps of ``out_indices`` of images that fill the batch.
 
         Args:
             x: Image (B, in_channels, H, W), any H and W.
 
         Returns:
-            One (B, C, H', W') map a stage of ``out_indices``, contiguous.
-            Sizes are rounded up at each halving, but for the patch embedding
-            of VMamba's v0, which drops rows and columns that do not fill a
-            patch.
+            One (B, C, H', W') map for each stage of ``out_indices``, contiguous. Each
+            halving rounds the size up. Only the patch embedding of VMamba's v0 drops
+            rows and columns that do not fill a patch.
         """
         self._check_input(x)
         x = self.patch_embed(channels_last(x))
@@ -131,21 +132,34 @@ class HierarchicalBackbone(Backbone):
         for i, stage in enumerate(self.layers):
             out, x = stage(x)
             if i in self.out_indices:
-                # Heads may hand the memory to compiled ops that take NCHW
-                # strides for granted.
+                # Heads may pass the memory to compiled ops that expect NCHW
+                # strides.
                 out = getattr(self, f'{self.norm_name}{i}')(out)
                 outs.append(out.contiguous())
         return tuple(outs)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that take no weight decay.
+    def whole_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The least image size of whole patches in which another one has room.
 
-        This is the rule of the published classification recipes: 1-d
-        parameters and biases are exempt, VMamba's ``A_logs``, ``dt_projs_bias``
-        and ``dt_projs_weight`` are not. The published segmentation and
-        detection recipes have another rule, ``paramwise_cfg=dict(custom_keys={
-        'norm': dict(decay_mult=0.)})``, which exempts names that contain
-        ``norm``.
+        Only stems that need a patch at least leave rows and columns out.
+        """
+        patch = self.min_size
+        return tuple(-(-side // patch) * patch for side in size)
+
+    def map_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Height and width of each map, of an image of whole patches."""
+        return [
+            tuple(-(-side // (4 * 2**i)) for side in size) for i in self.out_indices
+        ]
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters without weight decay.
+
+        This is the rule of the published classification recipes: 1-d parameters and
+        biases have no weight decay; VMamba's ``A_logs``, ``dt_projs_bias`` and
+        ``dt_projs_weight`` have it. The published segmentation and detection recipes
+        have another rule, ``paramwise_cfg=dict(custom_keys={'norm':
+        dict(decay_mult=0.)})``: names that contain ``norm`` have no weight decay.
         """
         return {
             name
@@ -182,12 +196,12 @@ def resolve_arch(
     defaults: dict,
     choices: dict[str, Sequence] | None = None,
 ) -> dict:
-    """Name of an arch, or a dict with some of its keys, -> all keys.
+    """Turn the name of an arch, or a dict with some of its keys, into all keys.
 
     Args:
-        arch: What the user gave.
+        arch: The user's argument.
         zoo: Archs by name.
-        family: What to call the backbone in an error message.
+        family: Name of the backbone in error messages.
         defaults: Keys that may be left out.
         choices: Allowed values of some keys.
 
@@ -198,7 +212,7 @@ def resolve_arch(
     if isinstance(arch, str):
         if arch not in zoo:
             raise ValueError(
-                f"unknown arch '{arch}' of {family}; take one of "
+                f"unknown arch '{arch}' of {family}; use one of "
                 f'{sorted(zoo)} or a dict with depths and dims'
             )
         return zoo[arch]
@@ -253,7 +267,7 @@ def _checked_indices(indices: Sequence[int], stages: int) -> tuple[int, ...]:
     return indices
 
 
-# What the records of hierarchical families have in common
+# Parts of the records of hierarchical families
 
 
 def map_head(
@@ -264,12 +278,12 @@ def map_head(
 
 
 def last_block(backbone: HierarchicalBackbone) -> nn.Module:
-    """The last block: its output is the last map, before the output norm."""
+    """The last block. Its output is the last map, before the output norm."""
     return backbone.layers[-1].blocks[-1]
 
 
 def block_depth(name: str) -> tuple[int, ...] | None:
-    """Where a parameter stands; see :class:`mmvssm.families.Family`.
+    """Position of a parameter; see ``depth`` of :class:`mmvssm.families.Family`.
 
     A downsampling layer counts as part of the block that follows it.
     """
@@ -282,13 +296,13 @@ def block_depth(name: str) -> tuple[int, ...] | None:
 
 
 def component(key: str) -> str | None:
-    """Which part the name belongs to that is there as a whole or not at all.
+    """The part of the backbone that a name belongs to.
 
-    None for output norms, which classification files do not have, and for the
-    counters of batch norms, which have no say in eval mode. A position
-    embedding, an option of the published code that no published model takes and
-    none here has, counts as part of the stem: without it a file's weights are
-    of no use.
+    A file has either the whole part or nothing of it. None for output norms, which
+    classification files do not have, and for the counters of batch norms, which do not
+    matter in eval mode. A position embedding counts as part of the stem: the weights of
+    a file that has one are useless without it. It is an option of the published code,
+    but no published model uses it, and no model here has it.
     """
     if key.endswith('.num_batches_tracked'):
         return None

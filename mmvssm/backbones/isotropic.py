@@ -1,4 +1,4 @@
-"""What Vim and Mamba® share: a sequence of patches through one stack of blocks."""
+"""Base of isotropic backbones (Vim, Mamba®): patches through one stack of blocks."""
 
 import math
 import re
@@ -49,8 +49,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_channels: int, channels: int, patch_size: int, stride: int):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, channels, patch_size, stride)
-        # LeCun's normal initialisation, cut at two of its standard deviations
-        # and widened to have the right one after the cut.
+        # LeCun's normal initialisation, truncated at two standard deviations
+        # and scaled so that it has the right one after that.
         std = self.proj.weight[0].numel() ** -0.5 / 0.87962566103423978
         nn.init.trunc_normal_(self.proj.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(self.proj.bias)
@@ -67,12 +67,13 @@ class IsotropicMamba(Backbone):
     :meth:`token_positions` and :meth:`embed`.
 
     Args:
-        arch: With all keys of ``ARCH_DEFAULTS``, ``embed_dims`` and ``depth``.
-        img_size: Height and width, or one number for both, whose grid of
-            patches position embeddings are stored at.
+        arch: A dict with all keys of ``ARCH_DEFAULTS``, ``embed_dims`` and ``depth``.
+        img_size: Height and width, or one number for both. Position embeddings are
+            stored for the grid of patches of this size.
         in_channels, out_indices, frozen_stages, with_cp, drop_path_rate,
             average, residual_in_fp32, feature, last_layer_process,
-            return_tokens, classification, init_cfg: See :class:`Vim`.
+            return_tokens, classification, init_cfg, mask_padding: See
+            :class:`Vim`.
     """
 
     token_names: tuple[str, ...] = ()
@@ -94,8 +95,9 @@ class IsotropicMamba(Backbone):
         return_tokens: bool,
         classification: bool,
         init_cfg: dict | list[dict] | None,
+        mask_padding: bool = False,
     ):
-        super().__init__(init_cfg)
+        super().__init__(init_cfg, mask_padding)
         check_in_channels(in_channels)
         channels, depth = arch['embed_dims'], arch['depth']
         self.depth = depth
@@ -128,7 +130,7 @@ class IsotropicMamba(Backbone):
         self.patch_embed = PatchEmbed(
             in_channels, channels, self.patch_size, self.stride
         )
-        # The output of a block is dropped on its way into the next one.
+        # The next block drops the output of this one.
         rates = [0.0, *np.linspace(0, drop_path_rate, depth).tolist()]
         self.layers = nn.ModuleList(
             MambaBlock(
@@ -147,31 +149,30 @@ class IsotropicMamba(Backbone):
             self.norm_f = AddRMSNorm(channels, residual_in_fp32=residual_in_fp32)
         self._init_mixers(depth, as_published=classification)
 
-    # What a subclass supplies
+    # Methods of the subclass
 
     def token_positions(self, patches: int) -> tuple[int, ...]:
-        """Where the extra tokens stand in a sequence with that many patches."""
+        """Indices of the extra tokens in a sequence with that many patches."""
         raise NotImplementedError
 
     def embed(
         self, patches: torch.Tensor, size: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Add positions to patches (B, H * W, C); also give the tokens (1, n, C)."""
+        """Add positions to patches (B, H * W, C); also return the tokens (1, n, C)."""
         raise NotImplementedError
 
     # The forward pass
 
-    def forward(self, x: torch.Tensor) -> tuple:
-        """Compute the maps of ``out_indices``.
+    def compute_maps(self, x: torch.Tensor) -> tuple:
+        """Compute the maps of ``out_indices`` of images that fill the batch.
 
         Args:
             x: Image (B, in_channels, H, W), at least one patch high and wide.
-                Rows and columns that do not fill a patch are left out.
+                Rows and columns that do not fill a patch are dropped.
 
         Returns:
-            One (B, C, H', W') map an entry of ``out_indices``, contiguous, all
-            of one size. With ``return_tokens`` each is a pair of the map and
-            the tokens (B, n, C).
+            One (B, C, H', W') map for each entry of ``out_indices``, contiguous, all of
+            one size. With ``return_tokens``, pairs of a map and the tokens (B, n, C).
         """
         self._check_input(x)
         x = self.patch_embed(x)
@@ -183,6 +184,17 @@ class IsotropicMamba(Backbone):
         x = insert_tokens(patches, tokens, positions)
         outs = self._run_blocks(x, self._rotation(x, size, positions))
         return tuple(self._unfold(out, size, positions) for out in outs)
+
+    def whole_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The least image size of whole patches in which another one has room."""
+        patch, stride = self.patch_size, self.stride
+        return tuple(
+            patch + -(-max(side - patch, 0) // stride) * stride for side in size
+        )
+
+    def map_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Height and width of each map, of an image of whole patches."""
+        return [self._grid_of(size)] * len(self.out_indices)
 
     def _run_blocks(
         self, x: torch.Tensor, rotation: tuple[torch.Tensor, ...] | None
@@ -197,7 +209,7 @@ class IsotropicMamba(Backbone):
                 x, residual = checkpoint(block, x, residual, use_reentrant=False)
             else:
                 x, residual = block(x, residual)
-            # The stream that a block returns is complete up to the block before.
+            # The stream that a block returns does not have its own output yet.
             if self.feature == 'residual' and i - 1 in self.out_indices:
                 outs.append(residual)
             elif self.feature == 'hidden' and i in self.out_indices[:-1]:
@@ -214,7 +226,7 @@ class IsotropicMamba(Backbone):
     def _rotation(
         self, x: torch.Tensor, size: tuple[int, int], positions: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cosine and sine for every position; tokens stay as they are."""
+        """Cosine and sine for every position; extra tokens are not rotated."""
         if self.rope is None:
             return None
         angles = rotary_angles(*size, x.shape[2], self.rope, like=x)[None]
@@ -226,19 +238,19 @@ class IsotropicMamba(Backbone):
         self, x: torch.Tensor, size: tuple[int, int], positions: Sequence[int]
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         patches, tokens = split_tokens(x, positions)
-        # Heads may hand the memory to compiled ops that take NCHW strides for
-        # granted.
+        # Heads may pass the memory to compiled ops that expect NCHW
+        # strides.
         out = patches.mT.unflatten(2, size).contiguous()
         return (out, tokens) if self.return_tokens else out
 
     # Around it
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that take no weight decay.
+        """Names of the parameters without weight decay.
 
-        This is the rule of the published classification recipes: 1-d
-        parameters, biases, tokens and position embeddings are exempt, ``A_log``
-        and ``A_b_log`` are not.
+        This is the rule of the published classification recipes: 1-d parameters,
+        biases, tokens and position embeddings have no weight decay; ``A_log`` and
+        ``A_b_log`` have it.
         """
         return {
             name
@@ -275,10 +287,10 @@ class IsotropicMamba(Backbone):
 
     @torch.no_grad()
     def _init_mixers(self, depth: int, as_published: bool) -> None:
-        """Initialise what differs from the mixer's own.
+        """Change the mixer's initialisation as in the published models.
 
-        Published classification leaves the step size of the backward direction
-        at softplus(0) = 0.69; in a dense model both directions start alike.
+        In the published classifiers the step size of the backward direction starts at
+        softplus(0) = 0.69. In segmentation and detection both directions start alike.
         """
         for block in self.layers:
             block.mixer.out_proj.weight.div_(math.sqrt(depth))
@@ -288,7 +300,7 @@ class IsotropicMamba(Backbone):
                 nn.init.zeros_(dt_proj.bias)
 
     def _make_tokens(self, **shapes: tuple[int, ...]) -> None:
-        """Register tokens and position embeddings, normal with 0.02."""
+        """Add parameters for tokens and positions, normal with deviation 0.02."""
         for name, shape in shapes.items():
             parameter = nn.Parameter(torch.empty(shape))
             nn.init.trunc_normal_(parameter, std=0.02)
@@ -297,16 +309,15 @@ class IsotropicMamba(Backbone):
 
 
 def resolve_arch(arch: str | dict, zoo: dict[str, dict], family: str) -> dict:
-    """Name of an arch, or a dict with the keys of its own, -> all keys.
+    """Turn the name of an arch, or a dict with some of its keys, into all keys.
 
     Raises:
-        ValueError: The name or a key is unknown, or a value is no positive
-            integer.
+        ValueError: The name or a key is unknown, or a value is not a positive integer.
     """
     if isinstance(arch, str):
         if arch not in zoo:
             raise ValueError(
-                f"unknown arch '{arch}' of {family}; take one of {sorted(zoo)} or a "
+                f"unknown arch '{arch}' of {family}; use one of {sorted(zoo)} or a "
                 f'dict with embed_dims and depth'
             )
         return zoo[arch]
@@ -330,7 +341,7 @@ def resolve_arch(arch: str | dict, zoo: dict[str, dict], family: str) -> dict:
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise ValueError for a value that is not among the choices."""
+    """Raise ValueError for a value that is not one of the choices."""
     if value not in choices:
         raise ValueError(f'{name} must be one of {tuple(choices)}, got {value!r}')
 
@@ -353,21 +364,21 @@ def _checked_indices(indices: Sequence[int] | None, depth: int) -> tuple[int, ..
     return indices
 
 
-# What the records of isotropic families have in common
+# Parts of the records of isotropic families
 
 _RENAMES = (
     (r'(head|neck|norm_neck)\.', r'classifier.\1.'),
-    # Enlarging layers that the published segmentation backbone has inside.
+    # Upsampling layers, which the published segmentation backbone contains.
     (r'fpn1\.', 'neck.upsample_4x.'),
     (r'fpn2\.', 'neck.upsample_2x.'),
 )
 _RENAMES = tuple((re.compile(old), new) for old, new in _RENAMES)
-# What is renamed already, and must not be again.
+# Names that are already renamed, and must not be renamed again.
 _CURRENT = re.compile(r'neck\.upsample_')
 
 
 def rename(key: str) -> str:
-    """Published or own name, without prefix -> own name."""
+    """Turn a published or own name (without prefix) into our own name."""
     if _CURRENT.match(key):
         return key
     for old, new in _RENAMES:
@@ -377,20 +388,21 @@ def rename(key: str) -> str:
 
 
 def has_pyramid(keys: Iterable[str]) -> bool:
-    """Whether the backbone of the file has layers that belong to a neck."""
+    """Whether the backbone of the file contains layers of a neck."""
     return any(key.startswith(('fpn1.', 'fpn2.')) for key in keys)
 
 
 def second_last_mixer(backbone: IsotropicMamba) -> nn.Module:
-    """The mixer in front of the last block, with an output (B, L, C).
+    """The mixer of the block before the last one, with an output (B, L, C).
 
-    Behind the last one no other token has a say in what becomes of a class token.
+    The output of the last mixer would not do: there the other tokens have no influence
+    on the class token any more.
     """
     return backbone.layers[max(len(backbone.layers) - 2, 0)].mixer
 
 
 def block_depth(name: str) -> tuple[int, ...] | None:
-    """Where a parameter stands; see :class:`mmvssm.families.Family`."""
+    """Position of a parameter; see ``depth`` of :class:`mmvssm.families.Family`."""
     if re.match(r'patch_embed\.|pos_embed(_cls)?$|cls_token(_\w+)?$', name):
         return ()
     match = re.match(r'layers\.(\d+)\.', name)
@@ -398,11 +410,11 @@ def block_depth(name: str) -> tuple[int, ...] | None:
 
 
 def component(key: str) -> str | None:
-    """Which part the name belongs to that is there as a whole or not at all.
+    """The part of the backbone that a name belongs to.
 
-    None for class tokens, the last norm and rotary tables, which some models of
-    the family have and others do not. The position embedding is part of the
-    stem: without it a file's weights are of no use.
+    A file has either the whole part or nothing of it. None for class tokens, the last
+    norm and rotary tables, which only some models of the family have. The position
+    embedding is part of the stem: without it the weights of a file are useless.
     """
     if key == 'pos_embed':
         return 'patch_embed.'
@@ -418,8 +430,8 @@ def describe(
 ) -> str:
     """Name of the arch that current keys and their shapes belong to.
 
-    Variants with another stride have the same weights and go by the name of the
-    one with stride 16.
+    Variants with another stride have the same weights, and get the name of the one with
+    stride 16.
     """
     try:
         embed_dims, _, _, patch_size = state['patch_embed.proj.weight'].shape
@@ -439,10 +451,10 @@ def describe(
 
 
 def check_depth(state: Mapping[str, torch.Tensor], backbone: IsotropicMamba) -> None:
-    """Refuse a file of a deeper arch, whose first blocks would fit.
+    """Refuse a file of a deeper arch, of which the first blocks would fit.
 
     Raises:
-        CheckpointError: It is deeper than the arch of the model.
+        CheckpointError: The file is deeper than the arch of the model.
     """
     depth = _count_blocks(state)
     if depth > backbone.depth:
@@ -453,7 +465,7 @@ def check_depth(state: Mapping[str, torch.Tensor], backbone: IsotropicMamba) -> 
 
 
 def can_fit(state: Mapping[str, torch.Tensor], backbone: IsotropicMamba) -> bool:
-    """Whether there are position embeddings of one width in file and model."""
+    """Whether file and model have position embeddings of the same width."""
     if 'pos_embed' not in state or 'pos_embed' not in backbone.token_names:
         return False
     return state['pos_embed'].shape[2:] == backbone.pos_embed.shape[2:]

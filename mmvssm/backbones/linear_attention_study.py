@@ -1,9 +1,8 @@
 """From linear attention to Mamba in six switches (arXiv 2405.16605, section 5).
 
-The macro architecture is that of Swin-T with linear attention in the place of
-window attention, the baseline of the paper. Each difference between it and
-Mamba is a switch of its own, as are the position encodings that the paper puts
-in the place of the forget gate.
+The macro architecture is the baseline of the paper: Swin-T with linear attention
+instead of window attention. Each difference between it and Mamba has its own switch. So
+have the position encodings that the paper uses instead of the forget gate.
 """
 
 import math
@@ -45,7 +44,7 @@ from mmvssm.registry import MODELS
 
 _DEFAULTS = dict(head_dim=32, mlp_ratio=4.0, drop_path_rate=0.2)
 ARCH_ZOO = {
-    # Swin-T, and a small one to train in minutes on a CPU.
+    # Swin-T, and a small arch that trains in minutes on a CPU.
     't': dict(_DEFAULTS, depths=(2, 2, 6, 2), dims=96),
     'small': dict(
         depths=(1, 1, 2, 1), dims=32, head_dim=16, mlp_ratio=4.0, drop_path_rate=0.0
@@ -56,7 +55,7 @@ POSITIONS = ('ape', 'lepe', 'cpe', 'rope')
 
 
 class AttentionMixer(nn.Module):
-    """Values by a projection, attention, output projection.
+    """Attention with a projection for the values and one for the output.
 
     Args:
         channels: C of the map.
@@ -75,18 +74,17 @@ class AttentionMixer(nn.Module):
 
 
 class GatedMixer(nn.Module):
-    """The block of Mamba with an attention for its scan.
+    """The block of Mamba with attention instead of the scan.
 
-    One projection of the input goes through a depthwise convolution, SiLU and
-    the attention, whose values it is; it is multiplied by SiLU of another one,
-    and projected back.
+    A first projection of the input goes through a depthwise convolution, SiLU and the
+    attention, which uses it as values. The result is multiplied by SiLU of a second
+    projection, and projected back.
 
     Args:
         channels: C of the map.
         heads, head_dim, **attention: See :class:`UnifiedAttention2d`.
-        expand: Channels inside, relative to C (Mamba's E). The attention has
-            that many times the values, and the heads, queries and keys of one
-            without expansion.
+        expand: Channels inside, relative to C (Mamba's E). The values have that many
+            times C channels. Heads, queries and keys are those without expansion.
     """
 
     def __init__(
@@ -106,18 +104,18 @@ class GatedMixer(nn.Module):
 
 
 class StudyBlock(nn.Module):
-    """A mixer and, unless the design is ``'all'``, an MLP, each on a shortcut.
+    """A mixer and (unless the design is ``'all'``) an MLP, each with a shortcut.
 
     Args:
         channels: C of the maps.
-        drop_path: Probability of dropping a branch of a sample.
+        drop_path: Probability that a branch of a sample is dropped.
         head_dim: Channels of a query and a key in each head.
-        single_head: One head of queries and keys rather than C / head_dim.
+        single_head: One head of queries and keys instead of C / head_dim.
         design: See :class:`LinearAttentionStudy`.
         mlp_ratio: Hidden channels of the MLP relative to C.
-        grid: Height and width that an absolute position embedding is stored
-            at; None for no such embedding.
-        cpe: Add a depthwise convolution in front of mixer and MLP.
+        grid: Height and width for which an absolute position embedding is stored; None
+            for no such embedding.
+        cpe: Add a depthwise convolution before the mixer and before the MLP.
         **attention: See :class:`UnifiedAttention2d`.
     """
 
@@ -176,11 +174,10 @@ class StudyBlock(nn.Module):
 class LinearAttentionStudy(HierarchicalBackbone):
     """Linear attention with any of the differences between it and Mamba.
 
-    With no switch set this is the baseline of the paper, Swin-T with linear
-    attention. The core of Mamba's block, the selective scan, has ``input_gate``,
-    ``forget_gate``, ``shortcut`` and ``single_head`` set, ``normalise`` and
-    ``feature_map`` not; with ``design='all'`` the rest of the block is Mamba's,
-    too.
+    The defaults are the baseline of the paper, Swin-T with linear attention. For the
+    core of Mamba's block, the selective scan, set ``input_gate``, ``forget_gate``,
+    ``shortcut`` and ``single_head`` to True, and ``normalise`` and ``feature_map`` to
+    False. With ``design='all'`` the rest of the block is Mamba's, too.
 
     Args:
         arch: ``'t'`` or ``'small'``, or a dict with
@@ -192,24 +189,23 @@ class LinearAttentionStudy(HierarchicalBackbone):
             and, optionally, ``head_dim`` (32; also the number of states of
             the recurrence), ``mlp_ratio`` (4.) and ``drop_path_rate`` (.2).
         input_gate: Multiply values by a step size that depends on them.
-        forget_gate: Attend by a recurrence whose state decays, to the
-            positions that come before in row-major order.
-        shortcut: Add the values, weighted by channel, to the output.
+        forget_gate: Attend by a recurrence with a decaying state, to the earlier
+            positions in row-major order.
+        shortcut: Add the values, with one weight for each channel, to the output.
         normalise: Make the weights of the values sum up to 1.
         single_head: One group of queries and keys, of ``head_dim`` channels.
-        design: ``'transformer'``: attention and MLP. ``'all'``: the block of
-            Mamba, with expansion 2, in the place of both. ``'sub'``: the block
-            of Mamba, with expansion 1, in the place of the attention, as in
-            MLLA.
+        design: ``'transformer'``: attention and MLP. ``'all'``: the block of Mamba with
+            expansion 2 instead of both. ``'sub'``: the block of Mamba with expansion 1
+            instead of the attention, as in MLLA.
         position: Any of ``'ape'`` (a learned embedding added to the input of
             every block), ``'lepe'`` (a depthwise convolution of the values),
             ``'cpe'`` (of the input of attention and MLP) and ``'rope'``.
-        feature_map: Take elu + 1 of queries and keys. It can only be left out
-            with ``forget_gate`` and without ``normalise``.
-        img_size: Height and width, or one number for both, at which absolute
-            position embeddings are stored. Every image size is accepted.
+        feature_map: Take elu + 1 of queries and keys. It can only be False with
+            ``forget_gate`` and without ``normalise``.
+        img_size: Height and width, or one number for both, for which absolute position
+            embeddings are stored. Images may have any size.
         in_channels, out_indices, frozen_stages, with_cp, drop_path_rate,
-            out_norm, init_cfg, pretrained: See :class:`VSSM`.
+            out_norm, init_cfg, pretrained, mask_padding: See :class:`VSSM`.
 
     Attributes:
         out_channels: Channels of each returned map.
@@ -240,6 +236,7 @@ class LinearAttentionStudy(HierarchicalBackbone):
         out_norm: bool = True,
         init_cfg: dict | list[dict] | None = None,
         pretrained: str | None = None,
+        mask_padding: bool = False,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, type(self).__name__, _DEFAULTS)
         if drop_path_rate is None:
@@ -286,6 +283,7 @@ class LinearAttentionStudy(HierarchicalBackbone):
             drop_path_rate=drop_path_rate,
             out_norm=out_norm,
             init_cfg=with_pretrained(init_cfg, pretrained),
+            mask_padding=mask_padding,
         )
         for module in self.modules():
             if isinstance(module, StepSize2d):
@@ -308,7 +306,7 @@ def _fit(
     backbone: LinearAttentionStudy,
     grids: Mapping[str, tuple[int, int]],
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Resize the position embeddings of a file, one a block, to the model's grids."""
+    """Resize the position embeddings of all blocks of a file to the model's grids."""
     state, notes = dict(state), []
     blocks = dict(backbone.named_modules())
     for key, value in state.items():
@@ -321,7 +319,7 @@ def _fit(
 
 
 def _describe(state: Mapping[str, torch.Tensor]) -> str:
-    """Name of the model that names and shapes belong to; switches are not told."""
+    """Name of the model that has these names and shapes, without the switches."""
     try:
         dims = state['layers.0.blocks.0.norm1.weight'].numel()
     except KeyError:

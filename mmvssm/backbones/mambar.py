@@ -1,8 +1,8 @@
 """Mamba®: Vim with registers (Wang et al., CVPR 2025, arXiv 2405.14858).
 
-Registers, learned tokens spread through the sequence, take up the global
-information that Vim would leave in patches of the background. The names of
-parameters are those of the published code.
+Registers are learned tokens that are spread over the sequence. They hold the global
+information that Vim stores in patches of the background. The names of parameters are
+those of the published code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,25 +42,25 @@ ARCH_ZOO = {
 class MambaR(IsotropicMamba):
     """Mamba® backbone.
 
-    Arguments without an entry here are those of :class:`Vim`. Positions are
-    always embedded, never by rotation, and directions are averaged.
+    Arguments that are not listed here are those of :class:`Vim`. There are always
+    position embeddings and never rotations, and the two directions are averaged.
 
     Args:
         arch: A name of ``ARCH_ZOO``: ``t``, ``s``, ``b``, ``l``. Or a dict as
-            :class:`Vim` takes it, with ``registers`` (12) as one more key.
-        registers: Number n of registers, None for that of the arch. Without
-            any (0) the parameters are those of a Vim without class token, and
-            checkpoints are told to be Vim's.
-        placement: ``'even'``, as published: one after every M // (n + 1) of
-            the M patches at hand. ``'head'``: before the patches. ``'middle'``:
-            side by side after half of them.
-        frozen_stages: As in :class:`Vim`; 0 freezes the registers as well.
-        return_tokens: Return pairs of a map and the registers (B, n, C). Maps
-            are without registers in any case.
+            :class:`Vim` takes it, with one more key, ``registers`` (12).
+        registers: Number n of registers, None for that of the arch. With 0 the
+            parameters are those of a Vim without class token, and its checkpoints are
+            recognised as Vim's.
+        placement: ``'even'``, as published: one register after every M // (n + 1) of
+            the M patches. ``'head'``: all before the patches. ``'middle'``: all
+            together after half of the patches.
+        frozen_stages: As in :class:`Vim`; 0 freezes the registers, too.
+        return_tokens: Return pairs of a map and the registers (B, n, C). Maps never
+            contain registers.
 
     Attributes:
         out_channels: Channels of each returned map.
-        grid: Rows and columns the position embedding is stored at.
+        grid: Rows and columns for which the position embedding is stored.
 
     Raises:
         ValueError: An argument is out of range, or the image is smaller than a
@@ -86,6 +86,7 @@ class MambaR(IsotropicMamba):
         classification: bool = False,
         init_cfg: dict | list[dict] | None = None,
         pretrained: str | None = None,
+        mask_padding: bool = False,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'MambaR')
         check_choice('placement', placement, ('even', 'head', 'middle'))
@@ -107,6 +108,7 @@ class MambaR(IsotropicMamba):
             return_tokens=return_tokens,
             classification=classification,
             init_cfg=with_pretrained(init_cfg, pretrained),
+            mask_padding=mask_padding,
         )
         self.num_registers = registers
         self.placement = placement
@@ -120,20 +122,20 @@ class MambaR(IsotropicMamba):
         self._freeze()
 
     def token_positions(self, patches: int) -> tuple[int, ...]:
-        """Where the registers stand in a sequence with that many patches."""
+        """Indices of the registers in a sequence with that many patches."""
         return token_positions(patches, self.num_registers, self.placement)
 
     def embed(
         self, patches: torch.Tensor, size: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Add positions to the patches, and to the registers theirs."""
+        """Add position embeddings to the patches, and to the registers their own."""
         patches = patches + resize_position(self.pos_embed, self.grid, size)
         if not self.num_registers:
             return patches, None
         return patches, self.cls_token + self.pos_embed_cls
 
 
-# By how much the published head of each arch reduces a register.
+# Factor by which the published head of each arch reduces a register.
 _REDUCTION = dict(t=1, s=2, b=4, l=8)
 
 
@@ -150,7 +152,7 @@ def _head(
 
 
 def _component(key: str) -> str | None:
-    """As for Vim; registers, which no model does without, are of the stem."""
+    """As for Vim. Registers are part of the stem: every model has them."""
     if key in ('cls_token', 'pos_embed_cls'):
         return 'patch_embed.'
     return component(key)
@@ -163,7 +165,7 @@ def _fit(
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Resize the position embedding of a file to the model's grid.
 
-    Registers have no place in it, other than the class tokens of Vim.
+    It has no vectors for registers. Vim's has vectors for class tokens.
     """
     check_depth(state, backbone)
     state = dict(state)

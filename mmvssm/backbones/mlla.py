@@ -1,12 +1,11 @@
 """MLLA, also MILA: Mamba-inspired linear attention (NeurIPS 2024, arXiv 2405.16605).
 
-A hierarchical backbone of four stages at strides 4, 8, 16 and 32. Its block is
-Mamba's, with linear attention in the place of the scan and position encodings
-in that of its forget gate. The names of parameters are those of the published
-code.
+A hierarchical backbone of four stages at strides 4, 8, 16 and 32. Its block is Mamba's
+block, with linear attention instead of the scan and position encodings instead of the
+forget gate. The names of parameters are those of the published code.
 
-Maps are (B, C, H, W) throughout, held in channels-last memory, in which norms,
-linear layers and the attention need no copy.
+All maps are (B, C, H, W) in channels-last memory. So norms, linear layers and the
+attention need no copy.
 """
 
 import re
@@ -57,13 +56,13 @@ ARCH_ZOO = {
 
 
 class ConvNormAct(nn.Module):
-    """A convolution, optionally with batch norm and ReLU behind it.
+    """A convolution, optionally followed by batch norm and ReLU.
 
     The output has the size of the input divided by the stride, rounded up.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, groups, bias: Of the
-            convolution; the kernel is odd.
+        in_channels, out_channels, kernel_size, stride, groups, bias: Arguments of the
+            convolution; the kernel size is odd.
         norm: Whether a batch norm follows.
         act: Whether a ReLU follows.
     """
@@ -98,10 +97,9 @@ class ConvNormAct(nn.Module):
 
 
 class Stem(nn.Module):
-    """Convolutions from an image to a map of a quarter of its size.
+    """Convolutions from an image to a map of a quarter of its height and width.
 
-    Images are padded with zeros at the bottom and right to whole patches of
-    4x4.
+    Images are padded with zeros at the bottom and right, to whole patches of 4x4.
 
     Args:
         in_channels: Channels of the image.
@@ -128,11 +126,11 @@ class Stem(nn.Module):
 class Downsample(nn.Module):
     """Halve a map by an inverted bottleneck.
 
-    Maps of odd size get a row or a column of zeros at the bottom or right,
-    in front of the first layer, whose bias makes something of them.
+    Maps of odd size get a row or a column of zeros at the bottom or right, before the
+    first layer. With its bias these places become nonzero.
 
     Args:
-        channels, out_channels: Of the maps.
+        channels, out_channels: Channels of the input and output maps.
     """
 
     def __init__(self, channels: int, out_channels: int):
@@ -149,9 +147,9 @@ class Downsample(nn.Module):
 
 
 def _pad_to_multiple(x: torch.Tensor, side: int) -> torch.Tensor:
-    # Rounded up rather than by remainders, which make a compiler of all sizes slow.
+    # Rounds up without remainders, which slow down compilation for all sizes.
     more = [-(-size // side) * side - size for size in x.shape[2:]]
-    # A graph that asked whether to pad would hold for some sizes only.
+    # A graph with a test for padding would be valid for some sizes only.
     if not torch.compiler.is_compiling() and not any(more):
         return x
     return F.pad(x, (0, more[1], 0, more[0]))
@@ -161,9 +159,9 @@ def _pad_to_multiple(x: torch.Tensor, side: int) -> torch.Tensor:
 class MLLA(HierarchicalBackbone):
     """MLLA (MILA) backbone.
 
-    Its batch norms are plain ``nn.BatchNorm2d``. For training on many devices
-    with few images each convert them with mmengine's ``sync_bn='torch'`` in
-    the config, or ``nn.SyncBatchNorm.convert_sync_batchnorm``.
+    Its batch norms are ``nn.BatchNorm2d``. For training on many devices with few images
+    each, convert them with mmengine's ``sync_bn='torch'`` in the config, or with
+    ``nn.SyncBatchNorm.convert_sync_batchnorm``.
 
     Args:
         arch: A name of ``ARCH_ZOO``: ``t``, ``s``, ``b``. Or a dict with
@@ -174,12 +172,11 @@ class MLLA(HierarchicalBackbone):
             - ``num_heads`` (sequence of int): Heads of each stage.
 
             and, optionally, ``mlp_ratio`` (4.) and ``drop_path_rate`` (.2).
-        img_size: Accepted as all backbones here do, and without effect:
-            positions are encoded for the map at hand. Every image size is
-            accepted.
+        img_size: Has no effect, but is accepted as in all backbones here. Positions are
+            encoded for each map. Images may have any size.
         in_channels: Channels of the image.
-        out_indices: Stages whose maps are returned. Stages behind the last of
-            them are not built, so every parameter receives a gradient.
+        out_indices: Stages whose maps are returned. Later stages are not built, so
+            every parameter gets a gradient.
         frozen_stages: -1 freezes nothing, 0 the stem, i >= 1 also the first i
             stages with their downsampling. Frozen parts get no gradient and
             stay in eval mode, batch norms included. Output norms are never
@@ -187,12 +184,18 @@ class MLLA(HierarchicalBackbone):
         with_cp: Recompute each block in the backward pass to save memory.
         drop_path_rate: Rate of the last block, growing linearly from 0 at the
             first; None for the published value of the arch.
-        out_norm: Whether maps pass through a norm of their own, ``norm{i}``.
-            A classifier that brings its own norm takes False.
+        out_norm: Whether each returned map has a norm of its own, ``norm{i}``.
+            False for a classifier with a norm of its own.
         init_cfg: mmengine's initialisation config. ``dict(type='Pretrained',
-            checkpoint=...)`` takes published files as they are, by
+            checkpoint=...)`` loads published files without conversion, by
             :func:`mmvssm.load_checkpoint`, and logs what matched.
         pretrained: The older way to say so: the ``checkpoint`` alone.
+        mask_padding: For batches of images of several sizes, padded at the bottom
+            and right: compute the maps of each image as if it were alone, and set
+            them to zero beyond it. The images of each size run on their own,
+            batch norms in training included, whose running statistics then move
+            once for each size. It needs the sizes: see :meth:`forward` and
+            docs/detection.md.
 
     Attributes:
         out_channels: Channels of each returned map.
@@ -215,13 +218,14 @@ class MLLA(HierarchicalBackbone):
         out_norm: bool = True,
         init_cfg: dict | list[dict] | None = None,
         pretrained: str | None = None,
+        mask_padding: bool = False,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'MLLA', _DEFAULTS)
         dims, heads = arch['dims'], arch['num_heads']
         if dims < 4 or dims % 4:
             raise ValueError(
-                f'arch of MLLA: dims must be a multiple of 4, rows and columns turn '
-                f'whole pairs of channels; got {dims}'
+                f'arch of MLLA: dims must be a multiple of 4, because rows and columns '
+                f'rotate pairs of channels; got {dims}'
             )
         if not isinstance(heads, Sequence) or len(heads) != len(arch['depths']):
             raise ValueError(
@@ -250,6 +254,7 @@ class MLLA(HierarchicalBackbone):
             drop_path_rate=drop_path_rate,
             out_norm=out_norm,
             init_cfg=with_pretrained(init_cfg, pretrained),
+            mask_padding=mask_padding,
         )
 
 
@@ -258,7 +263,7 @@ _ROTARY_TABLE = re.compile(r'layers\.\d+\.blocks\.\d+\.attn\.rope\.rotations')
 
 
 def _rename(key: str) -> str:
-    """Published name, without prefix -> own name."""
+    """Turn a published name (without prefix) into our own name."""
     return f'classifier.{key}' if _HEAD.match(key) else key
 
 
@@ -269,8 +274,8 @@ def _fit(
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Leave out the rotary tables of a file.
 
-    They belong to the image size of its training. Models here make the same
-    tables for the map at hand.
+    They belong to the image size of its training. Models here compute these tables for
+    each map.
     """
     kept = {key: x for key, x in state.items() if not _ROTARY_TABLE.fullmatch(key)}
     left = len(state) - len(kept)
@@ -279,7 +284,7 @@ def _fit(
 
 
 def _describe(state: Mapping[str, torch.Tensor]) -> str:
-    """Name of the model that current names and their shapes belong to."""
+    """Name of the model that has these names and shapes."""
     try:
         dims = state['layers.0.blocks.0.norm1.weight'].numel()
         hidden = state['layers.0.blocks.0.mlp.fc1.bias'].numel()

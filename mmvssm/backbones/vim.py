@@ -1,8 +1,8 @@
 """Vim: Vision Mamba (Zhu et al., ICML 2024, arXiv 2401.09417).
 
-A plain backbone: patches of 16 x 16 pixels, with or without a class token, run
-through blocks that scan the sequence from both ends. The names of parameters
-are those of the published code.
+An isotropic backbone: patches of 16 x 16 pixels, with or without a class token, go
+through blocks that scan the sequence from both ends. The names of parameters are those
+of the published code.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +44,7 @@ ARCH_ZOO = {
     't_stride8': dict(ARCH_DEFAULTS, embed_dims=192, depth=24, stride=8),
     's_stride8': dict(ARCH_DEFAULTS, embed_dims=384, depth=24, stride=8),
 }
-# Where class tokens stand -> their parameters and their placement.
+# Option cls_token -> parameters and placement of the class tokens.
 _CLASS_TOKENS = {
     'none': ((), 'head'),
     'head': (('cls_token',), 'head'),
@@ -64,51 +64,56 @@ class Vim(IsotropicMamba):
             ``stride`` (16), ``d_state`` (16, states of a channel), ``d_conv`` (4,
             width of the causal convolution), ``expand`` (2, channels inside a
             block relative to ``embed_dims``) and ``drop_path_rate`` (.1).
-        img_size: Image size, one number or height and width, at whose grid of
-            patches the position embedding is stored. Every size is accepted:
-            the embedding is resized to the grid at hand.
+        img_size: Image size, one number or height and width. The position embedding is
+            stored for its grid of patches. Images may have any size: the embedding is
+            resized to their grid.
         in_channels: Channels of the image.
-        out_indices: Blocks whose maps are returned; None for the last block of
-            each quarter, ``(5, 11, 17, 23)`` of 24. Blocks behind the last of
-            them are not built, so every parameter receives a gradient.
+        out_indices: Blocks whose maps are returned; None for the last block of each
+            quarter, ``(5, 11, 17, 23)`` of 24. Later blocks are not built, so every
+            parameter gets a gradient.
         frozen_stages: -1 freezes nothing, 0 the patch embedding, positions and
             class token, i >= 1 also the first i blocks. Frozen parts get no
             gradient and stay in eval mode.
         with_cp: Recompute each block in the backward pass to save memory.
         drop_path_rate: Rate at the end of the stack, growing linearly from 0;
             None for the value of the arch.
-        cls_token: ``'none'``, ``'head'``, ``'middle'`` (of all published
-            classifiers) or ``'double'`` (one at each end). Maps are without it.
+        cls_token: Place of the class token: ``'none'``, ``'head'``, ``'middle'`` (as in
+            all published classifiers) or ``'double'`` (one at each end). Maps do not
+            contain it.
         pos_embed: Whether to add a position embedding to the patches.
-        rope: Whether to turn pairs of channels with the position of the patch
-            before every block, as published anew at each one. Class tokens are
-            not turned.
-        rope_residual: Turn the residual stream, too.
-        rope_grid: Rows and columns of the grid of pre-training, one number or
-            two, over which positions are stretched for ``rope``.
-        average: Average the two directions of a block, or add them up.
+        rope: Whether to rotate pairs of channels by the position of the patch. As
+            published, this is done again before every block. Class tokens are not
+            rotated.
+        rope_residual: Rotate the residual stream, too.
+        rope_grid: Rows and columns of the grid of pre-training, one number or two, to
+            which positions are scaled for ``rope``.
+        average: Average the two directions of a block; otherwise add them up.
         residual_in_fp32: Keep the residual stream in float32.
-        feature: What a map shows: ``'hidden'``, the output of the block, or
-            ``'residual'``, the stream it has been added to (with the drop path
-            and the rotation on its way into the next block).
-        last_layer_process: What becomes of the last map, whatever ``feature``
-            is: ``'none'`` takes the output of the block, ``'add'`` adds it to
-            the stream, ``'norm'`` norms that sum.
+        feature: Content of the maps: ``'hidden'``, the output of the block, or
+            ``'residual'``, the residual stream with that output (after the drop path
+            and the rotation of the next block).
+        last_layer_process: Content of the last map, for any ``feature``: ``'none'``,
+            the output of the block; ``'add'``, its sum with the residual stream;
+            ``'norm'``, that sum, normalised.
         return_tokens: Return pairs of a map and the class tokens (B, n, C).
-        classification: The form of the published classifiers: the last block
-            alone, normed, with tokens, with drop path before that norm, and
-            with their initialisation of the backward direction's step sizes.
-        pretrained_cls_token: Where the class token of a classification
-            checkpoint stands, ``'middle'`` or ``'head'``, which its names do
-            not tell. Only read when the model has no class token itself.
+        classification: Build the form of the published classifiers: only the map of the
+            last block, normalised, with tokens, with drop path before that norm, and
+            with their initialisation of the step sizes of the backward direction.
+        pretrained_cls_token: Place of the class token in a classification checkpoint,
+            ``'middle'`` or ``'head'``; the file does not say. Only used if the model
+            itself has no class token.
         init_cfg: mmengine's initialisation config. ``dict(type='Pretrained',
-            checkpoint=...)`` takes published files as they are, by
+            checkpoint=...)`` loads published files without conversion, by
             :func:`mmvssm.load_checkpoint`, and logs what matched.
         pretrained: The older way to say so: the ``checkpoint`` alone.
+        mask_padding: For batches of images of several sizes, padded at the bottom
+            and right: compute the maps of each image as if it were alone, and set
+            them to zero beyond it. The images of each size run on their own. It
+            needs the sizes: see :meth:`forward` and docs/detection.md.
 
     Attributes:
         out_channels: Channels of each returned map.
-        grid: Rows and columns the position embedding is stored at.
+        grid: Rows and columns for which the position embedding is stored.
 
     Raises:
         ValueError: An argument is out of range, or the image is smaller than a
@@ -139,6 +144,7 @@ class Vim(IsotropicMamba):
         pretrained_cls_token: str = 'middle',
         init_cfg: dict | list[dict] | None = None,
         pretrained: str | None = None,
+        mask_padding: bool = False,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'Vim')
         check_choice('cls_token', cls_token, _CLASS_TOKENS)
@@ -158,11 +164,12 @@ class Vim(IsotropicMamba):
             return_tokens=return_tokens,
             classification=classification,
             init_cfg=with_pretrained(init_cfg, pretrained),
+            mask_padding=mask_padding,
         )
         channels = arch['embed_dims']
         if rope and channels % 4:
             raise ValueError(
-                f'rope turns pairs of channels with rows and columns: embed_dims '
+                f'rope rotates pairs of channels by rows and columns: embed_dims '
                 f'must be a multiple of 4, got {channels}'
             )
         self.cls_token_place = cls_token
@@ -181,25 +188,25 @@ class Vim(IsotropicMamba):
         self._freeze()
 
     def token_positions(self, patches: int) -> tuple[int, ...]:
-        """Where the class tokens stand in a sequence with that many patches."""
+        """Indices of the class tokens in a sequence with that many patches."""
         return token_positions(patches, len(self.class_token_names), self._placement)
 
     def embed(
         self, patches: torch.Tensor, size: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Add positions to the patches, and to the class tokens theirs."""
+        """Add position embeddings to the patches and to the class tokens."""
         tokens = [getattr(self, name) for name in self.class_token_names]
         tokens = torch.cat(tokens, dim=1) if tokens else None
         if 'pos_embed' not in self.token_names:
             return patches, tokens
-        # Stored in the order of the sequence, class tokens where they stand.
+        # Stored in the order of the sequence, with the class tokens in their places.
         positions = self.token_positions(self.grid[0] * self.grid[1])
         grid, others = split_tokens(self.pos_embed, positions)
         patches = patches + resize_position(grid, self.grid, size)
         return patches, None if tokens is None else tokens + others
 
 
-# Number of class tokens in a file -> where they stand. One may be anywhere.
+# Number of class tokens in a file -> their place. A single one may be anywhere.
 _CHECKPOINT_PLACEMENTS = {0: 'head', 2: 'ends'}
 
 
@@ -208,7 +215,7 @@ def _head(backbone: Vim, arch: str, num_classes: int, **options: Any) -> ClassTo
 
 
 def _file_format(keys: Iterable[str]) -> str:
-    """``'vim'``, or ``'vim-fpn'`` with the pyramid inside the backbone."""
+    """``'vim'``, or ``'vim-fpn'`` for a backbone that contains a pyramid."""
     return 'vim-fpn' if has_pyramid(keys) else 'vim'
 
 
@@ -219,9 +226,9 @@ def _fit(
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Fit the position embedding of a file to the model's tokens and grid.
 
-    The vectors of class tokens are told from those of patches by where the
-    tokens stand in the sequence. One that the model has no token for is left
-    out; one that the file has none for stays as initialised.
+    The place of a vector in the sequence says whether it belongs to a class token or to
+    a patch. A vector for a token that the model does not have is left out. A token for
+    which the file has no vector keeps its initial value.
 
     Args:
         state: Backbone of the file, converted.
@@ -232,8 +239,8 @@ def _fit(
         The tensors for the model, and notes on what was changed.
 
     Raises:
-        CheckpointError: The file is deeper than the model's arch, or has a
-            grid that cannot be told.
+        CheckpointError: The file is deeper than the model's arch, or its grid is not
+            known.
     """
     check_depth(state, backbone)
     state = dict(state)
@@ -251,7 +258,7 @@ def _fit(
         others = split_tokens(backbone.pos_embed.detach(), own)[1].to(grid)
         if tokens:
             notes.append(
-                f'pos_embed was taken without the vectors of class tokens at '
+                f'pos_embed was loaded without the vectors of class tokens at '
                 f'{", ".join(map(str, positions))}'
             )
     state['pos_embed'] = insert_tokens(grid, others, wanted)
@@ -259,7 +266,7 @@ def _fit(
 
 
 def _placement(tokens: int, backbone: Vim) -> str:
-    """Where the class tokens of a file stand; the model knows, the file does not."""
+    """Place of the class tokens of a file; the model knows it, the file does not."""
     if tokens in _CHECKPOINT_PLACEMENTS:
         return _CHECKPOINT_PLACEMENTS[tokens]
     if backbone.cls_token_place in ('head', 'middle'):
@@ -276,7 +283,7 @@ FAMILY = register_family(
         head=_head,
         classifier_args=dict(classification=True, cls_token='middle'),
         signature=r'layers\.\d+\.mixer\.A_b_log',
-        unless='pos_embed_cls',  # Of Mamba®, which has the same mixer.
+        unless='pos_embed_cls',  # A name of Mamba®, which has the same mixer.
         depth=block_depth,
         describe=partial(describe, archs=ARCH_ZOO, name='vim', title='Vim'),
         component=component,

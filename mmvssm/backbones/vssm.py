@@ -1,12 +1,12 @@
 """VMamba: Visual State Space Model (Liu et al., NeurIPS 2024, arXiv 2401.10166).
 
-A hierarchical backbone of four stages at strides 4, 8, 16 and 32. Its mixer,
-SS2D, scans the map along four routes with a selective state-space model. The
-names of parameters are those of the published code.
+A hierarchical backbone of four stages at strides 4, 8, 16 and 32. Its mixer, SS2D,
+scans the map along four routes with a selective state-space model. The names of
+parameters are those of the published code.
 
-Maps are (B, C, H, W) throughout, held in channels-last memory, in which norms
-and linear layers need no copy; ``v0``, whose published code is channel-last,
-therefore runs through the same code as the later variants.
+All maps are (B, C, H, W) in channels-last memory. So norms and linear layers need no
+copy, and ``v0``, whose published code is channels-last, uses the same code as later
+variants.
 """
 
 import re
@@ -33,7 +33,7 @@ from mmvssm.ops import list_scan_orders
 from mmvssm.ops.scan_orders import Orders
 from mmvssm.registry import MODELS
 
-# The pattern that a published name of the mixer says; None says nothing about it.
+# Scan order of each published name of the mixer; None if the name does not say.
 _PATTERNS = {
     'v0': None,
     'v05_noz': None,
@@ -95,7 +95,7 @@ ARCH_ZOO = {
 
 
 def _patch_embed(version: str, in_channels: int, dims: int) -> nn.Sequential:
-    """Stem at stride 4. The identities keep the published indices of layers."""
+    """Stem with stride 4. The identities keep the published indices of layers."""
     if version == 'v1':
         return nn.Sequential(
             nn.Conv2d(in_channels, dims, 4, stride=4), nn.Identity(), LayerNorm2d(dims)
@@ -125,10 +125,10 @@ def _downsample(version: str, channels: int, out_channels: int) -> nn.Module:
 
 
 def _mixer_options(arch: dict, orders: Orders | None) -> dict:
-    """What :class:`VSSBlock` takes for its mixer.
+    """Arguments of :class:`VSSBlock` for its mixer.
 
     Raises:
-        ValueError: ``forward_type`` names a pattern and ``orders`` another.
+        ValueError: ``forward_type`` and ``orders`` name different scan orders.
     """
     forward_type = arch['forward_type']
     pattern = _PATTERNS[forward_type]
@@ -174,19 +174,19 @@ class VSSM(HierarchicalBackbone):
             one), ``downsample_version`` (``'v3'``: a convolution, or
             ``'v1'``: patch merging) and ``drop_path_rate`` (.2).
 
-            The switches of the published ablation are among them:
-            ``forward_type`` may also be ``'v051d_noz'`` (four times the rows:
-            ``orders='unidi'``), ``'v052d_noz'`` (twice the rows, twice their
-            reverse: ``orders='bidi'``) or ``'v052dc_noz'`` (the mixer is
-            :class:`CascadeSS2D`); ``ssm_conv`` (3, or -1 for no depthwise
-            convolution), ``ssm_act_layer`` (``'silu'``, ``'gelu'`` or
-            ``'relu'``) and ``ssm_init`` (``'v0'``, ``'v1'`` or ``'v2'``) are
-            ``d_conv``, ``act_layer`` and ``initialize`` of :class:`SS2D`.
-        img_size: Accepted as all backbones here do, and without effect: VMamba
-            has no position embedding. Every image size is accepted.
+            These are also the switches of the published ablation. ``forward_type`` may
+            also be ``'v051d_noz'`` (four times by rows: ``orders='unidi'``),
+            ``'v052d_noz'`` (twice by rows, twice the same from the end:
+            ``orders='bidi'``) or ``'v052dc_noz'`` (the mixer is :class:`CascadeSS2D`).
+            ``ssm_conv`` (3, or -1 for no depthwise convolution), ``ssm_act_layer``
+            (``'silu'``, ``'gelu'`` or ``'relu'``) and ``ssm_init`` (``'v0'``, ``'v1'``
+            or ``'v2'``) are ``d_conv``, ``act_layer`` and ``initialize`` of
+            :class:`SS2D`.
+        img_size: Has no effect, but is accepted as in all backbones here: VMamba has no
+            position embedding. Images may have any size.
         in_channels: Channels of the image.
-        out_indices: Stages whose maps are returned. Stages behind the last of
-            them are not built, so every parameter receives a gradient.
+        out_indices: Stages whose maps are returned. Later stages are not built, so
+            every parameter gets a gradient.
         frozen_stages: -1 freezes nothing, 0 the patch embedding, i >= 1 also
             the first i stages with their downsampling. Frozen parts get no
             gradient and stay in eval mode. Output norms are never frozen:
@@ -194,17 +194,20 @@ class VSSM(HierarchicalBackbone):
         with_cp: Recompute each block in the backward pass to save memory.
         drop_path_rate: Rate of the last block, growing linearly from 0 at the
             first; None for the published value of the arch.
-        out_norm: Whether maps pass through a norm of their own, ``outnorm{i}``.
-            A classifier that brings its own norm takes False.
+        out_norm: Whether each returned map has a norm of its own, ``outnorm{i}``.
+            False for a classifier with a norm of its own.
         init_cfg: mmengine's initialisation config. ``dict(type='Pretrained',
-            checkpoint=...)`` takes published files as they are, by
+            checkpoint=...)`` loads published files without conversion, by
             :func:`mmvssm.load_checkpoint`, and logs what matched.
         pretrained: The older way to say so: the ``checkpoint`` alone.
         orders: Scan order of all blocks: a name of
             :func:`mmvssm.ops.list_scan_orders`, several names, or a function
-            of height and width; see :func:`mmvssm.ops.ss2d_scan`. None for that
-            of ``forward_type``, which is ``'cross'`` unless its name says
-            otherwise.
+            of height and width; see :func:`mmvssm.ops.ss2d_scan`. None for that of
+            ``forward_type``, which is ``'cross'`` for most of its names.
+        mask_padding: For batches of images of several sizes, padded at the bottom
+            and right: compute the maps of each image as if it were alone, and set
+            them to zero beyond it. The images of each size run on their own. It
+            needs the sizes: see :meth:`forward` and docs/detection.md.
 
     Attributes:
         out_channels: Channels of each returned map.
@@ -229,6 +232,7 @@ class VSSM(HierarchicalBackbone):
         init_cfg: dict | list[dict] | None = None,
         pretrained: str | None = None,
         orders: Orders | None = None,
+        mask_padding: bool = False,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'VSSM', _DEFAULTS, _CHOICES)
         dims = arch['dims']
@@ -248,7 +252,7 @@ class VSSM(HierarchicalBackbone):
             depths=arch['depths'],
             dims=dims,
             norm_name='outnorm',
-            # The unpadded 4x4 convolution of v1 needs a whole patch.
+            # The 4x4 convolution of v1 has no padding and needs a whole patch.
             min_size=4 if arch['patchembed_version'] == 'v1' else 1,
             img_size=img_size,
             in_channels=in_channels,
@@ -258,6 +262,7 @@ class VSSM(HierarchicalBackbone):
             drop_path_rate=drop_path_rate,
             out_norm=out_norm,
             init_cfg=with_pretrained(init_cfg, pretrained),
+            mask_padding=mask_padding,
         )
 
 
@@ -274,7 +279,7 @@ _RENAMES = tuple((re.compile(old), new) for old, new in _RENAMES)
 
 
 def _rename(key: str) -> str:
-    """Old or current name, without prefix -> current name."""
+    """Turn an old or current name (without prefix) into the current name."""
     for old, new in _RENAMES:
         if old.match(key):
             return old.sub(new, key, count=1)
@@ -293,13 +298,13 @@ def _file_format(keys: Iterable[str]) -> str:
 
 
 def _reshape(key: str, value: torch.Tensor) -> torch.Tensor:
-    """1x1 convolutions -> linear weights."""
+    """Turn the weights of 1x1 convolutions into those of linear layers."""
     pointwise = value.ndim == 4 and value.shape[2:] == (1, 1)
     return value.flatten(1) if pointwise and '.conv2d.' not in key else value
 
 
 def _describe(state: Mapping[str, torch.Tensor]) -> str:
-    """Name of the arch that current keys and their shapes belong to."""
+    """Name of the arch that has these keys and shapes."""
     first = 'layers.0.blocks.0.op.'
     try:
         inner, states = (

@@ -1,4 +1,4 @@
-"""Bring the keys of a published or own checkpoint into one form."""
+"""Convert the keys of a published or own checkpoint to one form."""
 
 import re
 from collections import Counter
@@ -12,7 +12,7 @@ from mmvssm.checkpoints.read import Weights, read_weights
 from mmvssm.errors import CheckpointError
 from mmvssm.families import Family, recognise
 
-# What a family's record calls parts that are not the backbone's.
+# Names in a family's record for parts outside the backbone.
 _OTHER_PARTS = ('classifier.', 'neck.')
 _SEGMENTOR_HEADS = ('decode_head.', 'auxiliary_head.')
 _DETECTOR_HEADS = (
@@ -20,7 +20,7 @@ _DETECTOR_HEADS = (
     # The names of detectron2, whose heads are not converted.
     *('proposal_generator.', 'roi_heads.'),
 )
-# A pyramid of detectron2 is around the backbone, not behind it.
+# In detectron2 the pyramid contains the backbone.
 _DETECTRON2_PYRAMID = re.compile(r'backbone\.simfp_([2-5])\.')
 
 
@@ -29,16 +29,16 @@ class Checkpoint:
     """A checkpoint in the canonical form.
 
     Attributes:
-        family: Its record.
-        format: Which published naming the file had: ``'v0-old'``,
-            ``'v0-new'`` or ``'v2'`` of VMamba, ``'vim'``, ``'vim-fpn'``,
-            ``'vim-detectron2'``; of other families their ``name``.
+        family: The record of its family.
+        format: Published form of its names: ``'v0-old'``, ``'v0-new'`` or ``'v2'`` for
+            VMamba, ``'vim'``, ``'vim-fpn'``, ``'vim-detectron2'``; for other families
+            their ``name``.
         contents: ``'classifier'``, ``'backbone'``, ``'segmentor'``,
             ``'detector'``, or ``'model'`` with heads of other names.
-        arch: Model the shapes belong to, such as ``'vmamba_t_s1l8'``.
+        arch: Name of the model with these shapes, such as ``'vmamba_t_s1l8'``.
         backbone: ``{name: tensor}`` with the backbone's own names.
         others: ``{name: tensor}`` of classifier, heads and necks.
-        renamed: How many names the conversion changed.
+        renamed: Number of names that the conversion changed.
         grids: Rows and columns of position embeddings, by the name of the module in
             the backbone, as far as the file says so.
     """
@@ -88,13 +88,13 @@ def convert(
     Args:
         source: A ``.pth`` or ``.safetensors`` file, an address or a name of the zoo
             (see :func:`mmvssm.load_checkpoint`), or a state dict.
-        prefix: Take only the keys behind this prefix. By default the place of
-            the backbone is found by the keys.
-        weights: ``'raw'`` or ``'ema'``, of a file with both.
+        prefix: Use only the keys with this prefix. By default the place of the backbone
+            follows from the keys.
+        weights: ``'raw'`` or ``'ema'``, for a file with both.
 
     Raises:
-        CheckpointError: The file is missing or cannot be read, or its keys are
-            of no known family.
+        CheckpointError: The file is missing or cannot be read, or its keys belong to no
+            known family.
     """
     return to_canonical(*read_named(source, prefix, weights))
 
@@ -105,11 +105,11 @@ def read_named(
     weights: str | None = None,
     maybe: bool = False,
 ) -> tuple[Weights, str]:
-    """Read weights, and what to call them in an error message.
+    """Read weights, and make a name for them for error messages.
 
     Args:
         source, prefix, weights: See :func:`convert`.
-        maybe: Take all keys if none is behind the prefix.
+        maybe: Use all keys if none has the prefix.
     """
     what = 'the state dict' if isinstance(source, Mapping) else str(source)
     read = read_weights(source, weights)
@@ -123,7 +123,7 @@ def read_named(
             grids = _behind(read.grids, prefix)
             return replace(read, tensors=behind, grids=grids), what
         if not maybe:
-            raise CheckpointError(f"{what} has no keys behind '{prefix}'")
+            raise CheckpointError(f"{what} has no keys with the prefix '{prefix}'")
     return read, what
 
 
@@ -173,7 +173,7 @@ def _neck_name(key: str) -> str:
 def split_keys(
     keys: Iterable[str], prefix: str
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Split names into the backbone's and others, as ``{short: full}``.
+    """Split names into those of the backbone and others, as ``{short: full}``.
 
     ``'module.backbone.layers...'`` with the prefix ``'module.backbone.'``
     gives ``'layers...'``; then ``'module.decode_head...'`` beside it gives

@@ -1,4 +1,4 @@
-"""Load a checkpoint into a model and say what was loaded."""
+"""Load a checkpoint into a model, and report what was loaded."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,19 +21,19 @@ from mmvssm.families import Family, models, recognise
 
 @dataclass
 class LoadReport:
-    """What :func:`load_checkpoint` did. ``print`` it.
+    """Report of :func:`load_checkpoint`; ``print`` it.
 
     Attributes:
         family: Family of the file and the model, such as ``'VMamba'``.
-        format: Naming the file had, such as ``'v2'``.
+        format: Form of the names in the file, such as ``'v2'``.
         contents: ``'classifier'``, ``'backbone'``, ``'segmentor'``,
             ``'detector'``, or ``'model'`` with heads of other names.
-        arch: Model the file belongs to, such as ``'vmamba_t_s1l8'``.
+        arch: Name of the model that the file belongs to, such as ``'vmamba_t_s1l8'``.
         matched: Names in the model that were loaded.
-        missing: Names in the model that were not; they keep their values.
-        unexpected: Names in the file, converted, that the model does not have.
-        notes: What was changed to fit the model, such as a resized position
-            embedding, and what was assumed of the file.
+        missing: Names in the model that were not loaded. Their values do not change.
+        unexpected: Names in the converted file that the model does not have.
+        notes: Changes that were made to fit the model, such as a resized position
+            embedding, and assumptions about the file.
         copy: Key of the weights in the file, such as ``'model_ema'``; None if they
             are at its top.
         other_copies: Keys of further copies of the weights in the file.
@@ -74,7 +74,7 @@ class LoadReport:
         if rest:
             lines.append('  not loaded, as initialised: ' + summarise(rest))
         if self.unexpected:
-            lines.append('  in the file only, left out: ' + summarise(self.unexpected))
+            lines.append('  only in the file, not used: ' + summarise(self.unexpected))
         return '\n'.join(lines)
 
 
@@ -90,10 +90,10 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load published or own weights into a model.
 
-    Family and format are recognised by the keys and converted. The model may
-    be a backbone, a classifier, or a whole segmentor or detector with a
-    ``backbone``; so may the file. Heads of the file are loaded where the model
-    has them. Nothing in the file is executed (``weights_only``).
+    The keys tell the family and the format of the file, and are converted. Model and
+    file may each be a backbone, a classifier, or a whole segmentor or detector with a
+    ``backbone``. Heads of the file are loaded if the model has them. No code in the
+    file is run (``weights_only``).
 
     What differs in number of classes, image channels or image size is adapted, and
     the report says so: the last layer of a head stays as initialised, the filters of
@@ -103,12 +103,12 @@ def load_checkpoint(
         model: The model, bare or wrapped (DDP ...).
         source: A ``.pth`` or ``.safetensors`` file, ``mmvssm://NAME`` of the zoo,
             ``hf://OWNER/REPOSITORY/FILE``, an http(s) address, or a state dict.
-        prefix: Take only the keys of the file behind this prefix; of a model with
-            several backbones, fill the one behind it. By default the place of the
-            backbone is found by the keys.
-        weights: Of a file with two copies, take the ``'raw'`` or the averaged
-            (``'ema'``) one. By default that which the published figures belong to,
-            or the raw one.
+        prefix: Use only the keys of the file with this prefix; if a model has several
+            backbones, fill the one with it. By default the place of the backbone
+            follows from the keys.
+        weights: The copy to use from a file with two, ``'raw'`` or averaged
+            (``'ema'``). By default the one that the published figures belong to, or
+            the raw one.
         strict: Refuse a file whose heads have another number of classes, or that
             lacks a tensor of the model other than those it cannot have.
         allow_nan: Load weights that are not finite.
@@ -116,11 +116,12 @@ def load_checkpoint(
             file as initialised, and say so, instead of refusing the file.
 
     Returns:
-        What matched, what the file misses and what it has left over.
+        The names that matched, those that the file lacks, and those that only the file
+        has.
 
     Raises:
-        CheckpointError: The file is missing, cannot be read, is of another
-            family, or of another arch, or holds NaN. The model is then unchanged.
+        CheckpointError: The file is missing, cannot be read, belongs to another family
+            or another arch, or holds NaN. The model is then unchanged.
     """
     target = model.state_dict()
     owner = recognise(target, f'the model {type(model).__name__}', prefix)
@@ -188,13 +189,19 @@ def load_checkpoint(
 
 
 def fits(given: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether shapes are equal, and both are whole numbers or neither is."""
+    """Whether the shapes are equal, and both are floating-point or both are not."""
     same_kind = given.is_floating_point() == wanted.is_floating_point()
     return given.shape == wanted.shape and same_kind
 
 
+def _is_finite(value: torch.Tensor) -> bool:
+    if value.is_floating_point() and value.element_size() == 1:
+        value = value.float()  # torch does not ask numbers of 8 bits.
+    return bool(value.isfinite().all())
+
+
 def _refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
-    bad = [key for key, value in tensors.items() if not value.isfinite().all()]
+    bad = [key for key, value in tensors.items() if not _is_finite(value)]
     if bad:
         raise CheckpointError(
             f'{what} holds NaN or infinite weights: {_first(bad)}. A training that '
@@ -209,9 +216,9 @@ def _check_arch(
     wrong: Mapping[str, str],
     what: str,
 ) -> None:
-    """Refuse a file of another arch, whose names may be the same in part.
+    """Refuse a file of another arch, which may share some names with this one.
 
-    Stages that a model with few ``out_indices`` lacks may be left over.
+    The file may have more stages than a model with few ``out_indices``.
     """
     family = checkpoint.family
     file = checkpoint.backbone

@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint without running anything it contains."""
+"""Read the tensors of a checkpoint without running code that it contains."""
 
 import json
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from mmvssm.checkpoints.unpickle import is_trusted, unpickle
 from mmvssm.errors import CheckpointError, MissingCheckpointError
 
 COPIES = ('raw', 'ema')
-# Where training codes put the weights, in order of preference.
+# Keys under which training programs store the weights, in order of preference.
 _RAW = ('state_dict', 'model', 'module', 'net')
 _EMA = ('model_ema', 'state_dict_ema', 'ema_state_dict')
 _WRAPPERS = (*_RAW[:2], *_EMA, *_RAW[2:])
-# How many of them are opened, one within another: a file can hold itself.
+# The deepest nesting of these keys; a file may contain itself.
 _DEEPEST = 8
 
 
@@ -90,19 +90,19 @@ def read_state_dict(
 
 
 def read_content(source: str | Path, map_location: Any = 'cpu') -> Any:
-    """Read all that a file holds, not its weights alone.
+    """Read everything in a file, not only its weights.
 
     Args:
         source: A ``.pth`` or ``.safetensors`` file, or an http(s) address of one.
         map_location: As in ``torch.load``.
 
     Returns:
-        What ``torch.load(weights_only=True)`` does, with inert stand-ins for
+        The result of ``torch.load(weights_only=True)``, with empty objects instead of
         objects of other classes.
 
     Raises:
         MissingCheckpointError: There is no such file.
-        UnsafeCheckpointError: Reading it would call something; see
+        UnsafeCheckpointError: Reading the file would call a function; see
             :func:`mmvssm.checkpoints.trust`.
         CheckpointError: The file is truncated or damaged.
     """
@@ -114,11 +114,11 @@ def _is_zoo_name(source: object) -> bool:
 
 
 def _local(source: str | Path) -> Path:
-    """The file itself, fetched if ``source`` is an address."""
+    """Path of the file; it is downloaded if ``source`` is an address."""
     if zoo.is_address(source):
         return zoo.fetch(str(source))
     path = Path(source).expanduser()
-    # What mmvssm.save_pretrained wrote.
+    # A folder that mmvssm.save_pretrained wrote.
     whole = path / 'model.safetensors'
     return whole if whole.is_file() else path
 
@@ -137,7 +137,7 @@ def _read(path: Path, map_location: Any, trusted: bool) -> Any:
     except CheckpointError:
         raise
     except Exception as error:
-        # torch has no common class for its errors of reading.
+        # torch raises errors of many classes when it cannot read a file.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f'{path} ({path.stat().st_size} bytes) is truncated or not a checkpoint '
@@ -149,7 +149,7 @@ def _read(path: Path, map_location: Any, trusted: bool) -> Any:
 def _read_safetensors(path: Path, map_location: Any) -> dict:
     from safetensors.torch import load_file
 
-    # torch.load also takes functions and tables of devices, which mmengine never gives.
+    # torch.load also takes functions and dicts of devices; mmengine never passes them.
     named = isinstance(map_location, (str, torch.device))
     return load_file(path, str(map_location) if named else 'cpu')
 
@@ -284,8 +284,8 @@ def _check_tensors(
 ) -> None:
     """Refuse tensors that a model cannot take, or that are larger than the file.
 
-    A model is filled tensor by tensor: what cannot be copied would be found
-    when half of it is.
+    A model is loaded tensor by tensor. Without this check, a tensor that cannot be
+    copied would leave the model half loaded.
     """
     for key, value in state.items():
         problem = ''

@@ -1,4 +1,4 @@
-"""Read files of ``torch.save`` without running anything they contain."""
+"""Read files of ``torch.save`` without running code that they contain."""
 
 import pickle
 import re
@@ -14,41 +14,40 @@ from mmvssm.errors import CheckpointError, UnsafeCheckpointError
 
 _UNKNOWN_CLASS = re.compile(r'GLOBAL (\S+) was not an allowed global')
 _BLOCKED = re.compile(r'GLOBAL (\S+) whose module')
-# torch fills these from the file key by key, and insists on a plain dict.
+# torch fills these key by key from the file, and needs a plain dict for that.
 _MAPPING_CLASSES = (
     'yacs.config.CfgNode',
     'addict.addict.Dict',
     'mmengine.config.config.ConfigDict',
     'collections.defaultdict',
 )
-# A pickle calls these where it only sets up an instance of other classes.
+# A pickle calls these to create an object of another class.
 _HARMLESS_TO_CALL = (
     *('datetime.date', 'datetime.datetime', 'datetime.timedelta'),
     *('pathlib.PosixPath', 'pathlib.PurePosixPath', 'pathlib._local.PosixPath'),
     *('pathlib.WindowsPath', 'pathlib.PureWindowsPath', 'pathlib._local.WindowsPath'),
 )
-# Every one means to read the file again.
+# Each foreign class means that the file is read once more.
 _MOST_CLASSES = 50
 
 _trusted: set[str] = set()
 
 
 def trust(path: str | Path) -> None:
-    """Let files be unpickled in full, whatever code they hold.
+    """Allow files to be unpickled in full, with all code that they contain.
 
-    Unpickling calls what a file names: whoever made it can do with your
-    machine what you can. For files of your own alone that are refused
-    otherwise.
+    Unpickling calls the functions that a file names. So the author of the file can do
+    everything on your machine that you can. Use this only for files of your own that
+    are refused otherwise. It holds until the process ends.
 
     Args:
-        path: A file, a folder with files, or the http(s) address of one. Holds
-            until the process ends.
+        path: A file, a folder with files, or the http(s) address of a file.
     """
     _trusted.add(_absolute(path))
 
 
 def is_trusted(path: str | Path) -> bool:
-    """Whether :func:`trust` was called for this file, or a folder it is in."""
+    """Whether :func:`trust` was called for this file or for a folder that has it."""
     path = _absolute(path)
     if '://' in path:
         return path in _trusted
@@ -62,22 +61,21 @@ def _absolute(path: str | Path) -> str:
 
 
 def unpickle(path: Path, map_location: Any = 'cpu', trusted: bool = False) -> Any:
-    """``torch.load`` with check sums, and no class but torch's own.
+    """``torch.load`` with check sums, and without classes other than torch's own.
 
-    Published files carry an ``argparse.Namespace``, a yacs ``CfgNode`` or
-    numpy scalars beside the weights. Objects that are set up from their
-    attributes alone are replaced by inert stand-ins; a file that would have
-    something called is refused.
+    Published files have an ``argparse.Namespace``, a yacs ``CfgNode`` or numpy scalars
+    besides the weights. Objects that are made from their attributes only are replaced
+    by empty objects. A file that would call a function is refused.
 
     Args:
-        path: A file of ``torch.save``, of its present or its older form.
+        path: A file of ``torch.save``, in its present or its older format.
         map_location: As in ``torch.load``.
-        trusted: Unpickle everything, after all.
+        trusted: Unpickle everything, without these checks.
 
     Raises:
-        UnsafeCheckpointError: Something would be called.
+        UnsafeCheckpointError: Reading the file would call a function.
         CheckpointError: The file is damaged: a check sum of its archive is wrong.
-        Exception: Whatever torch makes of a file it cannot read.
+        Exception: Any error of torch for a file that it cannot read.
     """
     _check_archive(path)
     if trusted:
@@ -94,7 +92,7 @@ def unpickle(path: Path, map_location: Any = 'cpu', trusted: bool = False) -> An
             match = _UNKNOWN_CLASS.search(str(error))
             if match is None:
                 raise
-            # torch leaves builtins without a module.
+            # torch names builtins without a module.
             if '.' not in match[1] or match[1] in stand_ins:
                 raise UnsafeCheckpointError(str(path), _calls(match[1])) from error
             stand_ins[match[1]] = _stand_in(match[1], path)
@@ -102,18 +100,18 @@ def unpickle(path: Path, map_location: Any = 'cpu', trusted: bool = False) -> An
 
 
 def _check_archive(path: Path) -> None:
-    """Compare check sums, which torch does not, and sizes.
+    """Compare check sums and sizes; torch does not do that.
 
     Raises:
-        CheckpointError: The file is damaged, or unpacks to more than it is.
+        CheckpointError: The file is damaged, or claims more bytes than it has.
     """
     with path.open('rb') as file:
-        # What torch goes by; its older form has no check sums.
+        # torch uses the same test. Its older format has no check sums.
         if file.read(4) != b'PK\x03\x04':
             return
     with zipfile.ZipFile(path) as archive:
         content = sum(entry.file_size for entry in archive.infolist())
-        # torch does not compress.
+        # torch does not compress its files.
         if content > path.stat().st_size:
             raise CheckpointError(f'{path} declares {content} bytes, more than it has')
         damaged = archive.testzip()
@@ -126,11 +124,10 @@ def _calls(name: str) -> str:
 
 
 def _stand_in(name: str, path: Path) -> type:
-    """A class that takes the place of a foreign one and does nothing.
+    """A class that replaces a foreign one and does nothing.
 
-    The unpickler calls ``__new__`` for an object that is set up from its
-    attributes, and the class itself where the pickle calls it: only then does
-    ``__init__`` run.
+    For an object that is made from its attributes, the unpickler calls ``__new__``
+    only. ``__init__`` runs only if the pickle calls the class.
     """
 
     def init(self: object, *args: Any) -> None:

@@ -12,16 +12,16 @@ from mmvssm.checkpoints.canonical import Checkpoint
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
-    """Write ``.pth`` (mmengine's form) or ``.safetensors``.
+    """Write ``.pth`` (mmengine's format) or ``.safetensors``.
 
-    The file appears under its name only when it is complete.
+    The file gets its name only when it is complete.
 
     Args:
         checkpoint: What :func:`mmvssm.checkpoints.convert` returned.
-        path: Where to; the suffix chooses the form.
+        path: The file to write. Its suffix chooses the format.
 
     Raises:
-        ValueError: Another suffix.
+        ValueError: The file has another suffix.
     """
     meta = dict(
         family=checkpoint.family.title,
@@ -45,9 +45,11 @@ def write_tensors(
     """
     path = Path(path)
     if path.suffix not in ('.pth', '.safetensors'):
-        raise ValueError(f'can write .pth and .safetensors, not {path.name!r}')
+        raise ValueError(
+            f'cannot write {path.name!r}; its suffix must be .pth or .safetensors'
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Heads can share memory with one another, which safetensors refuses.
+    # Heads can share memory with each other; safetensors refuses that.
     state = {
         key: value.detach().clone(memory_format=torch.contiguous_format)
         for key, value in tensors.items()
@@ -61,7 +63,7 @@ def write_tensors(
             from safetensors.torch import save_file
 
             save_file(state, temporary, metadata=meta)
-        # mkstemp makes files private.
+        # mkstemp makes files that only their owner can read.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:

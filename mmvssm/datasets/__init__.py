@@ -1,4 +1,4 @@
-"""The small data sets that the quickstarts make for themselves."""
+"""The small data sets that the quickstarts make."""
 
 from mmvssm.datasets.quickstart import (
     QUICKSTART_CLASSES,

@@ -1,4 +1,4 @@
-"""How the quickstart's scenes are laid out as files: as ADE20K or as COCO."""
+"""File layouts of the quickstart's scenes: that of ADE20K and that of COCO."""
 
 import json
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ OBJECT_PALETTE = (
     [204, 121, 167],
     [150, 60, 190],
 )
-# A pixel belongs to the object that covers this share of it.
+# A pixel belongs to an object that covers at least this share of it.
 MASK_SHARE = 0.5
 
 
@@ -41,7 +41,7 @@ class Ade20kLayout:
     """
 
     generator = 'mmvssm quickstart data'
-    # To be raised whenever the same settings give other files.
+    # Increase it if the same settings give other files than before.
     version = 1
     classes = ('background', *OBJECT_NAMES)
     palette = ([70, 75, 85], *OBJECT_PALETTE)
@@ -72,7 +72,7 @@ class Ade20kLayout:
         )
 
     def finish(self, root: Path) -> None:
-        """Everything is written."""
+        """Nothing is left to write."""
 
     def is_whole(self, root: Path, counts: Mapping[str, int]) -> bool:
         """Whether no file is missing."""
@@ -84,7 +84,7 @@ class Ade20kLayout:
 
 
 class CocoLayout:
-    """Images and a JSON file of the objects in them.
+    """Images, and a JSON file with the objects in them.
 
     ::
 
@@ -92,9 +92,9 @@ class CocoLayout:
           train2017/*.jpg  annotations/instances_train2017.json
           val2017/*.jpg    annotations/instances_val2017.json
 
-    Beside objects of usual size there are tiny ones, crowds of them (one
-    ``iscrowd`` region each) and images without any object. Masks are run lengths
-    of the pixels that an object visibly covers by half.
+    Besides objects of usual size there are tiny ones, crowds of tiny ones (each crowd
+    is one ``iscrowd`` region), and images without objects. A mask has the pixels of
+    which the visible part of an object covers at least half, as run lengths.
     """
 
     generator = 'mmvssm quickstart data, COCO'
@@ -104,7 +104,7 @@ class CocoLayout:
     images = '{train2017,val2017}'
     labels = 'annotations/instances_{train2017,val2017}.json'
     folders = dict(zip(SPLITS, ('train2017', 'val2017')))
-    # Of so many images one has no object.
+    # One of this many images has no object.
     empty_every = 16
 
     def start(self, root: Path) -> None:
@@ -117,7 +117,7 @@ class CocoLayout:
             from pycocotools import mask
         except ImportError as error:
             raise ImportError(
-                "COCO's layout is written through pycocotools, which is not "
+                "COCO's layout needs pycocotools, which is not "
                 'installed: `pip install pycocotools`.'
             ) from error
         self._masks = mask
@@ -135,7 +135,7 @@ class CocoLayout:
         size: int,
         rng: np.random.Generator,
     ) -> None:
-        """Write one image as JPEG, with sensor noise; keep its objects for later."""
+        """Write one image as JPEG, with sensor noise, and remember its objects."""
         height, width = random_canvas(index, size, rng)
         scene, instances = random_crowded_scene(regions, height, width, rng)
         if index % self.empty_every == self.empty_every - 1:

@@ -25,7 +25,7 @@ TRAINING_SHARE = 0.6
 
 @dataclass(frozen=True)
 class PhotoRegion:
-    """The part of one photograph that one split may look at.
+    """The part of one photograph that belongs to one split.
 
     Attributes:
         photo (str): Name of the function of ``skimage.data``.
@@ -44,8 +44,8 @@ def _read_photo(name: str) -> Image.Image:
         from skimage import data
     except ImportError as error:
         raise ImportError(
-            'The quickstart data set is made from photographs that '
-            'scikit-image ships, and scikit-image is not installed. Install '
+            'The quickstart data set is made from photographs in '
+            'scikit-image, which is not installed. Install '
             'it with `pip install scikit-image`.'
         ) from error
     pixels = getattr(data, name)()
@@ -57,7 +57,7 @@ def _read_photo(name: str) -> Image.Image:
 def split_box(
     width: int, height: int, split: str, mirrored: bool
 ) -> tuple[int, int, int, int]:
-    """Cut a photograph across its longer side between the two splits.
+    """Divide a photograph between the two splits, across its longer side.
 
     Args:
         width (int): Width of the photograph in pixels.
@@ -107,8 +107,8 @@ def random_patch(
 ) -> np.ndarray:
     """Cut a random piece of a random region, flip it and shift its colours.
 
-    The colour shift (channels permuted, a gamma and a gain for each) is wide
-    enough that no colour belongs to one photograph.
+    The colour shift (a permutation of the channels, and a gamma and a gain for each) is
+    so large that no colour is typical of one photograph.
 
     Args:
         regions (tuple[PhotoRegion, ...]): What to choose from.

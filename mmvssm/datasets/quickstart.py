@@ -1,4 +1,4 @@
-"""A small data set that makes itself, for segmentation or for detection."""
+"""Makes a small data set for segmentation or for detection."""
 
 import json
 import os
@@ -28,40 +28,39 @@ def make_quickstart_dataset(
     progress: Callable[[list], Iterable] = iter,
     layout: str = 'ade20k',
 ) -> Path:
-    """Make the data set, or find it made already.
+    """Make the data set, if it does not exist yet.
 
-    Textured shapes lie over photographs that scikit-image ships. A class is
-    a shape and a texture; colours, light, pose and scale are drawn alike for
-    all of them. The two splits look at disjoint parts of the photographs.
-    The files depend on the settings only: the same ones (and the same Pillow
-    and scikit-image) give the same bytes. The folder appears under its name
-    once it is complete, so an interrupted run leaves nothing half-made.
+    The images are textured shapes over photographs from scikit-image. A class has one
+    shape and one texture. Colours, light, pose and scale are drawn in the same way for
+    all classes. The two splits use different parts of the photographs. The same
+    settings (and the same versions of Pillow and scikit-image) give the same bytes. The
+    folder gets its name only when it is complete, so an interrupted run leaves nothing
+    incomplete.
 
     Args:
-        root (str | os.PathLike): The folder to make.
-        num_train (int): Number of training images. Defaults to 480.
-        num_val (int): Number of validation images. Defaults to 96.
-        size (int): Shorter side of the images in pixels, at least 64. Every
-            fourth image has a longer side of 5/4 of it, the others are
-            square. Defaults to 128.
+        root (str | os.PathLike): The folder to make. num_train (int): Number of
+        training images. Defaults to 480. num_val (int): Number of validation images.
+        Defaults to 96. size (int): Shorter side of the images in pixels, at least 64.
+        The longer side of
+            every fourth image is 5/4 of it; the other images are square. Defaults to
+            128.
         seed (int): Seed of the generator, not negative. Defaults to 0.
-        overwrite (bool): Whether a data set of other settings may be
-            replaced. Defaults to False.
-        progress (Callable): Wraps the list of images to be made, as
-            ``tqdm.tqdm`` does. Defaults to iter.
-        layout (str): ``'ade20k'``, images and label maps as
-            :class:`~mmvssm.datasets.layouts.Ade20kLayout` has them, or
-            ``'coco'``, images and objects as in
-            :class:`~mmvssm.datasets.layouts.CocoLayout`. Either also has
-            ``meta.json``: classes, palette, settings. Defaults to 'ade20k'.
+        overwrite (bool): Whether a data set with other settings may be replaced.
+            Defaults to False.
+        progress (Callable): Wraps the list of images that are made, as ``tqdm.tqdm``
+            does. Defaults to iter.
+        layout (str): ``'ade20k'``: images and label maps, see
+            :class:`~mmvssm.datasets.layouts.Ade20kLayout`. ``'coco'``: images and
+            objects, see :class:`~mmvssm.datasets.layouts.CocoLayout`. Both also have
+            ``meta.json`` with classes, palette and settings. Defaults to 'ade20k'.
 
     Returns:
         pathlib.Path: The folder.
 
     Raises:
         ValueError: If an argument is out of range.
-        FileExistsError: If ``root`` holds a data set of other settings and
-            ``overwrite`` is False, or holds anything else at all.
+        FileExistsError: If ``root`` contains a data set with other settings and
+            ``overwrite`` is False, or contains other files.
         ImportError: If scikit-image is not installed, or pycocotools for COCO's
             layout.
     """
@@ -135,7 +134,7 @@ def _read_meta(root: Path) -> dict:
 
 
 def _check_replaceable(root: Path, meta: dict, overwrite: bool) -> None:
-    """Refuse to delete what somebody may still want."""
+    """Refuse to delete files that somebody may still need."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return
     found = _read_meta(root)
@@ -146,8 +145,8 @@ def _check_replaceable(root: Path, meta: dict, overwrite: bool) -> None:
         )
     if found != meta and not overwrite:
         raise FileExistsError(
-            f'{root} holds a data set of version {found.get("version")} with '
-            f'the settings {found.get("settings")}, asked for is version '
+            f'{root} contains a data set of version {found.get("version")} with '
+            f'the settings {found.get("settings")}; requested is version '
             f'{meta["version"]} with {meta["settings"]}. Pass overwrite=True '
             '(--overwrite) to replace it, or choose another root.'
         )

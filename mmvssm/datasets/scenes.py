@@ -1,8 +1,8 @@
 """Scenes of textured shapes over photographs, with exact masks.
 
-A scene is a background and a list of objects, each with the share of every
-pixel that it covers. Images, label maps and instance masks are all derived
-from the same scene, so they cannot disagree.
+A scene is a background and a list of objects. Each object has the share of every pixel
+that it covers. Images, label maps and instance masks are made from the same scene, so
+they always agree.
 """
 
 import math
@@ -17,14 +17,14 @@ from mmvssm.datasets.photos import PhotoRegion, random_patch
 
 BACKGROUND = 1
 UNLABELLED = 0
-# A pixel of which no class covers this much has no true label.
+# A pixel has no true label if no class covers this share of it.
 PURE_SHARE = 0.75
-# The side, in pixels, at which the texture periods below are given.
+# Side of an object in pixels, for which the texture periods below are given.
 NOMINAL_SIDE = 128
 
 
 class ObjectClass(NamedTuple):
-    """What makes an object a member of its class: never its colour."""
+    """What defines a class: shape and texture, but never colour."""
 
     name: str
     shape: str
@@ -44,15 +44,15 @@ OBJECT_CLASSES = (
 
 @dataclass(frozen=True)
 class SceneObject:
-    """An object as it would look if nothing stood in front of it.
+    """An object, as it looks with nothing in front of it.
 
     Attributes:
         category (int): Label of its class, from 2; 1 is the background.
         coverage (numpy.ndarray): float32 (H, W), the share of each pixel
             that lies inside the outline, in [0, 1].
-        appearance (numpy.ndarray): float32 (H, W, 3), its colours in [0, 1].
-        shadow (numpy.ndarray): float32 (H, W), by how much it darkens what
-            lies behind it, in [0, 1].
+        appearance (numpy.ndarray): float32 (H, W, 3), its colours in [0, 1]. shadow
+        (numpy.ndarray): float32 (H, W), how much it darkens the things behind it,
+            in [0, 1].
     """
 
     category: int
@@ -63,7 +63,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and the objects before it.
+    """A background, and the objects in front of it.
 
     Attributes:
         background (numpy.ndarray): float32 (H, W, 3), in [0, 1].
@@ -83,7 +83,7 @@ class Scene:
         return canvas
 
     def visible_coverage(self) -> np.ndarray:
-        """Share of each pixel in which each object is seen.
+        """Share of each pixel in which each object is visible.
 
         Returns:
             numpy.ndarray: float32 (1 + number of objects, H, W): the
@@ -100,9 +100,9 @@ class Scene:
         """Label of each pixel, as ADE20K writes them.
 
         Returns:
-            numpy.ndarray: uint8 (H, W): the class that covers at least
-            ``PURE_SHARE`` of the pixel, from 1, or 0 where none does (the
-            anti-aliased outlines).
+            numpy.ndarray: uint8 (H, W): the class (from 1) that covers at least
+            ``PURE_SHARE`` of the pixel, or 0 if there is none (at anti-aliased
+            outlines).
         """
         categories = [BACKGROUND] + [item.category for item in self.objects]
         shares = np.zeros(
@@ -140,12 +140,12 @@ def polygon_area(vertices: np.ndarray) -> float:
 
 
 def _unit_area(*outlines: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Scale an outline and its hole to area 1: classes equally large."""
+    """Scale an outline and its hole to area 1, so that all classes have one size."""
     area = polygon_area(outlines[0]) - sum(map(polygon_area, outlines[1:]))
     return tuple(outline / np.sqrt(area) for outline in outlines)
 
 
-# For each shape its outline and, where there is one, the hole in it.
+# For each shape its outline and, if it has one, its hole.
 SHAPES: dict[str, tuple[np.ndarray, ...]] = {
     'disc': _unit_area(_regular(64)),
     'square': _unit_area(_regular(4)),
@@ -158,12 +158,12 @@ SHAPES: dict[str, tuple[np.ndarray, ...]] = {
 
 
 def rasterise(outlines: tuple[np.ndarray, ...], height: int, width: int) -> np.ndarray:
-    """Share of the area of every pixel that lies inside an outline.
+    """Share of the area of every pixel that is inside an outline.
 
-    Exact but for rounding: Green's theorem in each pixel. The outline is cut
-    at the lines of the pixel grid; a piece that rises by dy adds dy to all
-    pixels right of it in its row, and to its own pixel dy times the mean
-    distance to that pixel's right border.
+    Exact except for rounding, by Green's theorem in each pixel. The outline is cut at
+    the lines of the pixel grid. A piece that rises by dy adds dy to all pixels right of
+    it in its row. To its own pixel it adds dy times the mean distance to the right
+    border of that pixel.
 
     Args:
         outlines (tuple[numpy.ndarray, ...]): (V, 2) vertices (x, y) in
@@ -192,7 +192,7 @@ def rasterise(outlines: tuple[np.ndarray, ...], height: int, width: int) -> np.n
             ],
             axis=1,
         )
-    # An edge along a grid line divides by zero: no cut.
+    # An edge along a grid line would divide by zero; it needs no cut.
     cuts = np.sort(np.clip(np.nan_to_num(cuts), 0, 1), axis=1)
     points = start + cuts[..., None] * delta
     middle = (points[:, 1:] + points[:, :-1]) / 2
@@ -305,7 +305,7 @@ def _shadow(coverage: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _place(
     height: int, width: int, count: int, rng: np.random.Generator
 ) -> list[tuple[np.ndarray, float]]:
-    """Centres (x, y) and sides of objects that overlap by their rims only.
+    """Centres (x, y) and sides of objects that overlap only at their borders.
 
     Args:
         height (int): Height of the canvas in pixels.
@@ -314,8 +314,8 @@ def _place(
         rng (numpy.random.Generator): The only source of randomness.
 
     Returns:
-        list[tuple[numpy.ndarray, float]]: At least one place; the side is
-        the root of the object's area.
+        list[tuple[numpy.ndarray, float]]: At least one place. The side is the square
+        root of the object's area.
     """
     places = []
     for _ in range(20 * count):
@@ -342,7 +342,7 @@ def random_object(
     Args:
         category (int): Label of the class, 2 to ``len(OBJECT_CLASSES) + 1``.
         centre (numpy.ndarray): (x, y) in pixels.
-        side (float): Root of the object's area, in pixels.
+        side (float): Square root of the object's area, in pixels.
         patch (numpy.ndarray): float32 (H, W, 3), a piece of a photograph to
             take colours and grain from; its size is that of the canvas.
         rng (numpy.random.Generator): The only source of randomness.
@@ -369,7 +369,7 @@ def random_object(
 def random_scene(
     regions: tuple[PhotoRegion, ...], height: int, width: int, rng: np.random.Generator
 ) -> Scene:
-    """Compose a scene of three to five objects, fewer where room is short.
+    """Compose a scene of three to five objects; fewer if there is no room.
 
     Args:
         regions (tuple[PhotoRegion, ...]): Where background, colours and
@@ -393,7 +393,7 @@ def random_scene(
 def random_crowded_scene(
     regions: tuple[PhotoRegion, ...], height: int, width: int, rng: np.random.Generator
 ) -> tuple[Scene, tuple[tuple[int, ...], ...]]:
-    """Compose a scene with tiny objects, and crowds of them, beside the usual ones.
+    """Compose a scene of usual objects, tiny objects and crowds of tiny objects.
 
     Args:
         regions (tuple[PhotoRegion, ...]): Where background, colours and
@@ -435,7 +435,7 @@ def _free_spots(
     side: float,
     rng: np.random.Generator,
 ) -> list[np.ndarray]:
-    """At most two centres at which something of that side touches no place."""
+    """At most two centres at which an object of that side touches no other object."""
     spots, taken = [], list(places)
     for _ in range(40):
         centre = rng.uniform(0.1, 0.9, size=2) * (width, height)

@@ -38,12 +38,15 @@ class ClassificationHead(BaseModule):
 
 
 class ImageClassifier(BaseModule):
-    """A backbone and a head on the last of its maps.
+    """A backbone and a head on its last map.
 
     Args:
         backbone: Image -> tuple of maps.
         classifier: Map -> logits.
         init_cfg: mmengine's initialisation config.
+
+    Raises:
+        ValueError: The backbone masks padding, which heads would count as image.
     """
 
     def __init__(
@@ -53,6 +56,11 @@ class ImageClassifier(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ):
         super().__init__(init_cfg)
+        if getattr(backbone, 'mask_padding', False):
+            raise ValueError(
+                'a classifier takes images of one size, and its head would average '
+                'over masked positions: build the backbone with mask_padding=False'
+            )
         self.backbone = backbone
         self.classifier = classifier
 

@@ -1,7 +1,7 @@
-"""From the tokens of a plain backbone to class logits.
+"""From the tokens of an isotropic backbone to class logits.
 
-A backbone built with ``classification=True`` gives the last map and the tokens,
-both normed.
+A backbone built with ``classification=True`` gives the last map and the tokens, both
+normalised.
 """
 
 import torch
@@ -12,7 +12,7 @@ _POOLINGS = ('concat', 'mean', 'one', 'patches')
 
 
 class ClassTokenHead(BaseModule):
-    """A linear layer on the class token; on the mean of two; of patches if none.
+    """A linear layer on the class token, the mean of several, or that of the patches.
 
     Args:
         in_channels: Channels C of the tokens.
@@ -46,11 +46,11 @@ class RegisterHead(BaseModule):
         in_channels: Channels C of the registers.
         num_classes: Number of classes K.
         num_registers: n.
-        reduce: Each register is projected to C / reduce channels, and the
-            concatenation of all normed; with 1 neither happens.
-        pooling: ``'concat'``, as published. The ablations take the ``'mean'``
-            of the registers, the first ``'one'`` of them, or the mean of the
-            ``'patches'``, and ignore ``reduce``.
+        reduce: Each register is projected to C / reduce channels, and then all of them
+            together are normalised. With 1 there is neither a projection nor a norm.
+        pooling: ``'concat'``, as published: all registers side by side. The ablations
+            use ``'mean'`` (of the registers), ``'one'`` (the first register) or
+            ``'patches'`` (the mean of the patches), and ignore ``reduce``.
         init_cfg: mmengine's initialisation config.
 
     Raises:
@@ -72,7 +72,7 @@ class RegisterHead(BaseModule):
             raise ValueError(f'pooling must be one of {_POOLINGS}, got {pooling!r}')
         if num_registers < 1 and pooling != 'patches':
             raise ValueError(
-                f"pooling {pooling!r} needs registers; without any take 'patches'"
+                f"pooling {pooling!r} needs registers; without registers use 'patches'"
             )
         if in_channels % reduce:
             raise ValueError(
@@ -89,7 +89,7 @@ class RegisterHead(BaseModule):
         self.head = _linear(features, num_classes)
 
     def pre_logits(self, x: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Map (B, C, H, W) and registers (B, n, C) -> what ``head`` takes."""
+        """Map (B, C, H, W) and registers (B, n, C) -> input of ``head``."""
         patches, registers = x
         if self.pooling == 'patches':
             return patches.mean((2, 3))

@@ -36,25 +36,25 @@ _CAUSAL = ((1,), (1,), 'zeros')
 class BidirectionalMamba(nn.Module):
     """Mixer of a block (Algorithm 1 of arXiv 2401.09417).
 
-    ``x, z = in_proj(x)``, a scan from each end with weights of its own, the
-    gate ``SiLU(z)``, ``out_proj``.
+    ``x, z = in_proj(x)``, then a scan from each end with separate weights, then the
+    gate ``SiLU(z)`` and ``out_proj``.
 
     Args:
         channels: C of input and output.
         d_state: States N of each channel.
         d_conv: Width of the causal convolution.
         expand: Channels inside, relative to C.
-        average: Average the two directions; otherwise they are added up.
+        average: Average the two directions; otherwise add them up.
 
     Note:
         ``A_log``, ``D`` and the bias of the step sizes enter the scan in
-        float32 (or float64) whatever the dtype of the sequence.
+        float32 (or float64), for a sequence of any dtype.
 
-        One op computes both directions out of the weights of ``conv1d``, ``x_proj``,
-        ``dt_proj`` and those with ``_b``. Where one of them has hooks or is not the
-        plain layer, all of them are called, with the same result up to rounding; see
-        docs/adapters.md. ``conv1d`` then gets (B, D, L), of its output the first L
-        positions are used, and ``conv1d_b`` gets the flipped sequence.
+        One op computes both directions from the weights of ``conv1d``, ``x_proj``,
+        ``dt_proj`` and those with ``_b``. If one of them has hooks or is not the plain
+        layer, all of them are called, with the same result up to rounding; see
+        docs/adapters.md. ``conv1d`` then gets (B, D, L), and the first L positions of
+        its output are used; ``conv1d_b`` gets the flipped sequence.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ def _describe(x: object) -> str:
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:
-    """At least float32."""
+    """Convert to float32, or keep float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -241,7 +241,7 @@ def init_step_size(
     dt_max: float = 0.1,
     dt_floor: float = 1e-4,
 ) -> None:
-    """Draw step sizes log-uniform in [dt_min, dt_max]."""
+    """Draw step sizes log-uniformly from [dt_min, dt_max]."""
     bound = dt_proj.in_features**-0.5
     dt_proj.weight.uniform_(-bound, bound)
     step = (
@@ -256,16 +256,16 @@ def init_step_size(
 
 @MODELS.register_module()
 class MambaBlock(nn.Module):
-    """Add, norm, mix: a block in the order of the published fused code.
+    """Addition, norm, mixer: a block in the order of the published fused code.
 
-    It takes the output of the mixer before it and the stream without that
-    output, adds the two up, and returns its own output beside the stream.
+    It takes the output of the previous mixer, and the residual stream without that
+    output. It adds the two up, and returns the output of its own mixer and the stream.
 
     Args:
         channels: C of the sequence.
-        drop_path: Probability of dropping, for a sample, the output that
-            comes in. The first block has nothing to drop.
-        residual_in_fp32: Keep the stream in float32.
+        drop_path: Probability that the incoming output of a sample is dropped. The
+            first block has nothing to drop.
+        residual_in_fp32: Keep the residual stream in float32.
         **mixer: Arguments of :class:`BidirectionalMamba`.
     """
 

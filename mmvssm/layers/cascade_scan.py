@@ -19,21 +19,21 @@ def cascade_scan(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Scan the rows of a map, then the columns of what came out.
+    """Scan the rows of a map, then the columns of the result.
 
     The Cascade-Scan of VMamba's ablation (`arXiv 2401.10166`_, table 10). With
     s_k the selective scan of :func:`mmvssm.ops.ss2d_scan` with the k-th set of
     weights, and LN a layer norm over the channels without weights,
 
-    - every row of LN(x) is a sequence of its own, which s_0 scans forwards and
-      s_1 backwards, and the two results are added;
-    - every column of LN of that result is one, for s_2 and s_3.
+    - every row of LN(x) is one sequence; s_0 scans it forwards, s_1 backwards, and the
+      two results are added up;
+    - every column of LN of that result is one sequence, for s_2 and s_3.
 
-    No state passes from one row to the next, so it is not a scan order of
-    :func:`mmvssm.ops.ss2d_scan`; its arguments are the same, with four sets.
+    No state passes from one row to the next. So this is not a scan order of
+    :func:`mmvssm.ops.ss2d_scan`. The arguments are the same, with four sets of weights.
 
     Args:
-        x: Map (B, C, H, W), any strides; channels-last is the fast format.
+        x: Map (B, C, H, W), any strides; channels-last memory is the fastest.
         x_proj_weight: (4, R + 2N, C).
         dt_projs_weight: (4, C, R).
         dt_projs_bias: (4, C), added before the softplus.
@@ -45,7 +45,7 @@ def cascade_scan(
         The map (B, C, H, W) in x's dtype, under autocast in float32.
 
     Raises:
-        ValueError: x is no map or has an empty side, or there are not four sets.
+        ValueError: x is not a map or has an empty side, or there are not four sets.
 
     .. _arXiv 2401.10166: https://arxiv.org/abs/2401.10166
     """
@@ -65,8 +65,8 @@ def cascade_scan(
 def _normalise(x: Tensor) -> Tensor:
     """Layer norm over the channels of (B, C, H, W), without weights.
 
-    The published code has it against NaN: what one scan returns may be large,
-    and it is what the next one makes its step sizes of.
+    The published code has it to prevent NaN: the output of one scan may be large, and
+    the next scan computes its step sizes from it.
     """
     x = x.permute(0, 2, 3, 1)
     return F.layer_norm(x, x.shape[-1:]).permute(0, 3, 1, 2)
@@ -90,7 +90,7 @@ def _scan_rows(
         dt_projs_bias: (2, C).
         A: (2, C, N).
         Ds: (2, C).
-        backend: Of the scan.
+        backend: Backend of the scan.
 
     Returns:
         (B, C, H, W).

@@ -7,9 +7,9 @@ from torch import nn
 class DropPath(nn.Module):
     """Drop a residual branch for whole samples (Huang et al., 2016).
 
-    While training, each sample of the batch is zeroed with probability
-    ``drop_prob`` and the others are divided by ``1 - drop_prob``, so that the
-    expectation stays. In eval mode it is the identity.
+    While training, each sample of the batch is zeroed with probability ``drop_prob``,
+    and the others are divided by ``1 - drop_prob``. So the expected value does not
+    change. In eval mode this is the identity.
 
     Args:
         drop_prob: Probability of dropping a sample, in [0, 1).

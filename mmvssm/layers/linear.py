@@ -7,7 +7,7 @@ from mmvssm.ops import linear
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` by :func:`mmvssm.ops.linear`."""
+    """``nn.Linear``, computed by :func:`mmvssm.ops.linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)

@@ -9,11 +9,11 @@ from mmvssm.ops import linear_attention
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A 3x3 convolution of each channel with a bias; the size stays.
+    """A depthwise 3x3 convolution with a bias, which keeps the size of the map.
 
-    Added to its input it is the conditional position encoding (CPE, arXiv
-    2102.10882); added to the output of an attention, on the values, the
-    locally enhanced one (LePE, arXiv 2107.00652).
+    If its output is added to its input, it is the conditional position encoding (CPE,
+    arXiv 2102.10882). If it works on the values and is added to the output of an
+    attention, it is the locally enhanced one (LePE, arXiv 2107.00652).
 
     Args:
         channels: C of the maps (B, C, H, W).
@@ -26,16 +26,15 @@ class DepthwiseConv2d(nn.Conv2d):
 class LinearAttention2d(nn.Module):
     """Linear attention over all positions of a map, as in MLLA.
 
-    Queries and keys are projections of the map, and the values the map itself;
-    there is no projection of the output. See
-    :func:`mmvssm.ops.linear_attention`.
+    Queries and keys are projections of the map. The values are the map itself. The
+    output is not projected. See :func:`mmvssm.ops.linear_attention`.
 
     Args:
         channels: C, a multiple of 4 for the rotation.
         heads: Number of heads.
-        rope: Turn queries and keys by the position. The frequencies run over
-            the channels of all heads: the first half of the heads sees rows
-            alone, the second one columns.
+        rope: Rotate queries and keys by their position. The frequencies run over the
+            channels of all heads, so the first half of the heads depends on rows only,
+            the second half on columns only.
         lepe: Add a depthwise convolution of the values.
         normalise: See the op.
     """

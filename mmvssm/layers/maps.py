@@ -1,8 +1,8 @@
-"""Layers on feature maps (B, C, H, W) that act on the channels alone.
+"""Layers on feature maps (B, C, H, W) that work on the channels only.
 
-They read and write channels-last memory (the strides of NHWC): there the
-permutations below move no data. Maps with other strides give the same numbers
-at the price of a copy.
+They read and write channels-last memory (the strides of NHWC), for which the
+permutations below move no data. Maps with other strides give the same numbers, but are
+copied.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ from mmvssm.registry import MODELS
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """A map (B, C, H, W) in channels-last memory, copied if it lies otherwise.
+    """A map (B, C, H, W) in channels-last memory, copied if it has other strides.
 
-    As ``x.contiguous(memory_format=torch.channels_last)``, which ``torch.func.vmap``
-    does not know.
+    Like ``x.contiguous(memory_format=torch.channels_last)``, which does not work under
+    ``torch.func.vmap``.
     """
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
@@ -28,8 +28,8 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 class LayerNorm2d(nn.LayerNorm):
     """Layer normalisation over the channels of a (B, C, H, W) map.
 
-    As ``norm_cfg=dict(type='mmvssm.LayerNorm2d')`` it goes into the convolutions of
-    OpenMMLab's heads.
+    With ``norm_cfg=dict(type='mmvssm.LayerNorm2d')`` it works in OpenMMLab's
+    convolution modules, too.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The block of MLLA: Mamba's, with linear attention in the place of the scan.
+"""The block of MLLA: Mamba's block with linear attention instead of the scan.
 
 Names of parameters are those of the published code (arXiv 2405.16605).
 """
@@ -15,7 +15,7 @@ from mmvssm.registry import MODELS
 
 @MODELS.register_module()
 class MLLABlock(nn.Module):
-    """Gated linear attention and an MLP, each behind a position encoding.
+    """Gated linear attention and an MLP, each after a position encoding.
 
     ``x + cpe1(x)``; then the sum of that and
     ``out_proj(attn(SiLU(dwc(in_proj(n)))) * SiLU(act_proj(n)))`` with
@@ -25,8 +25,8 @@ class MLLABlock(nn.Module):
         channels: C of the maps.
         heads: Heads of the attention.
         mlp_ratio: Hidden channels of the MLP relative to C.
-        drop_path: Probability of dropping a branch of a sample. Position
-            encodings are never dropped.
+        drop_path: Probability that a branch of a sample is dropped. Position encodings
+            are never dropped.
     """
 
     def __init__(

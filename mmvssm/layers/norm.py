@@ -1,4 +1,4 @@
-"""RMS norm behind a residual addition."""
+"""Residual addition, followed by an RMS norm."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ class AddRMSNorm(nn.Module):
     Args:
         channels: Size of the last axis.
         eps: Added to the mean square.
-        residual_in_fp32: Keep the stream in float32; see
+        residual_in_fp32: Keep the residual stream in float32; see
             :func:`mmvssm.ops.add_rms_norm`.
     """
 

@@ -11,15 +11,15 @@ from mmvssm.ops import autocast
 def resize_position(
     embedding: Tensor, old: tuple[int, int], new: tuple[int, int]
 ) -> Tensor:
-    """Resize a position embedding, bicubically and without antialiasing.
+    """Resize a position embedding by bicubic interpolation without antialiasing.
 
-    This is ``F.interpolate(mode='bicubic', align_corners=False)`` written as
-    two small matrix products. Their matrices depend on the sizes alone, so
-    they, rather than the embedding under training, can be kept.
+    This is ``F.interpolate(mode='bicubic', align_corners=False)`` as two small matrix
+    products. The matrices depend on the sizes only. So they can be kept, while the
+    embedding changes in training.
 
     Args:
         embedding: (1, H * W, C), row by row.
-        old: Size (H, W) it has.
+        old: Size (H, W) of the embedding.
         new: Size (H', W') of the result.
 
     Returns:
@@ -38,7 +38,7 @@ def resize_position(
 @cached_table
 def _bicubic(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Weights (new, old) of the old positions in the new ones."""
-    # On the CPU in float64: some devices do not have it.
+    # On the CPU, because some devices do not have float64.
     one_hot = torch.eye(old, dtype=torch.float64)[None, :, :, None]
     columns = F.interpolate(one_hot, size=(new, 1), mode='bicubic', align_corners=False)
     return columns[0, :, :, 0].T.to(device, dtype).contiguous()

@@ -15,17 +15,17 @@ def rotary_angles(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Angles by which pairs of channels turn, as in Vim.
+    """Angles by which pairs of channels are rotated, as in Vim.
 
-    The first half of the channels turns with the row, the second one with the
-    column. A position is counted in patches of the grid of pre-training, over
-    which a map of any size is stretched.
+    The angles of the first half of the channels depend on the row, those of the second
+    half on the column. A map of any size is scaled to the grid of pre-training, and a
+    position is counted in patches of that grid.
 
     Args:
         height, width: Size of the map.
         channels: C, a multiple of 4.
         grid: Rows and columns in pre-training.
-        device, dtype: Of the result.
+        device, dtype: Device and dtype of the result.
 
     Returns:
         (height * width, C / 2), one angle for two neighbouring channels.
@@ -37,10 +37,10 @@ def rotary_angles(
 def rotary_tables(
     height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Cosine and sine of the angles by which pairs of channels turn, as in MLLA.
+    """Cosine and sine of the angles by which channels are rotated, as in MLLA.
 
-    The angles are those of :func:`rotary_angles`, except that a position is
-    the number of its row and column in the map at hand.
+    The angles are those of :func:`rotary_angles`, but rows and columns are counted in
+    the map itself.
 
     Args:
         height, width: Size of the map.
@@ -55,7 +55,7 @@ def rotary_tables(
 
 
 def _angles(height: int, width: int, channels: int, grid: tuple[int, int]) -> Tensor:
-    # On the CPU in float64: some devices do not have it.
+    # On the CPU, because some devices do not have float64.
     half = channels // 2
     exponents = torch.arange(0, half, 2, dtype=torch.float64) / half
     rows, columns = (

@@ -25,37 +25,34 @@ CONVOLUTIONS = (3, -1)
 class SS2D(nn.Module):
     """2-d selective scan: the mixer of a VMamba block.
 
-    ``x -> in_proj -> depthwise 3x3 -> SiLU -> scan -> out_norm -> out_proj``.
-    The scan runs a selective state-space model along K orders of the positions,
-    by default the rows, the columns and both of these backwards, each with
-    parameters of its own, and sums the K results. The gated form multiplies the
-    normalised result by ``SiLU(z)``, z being the second half of the channels of
-    ``in_proj``.
+    ``x -> in_proj -> depthwise 3x3 -> SiLU -> scan -> out_norm -> out_proj``. There are
+    K scans over the map, each along another row of the scan order and with its own
+    parameters. By default they go by rows, by columns and by both from the end. Their
+    results are added up. The gated form multiplies the normalised result by
+    ``SiLU(z)``, where z is the second half of the channels of ``in_proj``.
 
     Args:
         channels: C of input and output.
         d_state: States N of each channel.
         ssm_ratio: Channels inside, relative to ``channels``.
         gated: The form of ``v0``: a gate, and a bias in the convolution.
-        orders: See ``orders`` of :func:`mmvssm.ops.ss2d_scan`. K is the number
-            of its rows.
+        orders: See ``orders`` of :func:`mmvssm.ops.ss2d_scan`. K is the number of rows
+            of the scan order.
         d_conv: Side of the convolution: 3, or -1 for no convolution.
-        act_layer: In the place of both SiLUs: ``'silu'``, ``'gelu'``,
-            ``'relu'``.
-        initialize: How the scan starts. ``'v0'``: as Mamba, A_n = -n and step
-            sizes log-uniform in [0.001, 0.1]. ``'v1'``: A_logs from N(0, 1),
-            weights and biases of the step sizes from 0.1 N(0, 1). ``'v2'``:
-            A = -1, and 0.1 U(0, 1). Ds are 1 in all of them.
+        act_layer: Activation instead of both SiLUs: ``'silu'``, ``'gelu'``, ``'relu'``.
+        initialize: Initialisation of the scan. ``'v0'``: as in Mamba, A_n = -n and step
+            sizes log-uniform in [0.001, 0.1]. ``'v1'``: A_logs from N(0, 1), weights
+            and biases of the step sizes from 0.1 N(0, 1). ``'v2'``: A = -1, weights and
+            biases of the step sizes from 0.1 U(0, 1). Ds are 1 in all of them.
 
     Raises:
-        ValueError: An argument has none of these values, or there is no scan
-            order of that name.
+        ValueError: An argument has another value, or there is no scan order of that
+            name.
 
     Note:
-        ``A_logs``, ``Ds`` and ``dt_projs_bias`` enter the scan in float32 (or
-        float64) whatever the dtype of the maps, and under autocast the scan
-        and ``out_norm`` run in float32: half precision there is what makes
-        training diverge.
+        ``A_logs``, ``Ds`` and ``dt_projs_bias`` enter the scan in float32 (or float64),
+        for maps of any dtype. Under autocast the scan and ``out_norm`` run in float32:
+        with half precision there, trainings diverge.
     """
 
     def __init__(
@@ -120,7 +117,7 @@ class SS2D(nn.Module):
     def _init_as_mamba(
         self, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4
     ) -> None:
-        """Steps log-uniform in [dt_min, dt_max], states with A_n = -n."""
+        """Step sizes log-uniform in [dt_min, dt_max], and A_n = -n."""
         dt_rank = self.dt_projs_weight.shape[2]
         self.dt_projs_weight.uniform_(-(dt_rank**-0.5), dt_rank**-0.5)
         step = (
@@ -155,7 +152,7 @@ class SS2D(nn.Module):
         return self.out_proj(y)
 
     def _scan(self, *inputs: torch.Tensor) -> torch.Tensor:
-        # The benchmarks put functions in the place of the op that know its
+        # The benchmarks replace the op by functions that know its
         # default only.
         options = {} if self.orders == 'cross' else dict(orders=self.orders)
         return ss2d_scan(*inputs, **options)
@@ -169,8 +166,8 @@ class CascadeSS2D(SS2D):
     of four scan orders.
 
     Args:
-        channels, d_state, ssm_ratio, gated, **switches: See :class:`SS2D`; all
-            but ``orders``.
+        channels, d_state, ssm_ratio, gated, **switches: See :class:`SS2D`; all except
+            ``orders``.
     """
 
     def __init__(
@@ -196,7 +193,7 @@ def _check_choice(name: str, value: object, choices: tuple) -> None:
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:
-    """At least float32."""
+    """Convert to float32, or keep float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -208,8 +205,8 @@ class VSSBlock(nn.Module):
         channels: C of the maps.
         d_state, ssm_ratio, gated, **switches: See :class:`SS2D`.
         mlp_ratio: Hidden channels of the MLP relative to C; 0 for none.
-        drop_path: Probability of dropping a branch of a sample.
-        mixer: :class:`SS2D`, or :class:`CascadeSS2D`.
+        drop_path: Probability that a branch of a sample is dropped.
+        mixer: :class:`SS2D` or :class:`CascadeSS2D`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Tensors that follow from the size of the map alone, made once a size."""
+"""Tensors that depend on the size of the map only, made once for each size."""
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 
 def cached_table(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep what a function of hashable arguments made for the last few of them.
+    """Keep the results of a function with hashable arguments, for the last few calls.
 
-    The function gets the device and dtype of the argument ``like`` in its
-    place. Inside a graph that is being compiled, and for tensors without data,
-    it is called each time: what it makes then cannot be used elsewhere.
+    The argument ``like`` is replaced by its device and dtype. While a graph is
+    compiled,
+    and for tensors without data, the function is called each time: its result cannot be
+    used elsewhere then.
     """
     kept = lru_cache(maxsize=32)(make)
 
@@ -21,7 +22,7 @@ def cached_table(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         dtype = torch.promote_types(like.dtype, torch.float32)
         if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
             return make(*key, like.device, dtype)
-        # A table of a forward pass without gradients serves training, too.
+        # A table made without gradients must work in a later training, too.
         with torch.inference_mode(False):
             return kept(*key, like.device, dtype)
 

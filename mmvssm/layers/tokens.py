@@ -10,27 +10,26 @@ PLACEMENTS = ('even', 'head', 'middle', 'ends')
 
 
 def token_positions(patches: int, tokens: int, placement: str) -> tuple[int, ...]:
-    """Where extra tokens stand.
+    """Indices of the extra tokens in the sequence.
 
     Args:
         patches: Number of patches M.
         tokens: Number of extra tokens n.
-        placement: ``'even'``: after each of the first n runs of M // (n + 1)
-            patches, as in Mamba® (arXiv 2405.14858, section 3.2). ``'head'``:
-            before the patches. ``'middle'``: side by side after M // 2 patches.
+        placement: ``'even'``: one token after each of the first n groups of M // (n +
+            1) patches, as in Mamba® (arXiv 2405.14858, section 3.2). ``'head'``: all
+            before the patches. ``'middle'``: all together after M // 2 patches.
             ``'ends'``: two tokens, the first and the last of the sequence.
 
     Returns:
-        Increasing indices into the sequence of M + n.
+        Increasing indices into the sequence of length M + n.
 
     Raises:
-        ValueError: The placement is unknown, or two ends have to hold another
-            number of tokens.
+        ValueError: The placement is unknown, or it is ``'ends'`` and n is not 2.
     """
     if placement not in PLACEMENTS or (placement == 'ends' and tokens != 2):
         raise ValueError(
             f'cannot place {tokens} tokens at {placement!r}; placements are '
-            f'{PLACEMENTS}, and ends are two'
+            f'{PLACEMENTS}, and ends takes two tokens'
         )
     if placement == 'ends':
         return 0, patches + 1
@@ -38,12 +37,12 @@ def token_positions(patches: int, tokens: int, placement: str) -> tuple[int, ...
         step = patches // (tokens + 1) + 1
         return tuple(step * (k + 1) - 1 for k in range(tokens))
     first = patches // 2 if placement == 'middle' else 0
-    # Not range(first, first + tokens), which ties a compiled graph to one size.
+    # range(first, first + tokens) would tie a compiled graph to one size.
     return tuple(first + k for k in range(tokens))
 
 
 def insert_tokens(patches: Tensor, tokens: Tensor, positions: Sequence[int]) -> Tensor:
-    """Put tokens among patches.
+    """Insert tokens into a sequence of patches.
 
     Args:
         patches: (B, M, ...).
@@ -61,7 +60,7 @@ def insert_tokens(patches: Tensor, tokens: Tensor, positions: Sequence[int]) -> 
 
 
 def split_tokens(sequence: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Take a sequence apart; the inverse of :func:`insert_tokens`.
+    """Separate patches and tokens; the inverse of :func:`insert_tokens`.
 
     Returns:
         Patches (B, M, ...) and tokens (B, n, ...).
@@ -75,6 +74,6 @@ def split_tokens(sequence: Tensor, positions: Sequence[int]) -> tuple[Tensor, Te
 
 
 def _runs(positions: Sequence[int], patches: int) -> list[int]:
-    """How many patches stand before, between and behind the tokens."""
+    """Numbers of patches before, between and after the tokens."""
     bounds = (-1, *positions, patches + len(positions))
     return [b - a - 1 for a, b in pairwise(bounds)]

@@ -17,7 +17,7 @@ from mmvssm.ops import autocast, linear_attention, selective_scan
 from mmvssm.ops.deterministic_math import elu_plus_one, softplus
 from mmvssm.ops.rotary import rotate
 
-# The smallest step that Mamba starts from.
+# The smallest initial step size of Mamba.
 _SMALLEST_STEP = 1e-4
 
 
@@ -51,18 +51,18 @@ def unified_attention(
     - Input gate: :math:`g_j = \Delta_j`, without it 1.
     - Forget gate: :math:`a_{ij} = \exp(A \sum_{t=j+1}^{i} \Delta_t)`, one
       factor for each channel of the key, and the sums run over :math:`j \le
-      i`. This is a recurrence, computed by :func:`mmvssm.ops.selective_scan`
-      with the keys as B, the queries as C, heads as groups and as many states
-      as a key has channels. Without the gate :math:`a_{ij} = 1` and the sums
-      run over all j.
+      i`. This is a recurrence, computed by :func:`mmvssm.ops.selective_scan`:
+      the keys are B, the queries are C, the heads are groups, and there are as
+      many states as a key has channels. Without the gate :math:`a_{ij} = 1` and
+      the sums run over all j.
     - Shortcut: :math:`D v_i`.
-    - Without normalisation only the numerator is left; where there is no
-      forget gate it is a mean over j rather than a sum.
+    - Without normalisation there is only the numerator. If there is no forget
+      gate either, it is a mean over j instead of a sum.
 
-    With nothing but q, k and v this is :func:`mmvssm.ops.linear_attention`;
-    with both gates, a shortcut, one head and no normalisation it is
-    ``selective_scan(v, delta, A, k, q, D)``, of :math:`\phi(k)` and
-    :math:`\phi(q)` or, with ``feature_map=False``, of k and q as they are.
+    With q, k and v only, this is :func:`mmvssm.ops.linear_attention`. With both gates,
+    a shortcut, one head and no normalisation it is ``selective_scan(v, delta, A, k, q,
+    D)`` of :math:`\phi(k)` and :math:`\phi(q)`; with ``feature_map=False`` it takes k
+    and q without :math:`\phi`.
 
     Args:
         q: Queries (B, L, heads * N), any strides, floating-point.
@@ -71,13 +71,13 @@ def unified_attention(
         heads: Number of heads, each of N and C / heads neighbouring channels.
         delta: Step sizes Δ > 0 of v's shape; both gates need them.
         input_gate: Multiply the values by Δ.
-        A: Decay rates (C, N), negative; given, there is a forget gate.
+        A: Decay rates (C, N), negative. With A there is a forget gate.
         D: Weights (C,) of the shortcut.
         rotary: See :func:`mmvssm.ops.linear_attention`. The normaliser has no
             rotation.
         normalise: Make the weights of the values sum up to 1.
-        feature_map: Take :math:`\phi` of queries and keys. It may only be
-            left out where there is a forget gate and no normalisation.
+        feature_map: Take :math:`\phi` of queries and keys. It may only be False with a
+            forget gate and without normalisation.
         eps: :math:`\epsilon`. Without the forget gate it is added to the mean
             over j, not to the sum.
         backend: See :func:`mmvssm.ops.selective_scan`.
@@ -87,10 +87,9 @@ def unified_attention(
         all sums are float32 (float64 for a float64 input).
 
     Note:
-        The scan multiplies what comes in by Δ. With a forget gate and no
-        input gate it therefore gets :math:`v_j / \Delta_j`. Where Δ is below
-        1e-4, :math:`g_j` is not 1 but :math:`10^4 \Delta_j`: no number
-        overflows.
+        The scan multiplies its input by Δ. So with a forget gate and no input gate its
+        input is :math:`v_j / \Delta_j`. To prevent an overflow, :math:`g_j` is
+        :math:`10^4 \Delta_j` instead of 1 if Δ is below 1e-4.
 
     Raises:
         TypeError: A tensor is not floating-point.
@@ -140,7 +139,7 @@ def _scan(
 
 
 def _full(x: Tensor) -> Tensor:
-    """At least float32."""
+    """Convert to float32, or keep float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -167,8 +166,8 @@ def _check(
         )
     if not feature_map and (A is None or normalise):
         raise ValueError(
-            'unified_attention: the feature map of queries and keys may only be left '
-            'out with a forget gate (A) and without normalisation'
+            'unified_attention: feature_map=False needs a forget gate (A) and '
+            'normalise=False'
         )
 
 
@@ -177,9 +176,9 @@ class StepSize2d(nn.Module):
 
     Args:
         channels: C.
-        open_at_start: Begin with Δ near 1 rather than, as Mamba does, between
-            0.001 and 0.1. For an input gate alone: the smaller steps set the
-            pace of a recurrence, and would all but close a gate.
+        open_at_start: Start with Δ near 1. Otherwise Δ starts between 0.001 and 0.1, as
+            in Mamba. Use it for an input gate without a recurrence: the small step
+            sizes of a recurrence would almost close the gate.
     """
 
     def __init__(self, channels: int, open_at_start: bool = False):
@@ -210,19 +209,18 @@ class UnifiedAttention2d(nn.Module):
         channels: C of the map and of the values.
         heads: Number of heads; 1 if ``single_head``.
         head_dim: Channels N of a query and a key in each head.
-        project_values: Take a projection of the map for values.
+        project_values: Use a projection of the map as values.
         input_gate: Multiply the values by the step sizes.
         forget_gate: Attend by a recurrence with decay.
-        shortcut: Add the values, times one learned weight a channel.
+        shortcut: Add the values, times one learned weight for each channel.
         normalise: Make the weights of the values sum up to 1.
-        rope: Turn queries and keys by the position, as in MLLA.
+        rope: Rotate queries and keys by their position, as in MLLA.
         lepe: Add a depthwise convolution of the values.
         feature_map: Take elu + 1 of queries and keys.
 
     Raises:
-        ValueError: ``heads`` does not divide the channels, the rotation does
-            not fit the channels, or there is no feature map where one is
-            needed.
+        ValueError: ``heads`` does not divide the channels, the rotation does not fit
+            the channels, or a feature map is needed and missing.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Necks for plain backbones."""
+"""Necks for isotropic backbones."""
 
 from mmvssm.necks.pyramid import PlainPyramid
 from mmvssm.necks.simple_feature_pyramid import SimpleFeaturePyramid

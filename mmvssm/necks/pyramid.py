@@ -1,4 +1,4 @@
-"""Maps of several sizes from the maps of a plain backbone."""
+"""Maps of several sizes from the maps of an isotropic backbone."""
 
 from collections.abc import Sequence
 
@@ -14,22 +14,22 @@ _SCALES = (4, 2, 1, 0.5, 0.25)
 
 @MODELS.register_module()
 class PlainPyramid(BaseModule):
-    """Maps at several times the size of those that come in.
+    """Resize the maps of an isotropic backbone to several scales.
 
     Args:
-        channels: C of all maps, in and out.
-        learned: Enlarge by transposed convolutions, as the published
-            segmentation models of Vim do inside the backbone; the names of
-            parameters are then those of mmseg's ``Feature2Pyramid``. Otherwise
-            by bilinear interpolation, without parameters. Maps are always made
-            smaller by maximum pooling.
-        scales: Of the maps that go out, each once: 4, 2, 1, 0.5 or 0.25. The
-            default makes strides of 4 to 32 pixels of patches of 16; for
-            patches of 8 that takes ``(2, 1, 0.5, 0.25)``.
+        channels: C of all input and output maps.
+        learned: Enlarge maps by transposed convolutions, as the published segmentation
+            models of Vim do inside the backbone. The names of parameters are then those
+            of mmseg's ``Feature2Pyramid``. If False, maps are enlarged by bilinear
+            interpolation, without parameters. Maps are always reduced by maximum
+            pooling.
+        scales: Scales of the output maps: 4, 2, 1, 0.5 or 0.25, each at most once. With
+            patches of 16 pixels the default gives strides of 4 to 32 pixels. With
+            patches of 8, ``(2, 1, 0.5, 0.25)`` gives the same strides.
         init_cfg: mmengine's initialisation config.
 
     Raises:
-        ValueError: A scale is another one, or there twice.
+        ValueError: A scale has another value, or is there twice.
 
     Note:
         The norm is a BatchNorm2d. ``sync_bn='torch'`` in a config of mmengine's
@@ -59,13 +59,13 @@ class PlainPyramid(BaseModule):
         """Resize maps (B, C, H, W).
 
         Args:
-            maps: One a scale, or a single one for all scales.
+            maps: One map for each scale, or a single map for all scales.
 
         Returns:
-            Maps of the scales times (H, W), rounded up.
+            Maps of size scale times (H, W), rounded up.
 
         Raises:
-            ValueError: There are neither as many maps as scales nor one.
+            ValueError: The number of maps is neither one nor the number of scales.
         """
         if len(maps) not in (1, len(self.scales)):
             raise ValueError(
@@ -79,7 +79,7 @@ class PlainPyramid(BaseModule):
         if scale == 1:
             return x
         if scale < 1:
-            # A map one patch high is kept, not pooled away.
+            # A map that is one patch high must not disappear in the pooling.
             return F.max_pool2d(x, round(1 / scale), ceil_mode=True)
         if self.learned:
             return getattr(self, f'upsample_{scale}x')(x)

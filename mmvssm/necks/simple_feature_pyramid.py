@@ -10,7 +10,7 @@ from torch import nn
 from mmvssm.layers import LayerNorm2d
 from mmvssm.registry import MODELS
 
-# Of the published detectors; torch's default is 1e-5.
+# As in the published detectors; torch's default is 1e-5.
 _EPS = 1e-6
 
 
@@ -33,20 +33,20 @@ class NormedConv(nn.Conv2d):
 
 @MODELS.register_module()
 class SimpleFeaturePyramid(BaseModule):
-    """Maps for a detector from the one map of a plain backbone.
+    """Maps for a detector from the single map of an isotropic backbone.
 
-    Maps of 4, 2, 1 and 1/2 times its size are made of it by transposed
-    convolutions or pooling, each followed by a 1x1 and a 3x3 convolution with
-    norms. Further maps take every second row and column of the one before.
-    With a backbone of stride 16 the strides are 4, 8, 16, 32, 64 ...
+    Transposed convolutions and pooling make maps of 4, 2, 1 and 1/2 times its size.
+    Each of these goes through a 1x1 and a 3x3 convolution with norms. Each further map
+    takes every second row and column of the map before it. With a backbone of stride 16
+    the strides are 4, 8, 16, 32, 64 ...
 
-    Parameters have the published names, but for ``levels.0`` to ``levels.3`` in
-    place of ``simfp_2`` to ``simfp_5``.
+    Parameters have the published names, except that ``simfp_2`` to ``simfp_5`` are
+    ``levels.0`` to ``levels.3``.
 
     Args:
-        in_channels: C of the map that comes in, a multiple of 4.
-        out_channels: Channels of all maps that go out.
-        num_outs: How many those are, at least 4.
+        in_channels: C of the input map, a multiple of 4.
+        out_channels: Channels of all output maps.
+        num_outs: Number of output maps, at least 4.
         init_cfg: mmengine's initialisation config.
 
     Raises:
@@ -63,7 +63,7 @@ class SimpleFeaturePyramid(BaseModule):
         super().__init__(init_cfg)
         if in_channels % 4 or num_outs < 4:
             raise ValueError(
-                f'SimpleFeaturePyramid needs in_channels that 4 divides, got '
+                f'SimpleFeaturePyramid needs in_channels divisible by 4, got '
                 f'{in_channels}, and at least 4 num_outs, got {num_outs}'
             )
         self.num_outs = num_outs
@@ -78,7 +78,7 @@ class SimpleFeaturePyramid(BaseModule):
             ),
             (half, nn.ConvTranspose2d(in_channels, half, 2, stride=2)),
             (in_channels,),
-            # A map one patch high is kept, not pooled away.
+            # A map that is one patch high must not disappear in the pooling.
             (in_channels, nn.MaxPool2d(2, ceil_mode=True)),
         )
         self.levels = nn.ModuleList(
@@ -108,7 +108,7 @@ class SimpleFeaturePyramid(BaseModule):
                 f'SimpleFeaturePyramid takes one map, got {len(maps)}; set '
                 f'out_indices of the backbone to its last block'
             )
-        # Compiled ops of mmcv take NCHW strides for granted.
+        # The compiled ops of mmcv need NCHW strides.
         outs = [level(maps[0]).contiguous() for level in self.levels]
         while len(outs) < self.num_outs:
             outs.append(F.max_pool2d(outs[-1], 1, stride=2))

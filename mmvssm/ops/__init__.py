@@ -23,7 +23,7 @@ from .scan_orders import list_scan_orders, register_scan_order, scan_order
 from .selective_scan import selective_scan
 from .ss2d_scan import ss2d_scan
 
-# Whoever asks first for kernels that nothing is known of has them checked.
+# The first call that could use kernels without a verdict has them checked.
 _choice.set_check(_run.ensure_op)
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Autocast as the ops see it, on devices that have it and on those that do not."""
+"""Autocast, also for devices that do not have it."""
 
 import contextlib
 

@@ -1,12 +1,12 @@
-"""Which scan backends there are, which can run here, and which one a call gets.
+"""The scan backends: which ones can run here, and which one a call gets.
 
-The choice follows the tensors of the call, torch's deterministic mode and, on a GPU,
-the machine: kernels for it are taken where a check on that very machine found them
-right and faster than the next (``gpu_check/``); else those of ``mamba_ssm`` where that
-is installed; else plain tensor code, with a warning that says why. It can be
-overridden, in this order, by the ``backend=`` argument of an op, by
-:func:`use_backend` and by the environment variable ``MMVSSM_SCAN_BACKEND``.
-:func:`explain_backend` says how it comes about.
+The choice depends on the tensors of the call, on torch's deterministic mode and, on a
+GPU, on the machine. The fused GPU kernels are used if a check on this machine found
+them right, and faster than the next backend (``gpu_check/``). Otherwise ``mamba_ssm``
+is used if it is installed. Otherwise plain tensor code is used, with a warning that
+says why. A user can override the choice, in this order, by the ``backend=`` argument of
+an op, by :func:`use_backend`, and by the environment variable ``MMVSSM_SCAN_BACKEND``.
+:func:`explain_backend` gives the reasons.
 """
 
 import contextlib
@@ -26,25 +26,26 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for that cannot run here, or not these tensors."""
+    """The named backend cannot run here, or cannot take these tensors."""
 
 
 @dataclass(frozen=True)
 class Supplier:
-    """Who computes the ops, each by a backend of its own.
+    """What the backends of one name share; each op has a backend of its own.
 
     Attributes:
-        name: What ``backend=`` and ``MMVSSM_SCAN_BACKEND`` call it.
+        name: The name for ``backend=`` and ``MMVSSM_SCAN_BACKEND``.
         summary: One line for ``python -m mmvssm.collect_env``.
-        unavailable: Returns why this machine cannot run it, or None.
-        devices: Device types it takes, or a function that gives them; None for all.
-        dtypes: Activation dtypes it takes.
-        states: Numbers of states it takes, None for any.
+        unavailable: Returns the reason why this machine cannot run it, or None.
+        devices: Device types that it takes, or a function that returns them; None for
+            all.
+        dtypes: Dtypes of the activations that it takes.
+        states: Numbers of states that it takes, None for any.
         deterministic: Whether the same inputs give the same bits.
-        automatic: Whether it may be chosen without being asked for.
-        checked: Device types on which it is so chosen if its check passed there, and
-            on no others; empty if it needs no check.
-        last_state_gradient: Whether it knows the gradient of a scan's last state.
+        automatic: Whether it may be used by default, without being named.
+        checked: Device types that need a check. It is then used by default on these
+            only, if the check passed there. Empty if it needs no check.
+        last_state_gradient: Whether it has a gradient of a scan's last state.
     """
 
     name: str
@@ -61,12 +62,12 @@ class Supplier:
     def refuses(
         self, device_type: str, dtype: torch.dtype, states: int | None = None
     ) -> str | None:
-        """Why such a call cannot be served now, or None.
+        """The reason why it cannot take such a call now, or None.
 
         Args:
-            device_type: Of the tensors.
-            dtype: Of the activations.
-            states: Of a channel, None for an op that has none.
+            device_type: Device type of the tensors.
+            dtype: Dtype of the activations.
+            states: Number of states of a channel; None for an op without states.
         """
         devices = self.devices() if callable(self.devices) else self.devices
         if devices is not None and device_type not in devices:
@@ -78,8 +79,8 @@ class Supplier:
             return f'it takes {_numbers(self.states)} states, not {states}'
         if not self.deterministic and _only_deterministic():
             return (
-                'its gradients differ from run to run, which '
-                'torch.use_deterministic_algorithms(True) rules out'
+                'its gradients differ from run to run, and '
+                'torch.use_deterministic_algorithms(True) is set'
             )
         return self.unavailable()
 
@@ -125,7 +126,7 @@ _forced: list[str] = []
 
 
 def add_supplier(supplier: Supplier) -> None:
-    """Put a supplier before those that are there; one of the same name is kept."""
+    """Put a supplier before the others; does nothing if its name is there already."""
     if supplier.name not in suppliers:
         others = dict(suppliers)
         suppliers.clear()
@@ -133,7 +134,7 @@ def add_supplier(supplier: Supplier) -> None:
 
 
 def remove_supplier(name: str) -> None:
-    """Take away one that :func:`add_supplier` added."""
+    """Remove a supplier that :func:`add_supplier` added."""
     if name not in OURS:
         del suppliers[name]
 
@@ -144,12 +145,12 @@ def list_backends() -> list[str]:
 
 
 def backend_status() -> dict[str, str | None]:
-    """For every backend None if this machine can run it, else the reason."""
+    """For every backend the reason why it cannot run here, or None if it can."""
     return {name: backend.unavailable() for name, backend in suppliers.items()}
 
 
 def backend_summary(name: str) -> str:
-    """One line on what the backend is."""
+    """One line that describes the backend."""
     return _get(name).summary
 
 
@@ -181,27 +182,28 @@ def choose_backend(
     op: str = 'selective_scan',
     among: Container[str] = OURS,
 ) -> str:
-    """Name of the backend that serves a call.
+    """Name of the backend that a call gets.
 
-    On a GPU whose kernels have not been checked it has that done first.
+    On a GPU whose kernels are not checked yet, it runs the check first.
 
     Args:
-        device: Of the tensors: ``'cpu'``, ``'cuda'`` ...
+        device: Device of the tensors: ``'cpu'``, ``'cuda'`` ...
         dtype: Dtype of the activations.
         requested: The caller's ``backend=`` argument.
-        states: Of a channel, None for an op that has none.
+        states: Number of states of a channel; None for an op without states.
         last_state: Whether the caller wants a scan's last state.
         op: Name of the op.
-        among: Those that may be chosen without being asked for.
+        among: Backends that may be used by default.
 
     Returns:
-        The requested backend, else the one of the innermost
-        :func:`use_backend`, else the one named by ``MMVSSM_SCAN_BACKEND``,
-        else the first that takes the tensors and has passed its check, if it has one.
+        The requested backend; if there is none, that of the innermost
+        :func:`use_backend`; if there is none, that of ``MMVSSM_SCAN_BACKEND``; if that
+        is not set, the first backend that takes the tensors and, if it needs a check,
+        has passed it.
 
     Raises:
         ValueError: The name is unknown.
-        BackendUnavailableError: The named backend cannot serve the tensors.
+        BackendUnavailableError: The named backend cannot take the tensors.
     """
     device_type, index = _kind(device)
     call = device_type, dtype, states
@@ -211,7 +213,7 @@ def choose_backend(
         if reason:
             raise BackendUnavailableError(
                 f"the scan backend '{name}' cannot run: {reason}. "
-                f'Leave the choice to mmvssm, or take one of {_servers(*call)}'
+                f'Name no backend, or one of {_servers(*call)}'
             )
         return name
     checked, other = _candidates(call, last_state, among)
@@ -235,9 +237,10 @@ def explain_backend(
     op: str = 'selective_scan',
     among: Container[str] = OURS,
 ) -> dict[str, str]:
-    """Why a call would get the backend that it gets.
+    """Explain which backend a call gets, and why.
 
-    It runs no check: where there is none yet, it says so.
+    It does not run the check of the GPU kernels. If there is no verdict yet, it says
+    so.
 
     Args:
         device, dtype, requested, states, last_state, op, among: See
@@ -245,17 +248,18 @@ def explain_backend(
 
     Returns:
         For every backend, in order of preference, one line that begins with
-        ``chosen``, ``not needed``, ``not taken``, ``only when asked for`` or ``cannot
+        ``chosen``, ``not needed``, ``not used``, ``used only when named`` or ``cannot
         run``.
 
     Raises:
         ValueError: The name is unknown.
-        BackendUnavailableError: No backend, or not the one asked for, takes it.
+        BackendUnavailableError: The named backend cannot take such a call, or no
+            backend can.
     """
     device_type, index = _kind(device)
     call = device_type, dtype, states
     asked = requested or (_forced[-1] if _forced else _from_environment())
-    why, objection = 'the first that takes it unasked', ''
+    why, objection = 'the first usable backend in this list', ''
     if asked:
         chosen = choose_backend(device, dtype, asked, states=states)
         checked, why = None, _who_asks(requested)
@@ -276,11 +280,11 @@ def explain_backend(
         elif reason:
             found[name] = f'cannot run: {reason}'
         elif checked is backend and objection:
-            found[name] = f'not taken: {objection}'
-        elif not _unasked(backend, device_type, last_state):
-            found[name] = 'only when asked for'
+            found[name] = f'not used: {objection}'
+        elif not _by_default(backend, device_type, last_state):
+            found[name] = 'used only when named'
         else:
-            found[name] = f'not needed: {chosen} is taken'
+            found[name] = f'not needed: {chosen} is used'
     return found
 
 
@@ -289,17 +293,17 @@ def _candidates(
     last_state: bool,
     among: Container[str],
 ) -> tuple[Supplier | None, str]:
-    """The one to take if it runs and its check passed, and the one to take else.
+    """The backend to use if its check passes (or None), and the one to use if not.
 
     Raises:
-        BackendUnavailableError: There is none.
+        BackendUnavailableError: No backend takes the call.
     """
     device_type, dtype, _ = call
     checked = None
     for supplier in suppliers.values():
         if supplier.name not in among:
             continue
-        if not _unasked(supplier, device_type, last_state):
+        if not _by_default(supplier, device_type, last_state):
             continue
         if supplier.checked:
             checked = checked or supplier
@@ -307,19 +311,19 @@ def _candidates(
             return checked, supplier.name
     raise BackendUnavailableError(
         f'no scan backend takes {dtype} tensors on {device_type}; '
-        f'python -m mmvssm.collect_env says what each one takes'
+        f'python -m mmvssm.collect_env lists the backends'
     )
 
 
-def _unasked(supplier: Supplier, device_type: str, last_state: bool) -> bool:
-    """Whether it may be chosen for such a call without being asked for."""
+def _by_default(supplier: Supplier, device_type: str, last_state: bool) -> bool:
+    """Whether it may be used for such a call without being named."""
     fits = not supplier.checked or device_type in supplier.checked
     gradient = supplier.last_state_gradient or not last_state
     return supplier.automatic and fits and gradient
 
 
 def _kind(device: torch.device | str) -> tuple[str, int | None]:
-    """Type and number of a device."""
+    """Type and index of a device."""
     if isinstance(device, str):
         device = torch.device(device)
     return device.type, device.index
@@ -327,8 +331,8 @@ def _kind(device: torch.device | str) -> tuple[str, int | None]:
 
 def _who_asks(requested: str | None) -> str:
     if requested:
-        return 'asked for by backend='
-    return 'asked for by use_backend' if _forced else f'asked for by {ENV_VARIABLE}'
+        return 'named by backend='
+    return 'named by use_backend' if _forced else f'named by {ENV_VARIABLE}'
 
 
 def _from_environment() -> str:
@@ -352,7 +356,7 @@ def _servers(
 
 
 def _only_deterministic() -> bool:
-    """Whether torch is to raise rather than give bits that may differ."""
+    """Whether torch must raise an error where bits may differ."""
     return (
         torch.are_deterministic_algorithms_enabled()
         and not torch.is_deterministic_algorithms_warn_only_enabled()

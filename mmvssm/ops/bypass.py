@@ -1,8 +1,8 @@
-"""When an op may call its backend without going through torch's dispatcher.
+"""When a call may bypass torch's dispatcher and go to its backend at once.
 
-The dispatcher is what lets torch differentiate, trace, count, transform and
-profile an op. When none of this happens it only costs time: in a small network
-as much as the scan itself.
+torch needs the dispatcher to differentiate, trace, count, transform and profile an
+op. If none of this happens, the dispatcher only costs time: in a small network as much
+as the scan itself.
 """
 
 import torch
@@ -15,7 +15,7 @@ from mmvssm.ops.typed import is_tracing
 
 
 def possible(*inputs: Tensor | None) -> bool:
-    """Whether nothing but the result is wanted of an op on these inputs."""
+    """Whether a call with these inputs needs nothing but the result."""
     return not wanted(*inputs) and unobserved(*inputs)
 
 
@@ -27,16 +27,16 @@ def wanted(*inputs: Tensor | None) -> bool:
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work.
+    """Whether torch.func or forward-mode differentiation is active.
 
-    They go through what torch knows, not through ops of torch.library.
+    They work on torch's own operations, not on ops of torch.library.
     """
     level = torch._C._functorch.maybe_current_level()
     return level is not None or forward_ad._current_level >= 0
 
 
 def unobserved(*inputs: Tensor | None) -> bool:
-    """Whether nothing but the result, and perhaps its gradient, is wanted."""
+    """Whether a call needs nothing but the result and perhaps its gradient."""
     tensors = [x for x in inputs if x is not None]
     return not (
         torch.compiler.is_compiling()

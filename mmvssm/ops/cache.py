@@ -1,4 +1,4 @@
-"""Where what is compiled or measured on a machine is kept.
+"""The folder for kernels and verdicts that were made on this machine.
 
 Environment variables:
     MMVSSM_CACHE_DIR: The folder; by default ``mmvssm`` in XDG_CACHE_HOME or in
@@ -12,7 +12,7 @@ CACHE_VARIABLE = 'MMVSSM_CACHE_DIR'
 
 
 def cache_folder() -> Path:
-    """The folder, which need not exist."""
+    """The folder; it may not exist yet."""
     named = os.environ.get(CACHE_VARIABLE)
     if named:
         return Path(named).expanduser()

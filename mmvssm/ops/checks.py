@@ -1,4 +1,4 @@
-"""What the ops refuse, named by the input that has it: NaN and shards."""
+"""Inputs that the ops refuse: NaN and shards. The error names the input."""
 
 import sys
 
@@ -10,26 +10,26 @@ class NaNInputError(ValueError):
 
 
 def has_nan(*tensors: Tensor) -> bool:
-    """Whether there is NaN; elsewhere than on the CPU it does not look.
+    """Whether a tensor on the CPU has NaN.
 
-    There it would have to wait for the device.
+    Tensors on other devices are not looked at: that would wait for the device.
     """
     return any(x.device.type == 'cpu' and bool(x.isnan().any()) for x in tensors)
 
 
 def refuse_nan(op: str, inputs: dict[str, Tensor | None]) -> None:
-    """Name the input of an op that NaN came from.
+    """Raise an error that names the input with NaN.
 
     Raises:
-        NaNInputError: An input has NaN. Where none has (infinities make NaN, too)
-            nothing happens.
+        NaNInputError: An input has NaN. If none has, nothing happens: infinities make
+            NaN, too.
     """
     for name, x in inputs.items():
         bad = 0 if x is None else int(x.isnan().sum())
         if x is not None and bad:
             raise NaNInputError(
                 f'{op}: {bad} of {x.numel()} values of {name} are NaN; '
-                f'look for their source before the scan '
+                f'look for the source of NaN before this op '
                 f'(torch.autograd.set_detect_anomaly helps)'
             )
 

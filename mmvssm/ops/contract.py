@@ -1,4 +1,4 @@
-"""What an op asks of a backend, and a caller of an op."""
+"""The interface of a backend, and of a call of an op."""
 
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -12,12 +12,13 @@ Outputs = tuple[Tensor, ...]
 
 
 class Result(NamedTuple):
-    """What a backend's forward pass gives.
+    """The result of a backend's forward pass.
 
     Attributes:
-        outputs: Of the op.
-        saved: What its backward pass needs beside the inputs, if that was asked for.
-        has_nan: Whether there is NaN in the outputs; None if nobody has looked.
+        outputs: The outputs of the op.
+        saved: Tensors that the backward pass needs besides the inputs; empty if there
+            will be no backward pass.
+        has_nan: Whether there is NaN in the outputs; None if that is not known.
     """
 
     outputs: Outputs
@@ -29,9 +30,9 @@ class Backend(Protocol[I, O_contra]):
     """Computes an op.
 
     Attributes:
-        supplier: Whose it is: name, devices, dtypes, and whether it can run here.
-        differentiable: Whether torch may differentiate ``forward`` itself. The
-            other two methods of the backward pass are then never called.
+        supplier: Name, devices, dtypes, and whether it can run here.
+        differentiable: Whether torch can differentiate ``forward`` itself. Then
+            ``saved_like`` and ``backward`` are never called.
     """
 
     @property
@@ -41,7 +42,7 @@ class Backend(Protocol[I, O_contra]):
     def differentiable(self) -> bool: ...
 
     def refuses(self, inputs: I, options: O_contra) -> str | None:
-        """Why it cannot take this call that its supplier takes, or None."""
+        """Why it cannot take a call that its supplier can take, or None."""
 
     def forward(self, inputs: I, options: O_contra, keep: bool) -> Result:
         """Compute the op; with ``keep`` also what :meth:`backward` needs."""
@@ -60,14 +61,15 @@ class Backend(Protocol[I, O_contra]):
         """Gradients of the inputs.
 
         Args:
-            inputs: Of the op, or what its declaration keeps in their place.
-            options: Of the op.
-            saved: By ``forward``.
-            grads: Of the outputs, None for zero; any dtype and strides.
-            wanted: Of every input whether its gradient is wanted.
+            inputs: The inputs of the op, or what its declaration keeps instead.
+            options: The options of the op.
+            saved: The tensors that ``forward`` saved.
+            grads: Gradients of the outputs, None for zero; any dtype and strides.
+            wanted: For every input, whether its gradient is wanted.
 
         Returns:
-            In any floating-point dtype and any strides; None where it is not wanted.
+            Gradients in any floating-point dtype and any strides; None for an input
+            whose gradient is not wanted.
         """
 
 
@@ -86,12 +88,12 @@ class Flops(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What the function that users call asks of its op.
+    """What the public function passes to its op.
 
     Attributes:
-        inputs, options: Of the op.
-        backend: The backend asked for, None for the op's choice.
-        states: Of a channel, where the op has states.
+        inputs, options: Inputs and options of the op.
+        backend: The backend that the caller named, or None.
+        states: Number of states of a channel, if the op has states.
         last_state: Whether the caller wants a scan's last state.
     """
 
@@ -103,12 +105,12 @@ class Call(NamedTuple):
 
 
 class Composed:
-    """What a backend need not write that torch itself differentiates."""
+    """Base of a backend that torch itself can differentiate."""
 
     differentiable = True
 
     def refuses(self, inputs: Any, options: Any) -> str | None:
-        """Nothing that its supplier takes."""
+        """It takes every call that its supplier takes."""
         return None
 
     def saved_like(self, inputs: Any, options: Any) -> Outputs:
@@ -121,17 +123,17 @@ class Composed:
 
 
 class KernelBackend:
-    """What a backend with a backward pass of its own need not write.
+    """Base of a backend with its own backward pass.
 
-    It refuses nothing that its supplier takes, and saves nothing but the inputs.
+    It takes every call that its supplier takes, and saves only the inputs.
     """
 
     differentiable = False
 
     def refuses(self, inputs: Any, options: Any) -> str | None:
-        """Why it cannot take a call: it can."""
+        """It takes every call that its supplier takes."""
         return None
 
     def saved_like(self, inputs: Any, options: Any) -> Outputs:
-        """Empty tensors like those that are saved: none."""
+        """Nothing is saved besides the inputs."""
         return ()

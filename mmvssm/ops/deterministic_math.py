@@ -1,20 +1,18 @@
 """Functions, sums and products with the same bits at any number of threads.
 
-torch cuts an array into one piece a thread. Its vectorised kernels finish a
-piece with a scalar loop, and for softplus, sigmoid and SiLU that loop rounds
-differently from the vector one, so a value depends on where the cuts fall. The
-functions here are made of operations that round the same way in both (exp,
-log1p, + - * /).
+torch cuts an array into one piece for each thread. Its vectorised kernels finish a
+piece with a scalar loop. For softplus, sigmoid and SiLU this loop rounds differently
+from the vector code, so a value depends on where the cuts are. The functions here use
+operations that round in the same way in both (exp, log1p, + - * /).
 
-The libraries behind torch's matrix products may give each thread a part of a
-long sum, and how long it must be differs from one processor to the next. So no
-library gets a sum longer than a fixed number of terms here: longer ones are cut
-by us and added up in order. Which calls these limits hold for, and what happens
-without them, is in ``tests/ops/test_long_sums.py`` and
-``tests/ops/test_determinism.py``.
+The libraries behind torch's matrix products may divide a long sum among threads. How
+long such a sum is depends on the processor. So no library gets a sum of more than a
+fixed number of terms here. We cut longer sums into pieces and add these up in order.
+The tests ``tests/ops/test_long_sums.py`` and ``tests/ops/test_determinism.py`` show for
+which calls these limits hold, and what happens without them.
 
-On other devices than the CPU products, softplus, sigmoid and SiLU are torch's own,
-one kernel each.
+On other devices than the CPU, products, softplus, sigmoid and SiLU are torch's own,
+with one kernel for each.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,20 +25,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mmvssm.ops.typed import apply, is_tracing
 
-# Terms of the longest sum that is left to a library. Sums seen to be cut among
-# threads: by MKL from 192 terms on, by oneDNN from 512 in 16 bits and for a single
-# row, else from 20,000.
+# Terms of the longest sum that a library gets. We saw that sums are divided among
+# threads by MKL from 192 terms on, and by oneDNN from 512 terms on in 16 bits and for a
+# single row, in other cases from 20,000 terms on.
 BLAS_TERMS = 128
 HALF_TERMS = 384
 ONEDNN_TERMS = 4096
-# From here on softplus(x) is x, in float64 as well.
+# For larger x, softplus(x) is x, also in float64.
 _LINEAR = 40
-# MKL may round the last columns in another way unless they fill its vectors.
+# MKL may round the last columns differently if they do not fill its vectors.
 _COLUMNS = 16
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), accurate in relative terms for any x."""
+    """log(1 + exp(x)), with a small relative error for any x."""
     if x.device.type != 'cpu':
         return F.softplus(x, threshold=_LINEAR)
     # (x + |x|) / 2 is max(x, 0) with the right derivative at 0.
@@ -59,7 +57,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1, accurate in relative terms far below 0 as well."""
+    """elu(x) + 1, with a small relative error also far below 0."""
     positive = x.relu()
     return positive + (x - positive).exp()
 
@@ -74,7 +72,7 @@ def silu(x: Tensor) -> Tensor:
 def sum_rows(x: Tensor) -> Tensor:
     """Sum of a (batch, position, ...) tensor over its first two axes."""
     if x.shape[2:].numel() == 1:
-        # A sum to a single number is the one that torch splits among threads.
+        # torch divides a sum to a single number among threads.
         return x.expand(*x.shape[:-1], 2).sum((0, 1))[..., :1]
     return x.sum((0, 1))
 
@@ -82,8 +80,8 @@ def sum_rows(x: Tensor) -> Tensor:
 def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias without gradients.
 
-    float32 goes to oneDNN, which torch ships beside its BLAS: torch's MKL uses
-    the widest vectors of a processor only if Intel made it.
+    float32 goes to oneDNN, which torch has besides its BLAS. The BLAS is MKL, which
+    uses the widest vectors only on Intel's processors.
 
     Args:
         x: (..., K), any strides.
@@ -91,8 +89,8 @@ def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         bias: (N,) of the same dtype.
 
     Returns:
-        (..., N), perhaps a view with some more columns in memory. Sums of more
-        than ``BLAS_TERMS`` numbers of 16 bits are taken in float32.
+        (..., N), perhaps a view of a tensor with more columns. Sums of more than
+        ``BLAS_TERMS`` 16-bit numbers are computed in float32.
     """
     if x.device.type != 'cpu' or not x.numel() or not weight.numel():
         return F.linear(x, weight, bias)
@@ -109,7 +107,8 @@ def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if len(x) == 1:
-        # A product with a single row is another routine, which cuts shorter sums.
+        # A product with a single row uses another routine, which cuts shorter sums,
+        # too.
         return _onednn_product(x.expand(2, -1), weight, bias)[:1]
     if len(weight) == 1:
         bias = None if bias is None else bias.expand(2)
@@ -124,7 +123,7 @@ def _blas_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     columns = len(weight)
     longest = BLAS_TERMS
     if x.dtype.itemsize == 2:
-        # Products in 16 bits are oneDNN's.
+        # oneDNN computes products in 16 bits.
         longest = HALF_TERMS
     else:
         weight = F.pad(weight, (0, 0, 0, -columns % _COLUMNS))
@@ -135,7 +134,7 @@ def _blas_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def without_values(x: Tensor) -> bool:
     """Whether nothing is computed: a graph is made, or FLOPs are counted.
 
-    FLOPs are those of products, whole.
+    The FLOP counter must see whole products, not pieces.
     """
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
@@ -163,7 +162,7 @@ class _Product(torch.autograd.Function):
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """:func:`matmul` with gradients."""
-    # Tracers record products, and know no autograd function.
+    # Tracers can record products, but not an autograd function.
     traced = torch.compiler.is_compiling() or is_tracing()
     if a.device.type != 'cpu' or traced:
         return a @ b
@@ -171,8 +170,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _short_matmul(a: Tensor, b: Tensor) -> Tensor:
-    # A product with a vector is another routine of the BLAS, whose last rows come
-    # out otherwise where a thread begins with them.
+    # A product with a vector uses another routine of the BLAS. It rounds its last rows
+    # differently if a thread begins with them.
     if b.shape[-1] == 1:
         return (a * b.mT).sum(-1, keepdim=True)
     if a.shape[-2] == 1:
@@ -185,7 +184,7 @@ def _in_pieces(
 ) -> Tensor:
     """a b by products with sums of at most ``longest`` terms, added up in order.
 
-    The pieces of equal length are made at once and added up in float32 at least.
+    Pieces of equal length are computed together, and added up at least in float32.
     """
     terms = a.shape[-1]
     if terms <= longest:
@@ -206,7 +205,7 @@ def _in_pieces(
 
 
 def _pieces(terms: int, longest: int) -> Iterator[slice]:
-    """A sum cut into pieces that do not depend on anything but its length."""
+    """Cut a sum into pieces that depend on its length only."""
     for start in range(0, terms, longest):
         yield slice(start, min(start + longest, terms))
 

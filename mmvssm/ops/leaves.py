@@ -1,4 +1,4 @@
-"""NamedTuples of tensors, flat and back: what an op takes, as torch takes it."""
+"""Flatten NamedTuples of tensors for torch, and pack them again."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ I = TypeVar('I', bound=NamedTuple)  # noqa: E741
 def names_of(
     kind: type[tuple[Any, ...]], prefix: str = '', between: str = '_'
 ) -> tuple[str, ...]:
-    """Names of the tensors in a NamedTuple, those in another one behind its name."""
+    """Names of the tensors in a NamedTuple; a nested one has its tuple's name first."""
     found: list[str] = []
     for name, hint in typing.get_type_hints(kind).items():
         nested = isinstance(hint, type) and issubclass(hint, tuple)
@@ -24,7 +24,7 @@ def names_of(
 
 
 def optional_of(kind: type[tuple[Any, ...]]) -> tuple[bool, ...]:
-    """Of every tensor in a NamedTuple whether it may be None."""
+    """For every tensor in a NamedTuple, whether it may be None."""
     found: list[bool] = []
     for hint in typing.get_type_hints(kind).values():
         nested = isinstance(hint, type) and issubclass(hint, tuple)
@@ -33,7 +33,7 @@ def optional_of(kind: type[tuple[Any, ...]]) -> tuple[bool, ...]:
 
 
 def leaves_of(inputs: Iterable[Any]) -> list[Any]:
-    """The tensors of a NamedTuple in order, and None where there is none."""
+    """The tensors of a NamedTuple in order; None for one that is missing."""
     found: list[Any] = []
     for x in inputs:
         if isinstance(x, tuple):
@@ -47,7 +47,7 @@ def pack(kind: type[I], leaves: Iterator[Any]) -> I:
     """The NamedTuple of these tensors."""
     nested = _inner(kind)
     if nested is None:
-        # Most are flat, and calls are many.
+        # The usual case, and the fast one: this runs in every call.
         return kind._make(itertools.islice(leaves, len(kind._fields)))
     return kind._make(
         next(leaves) if inner is None else pack(inner, leaves) for inner in nested
@@ -56,7 +56,7 @@ def pack(kind: type[I], leaves: Iterator[Any]) -> I:
 
 @functools.cache
 def _inner(kind: type[tuple[Any, ...]]) -> tuple[Any, ...] | None:
-    """The NamedTuples in a NamedTuple, None for each tensor; None if all are."""
+    """For each field its NamedTuple type, or None; None if no field has one."""
     hints = typing.get_type_hints(kind).values()
     found = tuple(
         hint if isinstance(hint, type) and issubclass(hint, tuple) else None
@@ -66,7 +66,7 @@ def _inner(kind: type[tuple[Any, ...]]) -> tuple[Any, ...] | None:
 
 
 def shapes_of(inputs: I) -> I:
-    """A NamedTuple of tensors with their shapes in their places."""
+    """The NamedTuple with the shape of each tensor instead of the tensor."""
     kind = type(inputs)
     leaves = leaves_of(inputs)
     return pack(kind, iter([None if x is None else x.shape for x in leaves]))

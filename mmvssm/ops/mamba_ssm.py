@@ -1,7 +1,7 @@
 """Whether the scan of the package mamba_ssm can run here, and the function itself.
 
-It is no dependency. Its compiled module, ``selective_scan_cuda``, is a part of
-its own: releases since 2.3.2 install it only when built with
+This package does not depend on it. Its compiled module, ``selective_scan_cuda``, is
+separate: releases since 2.3.2 install it only if they are built with
 ``MAMBA_KEEP_CUDA_BUILD=TRUE``.
 """
 
@@ -33,7 +33,7 @@ def scan_function() -> Callable[..., Any]:
     return found
 
 
-# Asked at every call; a failed import is not quick.
+# Called for every op, and a failed import is slow.
 @cache
 def _found() -> Callable[..., Any] | str:
     """The function, or why there is none."""
@@ -42,7 +42,7 @@ def _found() -> Callable[..., Any] | str:
     except ModuleNotFoundError as error:
         if error.name == 'mamba_ssm':
             return f'mamba_ssm is not installed ({_HOW})'
-        # Its first lines import all of its layers, and these the kernels.
+        # Its __init__ imports all of its layers, and these import the kernels.
         if error.name != 'selective_scan_cuda':
             return f'mamba_ssm cannot be imported: {error}'
     except Exception as error:
@@ -63,7 +63,7 @@ def _found() -> Callable[..., Any] | str:
         interface = import_module('mamba_ssm.ops.selective_scan_interface')
         function: Callable[..., Any] = interface.selective_scan_fn
     except Exception as error:
-        return f'mamba_ssm has no selective_scan_fn to import: {error}'
+        return f'mamba_ssm has no selective_scan_fn: {error}'
     return function
 
 

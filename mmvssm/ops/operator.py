@@ -1,18 +1,19 @@
 """An op, declared once.
 
-A declaration says what goes in (a NamedTuple of tensors), what the options are (a
-NamedTuple of plain values), what comes out and what it costs. Backends compute it.
-The rest is made here, for all ops alike:
+A declaration has the inputs (a NamedTuple of tensors), the options (a NamedTuple of
+plain values), the outputs and the cost. Backends compute the op. This module makes the
+rest, in the same way for all ops:
 
-- the op of ``torch.library`` with its fake kernel, and its gradients to any order;
-- the bypass of torch's dispatcher where nothing but the result is wanted;
-- the rule for autocast: a backend never runs under it, the options say what it asks;
-- the refusal of NaN, by the name of the input that has it;
-- forward-mode derivatives and ``vmap``, by the op's definition;
-- the formula for torch's counter of FLOPs.
+- the op of ``torch.library`` with its fake kernel, and gradients of any order;
+- the bypass of torch's dispatcher for calls that need nothing but the result;
+- the autocast rule: a backend never runs under autocast, and the options have the
+  dtypes that autocast asks for;
+- the refusal of NaN, with the name of the input that has it;
+- forward-mode derivatives and ``vmap``, through the reference;
+- the formula for torch's FLOP counter.
 
 A backend is one object of :class:`mmvssm.ops.Backend`, in one file beside the op's
-definition.
+reference.
 """
 
 import functools
@@ -50,23 +51,25 @@ class Op(Generic[I, O]):
     """An op of this package.
 
     Args:
-        name: In ``mmvssm.ops`` and in torch's namespace ``mmvssm``.
-        inputs: NamedTuple of the inputs: tensors, optional tensors, or again such
-            NamedTuples. The first one's device and dtype decide on the backend.
+        name: Name in ``mmvssm.ops`` and in torch's namespace ``mmvssm``.
+        inputs: NamedTuple of the inputs: tensors, optional tensors, or nested
+            NamedTuples of these. The device and dtype of the first one choose the
+            backend.
         options: NamedTuple of bool, int, float, str and ``torch.dtype``.
         returns: Names of the outputs.
-        saves: Tensors that a backend may save for its backward pass, at most.
-        outputs_like: Empty tensors like the outputs; a backend must return their
-            shapes, dtypes and strides.
-        flops: The cost by parts, from inputs whose tensors are replaced by their
-            shapes.
-        axes: Of the inputs that have them the axes of the batch and of the positions,
-            by the inputs' labels. Outputs have the batch first.
-        keep: What is kept for the backward pass in place of the inputs, from inputs,
-            outputs and options; the inputs themselves if not given.
-        gradients_like: Tensors that the gradients are to be like, from what is kept;
-            None where there is no gradient.
-        spread: Gradients of the inputs from those of what is kept.
+        saves: The most tensors that a backend may save for its backward pass.
+        outputs_like: Makes empty tensors like the outputs. A backend must return
+            tensors of these shapes, dtypes and strides.
+        flops: Computes the cost by parts. It gets the inputs with shapes instead of
+            tensors.
+        axes: The axes of batch and positions, by the labels of the inputs that have
+            these axes. Outputs have the batch first.
+        keep: Makes the tensors that are kept for the backward pass instead of the
+            inputs, from inputs, outputs and options. By default the inputs are kept.
+        gradients_like: Makes tensors with the shapes, dtypes and strides of the
+            gradients, from the tensors that are kept; None for an input without
+            gradient.
+        spread: Makes the gradients of the inputs from those of the kept tensors.
     """
 
     def __init__(
@@ -109,32 +112,34 @@ class Op(Generic[I, O]):
         """Add backends.
 
         Args:
-            backends: One for each supplier that computes this op itself.
-            composed: Makes the backend of every other supplier, and for calls that
-                one refuses, from the supplier's name: out of other ops.
+            backends: One for each supplier that has its own code for this op.
+            composed: Makes a backend out of other ops, from a supplier's name. It is
+                used for all other suppliers, and for calls that a backend refuses.
         """
         for backend in backends:
             self.backends[backend.supplier.name] = backend
         self._composed = composed or self._composed
-        # Kernels that must be checked first are there to be checked.
+        # A supplier that needs a check counts only if it has a backend to check.
         unchecked = {name for name in OURS if not suppliers[name].checked}
         self._among = unchecked | set(self.backends)
 
     def backend(self, name: str, inputs: I, options: O) -> Backend[I, O]:
-        """The backend that serves a call if the supplier ``name`` does."""
+        """The backend for a call that the supplier ``name`` was chosen for."""
         found = self.backends.get(name)
         if found is not None and not found.refuses(inputs, options):
             return found
         if self._composed is None:
-            reason = found.refuses(inputs, options) if found else 'it has none'
-            raise TypeError(f'{self.name}: not by the backend {name!r}: {reason}')
+            reason = found.refuses(inputs, options) if found else 'it has no such op'
+            raise TypeError(
+                f'{self.name}: the backend {name!r} cannot compute it: {reason}'
+            )
         return self._composed(name)
 
     def composed(self, name: str) -> Callable[..., Outputs]:
-        """The op out of others, whatever the supplier ``name`` has of its own.
+        """The op composed of other ops, even if the supplier ``name`` has its own code.
 
         Returns:
-            A function with the arguments of the public one that gives the outputs.
+            A function with the arguments of the public one that returns the outputs.
 
         Raises:
             ValueError: It is not composed of others.
@@ -160,11 +165,11 @@ class Op(Generic[I, O]):
         """Make the function that users call.
 
         Args:
-            finish: What it returns, from the op's outputs and options.
+            finish: Makes its return value from the op's outputs and options.
 
         Returns:
-            A decorator for a function that checks its arguments and says what it
-            asks of the op. Its docstring is the public one.
+            A decorator for a function that checks its arguments and returns a
+            :class:`Call`. Its docstring is the public one.
         """
         self.finish: Callable[[Outputs, O], Any] = finish
 
@@ -172,7 +177,7 @@ class Op(Generic[I, O]):
             @functools.wraps(prepare)
             def public_op(*args: P.args, **kwargs: P.kwargs) -> R:
                 if has_torch_function((*args, *kwargs.values())):
-                    # A mode or a subclass sees the op as a whole.
+                    # A mode or a tensor subclass sees the op as one function.
                     tensors = tensors_in((*args, *kwargs.values()))
                     found: R = handle_torch_function(
                         public_op, tensors, *args, **kwargs
@@ -186,7 +191,7 @@ class Op(Generic[I, O]):
 
             signature = inspect.signature(prepare)
             returned = inspect.signature(finish).return_annotation
-            # Any function may have it; to mypy it is no attribute of one.
+            # mypy does not know this attribute of functions.
             public_op.__signature__ = signature.replace(  # type: ignore[attr-defined]
                 return_annotation=returned
             )
@@ -196,14 +201,14 @@ class Op(Generic[I, O]):
         return decorate
 
     def route(self, call: Call) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """The function that serves a call, and its arguments.
+        """The function that computes a call, and its arguments.
 
-        A caller runs it and hands what comes back to :meth:`outputs`. So no frame
-        of ours stands between the two, whichever way the call takes.
+        The caller runs this function and passes the result to :meth:`outputs`. So
+        there is one Python frame less between the public function and the backend.
 
         Raises:
-            ValueError: The backend asked for is unknown.
-            BackendUnavailableError: It cannot run.
+            ValueError: The named backend is unknown.
+            BackendUnavailableError: The named backend cannot run.
             TypeError: An input is in shards.
         """
         inputs, options, backend, states, last_state = call
@@ -221,7 +226,7 @@ class Op(Generic[I, O]):
         )
         chosen = self.backend(name, inputs, options)
         if not torch.compiler.is_compiling() and bypass.transformed():
-            # The definition is made of what torch can transform.
+            # torch can transform the operations of the reference.
             chosen = self.backends['reference']
         elif not chosen.differentiable:
             if not unobserved:
@@ -231,7 +236,7 @@ class Op(Generic[I, O]):
         return chosen.forward, (inputs, options, False)
 
     def outputs(self, call: Call, computed: Result | Tensor | Outputs) -> Outputs:
-        """The outputs of the op, from what the function of :meth:`route` gave.
+        """The outputs of the op, from the result of the function of :meth:`route`.
 
         Raises:
             NaNInputError: (On the CPU) an input has NaN.
@@ -239,14 +244,14 @@ class Op(Generic[I, O]):
         if isinstance(computed, Tensor):
             return (computed,)
         if not isinstance(computed, Result):
-            # The op of torch.library has looked for NaN itself.
+            # The op of torch.library has already looked for NaN.
             return computed[: len(self.returns)]
         if not torch.compiler.is_compiling():
             self.refuse_nan(call.inputs, computed)
         return computed.outputs
 
     def refuse_nan(self, inputs: I, result: Result) -> None:
-        """Name the input that NaN in a result came from."""
+        """If a result has NaN, raise an error that names the input with NaN."""
         found = result.has_nan
         if found is None and not bypass.transformed():
             found = checks.has_nan(*result.outputs)
@@ -300,7 +305,7 @@ class Op(Generic[I, O]):
         return tuple(op.default for op in ops)
 
     def pack(self, tensors: Sequence[Any], options: Sequence[Any]) -> tuple[I, O]:
-        """Inputs and options from what torch's op takes, in order."""
+        """Inputs and options from the arguments of torch's op, in order."""
         return pack(self._inputs, iter(tensors)), self._options(*options)
 
     def _unpack(self, arguments: Sequence[Any]) -> tuple[I, O, str]:
@@ -318,7 +323,7 @@ class Op(Generic[I, O]):
         return found if len(found) > 1 else found[0]
 
     def returned(self, outputs: Outputs, saved: Outputs) -> Outputs:
-        """All that torch's op returns: a fixed number of tensors."""
+        """Everything that torch's op returns, always the same number of tensors."""
         missing = self._saves - len(saved)
         if missing < 0:
             raise ValueError(
@@ -352,7 +357,7 @@ class Op(Generic[I, O]):
         outputs: Outputs,
         saved: Outputs,
     ) -> None:
-        """Leave in ``ctx`` what :meth:`gradients` needs."""
+        """Save in ``ctx`` what :meth:`gradients` needs."""
         if self._keep is not None:
             inputs = self._keep(inputs, outputs, options)
         ctx.options, ctx.backend = options, backend
@@ -374,12 +379,12 @@ class Op(Generic[I, O]):
         grads: tuple[Tensor | None, ...],
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
-        """Gradients of the inputs, by the backward op or what is behind it."""
+        """Gradients of the inputs, by the backward op or its function."""
         width = len(self.names)
         if all(grad is None for grad in grads):
             return [None] * width
         tensors = ctx.saved_tensors
-        # Gradients that are spread over several inputs are wanted for any of them.
+        # A gradient that is spread over several inputs is needed for each of them.
         wanted = [self._spread is not None or bool(need) for need in needed]
         found = backward(*grads, *tensors, wanted, *ctx.options, ctx.backend)
         kept = pack(self._inputs, iter(tensors[:width]))
@@ -410,7 +415,7 @@ class Op(Generic[I, O]):
         return grads, kept, saved, wanted, self._options(*options), name
 
     def backward(self, *arguments: Any) -> list[Tensor]:
-        """What the backward op of torch does: gradients of what is kept."""
+        """The function of torch's backward op: gradients of the kept tensors."""
         grads, kept, saved, wanted, options, name = self._unpack_backward(arguments)
         with autocast.disabled(kept[0]):
             found = self.backend(name, kept, options).backward(
@@ -431,7 +436,7 @@ class Op(Generic[I, O]):
             torch.empty_like(x) for x, w in zip(like, wanted) if w and x is not None
         ]
 
-    # Gradients of gradients, by the op's definition
+    # Gradients of gradients, by the reference
 
     def _remember_all(
         self, ctx: Any, inputs: Sequence[Any], output: list[Tensor]
@@ -456,8 +461,8 @@ class Op(Generic[I, O]):
                 outputs = reference.forward(inputs, ctx.options, False).outputs
             pairs = [(y, g) for y, g in zip(outputs, grads) if g is not None]
             like = leaves_of(self._like(inputs, ctx.options))
-            # What has a gradient but is not kept is a term of the sum that is, the
-            # first one, and shares its gradient.
+            # An input with a gradient that is not kept is a term of the sum that is
+            # kept as the first input. Both have the same gradient.
             asked = [
                 inputs[0] if x is None else x
                 for x, y, w in zip(kept, like, ctx.wanted)
@@ -491,13 +496,13 @@ class Op(Generic[I, O]):
         return _twice(self.flops(inputs, options))
 
     def _backward_flops(self, *shapes: Any, **kwargs: Any) -> int:
-        # As torch counts a product's: two of the size of the forward pass.
+        # torch counts two products of the size of the forward pass.
         _, kept, _, _, options, _ = self._unpack_backward(shapes)
         return 2 * _twice(self.flops(kept, options))
 
 
 class _Bypass(torch.autograd.Function):
-    """An op with gradients, without an op of torch.library."""
+    """An op with gradients that bypasses the op of torch.library."""
 
     @staticmethod
     def forward(
@@ -514,7 +519,7 @@ class _Bypass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         op = ctx.op
-        # Gradients of gradients need torch's op, which has its own.
+        # Gradients of gradients need torch's op, which has them.
         graph = torch.is_grad_enabled()
         backward = op.torch_backward_op if graph else op.backward
         found = op.gradients(backward, ctx, grads, ctx.needs_input_grad[3:])
@@ -539,17 +544,17 @@ def _twice(parts: Sequence[Flops]) -> int:
 
 
 def _schema(*arguments: str, returns: int | None = None) -> str:
-    """Of an op that returns so many tensors, or a list of them."""
+    """Schema of an op that returns that many tensors; None for a list of tensors."""
     found = 'Tensor[]' if returns is None else ', '.join(['Tensor'] * returns)
     return f'({", ".join(arguments)}) -> ({found})'
 
 
 def _as(gradient: Tensor | None, x: Tensor) -> Tensor:
-    """A gradient with the dtype of a tensor and the strides of a new one like it."""
+    """A gradient with the dtype of a tensor and the strides of a new tensor like it."""
     if gradient is None:
         return torch.zeros_like(x)
     if gradient.dtype == x.dtype:
-        # A part of a larger tensor, as of a projection, has other strides itself.
+        # The tensor may be a part of a larger one, with other strides than a new one.
         strides = x.stride(), torch.empty_like(x, device='meta').stride()
         if gradient.stride() in strides:
             return gradient

@@ -13,16 +13,15 @@ def register_backend(
 ) -> 'Registration':
     """Add a backend to an op.
 
-    Its supplier is from now on among :func:`mmvssm.ops.list_backends`, before those
-    that were there. Where the supplier has no backend for an op, that op is composed
-    of the others.
+    From now on :func:`mmvssm.ops.list_backends` lists its supplier, before the others.
+    An op for which the supplier has no backend is composed of other ops, if it can be.
 
     Args:
         op: The op's public function, or its name.
         backend: See :class:`Backend`.
 
     Returns:
-        Something whose ``remove()`` takes the backend away again.
+        An object whose ``remove()`` removes the backend again.
 
     Raises:
         ValueError: There is no such op, or the op has a backend of that name.
@@ -32,7 +31,7 @@ def register_backend(
         raise ValueError(f'{op!r} is no op of mmvssm; there are {sorted(all_ops)}')
     name = backend.supplier.name
     if name in known.backends:
-        raise ValueError(f'{known.name} has a backend {name!r} already; name it anew')
+        raise ValueError(f'{known.name} has a backend {name!r} already; rename yours')
     add_supplier(backend.supplier)
     known.supply(backend)
     return Registration(known, name)
@@ -45,7 +44,7 @@ class Registration(NamedTuple):
     name: str
 
     def remove(self) -> None:
-        """Take the backend away, and its supplier with the last one."""
+        """Remove the backend; with its last backend the supplier is removed, too."""
         del self.op.backends[self.name]
         if not any(self.name in op.backends for op in all_ops.values()):
             remove_supplier(self.name)

@@ -5,18 +5,18 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs of neighbouring channels.
+    """Rotate pairs of neighbouring channels.
 
     Args:
         x: (B, L, C).
         cos, sin: Cosine and sine of the angles, (L, C / 2) or (1, L, C / 2).
 
     Returns:
-        Of x's shape and dtype, computed in the dtype of the angles.
+        A tensor of x's shape and dtype, computed in the dtype of the angles.
     """
     pairs = x.to(cos.dtype).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
-        # Neither inductor nor ONNX have complex numbers.
+        # Neither inductor nor ONNX has complex numbers.
         a, b = pairs.unbind(-1)
         turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
     else:

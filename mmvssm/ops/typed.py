@@ -1,4 +1,4 @@
-"""What torch and this package lack for a type checker, in one place."""
+"""Helpers with types where torch's own functions have none."""
 
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 P = ParamSpec('P')
 R = TypeVar('R')
-# For functions that give a tensor for a tensor, and None for None.
+# For functions that return a tensor for a tensor, and None for None.
 MaybeTensor = TypeVar('MaybeTensor', Tensor, Tensor | None)
 
 
@@ -20,18 +20,18 @@ def assume_constant_result(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def apply(function: type[Function], *arguments: Any) -> Tensor:
-    """Apply an autograd function that gives one tensor."""
+    """Apply an autograd function that returns one tensor."""
     found: Tensor = function.apply(*arguments)
     return found
 
 
 def is_tracing() -> bool:
-    """Whether torch.jit.trace is at work."""
+    """Whether torch.jit.trace is active."""
     return torch._C._is_tracing()
 
 
 def sole(grads: tuple[Tensor | None, ...]) -> Tensor:
-    """The gradient of an op's only output: without it there is no backward pass."""
+    """The gradient of an op's only output; there is no backward pass without it."""
     (grad,) = grads
     assert grad is not None
     return grad

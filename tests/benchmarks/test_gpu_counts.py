@@ -38,17 +38,15 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 _SPLITS = 'each split is walked twice, for its end and for its outputs'
 _BACKWARD = 'registers hold a, b, h and the sums of A, D and bias at once'
 _SUMS = 'scans add up in float32 in memory, where the map does not fit on chip'
+_STATES = 'registers hold the decays and states of 4 positions at once'
 MISSES = {
     ('stack', 'one_state_backward'): _BACKWARD,
     ('resident warps', 'one_state_backward'): _BACKWARD,
     ('instructions', 'one_state_backward'): _BACKWARD,
     ('instructions', 'one_state_forward'): 'one row, with a gate and whole step sizes',
-    ('stack', 'many_states_forward'): _SPLITS,
     ('instructions', 'many_states_forward'): _SPLITS,
-    ('stack', 'many_states_backward'): 'a thread has all 16 states of a channel',
-    ('resident warps', 'many_states_backward'): 'a thread has all states of a channel',
-    ('instructions', 'many_states_backward'): 'states are computed twice',
-    ('untold loops', 'many_states_backward'): 'one inside is of any length',
+    ('resident warps', 'many_states_backward'): _STATES,
+    ('instructions', 'many_states_backward'): 'it finds outputs or ends of splits, too',
     ('maps', 'one_state_forward'): _SUMS,
     ('instructions', 'one_state_map'): 'rank 48 on a map of 25x40: 40.2',
     ('maps', 'one_state_map'): 'chunks of 64 positions are not full on small maps',

@@ -310,7 +310,7 @@ def test_rectangular_grid():
     assert 'was taken to be for the model' in report.notes[0]
     square = vim_classifier(56)
     load_checkpoint(Vim(ARCH, img_size=(24, 40)), published(square))
-    refuse(Vim(ARCH, img_size=56), state, '60 patches, which are no square grid.*14x14')
+    refuse(Vim(ARCH, img_size=56), state, '60 patches, which are not a square.*14x14')
 
 
 @torch.no_grad()

@@ -154,7 +154,7 @@ def test_several_backbones_need_a_prefix():
         load_checkpoint(net, state)
     load_checkpoint(net, state, prefix='teacher.')
     assert same(net, teacher)
-    with pytest.raises(CheckpointError, match="no keys behind 'pupil.'"):
+    with pytest.raises(CheckpointError, match="no keys with the prefix 'pupil.'"):
         load_checkpoint(net, state, prefix='pupil.')
 
 
@@ -216,7 +216,7 @@ def test_other_family(case, family, prefix):
 
 def test_no_family():
     refuse(VSSM(V2), {'conv1.weight': torch.zeros(1)}, 'none of the families')
-    with pytest.raises(CheckpointError, match='model Conv2d is of none'):
+    with pytest.raises(CheckpointError, match='model Conv2d belongs to none'):
         load_checkpoint(torch.nn.Conv2d(1, 1, 1), published(VSSM(V2)))
 
 

@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_refused():
         unified_attention(q, k, v, 2, delta=delta[:, 1:], A=A)
     with pytest.raises(ValueError, match='one for each channel'):
         unified_attention(q, k, v, 2, D=D[:3])
-    with pytest.raises(ValueError, match='feature map'):
+    with pytest.raises(ValueError, match='feature_map=False needs a forget gate'):
         unified_attention(q, k, v, 2, feature_map=False)
     with pytest.raises(ValueError, match='heads must divide'):
         UnifiedAttention2d(8, 3, 4)

@@ -139,11 +139,11 @@ def test_explanation(monkeypatch):
     without_kernels(monkeypatch, None)
     without_kernels(monkeypatch, 'not installed', name='mamba_ssm')
     assert ops.explain_backend('cpu', torch.float32, states=16) == {
-        'cpu': 'chosen: the first that takes it unasked',
+        'cpu': 'chosen: the first usable backend in this list',
         'cuda': 'cannot run: it takes cuda tensors, not cpu',
         'mamba_ssm': 'cannot run: it takes cuda tensors, not cpu',
-        'torch': 'not needed: cpu is taken',
-        'reference': 'only when asked for',
+        'torch': 'not needed: cpu is used',
+        'reference': 'used only when named',
     }
     assert list(ops.explain_backend('cpu', torch.float32)) == ops.list_backends()
     found = ops.explain_backend('cuda', torch.float32, states=257)
@@ -156,12 +156,12 @@ def test_explanation(monkeypatch):
     assert ops.explain_backend('cuda', torch.float32)['mamba_ssm'].endswith('installed')
     monkeypatch.setenv('MMVSSM_SCAN_BACKEND', 'torch')
     found = ops.explain_backend('cpu', torch.float32)
-    assert found['torch'] == 'chosen: asked for by MMVSSM_SCAN_BACKEND'
-    assert found['cpu'] == 'not needed: torch is taken'
+    assert found['torch'] == 'chosen: named by MMVSSM_SCAN_BACKEND'
+    assert found['cpu'] == 'not needed: torch is used'
     with ops.use_backend('reference'):
         found = ops.explain_backend('cpu', torch.float32)
-        assert found['reference'] == 'chosen: asked for by use_backend'
+        assert found['reference'] == 'chosen: named by use_backend'
         found = ops.explain_backend('cpu', torch.float32, 'cpu')
-        assert found['cpu'] == 'chosen: asked for by backend='
+        assert found['cpu'] == 'chosen: named by backend='
     with pytest.raises(ops.BackendUnavailableError, match='not cpu'):
         ops.explain_backend('cpu', torch.float32, 'cuda')

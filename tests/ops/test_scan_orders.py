@@ -257,7 +257,7 @@ def test_bad_names_are_refused():
     for run in (scan_order, lambda orders, *_: ss2d_scan(**inputs, orders=orders)):
         with pytest.raises(ValueError, match=r"no scan order 'cros'; there are \['"):
             run('cros', 2, 3)
-        with pytest.raises(ValueError, match='list of orders is empty'):
+        with pytest.raises(ValueError, match='list of scan orders is empty'):
             run([], 2, 3)
         with pytest.raises(TypeError, match='not int'):
             run(4, 2, 3)

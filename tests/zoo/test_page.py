@@ -81,8 +81,8 @@ def text():
             '## Reproduce\n\n'
             'What each command must give. Nothing of it was run here: the figures are\n'
             "the authors'. The last rows have no published file and train first, as\n"
-            'published; the others evaluate the published file. No tool here evaluates\n'
-            'classifiers on ImageNet: their table says how it was done.',
+            'published; the others evaluate the published file. No tool here tests a\n'
+            'classifier on ImageNet: their table says how it was done.',
             table(
                 REPRODUCE,
                 (line for row in _files_first(whole) for line in commands(row)),

@@ -116,7 +116,7 @@ def test_a_training_says_what_it_starts_from(copy, imagenet, mirror, work):
     assert report in before
     taken, other = ('model', 'model_ema')[:: 1 if copy == 'raw' else -1]
     assert f'weights: {taken}; the file also holds {other}' in before
-    assert 'new by design' in before and 'left out: classifier.* (1)' in before
+    assert 'new by design' in before and 'not used: classifier.* (1)' in before
     assert_backbone(work / 'out/iter_2.pth', imagenet[copy])
     assert len(mirror.requests) == 1
 

@@ -1,5 +1,5 @@
-# The environment variable ADE20K_ROOT points to a copy kept elsewhere.
-# The data set itself says that label 0 is to be ignored (reduce_zero_label).
+# Set the environment variable ADE20K_ROOT if your copy is in another folder.
+# The data set class of mmseg ignores label 0 (reduce_zero_label).
 dataset_type = 'ADE20KDataset'
 data_root = '{{$ADE20K_ROOT:data/ade/ADEChallengeData2016}}'
 crop_size = (512, 512)
@@ -17,7 +17,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
-    # Loaded after Resize: the metric compares at the original size.
+    # After Resize, because the metric compares at the original size.
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]

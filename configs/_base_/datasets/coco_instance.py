@@ -1,4 +1,4 @@
-# The environment variable COCO_ROOT points to a copy kept elsewhere.
+# Set the environment variable COCO_ROOT if your copy is in another folder.
 dataset_type = 'CocoDataset'
 data_root = '{{$COCO_ROOT:data/coco}}'
 train_pipeline = [
@@ -11,7 +11,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
-    # Loaded after Resize: the metric compares at the original size.
+    # After Resize, because the metric compares at the original size.
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='PackDetInputs',

@@ -1,5 +1,5 @@
 _base_ = './coco_instance.py'
-# DETR's augmentation: another size for every image, for half of them of a part.
+# DETR's augmentation: every image gets a random size; half of them are cropped first.
 scales = [(side, 1333) for side in range(480, 801, 32)]
 train_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -1,7 +1,7 @@
 # The folder layout and the label convention are ADE20K's.
 dataset_type = 'BaseSegDataset'
 data_root = '{{$MMVSSM_QUICKSTART_ROOT:data/quickstart}}'
-# What tools/quickstart.py makes there, by mmvssm.datasets.
+# Arguments with which tools/quickstart.py makes the data set (mmvssm.datasets).
 generator = dict(num_train=480, num_val=96, size=128, seed=0)
 metainfo = dict(
     classes=(

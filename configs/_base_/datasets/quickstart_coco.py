@@ -1,7 +1,7 @@
 # The folder layout and the annotation files are COCO's.
 dataset_type = 'CocoDataset'
 data_root = '{{$MMVSSM_QUICKSTART_COCO_ROOT:data/quickstart_coco}}'
-# What tools/quickstart.py makes there, by mmvssm.datasets.
+# Arguments with which tools/quickstart.py makes the data set (mmvssm.datasets).
 generator = dict(layout='coco', num_train=640, num_val=96, size=128, seed=0)
 metainfo = dict(
     classes=(
@@ -23,7 +23,7 @@ metainfo = dict(
         (150, 60, 190),
     ],
 )
-# The size that images have already.
+# Images already have this size.
 resize = dict(type='Resize', scale=(160, 128), keep_ratio=True)
 train_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -1,8 +1,9 @@
 _base_ = './mask_rcnn_plain.py'
-# As published, the heads of ViTDet: two convolutions in the RPN, four normed ones
-# and a linear layer in each box head, normed ones in the mask head; boxes are
-# refined three times, alike for all classes. Other than published, every stage
-# has a mask head, as in mmdet, whose outputs are averaged.
+# The heads of ViTDet, as published: two convolutions in the RPN; four convolutions with
+# norms and a linear layer in each box head; convolutions with norms in the mask head.
+# Boxes are refined three times, in the same way for all classes. One difference from
+# the published models: every stage has a mask head, as in mmdet, and their outputs are
+# averaged.
 num_classes = 80
 norm_cfg = dict(type='mmvssm.LayerNorm2d', eps=1e-6)
 box_heads = [
@@ -50,7 +51,7 @@ box_stages = [
 ]
 model = dict(
     type='CascadeRCNN',
-    # Images are padded to squares after the subtraction of the mean.
+    # Images are padded to squares after the mean is subtracted.
     data_preprocessor=dict(pad_size_divisor=1024),
     backbone=dict(average=False, rope=True, rope_residual=True),
     rpn_head=dict(num_convs=2),

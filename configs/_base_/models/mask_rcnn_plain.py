@@ -1,5 +1,5 @@
 _base_ = './mask_rcnn_vmamba.py'
-# A plain backbone gives one map; the neck makes five of it.
+# An isotropic backbone gives one map. The neck makes five maps from it.
 model = dict(
     backbone=dict(
         _delete_=True,

@@ -1,4 +1,4 @@
-# All of a UPerNet for ADE20K but its backbone and the channels of its maps.
+# A UPerNet for ADE20K without its backbone and the channels of the maps.
 # SyncBN becomes BN by itself when training is not distributed.
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 data_preprocessor = dict(

@@ -10,6 +10,6 @@ model = dict(
     neck=dict(type='Feature2Pyramid', embed_dim=192, norm_cfg={{_base_.norm_cfg}}),
     decode_head=dict(in_channels=[192, 192, 192, 192], channels=192),
     auxiliary_head=dict(in_channels=192),
-    # Windows of the size that positions were learned at.
+    # Windows of the size for which positions are learned.
     test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)),
 )

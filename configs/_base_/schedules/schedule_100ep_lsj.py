@@ -1,7 +1,7 @@
-# The schedule of ViTDet and the published Vim detectors: 184375 iterations of 64
-# images are 100 epochs. Published is float16 with a dynamic loss scale, which
-# `tools/train.py --amp float16` gives; bfloat16 needs no scale. Published decays
-# the weights of RMSNorm, A and the biases, too.
+# The schedule of ViTDet and the published Vim detectors: 184375 iterations of 64 images
+# are 100 epochs. The published trainings use float16 with a dynamic loss scale;
+# `tools/train.py --amp float16` does the same. bfloat16 needs no scale. In the
+# published trainings the weights of RMSNorm, A and the biases have weight decay, too.
 max_iters = 184375
 optim_wrapper = dict(
     type='mmvssm.Bf16OptimWrapper',
@@ -16,7 +16,7 @@ param_scheduler = [
         by_epoch=False,
         begin=0,
         end=max_iters,
-        # 8/9 and 26/27 of the way.
+        # After 8/9 and 26/27 of the iterations.
         milestones=[163889, 177546],
         gamma=0.1,
     ),

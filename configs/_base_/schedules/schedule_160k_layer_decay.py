@@ -1,4 +1,4 @@
-# The schedule of the others, with learning rates that fall towards the stem.
+# The schedule of the other models, with learning rates that decrease towards the stem.
 _base_ = './schedule_160k.py'
 optim_wrapper = dict(
     constructor='mmvssm.LayerDecayOptimWrapperConstructor',

@@ -19,7 +19,7 @@ param_scheduler = [
     ),
 ]
 train_cfg = dict(
-    # Goes on within an epoch when resumed.
+    # Can resume within an epoch.
     type='mmvssm.ResumableEpochLoop',
     max_epochs=max_epochs,
     val_interval=1,

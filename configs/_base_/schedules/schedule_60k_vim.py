@@ -1,6 +1,6 @@
 # AdamW with layer decay, linear warm-up and linear decay: the schedule of the
-# published Vim UperNets. Their code decays the rate of the stem alone, because
-# it looks for blocks under another name: published_vim_grouping=True does so.
+# published Vim UperNets. Their code lowers the rate of the stem only, because it looks
+# for the blocks under a wrong name. published_vim_grouping=True does the same.
 _base_ = './schedule_160k_layer_decay.py'
 max_iters = 60000
 optim_wrapper = dict(

@@ -1,5 +1,5 @@
-# Blocks on a grid that never shrinks take longer, so there are fewer iterations,
-# and they want smaller steps.
+# The grid of an isotropic backbone never shrinks, so its blocks take longer. So there
+# are fewer iterations. These models also need a smaller learning rate.
 _base_ = './schedule_quickstart.py'
 max_iters = 1200
 optim_wrapper = dict(optimizer=dict(lr=1e-3))

@@ -9,6 +9,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mmvssm.backbones import set_img_shapes
 from mmvssm.engine.checkpoints.weights import unwrap
 from mmvssm.engine.configs.image_sizes import Batch, inference_batches, training_batches
 from mmvssm.ops.backends import (
@@ -115,5 +116,6 @@ def calls_of(
         }
         for number, *size in batches:
             images = torch.empty(number, 3, *size, device=device)
+            set_img_shapes(images, [size] * number)
             torch.func.functional_call(backbone, state, (images,))
     return recorder.calls

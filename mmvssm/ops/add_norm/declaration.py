@@ -1,4 +1,4 @@
-"""Residual addition and RMS norm as an op: what goes in, what comes out."""
+"""Declaration of the residual addition with RMS norm."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class NormInputs(NamedTuple):
     Attributes:
         x: Branch (..., C).
         weight: Scale (C,).
-        residual: Stream of x's shape, or None.
+        residual: Residual stream of x's shape, or None.
     """
 
     x: Tensor
@@ -28,10 +28,10 @@ class NormOptions(NamedTuple):
 
     Attributes:
         eps: Added to the mean square.
-        x_dtype: Of x, and of the norm that comes out.
-        residual_dtype: Of the stream, of x if there is none.
-        total_dtype: Of the stream that comes out.
-        has_residual: Whether there is a stream.
+        x_dtype: Dtype of x and of the norm.
+        residual_dtype: Dtype of the residual stream; that of x if there is none.
+        total_dtype: Dtype of the new residual stream.
+        has_residual: Whether there is a residual stream.
     """
 
     eps: float
@@ -42,7 +42,7 @@ class NormOptions(NamedTuple):
 
 
 def outputs_like(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, ...]:
-    """Memory for the norm and the stream."""
+    """Memory for the norm and the new residual stream."""
     x = inputs.x
     return (
         x.new_empty(x.shape, dtype=options.x_dtype),
@@ -60,10 +60,10 @@ def _keep(
 
 
 def new_gradients(kept: NormInputs, options: NormOptions) -> NormInputs:
-    """Memory for gradients of the sum, and the weight itself."""
+    """Memory for gradients of the sum, and the weight."""
     x, weight, _ = kept
     residual = None
-    # One gradient serves for both terms of the sum if they share a dtype.
+    # Both terms of the sum have the same gradient, if they have the same dtype.
     if options.has_residual and options.residual_dtype != options.x_dtype:
         residual = x.new_empty(x.shape, dtype=options.residual_dtype)
     by_x = x.new_empty(x.shape, dtype=options.x_dtype)
@@ -82,7 +82,7 @@ ADD_RMS_NORM = Op(
     NormOptions,
     returns=('y', 'stream'),
     outputs_like=outputs_like,
-    # Counters of the published models do not see their RMS norms.
+    # The FLOP counters of the published models do not count RMS norms.
     flops=lambda shapes, options: [],
     axes=dict(x=(0, -2), residual=(0, -2)),
     keep=_keep,
@@ -92,18 +92,18 @@ ADD_RMS_NORM = Op(
 
 
 class FusedNorm(KernelBackend):
-    """What backends share whose kernels add and norm in one.
+    """Base of backends whose kernels add and normalise in one pass.
 
     Attributes:
-        dtypes: Of x and the stream, those that the kernels read.
+        dtypes: Dtypes of x and the stream that the kernels can read.
     """
 
     dtypes: tuple[torch.dtype, ...]
 
     def refuses(self, inputs: NormInputs, options: NormOptions) -> str | None:
-        """Nothing to do, or a stream that the kernels do not read."""
+        """It refuses empty inputs, and a stream that the kernels cannot read."""
         if not inputs.x.numel():
-            return 'there is nothing to norm'
+            return 'its input is empty'
         if options.residual_dtype not in self.dtypes:
-            return f'it reads no stream of {options.residual_dtype}'
+            return f'it cannot read a residual stream of {options.residual_dtype}'
         return None

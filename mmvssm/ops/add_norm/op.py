@@ -1,4 +1,4 @@
-"""Residual addition and RMS norm in one, as blocks in pre-norm form need it."""
+"""Residual addition and RMS norm in one op, for blocks in pre-norm form."""
 
 import torch
 from torch import Tensor
@@ -43,17 +43,16 @@ def add_rms_norm(
         x: Output of the last branch (..., C), float32, bfloat16, float16 or
             float64.
         weight: Scale w (C,).
-        residual: Stream r of x's shape, of any of these dtypes; None at the
-            first block, whose stream is x.
+        residual: Residual stream r of x's shape, of any of these dtypes. None for the
+            first block: then the stream is x.
         eps: Added to the mean square.
-        residual_in_fp32: Return the stream in float32 (float64 for float64)
-            whatever its dtype was; otherwise it keeps its dtype, or has x's at
-            the first block.
+        residual_in_fp32: Return the stream in float32 (float64 for float64). Otherwise
+            it keeps its dtype; in the first block it has that of x.
         backend: See :func:`mmvssm.ops.selective_scan`.
 
     Returns:
         y in x's dtype, and the stream r'. Sum and norm are computed in float32
-        (float64 for float64 input), under autocast as well.
+        (float64 for float64 input), also under autocast.
 
     Raises:
         TypeError: x is not floating-point.

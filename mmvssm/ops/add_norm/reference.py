@@ -13,7 +13,7 @@ class ReferenceNorm(Composed):
     supplier = backends.REFERENCE
 
     def forward(self, inputs: NormInputs, options: NormOptions, keep: bool) -> Result:
-        """See :func:`mmvssm.ops.add_rms_norm`; in float32 or, if given it, float64."""
+        """See :func:`mmvssm.ops.add_rms_norm`; in float32, or float64 for float64."""
         x, weight, residual = inputs
         dtype = torch.promote_types(options.residual_dtype, torch.float32)
         dtype = torch.promote_types(x.dtype, dtype)

@@ -17,7 +17,7 @@ class TorchNorm(Composed):
     supplier: Supplier
 
     def forward(self, inputs: NormInputs, options: NormOptions, keep: bool) -> Result:
-        """See :func:`mmvssm.ops.add_rms_norm`; in float32 or, if given it, float64."""
+        """See :func:`mmvssm.ops.add_rms_norm`; in float32, or float64 for float64."""
         x, weight, residual = inputs
         dtype = torch.promote_types(options.residual_dtype, torch.float32)
         dtype = torch.promote_types(x.dtype, dtype)
@@ -26,8 +26,8 @@ class TorchNorm(Composed):
             total = total + residual.to(dtype)
         weight = weight.to(dtype)
         if len(weight) == 1:
-            # The gradient of one weight is a sum to a single number, which torch
-            # splits among threads. Two columns give the same norm.
+            # The gradient of a single weight is a sum to one number, which torch
+            # divides among threads. Two equal columns give the same norm.
             twice = total.expand(*total.shape[:-1], 2)
             out = F.rms_norm(twice, (2,), weight.expand(2), options.eps)[..., :1]
         else:

@@ -1,4 +1,4 @@
-"""The bidirectional scan out of one selective scan over both directions."""
+"""The bidirectional scan, composed of one selective scan over both directions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ from mmvssm.ops.selective_scan.declaration import (
 
 @dataclass(frozen=True)
 class ComposedBidirectional(Composed):
-    """A single scan of both directions, as two groups of channels.
+    """One scan for both directions, as two groups of channels.
 
-    Convolutions and projections of both directions read the sequence as it is. The
-    second group runs from the end. They are gated after they are added up: both have
-    the gate of their position, so it is a common factor.
+    The convolutions and projections of both directions read the sequence without a
+    flipped copy. The second group is scanned from the end. The gate of a position is
+    the same for both directions, so it is applied after they are added up.
     """
 
     supplier: Supplier
@@ -68,9 +68,10 @@ def _scan_call(
     """The scan of both directions.
 
     Args:
-        inputs: Of the op.
-        read: Of each direction, along it: u and delta (B, L, D), B and C (B, L, N).
-        backend: Of the scan.
+        inputs: Inputs of the op.
+        read: For each direction, in its order: u and delta (B, L, D), B and C
+            (B, L, N).
+        backend: Backend of the scan.
     """
     _, _, forward, backward = inputs
     # (B, L, 2, ...)
@@ -95,7 +96,7 @@ def _scan_call(
 def _convolve(x: Tensor, weights: Direction, from_end: bool) -> Tensor:
     """Depthwise convolution along the direction with SiLU, in x's dtype.
 
-    Computed in float32 at least.
+    It is computed at least in float32.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     length, width = x.shape[1], weights.conv_weight.shape[1]
@@ -104,7 +105,7 @@ def _convolve(x: Tensor, weights: Direction, from_end: bool) -> Tensor:
         taps = taps[::-1]
     padding = (0, width - 1) if from_end else (width - 1, 0)
     padded = F.pad(x.to(dtype), (0, 0, *padding))
-    # Shifted products keep the channels last in memory.
+    # Shifted products keep channels-last memory.
     out = weights.conv_bias.to(dtype)
     for shift, tap in enumerate(taps):
         out = out + padded[:, shift : shift + length] * tap

@@ -1,4 +1,4 @@
-"""The bidirectional scan as an op: what goes in, what comes out."""
+"""Declaration of the bidirectional scan."""
 
 from math import prod
 from typing import NamedTuple
@@ -34,8 +34,8 @@ class BidirectionalOptions(NamedTuple):
 
     Attributes:
         average: Halve the result.
-        out_dtype: Of the output.
-        projected_dtype: In which projections are computed.
+        out_dtype: Dtype of the output.
+        projected_dtype: Dtype in which projections are computed.
     """
 
     average: bool
@@ -44,7 +44,7 @@ class BidirectionalOptions(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """Factor of the result."""
+        """Factor by which the result is multiplied."""
         return 0.5 if self.average else 1.0
 
 
@@ -83,12 +83,12 @@ BIDIRECTIONAL_SCAN = Op(
 
 
 class KernelInputs(NamedTuple):
-    """The inputs as kernels read them.
+    """The inputs in a form that kernels can read.
 
     Attributes:
-        x, z: (B, L, D), of a dtype that they read.
-        weights: Of both directions, contiguous: matrices in the dtype of projections,
-            all else in float32; convolutions with the same number of taps.
+        x, z: (B, L, D), of a dtype that the kernels can read.
+        weights: Weights of both directions, contiguous. Matrices have the dtype of the
+            projections, all others float32. Both convolutions have the same width.
     """
 
     x: Tensor
@@ -102,7 +102,7 @@ class KernelInputs(NamedTuple):
         options: BidirectionalOptions,
         dtypes: tuple[torch.dtype, ...],
     ) -> 'KernelInputs':
-        """For kernels that read these dtypes."""
+        """Make them for kernels that can read these dtypes."""
         ways = (inputs.forward, inputs.backward)
         taps = max(way.conv_weight.shape[1] for way in ways)
         first, second = (_as_read(way, taps, options.projected_dtype) for way in ways)
@@ -128,7 +128,7 @@ def gradients_of(
     grad_z: Tensor,
     grads: list[Direction],
 ) -> BidirectionalInputs:
-    """Gradients of the inputs from those of what the kernels read."""
+    """Gradients of the op's inputs, from those of the kernels' inputs."""
     ways = (inputs.forward, inputs.backward)
     first, second = (
         grad._replace(conv_weight=grad.conv_weight[:, -way.conv_weight.shape[1] :])
@@ -138,10 +138,10 @@ def gradients_of(
 
 
 class FusedBidirectional(KernelBackend):
-    """What backends share whose kernels run both directions on the sequence as it is.
+    """Base of backends whose kernels run both directions without a flipped copy.
 
     Attributes:
-        dtypes: Of the sequence and its projections, those that the kernels read.
+        dtypes: Dtypes of the sequence and its projections that the kernels can read.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -149,15 +149,15 @@ class FusedBidirectional(KernelBackend):
     def refuses(
         self, inputs: BidirectionalInputs, options: BidirectionalOptions
     ) -> str | None:
-        """Projections that the kernels do not read."""
+        """It refuses projections that the kernels cannot read."""
         if options.projected_dtype not in self.dtypes:
-            return f'it reads no projections of {options.projected_dtype}'
+            return f'it cannot read projections of {options.projected_dtype}'
         return None
 
     def states_shape(
         self, batch: int, length: int, states: int, channels: int
     ) -> tuple[int, ...]:
-        """Shape of the states that are saved of one direction."""
+        """Shape of the states that are saved for one direction."""
         raise NotImplementedError
 
     def saved_like(

@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 class Direction(NamedTuple):
-    """What one direction has of its own.
+    """The weights of one direction.
 
     Attributes:
-        conv_weight: Depthwise causal convolution (D, W); the last column
-            weighs the position itself, the first one W - 1 positions before.
+        conv_weight: Depthwise causal convolution (D, W). The last column is the weight
+            of the position itself, the first one that of W - 1 positions before.
         conv_bias: (D,).
-        x_proj_weight: (R + 2N, D): first the R rows of the step size's
-            low-rank form, then N of B, then N of C.
+        x_proj_weight: (R + 2N, D): first the R rows of the low-rank step sizes, then N
+            rows of B, then N rows of C.
         dt_proj_weight: (D, R).
         dt_proj_bias: (D,), added before the softplus.
         A: Decay rates (D, N), negative.

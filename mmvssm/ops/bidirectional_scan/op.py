@@ -1,4 +1,4 @@
-"""The mixer's core of Vim and Mamba® as one op (arXiv 2401.09417, 2405.14858)."""
+"""The core of the mixer of Vim and Mamba® (arXiv 2401.09417, 2405.14858)."""
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def bidirectional_scan(
     average: bool = False,
     backend: str | None = None,
 ) -> Call:
-    r"""Scan a sequence from both ends, each way with weights of its own.
+    r"""Scan a sequence from both ends, with separate weights for each direction.
 
     One direction is a depthwise causal convolution with SiLU, projections to
     step sizes, B and C, and a selective scan with softplus:
@@ -48,12 +48,12 @@ def bidirectional_scan(
         y_{dir} = \mathrm{scan}(u, W_\Delta W_x u, A, B, C, D), \quad
         y = (y_{forward} + y_{backward}) \, \mathrm{SiLU}(z)
 
-    The backward direction is the same on the flipped sequence, its result
-    flipped back.
+    The backward direction does the same on the flipped sequence, and flips the result
+    back.
 
     Args:
-        x: Sequence (B, D, L), any strides; channels-last memory, (B, L, D), is
-            the fast one. float32, bfloat16, float16 or float64.
+        x: Sequence (B, D, L), any strides; channels-last memory, (B, L, D), is the
+            fastest. float32, bfloat16, float16 or float64.
         z: Gate of x's shape.
         forward: Weights of the direction that starts at position 0.
         backward: Weights of the direction that starts at the end.
@@ -98,7 +98,7 @@ def _check(x: Tensor, z: Tensor, forward: Direction, backward: Direction) -> Non
         )
     for way, weights in (('forward', forward), ('backward', backward)):
         _check_direction(x, way, weights)
-    # One scan takes both.
+    # One scan computes both directions.
     if forward.A.shape != backward.A.shape:
         raise ValueError(
             f'bidirectional_scan: forward and backward must have the same number of '

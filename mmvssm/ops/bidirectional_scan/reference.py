@@ -1,4 +1,4 @@
-"""The bidirectional scan as it is defined: flip, scan, flip back."""
+"""The definition of the bidirectional scan: flip, scan, flip back."""
 
 import torch
 import torch.nn.functional as F

@@ -11,8 +11,8 @@ from mmvssm.ops.scan_orders import NUM_ROUTES
 def cross_scan(x: Tensor) -> Tensor:
     """Read a map along four routes.
 
-    Route 0 is row by row, route 1 column by column, routes 2 and 3 are these
-    two from the end: ``scan_order('cross', H, W)`` has their places.
+    Route 0 goes row by row, route 1 column by column. Routes 2 and 3 are these two from
+    the end. ``scan_order('cross', H, W)`` has their places.
 
     Args:
         x: Map (B, C, H, W), any dtype, any strides.

@@ -217,6 +217,16 @@ MMVSSM_DEVICE void mma_1688(float (&d)[4], const float (&a)[4], const float (&b)
         "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
+// The same for a (16, 4) and b (4, 8):
+//   a: (g, c), (g + 8, c);  b: (c, g);  d: as above.
+MMVSSM_DEVICE void mma_1684(float (&d)[4], float upper, float lower, float b) {
+  asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, "
+      "{%6}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(upper)), "r"(__float_as_uint(lower)),
+        "r"(__float_as_uint(b)));
+}
+
 // A number that says by itself whether it is there: other CTAs read it until it is not
 // what its memory was filled with. Each is written and read as a whole.
 MMVSSM_DEVICE void publish(uint64_t* to, uint64_t value) {
@@ -327,6 +337,13 @@ MMVSSM_DEVICE char* address(char* base, int x, int y) {
   return reinterpret_cast<char*>(found);
 }
 
+// x y + z, in one instruction.
+MMVSSM_DEVICE int64_t offset_of(int x, int y, int64_t z) {
+  int64_t found;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(found) : "r"(x), "r"(y), "l"(z));
+  return found;
+}
+
 // The same address, of which the compiler now knows that it is in global memory.
 template <typename Value>
 MMVSSM_DEVICE Value* in_global(Value* x) {
@@ -340,6 +357,30 @@ MMVSSM_DEVICE int fresh_zero() {
   int zero;
   asm volatile("mov.b32 %0, 0;" : "=r"(zero));
   return zero;
+}
+
+// The same number, of which the compiler does not know what it is made of. Addresses
+// that differ by constants are then one register and constants.
+MMVSSM_DEVICE int hidden(int x) {
+  int same;
+  asm("mov.b32 %0, %1;" : "=r"(same) : "r"(x));
+  return same;
+}
+
+template <typename T>
+MMVSSM_DEVICE T* hidden(T* x) {
+  uint64_t same;
+  asm("mov.b64 %0, %1;" : "=l"(same) : "l"(reinterpret_cast<uint64_t>(x)));
+  return reinterpret_cast<T*>(same);
+}
+
+// The same for a pointer to shared memory.
+MMVSSM_DEVICE char* hidden_shared(char* x) {
+  uint32_t same;
+  asm("mov.b32 %0, %1;"
+      : "=r"(same)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(x))));
+  return static_cast<char*>(__cvta_shared_to_generic(same));
 }
 
 // at + bytes, for steps of an unrolled loop: what is made of them one after the other

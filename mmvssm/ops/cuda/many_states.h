@@ -1,12 +1,12 @@
 // What the kernels of the selective scan of several states share.
 //
 // A CTA has one thread for each channel of its block and walks the positions in chunks.
-// kLanes neighbouring lanes share kLanes channels: each works out for one channel, its
-// own, what does not depend on the state, and has STATES / kLanes states of all of them.
-// Registers name channels by how their lanes differ: number k is that of lane ^ k, so
-// number 0 is the own one, and nothing is ever chosen by the number of the lane.
+// kLanes neighbouring lanes share kLanes channels, the own ones of these lanes, and each
+// has STATES / kLanes states of all of them. Registers have channels by number, see
+// `lane_of`.
 //
-// dt is kept times log2(e), as the hardware has powers of two, and B times ln(2).
+// dt is kept times log2(e), as the hardware has powers of two, and B times ln(2), or in
+// the backward pass u.
 #pragma once
 
 #include "device.h"
@@ -146,26 +146,43 @@ MMVSSM_DEVICE float sigmoid(float x, float inverse) {
   return sigmoid_of_log2(kLog2E * x, inverse);
 }
 
-// Of all that share a channel: register k from lane ^ k, and the sum of what they have
-// for the lane's own channel.
+// The lane whose own channel has a number. Two lanes exchange by shuffles, and name a
+// channel by how lanes differ: number 0 is the own one, and nothing is chosen by the
+// number of the lane. Four exchange through shared memory, and name them in order.
+template <int kLanes>
+MMVSSM_DEVICE int lane_of(int lane, int k) {
+  return kLanes == 2 ? lane ^ k : lane / kLanes * kLanes + k;
+}
+
+// What the lanes that share channels have each for its own one, by number.
 template <int kLanes>
 MMVSSM_DEVICE void spread(float own, float (&x)[kLanes]) {
-  x[0] = own;
 #pragma unroll
-  for (int k = 1; k < kLanes; ++k) x[k] = shuffle_xor(own, k);
+  for (int k = 0; k < kLanes; ++k)
+    x[k] = kLanes > 2 ? shuffle(own, k, kLanes) : k ? shuffle_xor(own, k) : own;
 }
+// The sum of what all that share a channel have for the lane's own one.
 template <int kLanes>
 MMVSSM_DEVICE float gather(const float (&x)[kLanes]) {
-  float sum = x[0];
+  if constexpr (kLanes == 2) {
+    return x[0] + shuffle_xor(x[1], 1);
+  } else {
+    float sum = 0.0f;
 #pragma unroll
-  for (int k = 1; k < kLanes; ++k) sum += shuffle_xor(x[k], k);
-  return sum;
+    for (int k = 0; k < kLanes; ++k)
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) {
+        const float one = shuffle(x[k], i, kLanes);
+        if (static_cast<int>(threadIdx.x) % kLanes == k) sum += one;
+      }
+    return sum;
+  }
 }
 
 // What a CTA, a warp and a lane work on
 
 struct Work {
-  int batch, group, split;
+  int batch, group, block, split;
   int chain;              // numbers batch, group and block
   int warp, lane;
   int first, end;         // channels of the warp; the end is that of the group
@@ -178,7 +195,7 @@ struct Work {
     chain = blockIdx.x % p.chains;
     split = blockIdx.x / p.chains;
     if (from_end) split = p.splits - 1 - split;
-    const int block = chain % p.blocks;
+    block = chain % p.blocks;
     group = chain / p.blocks % p.groups;
     batch = chain / p.blocks / p.groups;
     warp = threadIdx.x / kWarp;
@@ -193,8 +210,20 @@ struct Work {
     if (end_chunk > chunks) end_chunk = chunks;
   }
 
-  MMVSSM_DEVICE float parameter(const float* x) const {
-    return x != nullptr && valid ? x[own] : 0.0f;
+  MMVSSM_DEVICE float parameter(const float* x, int channel) const {
+    return x != nullptr && channel < end ? x[channel] : 0.0f;
+  }
+  MMVSSM_DEVICE float parameter(const float* x) const { return parameter(x, own); }
+  // Of all channels that the lane shares.
+  template <int kLanes>
+  MMVSSM_DEVICE void parameters(const float* x, float (&found)[kLanes]) const {
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k)
+      found[k] = parameter(x, first + lane_of<kLanes>(lane, k));
+  }
+  template <int kLanes>
+  MMVSSM_DEVICE bool is_valid(int k) const {
+    return first + lane_of<kLanes>(lane, k) < end;
   }
 };
 
@@ -208,7 +237,7 @@ template <int kLanes>
 MMVSSM_DEVICE int64_t offset_of_states(const Inputs& p, const Work& work, int k,
                                        int states) {
   const int64_t channels = static_cast<int64_t>(p.groups) * p.group_size;
-  const int64_t row = work.batch * channels + work.first + (work.lane ^ k);
+  const int64_t row = work.batch * channels + work.first + lane_of<kLanes>(work.lane, k);
   return row * states + work.lane % kLanes * (kStates / kLanes);
 }
 
@@ -222,8 +251,7 @@ MMVSSM_DEVICE void load_states(const Inputs& p, const Work& work, const float* f
     const float* row = from + offset_of_states<kLanes>(p, work, k, p.states);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
-      x[k][i] = work.first + (work.lane ^ k) < work.end &&
-                        work.lane % kLanes * kOwn + i < p.states
+      x[k][i] = work.is_valid<kLanes>(k) && work.lane % kLanes * kOwn + i < p.states
                     ? row[i]
                     : 0.0f;
   }
@@ -237,8 +265,7 @@ MMVSSM_DEVICE void store_states(const Inputs& p, const Work& work, float* to,
     float* row = to + offset_of_states<kLanes>(p, work, k, p.states);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i)
-      if (work.first + (work.lane ^ k) < work.end &&
-          work.lane % kLanes * kOwn + i < p.states)
+      if (work.is_valid<kLanes>(k) && work.lane % kLanes * kOwn + i < p.states)
         row[i] = x[k][i];
   }
 }
@@ -265,13 +292,15 @@ struct KeptStates {
   MMVSSM_DEVICE KeptStates(const Inputs& p, const Work& work, float* kept)
       : stride(static_cast<int64_t>(p.batch) * p.groups * p.group_size * kStates) {
     const int64_t channels = static_cast<int64_t>(p.groups) * p.group_size;
-    const int64_t row = work.batch * channels + work.first + work.lane / kLanes * kLanes;
+    const int64_t row =
+        work.batch * channels + work.first + work.lane / kLanes * kLanes;
     data = kept + row * kStates - stride;
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) {
-      const int lane = work.lane ^ k;
-      offsets[k] = lane % kLanes * kStates + work.lane % kLanes * (kStates / kLanes);
-      valid[k] = work.first + lane < work.end;
+      offsets[k] = lane_of<kLanes>(work.lane, k) % kLanes * kStates +
+                   work.lane % kLanes * (kStates / kLanes);
+      // Vectors hold channels of one group.
+      valid[k] = work.is_valid<kLanes>(VECTOR ? 0 : k);
     }
   }
 
@@ -309,7 +338,9 @@ struct Places {
   MMVSSM_DEVICE int* of(int chunk) const {
     return data + ((chunk - first) * step & (2 * kBatch - 1)) * kPositions;
   }
-  MMVSSM_DEVICE bool is_due(int chunk) const { return ((chunk - first) * step & (kBatch - 1)) == 0; }
+  MMVSSM_DEVICE bool is_due(int chunk) const {
+    return ((chunk - first) * step & (kBatch - 1)) == 0;
+  }
   MMVSSM_DEVICE void find(const Inputs& p, int first_of_batch) const {
     int* to = of(first_of_batch);
 #pragma unroll 1
@@ -328,10 +359,11 @@ struct RowsOfWarp {
   static constexpr int kBytes = kPositions * kPitch;
   static constexpr int kPieces = kWarp * kSize<kDtype> / 16;  // of a row
   static constexpr int kRowsAtOnce = kWarp / kPieces;
-  char* memory;
+  char* memory;  // of the CTA
   int stride;
-  int64_t of_channel;
+  int64_t of_channel, of_lane;
   int lane, along;
+  int in_array;  // from where arrays of warps begin to what the lane copies
   bool valid;
 
   MMVSSM_DEVICE RowsOfWarp(const Rows& x, const Work& work, int is_along)
@@ -344,17 +376,36 @@ struct RowsOfWarp {
       channel += along ? lane / 16 : lane;
     valid = channel < work.end;
     left = work.end - channel;
-    memory = x.data + work.batch * x.batch + channel * x.channel;
+    in_array = work.warp * kBytes;
+    if (VECTOR) in_array += lane / kPieces * kPitch + lane % kPieces * 16;
+    in_array = hidden(in_array);
+    const int first = work.first - work.warp * kWarp;
+    memory = hidden(x.data + work.batch * x.batch + first * x.channel);
+    of_lane = VECTOR ? (channel - first) * kSize<kDtype> : (channel - first) * x.channel;
+  }
+  MMVSSM_DEVICE char* at(int place) const {
+    return memory + offset_of(place, stride, of_lane);
   }
 
-  // Begins to copy in what is there; the rest is zero.
-  MMVSSM_DEVICE void load(char* tile, const int* places) const {
+  // Those of the lane's rows, for all arrays of a dtype.
+  struct Own {
+    int places[kPositions / kRowsAtOnce];
+    MMVSSM_DEVICE Own(const int* of_chunk, const Work& work) {
+#pragma unroll
+      for (int i = 0; i < kPositions / kRowsAtOnce; ++i)
+        places[i] = of_chunk[i * kRowsAtOnce + work.lane / kPieces];
+    }
+  };
+
+  // Begins to copy in what is there; the rest is zero. It goes to the warp's part of
+  // `array`.
+  MMVSSM_DEVICE void load(char* array, const int* places, const Own& own) const {
+    char* tile = array + in_array;
     if constexpr (VECTOR) {
-      tile += lane / kPieces * kPitch + lane % kPieces * 16;
 #pragma unroll
       for (int i = 0; i < kPositions; i += kRowsAtOnce) {
-        const int place = places[i + lane / kPieces];
-        copy_async_or_zero<16>(tile + i * kPitch, address(memory, place, stride),
+        const int place = own.places[i / kRowsAtOnce];
+        copy_async_or_zero<16>(tile + i * kPitch, at(place),
                                valid && place >= 0);
       }
     } else {
@@ -371,23 +422,24 @@ struct RowsOfWarp {
   }
 
   // Copies out. The warp has written all of it.
-  MMVSSM_DEVICE void store(const char* tile, const int* places) const {
+  MMVSSM_DEVICE void store(const char* array, const int* places, const Own& own) const {
+    const char* tile = array + in_array;
     if constexpr (VECTOR) {
-      tile += lane / kPieces * kPitch + lane % kPieces * 16;
 #pragma unroll
       for (int i = 0; i < kPositions; i += kRowsAtOnce) {
-        const int place = places[i + lane / kPieces];
+        const int place = own.places[i / kRowsAtOnce];
         const uint4 row = *reinterpret_cast<const uint4*>(tile + i * kPitch);
         const uint32_t words[4] = {row.x, row.y, row.z, row.w};
-        store_bytes<16>(address(memory, place, stride), valid && place >= 0, words);
+        store_bytes<16>(at(place), valid && place >= 0, words);
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kPositions; ++i) {
         const int place = places[position(i)];
         if (there(i, place))
-          store_float<kDtype>(element(i, place),
-                              load_float<kDtype>(tile + position(i) * kPitch + offset(i)));
+          store_float<kDtype>(
+              element(i, place),
+              load_float<kDtype>(tile + position(i) * kPitch + offset(i)));
       }
     }
   }
@@ -397,6 +449,41 @@ struct RowsOfWarp {
   }
   MMVSSM_DEVICE void put(char* tile, int t, float x) const {
     store_float<kDtype>(tile + t * kPitch + lane * kSize<kDtype>, x);
+  }
+
+  // The four channels at an address, `by` positions on.
+  MMVSSM_DEVICE static void get_four(const char* at, int by, float (&x)[4]) {
+    at += by * kPitch;
+    if constexpr (!VECTOR) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) x[k] = load_float<kDtype>(at + k * kSize<kDtype>);
+    } else if constexpr (kDtype == kFloat32) {
+      load_floats(reinterpret_cast<const float*>(at), x);
+    } else {
+      const uint2 two = *reinterpret_cast<const uint2*>(at);
+      const uint32_t words[2] = {two.x, two.y};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        x[2 * i] = kDtype == kBfloat16 ? float_of(words[i] << 16)
+                                       : from_half(words[i] & 0xffff);
+        x[2 * i + 1] = kDtype == kBfloat16 ? float_of(words[i] & 0xffff0000u)
+                                           : from_half(words[i] >> 16);
+      }
+    }
+  }
+  MMVSSM_DEVICE static void put_four(char* at, int by, const float (&x)[4]) {
+    at += by * kPitch;
+    if constexpr (!VECTOR) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) store_float<kDtype>(at + k * kSize<kDtype>, x[k]);
+    } else if constexpr (kDtype == kFloat32) {
+      store_floats(reinterpret_cast<float*>(at), x);
+    } else {
+      uint2 two;
+      two.x = kDtype == kBfloat16 ? to_bfloat16x2(x[0], x[1]) : to_half2(x[0], x[1]);
+      two.y = kDtype == kBfloat16 ? to_bfloat16x2(x[2], x[3]) : to_half2(x[2], x[3]);
+      *reinterpret_cast<uint2*>(at) = two;
+    }
   }
 
  private:
@@ -411,7 +498,7 @@ struct RowsOfWarp {
     return place >= 0 && (along ? 2 * i < left : valid);
   }
   MMVSSM_DEVICE char* element(int i, int place) const {
-    return in_global(address(memory, place, stride)) + (along ? 2 * i * of_channel : 0);
+    return in_global(at(place)) + (along ? 2 * i * of_channel : 0);
   }
 };
 

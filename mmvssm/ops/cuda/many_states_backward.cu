@@ -4,17 +4,32 @@
 // before its sub-chunks. Then, from the last sub-chunk to the first, its states and
 // decays are found once more and kept in registers, and the gradient g of the state is
 // walked backwards: g_t = C_t dy_t + a_t+1 g_t+1.
+//
+// What does not depend on the state is worked out by four channels at once: four lanes
+// share four channels and, of a sub-chunk, each has one of four positions.
+//
+// B and C of 16 bits times a number of each channel, for all states, are found by tensor
+// cores. Their tf32 holds B and C as they are, but only half of a float32, so it is the
+// sum of two: one that the hardware makes by cutting off, and `low`, the rest. That makes
+// two of the four products that are added up at once, and they come twice, halved.
 #include "many_states_splits.h"
 #include "many_states_staging.h"
 
 namespace mmvssm {
 
 // Four lanes share four channels: sums over the channels and over the states are about
-// as long as each other, and the fewest numbers go from lane to lane.
+// as long as each other, and a thread reads four numbers at once of any kind.
 constexpr int kLanes = 4;
 constexpr int kOwn = kStates / kLanes;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kSub = 4, kSubs = kPositions / kSub;  // positions of a sub-chunk
+static_assert(kSub == kLanes, "a lane has a position of a sub-chunk");
+constexpr bool kOnTensorCores = B_DTYPE != kFloat32 && kOwn > 1;
+constexpr int kPairs = kOwn > 1 ? kOwn / 2 : 1;
+constexpr float kOfWeights = kOnTensorCores ? 0.5f : 1.0f;  // factor of B and C
+// Of four states the inner two change places: what is next to each other is then what a
+// lane needs of b in two products.
+constexpr bool kSwapped = kOnTensorCores && kOwn == 4;
 // Of the gate: there is one; its gradient is wanted, which takes the output before the
 // gate; that one was kept, or is found once more.
 constexpr bool kGate = GATE > 0, kGradZ = GATE > 1;
@@ -43,39 +58,108 @@ using GradDeltaRows = RowsOfWarp<GRAD_DELTA_DTYPE>;
 constexpr bool kGradUInU = !ADD && kSize<GRAD_U_DTYPE> == kSize<U_DTYPE>;
 constexpr bool kGradDeltaInOut = kSize<GRAD_DELTA_DTYPE> == kSize<GRAD_OUT_DTYPE>;
 
-// The states before sub-chunks, in slots of which a thread reads its own alone.
+// The states before sub-chunks, in slots of which a thread reads its own alone. Those
+// before the last one are kept in registers, if they are not read from memory.
 static_assert(kKept % kSub == 0, "whole sub-chunks");
+constexpr int kSlots = kKept == kSub ? kSubs : kSubs - 1;
 constexpr int kSlotBytes = kStates * kThreads * 4;
 // What the threads of a warp have for the gradients of B and C of a sub-chunk. Their
 // sums take the place of dt, which is then read no more.
-constexpr int kProductsBytes = kSub * (kWarp / kLanes) * 2 * kStates * 4;  // of a warp
+constexpr int kProducts = kSub * (kWarp / kLanes) * 2 * kStates;  // numbers
 static_assert(2 * kStates <= kWarp, "a warp has as many sums as columns of dt");
+// Then what they have for sums over the states: two sums of a position and channel, and
+// besides the output if it is found. The pitch of positions keeps lanes that read from
+// different banks.
+constexpr int kPartsPitch = kWarp * kLanes + 4;
+constexpr int kParts = kSub * kPartsPitch;
+constexpr int kOutput = 2;  // its number
+static_assert(kProducts <= kOutput * kParts, "the output is found before the products");
+constexpr int kExchangeBytes = (kFindsTotal ? 3 : 2) * kParts * 4;  // of a warp
 
 struct Shared {
   static constexpr int kU = 0;
   static constexpr int kGradOut = kU + kWarps * URows::kBytes;
   static constexpr int kZ = kGradOut + kWarps * GradOutRows::kBytes;
   static constexpr int kTotal = kZ + (kGate ? kWarps * URows::kBytes : 0);
-  static constexpr int kGradU = kTotal + (kGradZ ? kWarps * TotalRows::kBytes : 0);
+  static constexpr int kGradU = kTotal + (kReadsTotal ? kWarps * TotalRows::kBytes : 0);
   static constexpr int kGradDelta = kGradU + (kGradUInU ? 0 : kWarps * GradURows::kBytes);
   static constexpr int kDelta =
       kGradDelta + (kGradDeltaInOut ? 0 : kWarps * GradDeltaRows::kBytes);
+  static constexpr int kGradUTile = kGradUInU ? kU : kGradU;
+  static constexpr int kGradDeltaTile = kGradDeltaInOut ? kGradOut : kGradDelta;
   static constexpr int kDt = kDelta + (kRank ? 0 : 2 * kWarps * DeltaRows::kBytes);
   static constexpr int kSlope = kDt + kDtBytes;
-  static constexpr int kSlot = kSlope + kDtBytes;
-  static constexpr int kProducts = kSlot + kSubs * kSlotBytes;
-  static constexpr int kWeights = kProducts + kWarps * kProductsBytes;
-  static constexpr int kLowRank = kWeights + 2 * kWeightsBytes;
+  static constexpr int kInput = kSlope + kPositions * kThreads * 4;
+  // dy is where dt u of the sub-chunk behind was, so there are rows for one more.
+  static constexpr int kInputBytes = (kPositions + kSub) * kDtPitch * 4;
+  static constexpr int kDy = kInput + kSub * kDtPitch * 4;
+  static constexpr int kSlot = kInput + kInputBytes * (kOnTensorCores ? 2 : 1);
+  static constexpr int kExchange = kSlot + kSlots * kSlotBytes;
+  // What the output before the gate is times, of the thread's position of a sub-chunk.
+  static constexpr int kOfOutput = kExchange + kWarps * kExchangeBytes;
+  static constexpr int kWeights = kOfOutput + (kFindsTotal ? kThreads * kLanes * 4 : 0);
+  static constexpr int kSkip = kWeights + kWeightsBytes;  // D, then the shift of delta
+  static constexpr int kLowRank = kSkip + 2 * kThreads * 4;
   static constexpr int kFragment = kLowRank + 2 * kLowRankBytes;
   static constexpr int kPlaces = kFragment + kFragmentsBytes;
   static constexpr int kBytes = kPlaces + Places::kBytes;
 };
 static_assert(Shared::kBytes == SHARED, "as Python has it");
 
-// The gradients of a split.
+// The gradients of a split. Those of D and bias are sums over the lane's positions.
 struct Sums {
   States<kLanes> A = {};
-  float D = 0.0f, bias = 0.0f;
+  float D[kLanes] = {}, bias[kLanes] = {};
+};
+
+// Where the numbers of a lane are, of the positions of a sub-chunk. Arrays with rows of
+// one kind share a pointer, which moves on from sub-chunk to sub-chunk.
+struct Cursor {
+  static constexpr int kNarrowPitch = RowsOfWarp<kBfloat16>::kPitch;
+  static constexpr int kWidePitch = RowsOfWarp<kFloat32>::kPitch;
+  char *steps, *own;    // rows of all channels: those of the lane, and its position
+  char* weights;        // the lane's states
+  char *narrow, *wide;  // rows of a warp, of 16 bits and of float32: its position
+  char* slope;          // of the thread alone
+  // Of products on tensor cores: b, and a: rows like those of steps, or low parts.
+  char *fragment, *factor;
+
+  MMVSSM_DEVICE Cursor(char* smem, const Work& work) {
+    const int group = work.lane / kLanes, i = work.lane % kLanes;
+    steps = smem + (work.warp * kWarp + group * kLanes) * 4;
+    own = steps + i * (kDtPitch * 4);
+    weights = smem + i * (kOwn * 4);
+    narrow = smem + work.warp * (kPositions * kNarrowPitch) + i * kNarrowPitch +
+             group * (kLanes * 2);
+    wide = smem + work.warp * (kPositions * kWidePitch) + i * kWidePitch +
+           group * (kLanes * 4);
+    slope = smem + Shared::kSlope + threadIdx.x * (kLanes * 4);
+    fragment = smem + group * (kPairs * 4);
+    factor = steps + (i % 2 ? Shared::kInputBytes : 0);
+  }
+
+  MMVSSM_DEVICE void move(int positions) {
+    steps += positions * (kDtPitch * 4);
+    own += positions * (kDtPitch * 4);
+    weights += positions * (kWeightsPitch * 4);
+    narrow += positions * kNarrowPitch;
+    wide += positions * kWidePitch;
+    slope += positions * (kThreads * 4);
+    fragment += positions * (kWeightsPitch * 4);
+    factor += positions * (kDtPitch * 4);
+  }
+
+  // Row `i` of the array at an offset.
+  MMVSSM_DEVICE float* row(int offset, int i) const {
+    return reinterpret_cast<float*>(steps + offset + i * (kDtPitch * 4));
+  }
+  MMVSSM_DEVICE float* own_row(int offset, int i = 0) const {
+    return reinterpret_cast<float*>(own + offset + i * (kDtPitch * 4));
+  }
+  template <typename Array>
+  MMVSSM_DEVICE char* tile(int offset) const {
+    return (Array::kPitch == kWidePitch ? wide : narrow) + offset;
+  }
 };
 
 // A walk along a split from its end. With kEnds it finds only what the split makes of
@@ -95,10 +179,13 @@ struct Walk {
   Places places;
   Projection projection;
   KeptStates<kLanes> kept;
-  float skip, shift;
-  char *u_tile, *out_tile, *z_tile, *total_tile, *delta_tiles;
-  char *grad_u_tile, *grad_delta_tile;
-  float *dt, *slope, *products;  // of the lane, of the lane, of the warp
+  // Without dt u there is room for dy of all positions.
+  static constexpr int kDy = kEnds ? Shared::kInput : Shared::kDy;
+  // In the exchange of the warp: what the lane puts for B and C; the sums that it finds
+  // and on to those of the next group; parts that it puts, and those it adds up.
+  char *for_B, *for_C, *group, *other_group, *part, *parts;
+  int to_sums;            // from the lane's dt of a sub-chunk to its sums
+  char *grad_B, *grad_C;  // of the CTA
 
   MMVSSM_DEVICE Walk(const Args& args, const Work& w, const States<kLanes>& r,
                      char* memory)
@@ -110,25 +197,32 @@ struct Walk {
         places{reinterpret_cast<int*>(memory + Shared::kPlaces), w.end_chunk - 1, -1},
         projection(p.in, w, memory + Shared::kFragment),
         kept(p.in, w, const_cast<float*>(p.kept)) {
-    skip = work.parameter(p.in.D);
-    shift = work.parameter(p.in.bias) * kLog2E;
-    u_tile = smem + Shared::kU + work.warp * URows::kBytes;
-    out_tile = smem + Shared::kGradOut + work.warp * GradOutRows::kBytes;
-    z_tile = smem + Shared::kZ + work.warp * URows::kBytes;
-    total_tile = smem + Shared::kTotal + work.warp * TotalRows::kBytes;
-    delta_tiles = smem + Shared::kDelta + work.warp * DeltaRows::kBytes;
-    grad_u_tile = kGradUInU
-                      ? u_tile
-                      : smem + Shared::kGradU + work.warp * GradURows::kBytes;
-    grad_delta_tile =
-        kGradDeltaInOut
-            ? out_tile
-            : smem + Shared::kGradDelta + work.warp * GradDeltaRows::kBytes;
-    const int column = work.warp * kWarp + work.lane;
-    dt = reinterpret_cast<float*>(smem + Shared::kDt) + column;
-    slope = reinterpret_cast<float*>(smem + Shared::kSlope) + column;
-    products = reinterpret_cast<float*>(smem + Shared::kProducts) +
-               work.warp * (kProductsBytes / 4);
+    float* skip = reinterpret_cast<float*>(smem + Shared::kSkip) + threadIdx.x;
+    skip[0] = work.parameter(p.in.D);
+    skip[kThreads] = work.parameter(p.in.bias) * kLog2E;
+    const int row = (work.block * p.in.batch + work.batch) * p.in.groups + work.group;
+    const int64_t before = static_cast<int64_t>(row) * p.in.places * (kStates * 4);
+    grad_B = hidden(reinterpret_cast<char*>(p.grad_B) + before);
+    grad_C = hidden(reinterpret_cast<char*>(p.grad_C) + before);
+    constexpr int kFours = 2 * kStates / 4;
+    const int lane = work.lane, i = lane % kLanes, four = lane % kFours;
+    const int exchange = Shared::kExchange + work.warp * kExchangeBytes;
+    // Swapped in every other group: no conflicts of banks.
+    const int swap = lane / kLanes % 2 * (kStates * 4);
+    const int to = exchange + (lane / kLanes * 2 * kStates + i * kOwn) * 4;
+    for_B = smem + hidden(to + swap);
+    for_C = smem + hidden(to + kStates * 4 - swap);
+    const int from =
+        exchange + (lane / kFours * (kWarp / kLanes) * 2 * kStates + four * 4) * 4;
+    group = smem + hidden(from);
+    const int other = from + (four < kFours / 2 ? kStates : -kStates) * 4;
+    // Splits leave no register for it.
+    other_group = smem + (SPLIT ? other : hidden(other));
+    // They begin with the first channel of the warp.
+    const int first = lane / kLanes * kLanes;
+    to_sums = hidden((lane / kFours * kDtPitch + four * 4 - first) * 4);
+    part = smem + hidden(exchange + lane * (kLanes * 4));
+    parts = smem + hidden(exchange + (i * kPartsPitch + first * kLanes) * 4);
   }
 
   MMVSSM_DEVICE float* slot(int number, int k) const {
@@ -140,8 +234,14 @@ struct Walk {
     for (int k = 0; k < kLanes; ++k) load_floats(slot(number, k), h[k]);
   }
 
-  MMVSSM_DEVICE char* delta_tile(int chunk) const {
-    return delta_tiles + (chunk & 1) * kWarps * DeltaRows::kBytes;
+  MMVSSM_DEVICE int delta_offset(int chunk) const {
+    return Shared::kDelta + (chunk & 1) * (kWarps * DeltaRows::kBytes);
+  }
+  // D, or with some bytes more the shift of delta, of the lane's channels.
+  MMVSSM_DEVICE void load_parameters(int bytes, float (&x)[kLanes]) const {
+    load_floats(reinterpret_cast<const float*>(smem + Shared::kSkip + bytes) +
+                    static_cast<int>(threadIdx.x) / kLanes * kLanes,
+                x);
   }
 
   MMVSSM_DEVICE char* low_rank_of(int chunk) const {
@@ -151,99 +251,196 @@ struct Walk {
   // Begins to bring in the rows of a chunk that are not needed at once.
   MMVSSM_DEVICE void copy_rows(int chunk) const {
     const int* where = places.of(chunk);
-    if (kGate) z.load(z_tile, where);
-    grad_out.load(out_tile, where);
+    const URows::Own own(where, work);
+    if (kGate) z.load(smem + Shared::kZ, where, own);
+    grad_out.load(smem + Shared::kGradOut, where, {where, work});
     if (kEnds) return;
-    u.load(u_tile, where);
-    if (kReadsTotal) total.load(total_tile, where);
-    if (ADD) grad_u.load(grad_u_tile, where);
+    u.load(smem + Shared::kU, where, own);
+    if (kReadsTotal) total.load(smem + Shared::kTotal, where, {where, work});
+    if (ADD) grad_u.load(smem + Shared::kGradUTile, where, {where, work});
   }
 
-  // Begins to bring in the states that are kept before sub-chunks.
-  MMVSSM_DEVICE void copy_states(int chunk) const {
+  // Begins to bring in the states that are kept before sub-chunks, from where those of
+  // the chunk are.
+  MMVSSM_DEVICE void copy_states(int chunk, const float* from) const {
 #pragma unroll
     for (int i = 0; i < kPositions; i += kKept) {
       const int t = chunk * kPositions + i;
 #pragma unroll
       for (int k = 0; k < kLanes; ++k)
-        copy_async_or_zero<4 * kOwn>(slot(i / kSub, k), kept.at(t, k),
-                                     kept.valid[k] && t > 0 && t < p.in.length);
+        copy_async_or_zero<4 * kOwn>(
+            slot(i / kSub, k), from + i / kKept * kept.stride + k * kStates,
+            kept.valid[k] && t > 0 && (i == 0 || t < p.in.length));
     }
   }
-  MMVSSM_DEVICE static constexpr bool is_kept(int sub) { return sub * kSub % kKept == 0; }
+  MMVSSM_DEVICE static constexpr bool is_kept(int sub) {
+    return sub * kSub % kKept == 0;
+  }
 
-  // dt of all positions, and its slope where it is a function of delta.
-  MMVSSM_DEVICE void find_steps(int chunk) const {
+  // dt of all positions, its slope where it is a function of delta, and dt u.
+  MMVSSM_DEVICE void find_steps(int chunk, const Cursor& at) const {
     if (kRank)
-      projection.run(low_rank_of(chunk), work.lane, dt - work.lane);
+      projection.run(low_rank_of(chunk), work.lane,
+                     reinterpret_cast<float*>(smem + Shared::kDt) + work.warp * kWarp);
     copy_wait<1>();
     sync_warp("dt");
-    const char* tile = delta_tile(chunk);
+    float shift[kLanes];
+    load_parameters(kThreads * 4, shift);
+    const char* from = at.tile<DeltaRows>(delta_offset(chunk));
 #pragma unroll
-    for (int t = 0; t < kPositions; ++t) {
-      const float raw = kRank ? dt[t * kDtPitch] : delta.get(tile, t);
-      const float x = raw * kLog2E + shift;
-      if (SOFTPLUS) {
-        const float e = exp2_fast(-fabsf(x));
-        dt[t * kDtPitch] = softplus_of_log2(x, e);
-        slope[t * kDtPitch] = sigmoid_of_log2(x, 1.0f);
-      } else {
-        dt[t * kDtPitch] = x;
-        slope[t * kDtPitch] = 1.0f;
+    for (int t = 0; t < kPositions; t += kSub) {
+      float raw[kLanes], us[kLanes], dt[kLanes], slope[kLanes];
+      if (kRank)
+        load_floats(at.own_row(Shared::kDt, t), raw);
+      else
+        delta.get_four(from, t, raw);
+      if (!kEnds) u.get_four(at.tile<URows>(Shared::kU), t, us);
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k) {
+        const float x = raw[k] * kLog2E + shift[k];
+        dt[k] = SOFTPLUS ? softplus_of_log2(x, exp2_fast(-fabsf(x))) : x;
+        if (kEnds) continue;
+        slope[k] = SOFTPLUS ? sigmoid_of_log2(x, 1.0f) : 1.0f;
+        us[k] *= dt[k] * kLn2;
       }
+      store_floats(at.own_row(Shared::kDt, t), dt);
+      if (kEnds) continue;
+      store_floats(reinterpret_cast<float*>(at.slope + t * (kThreads * 4)), slope);
+      put_factor(at.own_row(Shared::kInput, t), us);
     }
     const int count = count_of(p.in, chunk);
     if (rarely(count < kPositions)) {
       // No time passes where there are no positions.
-      for (int t = count; t < kPositions; ++t)
-        dt[t * kDtPitch] = slope[t * kDtPitch] = 0.0f;
+      const float zeros[kLanes] = {};
+#pragma unroll
+      for (int t = 0; t < kPositions; t += kSub) {
+        if (t + work.lane % kLanes < count) continue;
+        store_floats(at.own_row(Shared::kDt, t), zeros);
+        if (kEnds) continue;
+        store_floats(reinterpret_cast<float*>(at.slope + t * (kThreads * 4)), zeros);
+        put_factor(at.own_row(Shared::kInput, t), zeros);
+      }
     }
   }
 
-  // B, or C, of a position.
-  MMVSSM_DEVICE void load_weights(int chunk, int t, int offset, float (&x)[kOwn]) const {
-    load_floats(reinterpret_cast<const float*>(smem + Shared::kWeights +
-                                               (chunk & 1) * kWeightsBytes) +
-                    t * kWeightsPitch + offset + work.lane % kLanes * kOwn,
-                x);
-  }
-  // The factor of the gate, and its derivative.
-  MMVSSM_DEVICE float gate_of(int t, float& slope_of_gate) const {
-    if (!kGate) return 1.0f;
-    const float gate = z.get(z_tile, t), open = sigmoid(gate, p.inverse);
-    const float factor = gate * open;
-    // d(z s(z)) = s + z s (1 - s)
-    slope_of_gate = open + factor - factor * (open * p.inverse);
-    return factor;
+  // Four numbers that are multiplied by B or C, and their low parts.
+  MMVSSM_DEVICE static void put_factor(float* to, const float (&x)[kLanes]) {
+    store_floats(to, x);
+    if constexpr (kOnTensorCores) {
+      float low[kLanes];
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k)
+        low[k] = x[k] - float_of(bits_of(x[k]) & 0xffffe000u);
+      store_floats(to + Shared::kInputBytes / 4, low);
+    }
   }
 
-  MMVSSM_DEVICE void step(const float (&dts)[kLanes], const float (&inputs)[kLanes],
-                          const float (&B)[kOwn], const States<kLanes>& before,
-                          States<kLanes>& a, States<kLanes>& h) const {
+  // B, or C, of a position, times kOfWeights.
+  MMVSSM_DEVICE void load_weights(const Cursor& at, int i, int offset,
+                                  float (&x)[kOwn]) const {
+    load_floats(reinterpret_cast<const float*>(at.weights + Shared::kWeights +
+                                               i * (kWeightsPitch * 4) + offset * 4),
+                x);
+    if constexpr (kSwapped) {
+      const float one = x[1];
+      x[1] = x[2], x[2] = one;
+    }
+  }
+
+  // Adds to the states B, or C, times numbers of the channels.
+  MMVSSM_DEVICE void add_products(const Cursor& at, int i, int offset,
+                                  int factors, States<kLanes>& x) const {
+    float factor[kLanes];
+    load_floats(reinterpret_cast<const float*>((kOnTensorCores ? at.factor : at.steps) +
+                                               factors + i * (kDtPitch * 4)),
+                factor);
+    if constexpr (kOnTensorCores) {
+      float b[kPairs];
+      load_floats(reinterpret_cast<const float*>(at.fragment + Shared::kWeights +
+                                                 i * (kWeightsPitch * 4) + offset * 4),
+                  b);
+#pragma unroll
+      for (int k = 0; k < kLanes; k += 2)
+#pragma unroll
+        for (int n = 0; n < kOwn; n += 2) {
+          float d[4] = {x[k][n], x[k][n + 1], x[k + 1][n], x[k + 1][n + 1]};
+          mma_1684(d, factor[k], factor[k + 1], b[n / 2]);
+          x[k][n] = d[0], x[k][n + 1] = d[1];
+          x[k + 1][n] = d[2], x[k + 1][n + 1] = d[3];
+        }
+    } else {
+      float weights[kOwn];
+      load_weights(at, i, offset, weights);
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k)
+#pragma unroll
+        for (int n = 0; n < kOwn; ++n) x[k][n] += factor[k] * weights[n];
+    }
+  }
+  // The lane's dy of a sub-chunk, and the gradient of the gate, or what it is without the
+  // output if that is not yet known.
+  MMVSSM_DEVICE void open_gate(const Cursor& cursor) const {
+    float dy[kLanes], gate[kLanes], before[kLanes];
+    grad_out.get_four(cursor.tile<GradOutRows>(Shared::kGradOut), 0, dy);
+    if (kGate) {
+      char* at = cursor.tile<URows>(Shared::kZ);
+      z.get_four(at, 0, gate);
+      if (kReadsTotal && !kEnds)
+        total.get_four(cursor.tile<TotalRows>(Shared::kTotal), 0, before);
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k) {
+        const float open = sigmoid(gate[k], p.inverse), factor = gate[k] * open;
+        // d(z s(z)) = s + z s (1 - s)
+        const float slope = open + factor * (1.0f - open * p.inverse);
+        if (kGradZ && !kEnds)
+          gate[k] = kReadsTotal ? dy[k] * before[k] * slope : dy[k] * slope;
+        dy[k] *= factor;
+      }
+      if (kReadsTotal && !kEnds) grad_z.put_four(at, 0, gate);
+      if (kFindsTotal && !kEnds) store_floats(of_output(), gate);
+    }
+    put_factor(cursor.own_row(kDy), dy);
+  }
+  MMVSSM_DEVICE float* of_output() const {
+    return reinterpret_cast<float*>(smem + Shared::kOfOutput) +
+           static_cast<int>(threadIdx.x) * kLanes;
+  }
+
+  // What the lane has for a sum over the states of a position, and such a sum.
+  MMVSSM_DEVICE void put_part(int number, int t, const float (&x)[kLanes]) const {
+    store_floats(reinterpret_cast<float*>(part) + number * kParts + t * kPartsPitch, x);
+  }
+  MMVSSM_DEVICE void add_parts(int number, float (&sum)[kLanes]) const {
+    const float* from = reinterpret_cast<const float*>(parts) + number * kParts;
+    load_floats(from, sum);
+#pragma unroll
+    for (int i = 1; i < kLanes; ++i) {
+      float x[kLanes];
+      load_floats(from + i * kLanes, x);
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k) sum[k] += x[k];
+    }
+  }
+
+  // One step forwards: the decays, and the states.
+  MMVSSM_DEVICE void advance(const Cursor& at, int t, const States<kLanes>& before,
+                             States<kLanes>& a, States<kLanes>& h) const {
+    float dt[kLanes];
+    load_floats(at.row(Shared::kDt, t), dt);
+    States<kLanes> added = {};
+    add_products(at, t, 0, Shared::kInput, added);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k)
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
-        a[k][i] = exp2_fast(rates[k][i] * dts[k]);
-        h[k][i] = a[k][i] * before[k][i] + inputs[k] * B[i];
+        a[k][i] = exp2_fast(rates[k][i] * dt[k]);
+        h[k][i] = a[k][i] * before[k][i] + added[k][i];
       }
-  }
-
-  // One step forwards: dt and dt u of the channels, the decays, and the states.
-  MMVSSM_DEVICE void advance(int chunk, int t,
-                             const States<kLanes>& before, States<kLanes>& a,
-                             States<kLanes>& h) const {
-    const float own = dt[t * kDtPitch];
-    float dts[kLanes], inputs[kLanes], B[kOwn];
-    spread<kLanes>(own, dts);
-    spread<kLanes>(own * u.get(u_tile, t), inputs);
-    load_weights(chunk, t, 0, B);
-    step(dts, inputs, B, before, a, h);
   }
 
   // The states before the sub-chunks that were not kept. Those before the last one are
   // left in h.
-  MMVSSM_DEVICE void find_states(int chunk, States<kLanes>& h) const {
+  MMVSSM_DEVICE void find_states(const Cursor& at, States<kLanes>& h) const {
 #pragma unroll
     for (int t = 0; t < kPositions - kSub; ++t) {
       const int sub = t / kSub;
@@ -254,122 +451,148 @@ struct Walk {
         for (int k = 0; k < kLanes; ++k) store_floats(slot(sub, k), h[k]);
       }
       States<kLanes> a;
-      advance(chunk, t, h, a, h);
+      advance(at, t, h, a, h);
     }
     if (is_kept(kSubs - 1)) load_slot(kSubs - 1, h);
   }
 
-  // One step backwards. g is the gradient of the state after the position times the
-  // decay to there, then that before it.
-  MMVSSM_DEVICE void retreat(int chunk, int t,
-                             const States<kLanes>& a, const States<kLanes>& h,
-                             const States<kLanes>& before, States<kLanes>& g,
-                             Sums& sums) const {
-    const float own = dt[t * kDtPitch], input = u.get(u_tile, t);
-    float slope_of_gate;
-    const float grad = grad_out.get(out_tile, t), dy = grad * gate_of(t, slope_of_gate);
-    float dts[kLanes], inputs[kLanes], dys[kLanes], B[kOwn], C[kOwn];
-    spread<kLanes>(own, dts);
-    spread<kLanes>(own * input, inputs);
-    spread<kLanes>(dy, dys);
-    load_weights(chunk, t, 0, B);
-    load_weights(chunk, t, kStates, C);
-    float by_B[kOwn] = {}, by_C[kOwn] = {}, q[kLanes] = {}, r[kLanes] = {};
+  // One step backwards, `i` of a sub-chunk. g is the gradient of the state after the
+  // position times the decay to there, then that before it.
+  MMVSSM_DEVICE void retreat(const Cursor& at, int i, const States<kLanes>& a,
+                             const States<kLanes>& h, const States<kLanes>& before,
+                             States<kLanes>& g, Sums& sums, float (&q)[kLanes],
+                             float (&r)[kLanes]) const {
+    float dt[kLanes], input[kLanes], dy[kLanes], B[kOwn];
+    load_floats(at.row(Shared::kDt, i), dt);
+    load_floats(at.row(Shared::kInput, i), input);
+    load_floats(at.row(kDy, i), dy);
+    load_weights(at, i, 0, B);
+    add_products(at, i, kStates, kDy, g);
+    float by_B[kOwn] = {}, by_C[kOwn] = {};
 #pragma unroll
-    for (int k = 0; k < kLanes; ++k)
+    for (int k = 0; k < kLanes; ++k) {
+      q[k] = r[k] = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const float now = C[i] * dys[k] + g[k][i];
-        q[k] += now * B[i];
-        by_B[i] += now * inputs[k];
-        by_C[i] += h[k][i] * dys[k];
-        g[k][i] = now * a[k][i];
-        const float w = g[k][i] * before[k][i];
-        r[k] += rates[k][i] * w;
-        sums.A[k][i] += dts[k] * w;
+      for (int n = 0; n < kOwn; ++n) {
+        const float now = g[k][n];
+        q[k] += now * B[n];
+        by_B[n] += now * input[k];
+        by_C[n] += h[k][n] * dy[k];
+        g[k][n] = now * a[k][n];
+        const float w = g[k][n] * before[k][n];
+        r[k] += rates[k][n] * w;
+        sums.A[k][n] += dt[k] * w;
       }
-    const float by_input = gather<kLanes>(q), by_decay = gather<kLanes>(r);
-    float by_u = skip * dy + own * by_input;
-    sums.D += dy * input;
-    const float by_dt = input * by_input * kLog2E + by_decay;
-    const float by_delta = by_dt * slope[t * kDtPitch];
-    sums.bias += by_delta;
-    if (kGradZ)
-      grad_z.put(z_tile, t, grad * total.get(total_tile, t) * slope_of_gate);
-    if (ADD) by_u += grad_u.get(grad_u_tile, t);
-    grad_u.put(grad_u_tile, t, by_u);
-    grad_delta.put(grad_delta_tile, t, by_delta);
-
-    const int group = work.lane / kLanes;
-    float* to = products + ((t % kSub * (kWarp / kLanes) + group) * 2) * kStates +
-                work.lane % kLanes * kOwn;
-    // Swapped in every other group: no conflicts of banks.
-    store_floats(to + (group % 2 ? kStates : 0), by_B);
-    store_floats(to + (group % 2 ? 0 : kStates), by_C);
-  }
-
-  // What comes out of a state, before the gate.
-  MMVSSM_DEVICE float output(int chunk, int t, const States<kLanes>& h) const {
-    float C[kOwn], y[kLanes] = {};
-    load_weights(chunk, t, kStates, C);
-#pragma unroll
-    for (int k = 0; k < kLanes; ++k)
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) y[k] += C[i] * h[k][i];
-    return gather<kLanes>(y) + skip * u.get(u_tile, t);
+    }
+    constexpr int kPosition = kWarp / kLanes * 2 * kStates;
+    store_floats(reinterpret_cast<float*>(for_B) + i * kPosition, by_B);
+    store_floats(reinterpret_cast<float*>(for_C) + i * kPosition, by_C);
   }
 
   // A sub-chunk forwards and backwards; `start` holds the states before it.
-  MMVSSM_DEVICE void sub_chunk(int chunk, int first,
+  MMVSSM_DEVICE void sub_chunk(const Cursor& at,
                                const States<kLanes>& start, States<kLanes>& g,
                                Sums& sums) const {
     States<kLanes> a[kSub], h[kSub];
     const auto before = [&](int i) -> const States<kLanes>& {
       return i == 0 ? start : static_cast<const States<kLanes>&>(h[i == 0 ? 0 : i - 1]);
     };
+    open_gate(at);
+    sync_warp("exchange read");
 #pragma unroll
     for (int i = 0; i < kSub; ++i) {
-      advance(chunk, first + i, before(i), a[i], h[i]);
-      if (kFindsTotal) total.put(total_tile, first + i, output(chunk, first + i, h[i]));
+      advance(at, i, before(i), a[i], h[i]);
+      if (!kFindsTotal) continue;
+      float C[kOwn], y[kLanes] = {};
+      load_weights(at, i, kStates, C);
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k)
+#pragma unroll
+        for (int n = 0; n < kOwn; ++n) y[k] += C[n] * h[i][k][n];
+      put_part(kOutput, i, y);
     }
+    float q[kSub][kLanes], r[kSub][kLanes];
 #pragma unroll
     for (int i = kSub - 1; i >= 0; --i)
-      retreat(chunk, first + i, a[i], h[i], before(i), g, sums);
+      retreat(at, i, a[i], h[i], before(i), g, sums, q[i], r[i]);
+    float dt[kLanes];
+    load_floats(at.own_row(Shared::kDt), dt);
     sync_warp("products");
-    add_up(first);
+    add_up(at);
     sync_warp("products read");
+#pragma unroll
+    for (int i = 0; i < kSub; ++i) put_part(0, i, q[i]), put_part(1, i, r[i]);
+    sync_warp("parts");
+    finish(at, dt, sums);
+  }
+
+  // The lane's gradients of u and delta of a sub-chunk.
+  MMVSSM_DEVICE void finish(const Cursor& cursor, const float (&dt)[kLanes],
+                            Sums& sums) const {
+    float by_input[kLanes], by_decay[kLanes], slope[kLanes], dy[kLanes];
+    float us[kLanes], skip[kLanes], by_u[kLanes], by_delta[kLanes];
+    load_parameters(0, skip);
+    add_parts(0, by_input);
+    add_parts(1, by_decay);
+    load_floats(reinterpret_cast<const float*>(cursor.slope), slope);
+    load_floats(cursor.own_row(kDy), dy);
+    u.get_four(cursor.tile<URows>(Shared::kU), 0, us);
+    char* at = cursor.tile<GradURows>(Shared::kGradUTile);
+    if (ADD) grad_u.get_four(at, 0, by_u);
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k) {
+      const float one = skip[k] * dy[k] + dt[k] * (kLn2 / kOfWeights) * by_input[k];
+      by_u[k] = ADD ? by_u[k] + one : one;
+      by_delta[k] =
+          (us[k] * by_input[k] * (1.0f / kOfWeights) + by_decay[k]) * slope[k];
+      sums.D[k] += dy[k] * us[k];
+      sums.bias[k] += by_delta[k];
+    }
+    if (kFindsTotal) {
+      float output[kLanes], factor[kLanes];
+      add_parts(kOutput, output);
+      load_floats(of_output(), factor);
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k)
+        factor[k] *= output[k] * (1.0f / kOfWeights) + skip[k] * us[k];
+      grad_z.put_four(cursor.tile<URows>(Shared::kZ), 0, factor);
+    }
+    grad_u.put_four(at, 0, by_u);
+    grad_delta.put_four(cursor.tile<GradDeltaRows>(Shared::kGradDeltaTile), 0,
+                        by_delta);
   }
 
   // The sums over the warp of what its threads have for B and C.
-  MMVSSM_DEVICE void add_up(int first) const {
+  MMVSSM_DEVICE void add_up(const Cursor& at) const {
     constexpr int kGroups = kWarp / kLanes, kFours = 2 * kStates / 4;
     if (kSub * kFours < kWarp && work.lane >= kSub * kFours) return;
-    const int t = work.lane / kFours, four = work.lane % kFours;
-    const float* from = products + t * kGroups * 2 * kStates + four * 4;
-    const int other = four < kFours / 2 ? kStates : -kStates;
     float sum[4];
-    load_floats(from, sum);
+    load_floats(reinterpret_cast<const float*>(group), sum);
 #pragma unroll
     for (int i = 1; i < kGroups; ++i) {
       float x[4];
-      load_floats(from + i * 2 * kStates + (i % 2 ? other : 0), x);
+      load_floats(reinterpret_cast<const float*>(i % 2 ? other_group : group) +
+                      i * 2 * kStates,
+                  x);
 #pragma unroll
       for (int k = 0; k < 4; ++k) sum[k] += x[k];
     }
-    store_floats(dt - work.lane + (first + t) * kDtPitch + four * 4, sum);
+    store_floats(reinterpret_cast<float*>(at.steps + Shared::kDt + to_sums), sum);
+  }
+  // Of the first warp.
+  MMVSSM_DEVICE float* sums_of(int t) const {
+    return reinterpret_cast<float*>(smem + Shared::kDt) + t * kDtPitch;
   }
 
   // The sums over the CTA, to global memory.
   MMVSSM_DEVICE void store_sums(int chunk) const {
-    constexpr int kFours = 2 * kStates / 4;
-    const int block = work.chain % p.in.blocks;
-    const int64_t row = (static_cast<int64_t>(block) * p.in.batch + work.batch) *
-                            p.in.groups + work.group;
+    constexpr int kFours = 2 * kStates / 4, kAll = kPositions * kFours;
 #pragma unroll
-    for (int i = threadIdx.x; i < kPositions * kFours; i += kThreads) {
+    for (int first = 0; first < kAll; first += kThreads) {
+      const uint32_t i = first + threadIdx.x;
+      if (first + kThreads > kAll && i >= kAll) break;
       const int t = i / kFours, four = i % kFours, place = places.of(chunk)[t];
-      const float* from =
-          reinterpret_cast<const float*>(smem + Shared::kDt) + t * kDtPitch + four * 4;
+      const float* from = sums_of(t) + four * 4;
       float sum[4];
       load_floats(from, sum);
 #pragma unroll
@@ -379,36 +602,36 @@ struct Walk {
 #pragma unroll
         for (int k = 0; k < 4; ++k) sum[k] += x[k];
       }
-      const bool is_B = four < kFours / 2;
-      const float factor = is_B ? kLn2 : 1.0f;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) sum[k] *= factor;
-      float* to = (is_B ? p.grad_B : p.grad_C) + (row * p.in.places + place) * kStates +
-                  four % (kFours / 2) * 4;
-      store_global(to, place >= 0, sum);
+      char* to = address(four < kFours / 2 ? grad_B : grad_C, place, kStates * 4) +
+                 four % (kFours / 2) * 16;
+      store_global(reinterpret_cast<float*>(to), place >= 0, sum);
     }
   }
 
   MMVSSM_DEVICE float run(States<kLanes>& g, Sums& sums) const {
     StagedWeights<true> weights(p.in, work);
     StagedLowRank low_rank(p.in, work);
-    float sum = 0.0f;
+    float sum[kLanes] = {};
     const auto fetch = [&](int chunk) {
-      if (!kRank) delta.load(delta_tile(chunk), places.of(chunk));
+      if (!kRank)
+        delta.load(smem + delta_offset(chunk),
+                   places.of(chunk), {places.of(chunk), work});
       weights.fetch(p.in, places.of(chunk));
       if (kRank) low_rank.fetch(p.in, places.of(chunk), low_rank_of(chunk));
     };
     const auto put = [&](int chunk) {
-      weights.put(reinterpret_cast<float*>(smem + Shared::kWeights +
-                                           (chunk & 1) * kWeightsBytes));
+      weights.put_times(reinterpret_cast<float*>(smem + Shared::kWeights), kOfWeights,
+                        kSwapped);
       if (kRank) low_rank.put(low_rank_of(chunk));
     };
+    Cursor at(smem, work);
     const int last = work.end_chunk - 1;
     places.find(p.in, last);
     sync_cta("first places");
     fetch(last);
     copy_commit();
-    if (!kEnds) copy_states(last);
+    const float* states = hidden(kept.at(last * kPositions, 0));
+    if (!kEnds) copy_states(last, states);
     copy_commit();
     put(last);
 
@@ -424,54 +647,67 @@ struct Walk {
       if (rarely(places.is_due(chunk))) {
         places.find(p.in, chunk - Places::kBatch);
       }
-      find_steps(chunk);
+      find_steps(chunk, at);
       if (kEnds) {
 #pragma unroll
-        for (int t = kPositions - 1; t >= 0; --t) sum += retreat_end(chunk, t, g);
+        for (int t = 0; t < kPositions; t += kSub) {
+          open_gate(at);
+          float dt[kLanes];
+          load_floats(at.own_row(Shared::kDt), dt);
+#pragma unroll
+          for (int k = 0; k < kLanes; ++k) sum[k] += dt[k];
+          at.move(kSub);
+        }
+        at.move(-kPositions);
+        sync_warp("steps");
+#pragma unroll
+        for (int t = kPositions - 1; t >= 0; --t) retreat_end(at, t, g);
+        sync_cta("weights read");
         copy_commit();
       } else {
+        sync_warp("steps");
         States<kLanes> h;
-        find_states(chunk, h);
+        find_states(at, h);
+        at.move(kPositions - kSub);
 #pragma unroll 1
         for (int sub = kSubs - 1; sub >= 0; --sub) {  // 4 trips
-          if (sub < kSubs - 1) load_slot(sub, h);
-          sub_chunk(chunk, sub * kSub, h, g, sums);
+          sub_chunk(at, h, g, sums);
+          if (sub > 0) load_slot(sub - 1, h);
+          at.move(-kSub);
         }
-        if (chunk > work.begin_chunk) copy_states(chunk - 1);
+        at.move(kSub);
+        states -= kPositions / kKept * kept.stride;
+        if (chunk > work.begin_chunk) copy_states(chunk - 1, states);
         copy_commit();
         sync_cta("sums");
         store_sums(chunk);
         const int* where = places.of(chunk);
-        grad_u.store(grad_u_tile, where);
-        grad_delta.store(grad_delta_tile, where);
-        if (kGradZ) grad_z.store(z_tile, where);
+        grad_u.store(smem + Shared::kGradUTile, where, {where, work});
+        grad_delta.store(smem + Shared::kGradDeltaTile, where, {where, work});
+        if (kGradZ) grad_z.store(smem + Shared::kZ, where, {where, work});
       }
       if (chunk > work.begin_chunk) put(chunk - 1);
     }
-    return sum;
+    return kEnds ? gather<kLanes>(sum) : 0.0f;
   }
 
   // A step backwards of the gradient of the state alone.
-  MMVSSM_DEVICE float retreat_end(int chunk, int t, States<kLanes>& g) const {
-    const float own = dt[t * kDtPitch];
-    const float grad = grad_out.get(out_tile, t);
-    float slope_of_gate, dts[kLanes], dys[kLanes], C[kOwn];
-    spread<kLanes>(own, dts);
-    spread<kLanes>(grad * gate_of(t, slope_of_gate), dys);
-    load_weights(chunk, t, kStates, C);
+  MMVSSM_DEVICE void retreat_end(const Cursor& at, int t,
+                                 States<kLanes>& g) const {
+    float dt[kLanes];
+    load_floats(at.row(Shared::kDt, t), dt);
+    add_products(at, t, kStates, kDy, g);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k)
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i)
-        g[k][i] = exp2_fast(rates[k][i] * dts[k]) * (C[i] * dys[k] + g[k][i]);
-    return own;
+      for (int i = 0; i < kOwn; ++i) g[k][i] *= exp2_fast(rates[k][i] * dt[k]);
   }
 };
 
 // Eight warps on a multiprocessor.
 MMVSSM_KERNEL(many_states_backward, Args, THREADS, 256 / THREADS) {
   const Work work(p.in, true);
-  char* smem = shared_memory();
+  char* smem = hidden_shared(shared_memory());
   States<kLanes> rates, g = {};
   load_rates<kLanes>(p.in, work, rates);
   if (p.grad_last_state != nullptr)
@@ -489,7 +725,6 @@ MMVSSM_KERNEL(many_states_backward, Args, THREADS, 256 / THREADS) {
       splits.publish_split(added, sum);
       splits.find_start(rates, before, g);
       splits.publish_group(rates, g, added, sum);
-      sync_cta("ends");
     } else {
       splits.find_start(rates, before, g);
     }
@@ -503,13 +738,14 @@ MMVSSM_KERNEL(many_states_backward, Args, THREADS, 256 / THREADS) {
     for (int i = 0; i < kOwn; ++i) sums.A[k][i] *= kLn2;
     store_global(p.grad_A + work.split * rows * kStates +
                      offset_of_states<kLanes>(p.in, work, k, kStates),
-                 work.first + (work.lane ^ k) < work.end, sums.A[k]);
+                 work.is_valid<kLanes>(k), sums.A[k]);
   }
   const int64_t row = work.split * rows +
                       static_cast<int64_t>(work.batch) * p.in.groups * p.in.group_size +
                       work.own;
-  if (work.valid && p.grad_D != nullptr) p.grad_D[row] = sums.D;
-  if (work.valid && p.grad_bias != nullptr) p.grad_bias[row] = sums.bias;
+  const float by_D = gather<kLanes>(sums.D), by_bias = gather<kLanes>(sums.bias);
+  if (work.valid && p.grad_D != nullptr) p.grad_D[row] = by_D;
+  if (work.valid && p.grad_bias != nullptr) p.grad_bias[row] = by_bias;
 }
 
 }  // namespace mmvssm

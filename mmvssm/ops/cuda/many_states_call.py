@@ -31,9 +31,9 @@ _LARGEST_RANK = 64
 _WARPS = 8
 # Of look-back, see many_states_splits.h.
 _SPLITS_OF_GROUP = 8
-# Bytes of shared memory that every GPU has for a CTA, and a large one for all that a
-# multiprocessor runs, of which it keeps some for each.
-_SHARED, _SHARED_OF_ALL, _SHARED_KEPT = 99 * 1024, 228 * 1024, 1024
+# Bytes of shared memory that every GPU has for a CTA, and that a multiprocessor keeps
+# for each.
+_SHARED, _SHARED_KEPT = 99 * 1024, 1024
 
 
 class Rows(ctypes.Structure):
@@ -110,19 +110,25 @@ class Pass:
     shared: Callable[[dict[str, int]], int]
     threads: int
 
-    def block(self, constants: dict[str, int], group_size: int) -> int:
-        """Channels of a CTA: few idle threads, then many at once, then few CTAs."""
+    def block(self, constants: dict[str, int], group_size: int, shared: int) -> int:
+        """Channels of a CTA: few idle threads, then many at once, then few CTAs.
+
+        Args:
+            constants: All others.
+            group_size: Channels of a group.
+            shared: Bytes of shared memory that a CTA may have.
+        """
+
+        def used(size: int) -> int:
+            return self.shared(dict(constants, THREADS=size))
 
         def order(size: int) -> tuple[int, int, int]:
-            shared = self.shared(dict(constants, THREADS=size))
-            ctas = min(self.threads // size, _SHARED_OF_ALL // (shared + _SHARED_KEPT))
-            return -group_size % size, -ctas * size, -size
+            # One CTA may have all but what is kept for it.
+            ctas = (shared + _SHARED_KEPT) // (used(size) + _SHARED_KEPT)
+            at_once = min(self.threads // size, ctas) * size
+            return -group_size % size, -at_once, -size
 
-        sizes = [32, 64, 96, 128]
-        fitting = [
-            n for n in sizes if self.shared(dict(constants, THREADS=n)) <= _SHARED
-        ]
-        return min(fitting, key=order)
+        return min((n for n in (32, 64, 96, 128) if used(n) <= shared), key=order)
 
 
 @dataclass
@@ -179,7 +185,9 @@ class Call:
             VECTOR=int(all(_are_vectors(x, group_size) for x in arrays))
         )
         constants |= options
-        threads = of_pass.block(constants, group_size)
+        threads = of_pass.block(
+            constants, group_size, max(_SHARED, kernels.shared_memory(read.u))
+        )
         blocks = -(-group_size // threads)
         chains = batch * groups * blocks
         chunks = -(-read.length // CHUNK)
@@ -259,15 +267,23 @@ def _backward_shared(constants: dict[str, int]) -> int:
     names = ('U_DTYPE', 'GRAD_OUT_DTYPE', 'GRAD_U_DTYPE', 'GRAD_DELTA_DTYPE')
     u, grad_out, grad_u, grad_delta = (_rows_bytes(constants, name) for name in names)
     gate, threads = constants['GATE'], constants['THREADS']
-    rows = (1 + (gate > 0)) * u + grad_out + (gate > 1) * _rows_bytes(constants)
+    rows = (1 + (gate > 0)) * u + grad_out + (gate == 2) * _rows_bytes(constants)
     if constants['ADD'] or grad_u != u:
         rows += grad_u
     if grad_delta != grad_out:
         rows += grad_delta
-    steps = _steps_bytes(constants) * (1 if constants['RANK'] else 2)
-    slots = 4 * constants['STATES'] * threads * 4
-    products = threads // 32 * 4 * 8 * 2 * constants['STATES'] * 4
-    return rows + steps + slots + products + _staged_bytes(constants)
+    # Products on tensor cores take what they multiply in two parts.
+    parts = 2 if constants['B_DTYPE'] and constants['STATES'] > 4 else 1
+    steps = _steps_bytes(constants)
+    found = rows + parts * steps * 5 // 4 + (0 if constants['RANK'] else steps)
+    found += CHUNK * threads * 4
+    found += (4 if constants['KEPT'] == 4 else 3) * constants['STATES'] * threads * 4
+    # What threads exchange, and the output before the gate with a factor of it.
+    found += threads // 32 * (3 if gate == 3 else 2) * 4 * (32 * 4 + 4) * 4
+    found += threads * 4 * 4 * (gate == 3)
+    # There is one buffer for B and C, and D and the bias are here, too.
+    found += 2 * threads * 4 - 2 * CHUNK * constants['STATES'] * 4
+    return found + _staged_bytes(constants)
 
 
 def _rows_bytes(constants: dict[str, int], dtype: str | None = None) -> int:

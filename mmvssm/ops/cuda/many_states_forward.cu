@@ -77,8 +77,9 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
   };
   const auto copy = [&](int chunk) {
     const int* where = places.of(chunk);
-    u.load(buffer<URows>(smem, Shared::kU, chunk, warp), where);
-    if (!kRank) delta.load(buffer<DeltaRows>(smem, Shared::kDelta, chunk, warp), where);
+    u.load(buffer<URows>(smem, Shared::kU, chunk, 0), where, {where, work});
+    if (!kRank)
+      delta.load(buffer<DeltaRows>(smem, Shared::kDelta, chunk, 0), where, {where, work});
     weights.fetch(p.in, where);
     if (kRank) low_rank.fetch(p.in, where, low_rank_of(chunk));
   };
@@ -105,8 +106,9 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
     copy_wait<0>();
     sync_cta("chunk");
     // What is used last has the shortest way ahead, and one buffer.
-    if (kGate) z.load(z_tile, places.of(chunk));
-    if (kAdd) add.load(add_tile, places.of(chunk));
+    const int* here = places.of(chunk);
+    if (kGate) z.load(smem + Shared::kZ, here, {here, work});
+    if (kAdd) add.load(smem + Shared::kAdd, here, {here, work});
     copy_commit();
     if (chunk + 1 < work.end_chunk) copy(chunk + 1);
     copy_commit();
@@ -172,8 +174,11 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
     }
     if (!kEnds) {
       sync_warp("rows");
-      out.store(out_tile, places.of(chunk));
-      if (TOTAL) add.store(add_tile, places.of(chunk));
+      out.store(kOutInU     ? buffer<URows>(smem, Shared::kU, chunk, 0)
+                : kOutInAdd ? smem + Shared::kAdd
+                            : smem + Shared::kOut,
+                here, {here, work});
+      if (TOTAL) add.store(smem + Shared::kAdd, here, {here, work});
     }
     if (chunk + 1 < work.end_chunk) put(chunk + 1);
   }

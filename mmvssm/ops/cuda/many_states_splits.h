@@ -89,7 +89,8 @@ struct Splits {
         found[i] = read_published(from + i * kThreads);
         there = there && found[i] != kNotYet;
       }
-      if (there) break;
+      // The whole warp waits: what is the same for all its lanes stays known to be so.
+      if (!any_lane(!there)) break;
       spin_pause();
     }
 #pragma unroll

@@ -50,7 +50,7 @@ struct Shares {
   static constexpr int kCount = kAll ? (kAll + kThreads - 1) / kThreads : 1;
   int along;
 
-  MMVSSM_DEVICE static int number(int i) { return i * kThreads + threadIdx.x; }
+  MMVSSM_DEVICE static uint32_t number(int i) { return i * kThreads + threadIdx.x; }
   MMVSSM_DEVICE static bool there(int i) {
     return kAll % kThreads == 0 || number(i) < kAll;
   }
@@ -74,8 +74,8 @@ struct StagedWeights {
   Pair<B_DTYPE> b[Own::kCount], c[Own::kCount];
 
   MMVSSM_DEVICE StagedWeights(const Inputs& p, const Work& work) : own{p.states_along} {
-    B = p.B.data + work.batch * p.B.batch + work.group * p.B.group;
-    C = p.C.data + work.batch * p.C.batch + work.group * p.C.group;
+    B = hidden(p.B.data + work.batch * p.B.batch + work.group * p.B.group);
+    C = hidden(p.C.data + work.batch * p.C.batch + work.group * p.C.group);
   }
 
   MMVSSM_DEVICE void fetch(const Inputs& p, const int* places) {
@@ -98,6 +98,20 @@ struct StagedWeights {
       const float2 x = b[i].floats();
       *reinterpret_cast<float2*>(row) = float2{x.x * kLn2, x.y * kLn2};
       if (kWithC) *reinterpret_cast<float2*>(row + kStates) = c[i].floats();
+    }
+  }
+  // Times a factor. If `swapped`, the inner two of every four states change places.
+  MMVSSM_DEVICE void put_times(float* to, float factor, bool swapped) const {
+#pragma unroll
+    for (int i = 0; i < Own::kCount; ++i) {
+      if (!Own::there(i)) continue;
+      const int n = 2 * own.pair(i), step = swapped ? 2 : 1;
+      float* row = to + own.position(i) * kWeightsPitch + n - (swapped ? n % 4 / 2 : 0);
+      const float2 x = b[i].floats();
+      row[0] = x.x * factor, row[step] = x.y * factor;
+      if (!kWithC) continue;
+      const float2 y = c[i].floats();
+      row[kStates] = y.x * factor, row[kStates + step] = y.y * factor;
     }
   }
 
@@ -146,7 +160,7 @@ struct StagedLowRank {
   Pair<DELTA_DTYPE> x[kCopiesLowRank ? 1 : Own::kCount];
 
   MMVSSM_DEVICE StagedLowRank(const Inputs& p, const Work& work) : own{p.states_along} {
-    data = p.delta.data + work.batch * p.delta.batch;
+    data = hidden(p.delta.data + work.batch * p.delta.batch);
   }
 
   // Begins to bring in a chunk, which is to go to `to`.

@@ -1,6 +1,7 @@
-"""Whether the kernels for a GPU may be taken unasked, found on that very machine.
+"""The check that decides whether the GPU kernels are used by default on a machine.
 
-``backends.py`` asks ``choice.py``, which goes by the verdicts in ``verdicts.py``. Where
-there is none, ``run.py`` has the calls of ``cases.py`` checked by ``worker.py`` in
-another process, each as ``measure.py`` says. ``docs/gpu.md`` tells users about it.
+``backends.py`` asks ``choice.py``, which uses the verdicts of ``verdicts.py``. If there
+is no verdict, ``run.py`` starts ``worker.py`` in another process. That process checks
+the calls of ``cases.py`` with ``measure.py``. ``docs/gpu.md`` describes the check for
+users.
 """

@@ -1,7 +1,7 @@
-"""Calls of ops without their values: what a model asks, written down.
+"""Recorded calls of ops, without the values of their tensors.
 
-A recorded call has the shapes, strides and dtypes of the tensors and the options. It
-can be compared, kept as JSON, sent to another process, and made again there.
+A recorded call has the shapes, strides and dtypes of the tensors, and the options. It
+can be compared, kept as JSON, sent to another process, and called again there.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from mmvssm.ops.gpu_check.orders import make_known, portable
 from mmvssm.ops.leaves import leaves_of
 from mmvssm.ops.operator import Op, all_ops, public_ops
 
-# The option that is a word for scan orders.
+# The option that holds a word for scan orders.
 _ORDERS = 'orders'
 _HALVES = ('bfloat16', 'float16')
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A tensor without its values; the dtype by its name."""
+    """Shape, strides and dtype of a tensor; the dtype as its name."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -39,19 +39,19 @@ class Layout:
         return cls(tuple(x.shape), tuple(x.stride()), _name(x.dtype))
 
     def places(self) -> int:
-        """How many values it has memory for, gaps among them."""
+        """Number of values in its memory, including gaps."""
         if 0 in self.shape:
             return 0
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride))
 
     def resized(self, axis: int, size: int) -> 'Layout':
-        """With another size of an axis, and the axes in the same order in memory."""
+        """The layout with another size of an axis; axes keep their order in memory."""
         axis %= len(self.shape)
         old, step = self.shape[axis], self.stride[axis]
         shape, stride = list(self.shape), list(self.stride)
         shape[axis] = size
         for i, s in enumerate(self.stride):
-            # The axes that step over this one.
+            # The axes with larger strides than this one.
             if i != axis and s >= step * old and s:
                 stride[i] = s // old * size if s % old == 0 else s + step * (size - old)
         return Layout(tuple(shape), tuple(stride), self.dtype)
@@ -63,10 +63,10 @@ class OpCall:
 
     Attributes:
         op: Name of the op.
-        tensors: Layouts of its inputs in order, None where there is none.
-        options: Names and values; dtypes by their names.
-        states: Of a channel, where the op has states.
-        count: How often it was recorded.
+        tensors: Layouts of its inputs in order; None for an input that is missing.
+        options: Names and values; dtypes as their names.
+        states: Number of states of a channel, if the op has states.
+        count: How often the call was recorded.
     """
 
     op: str
@@ -77,7 +77,7 @@ class OpCall:
 
     @classmethod
     def of(cls, op: Op[Any, Any], call: Call) -> 'OpCall':
-        """What the public function of an op asks of it."""
+        """The recorded form of a call of an op."""
         tensors, options = leaves_of(call.inputs), call.options._asdict()
         return cls(
             op.name,
@@ -92,7 +92,7 @@ class OpCall:
         return all_ops[self.op]
 
     def option_values(self) -> list[Any]:
-        """The options as the op takes them, in order."""
+        """The values of the options, in the order of the op."""
         kinds = self.declaration.option_types
         for name, value in self.options:
             if name == _ORDERS:
@@ -103,20 +103,20 @@ class OpCall:
         ]
 
     def named(self) -> dict[str, Layout]:
-        """The layouts that are there, by the names of the inputs."""
+        """The layouts of the inputs that are not None, by name."""
         pairs = zip(self.declaration.labels, self.tensors)
         return {name: layout for name, layout in pairs if layout is not None}
 
     def main_dtype(self) -> str:
-        """Name of the dtype by which its backend is chosen."""
+        """Name of the dtype that chooses the backend."""
         first = self.tensors[0]
         assert first is not None, 'the first input of an op is always there'
         return first.dtype
 
-    # Other calls like it
+    # Similar calls
 
     def with_dtype(self, dtype: str, of: Sequence[str] = _HALVES) -> 'OpCall':
-        """With another dtype in the place of those given, the options' among them."""
+        """The call with another dtype instead of the given ones, also in options."""
         kinds = self.declaration.option_types
         tensors = (
             replace(x, dtype=dtype) if x is not None and x.dtype in of else x
@@ -129,11 +129,11 @@ class OpCall:
         return replace(self, tensors=tuple(tensors), options=tuple(options))
 
     def longer(self) -> 'OpCall':
-        """With one position more; on a map one row."""
+        """The call with one more position (on a map: one more row)."""
         return self._resized(1, lambda size: size + 1)
 
     def batch(self) -> int:
-        """Elements of the batch, 1 for an op that has none."""
+        """Size of the batch; 1 for an op without batch."""
         layouts = self.named()
         for name in layouts:
             axis = self.axis_of(name, 0)
@@ -142,14 +142,14 @@ class OpCall:
         return 1
 
     def axis_of(self, name: str, which: int) -> int | None:
-        """An input's axis of the batch (0) or of the positions (1), None without."""
-        # A vector has neither.
+        """An input's axis of the batch (0) or of the positions (1), or None."""
+        # A vector has neither of them.
         if len(self.named()[name].shape) < 2:
             return None
         return self.declaration.axes.get(name, (None, None))[which]
 
     def with_batch(self, batch: int) -> 'OpCall':
-        """With so many elements of the batch."""
+        """The call with another size of the batch."""
         return self._resized(0, lambda size: batch)
 
     def _resized(self, which: int, change: Callable[[int], int]) -> 'OpCall':
@@ -163,7 +163,7 @@ class OpCall:
     # As text
 
     def text(self) -> str:
-        """One line that says which call it is."""
+        """One line that describes the call."""
         tensors = ', '.join(
             f'{name} {_short(layout.dtype)}{list(layout.shape)}'
             for name, layout in self.named().items()
@@ -172,12 +172,12 @@ class OpCall:
         return f'{self.op}({tensors}; {options})'
 
     def as_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` takes."""
+        """A form for JSON; :meth:`from_json` reads it."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> 'OpCall':
-        """The call that :meth:`as_json` described."""
+        """The call from what :meth:`as_json` returned."""
         layouts = (
             None
             if x is None
@@ -191,12 +191,12 @@ class OpCall:
 
 
 class Recorder(TorchFunctionMode):
-    """Write down the calls of ops in a ``with`` block, without computing them.
+    """Record the calls of ops in a ``with`` block, without computing them.
 
-    What the ops return has memory and no values. Meant for fake tensors.
+    The ops return tensors with memory but without values. Use it with fake tensors.
 
     Attributes:
-        calls: Each distinct call once, with how often it came.
+        calls: Each distinct call once, with its count.
     """
 
     def __init__(self) -> None:
@@ -224,7 +224,7 @@ class Recorder(TorchFunctionMode):
 
 
 def digest(calls: Sequence[OpCall], *more: object) -> str:
-    """A name for a set of calls, whatever their order, and what else it is of."""
+    """A name for a set of calls, in any order, and for other values."""
     lines = sorted(json.dumps(replace(call, count=1).as_json()) for call in calls)
     lines += map(repr, more)
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""What is checked: calls of ops, each with how thoroughly.
+"""The calls that are checked, and how thoroughly each one is checked.
 
-Three lists: the calls of a model with others like them, an op's own ones for where no
-model is known, and everything.
+There are three lists: the calls of a model with similar ones; calls of an op, for
+programs whose model is not known; and everything.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from mmvssm.ops.selective_scan import selective_scan
 from mmvssm.ops.ss2d_scan import ss2d_scan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Shorter than a chunk, a chunk, one more, a model's, several splits.
+# Shorter than a chunk, one chunk, one position more, as in a model, several splits.
 _LENGTHS = (1, 15, 16, 17, 197, 600, 3137)
 _STATES = (1, 8, 16)
 
@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
     Attributes:
         call: The call.
-        repeats: How often its bits are compared.
+        repeats: How often the call is repeated to compare its bits.
         timed: Whether its time counts.
     """
 
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 def of_calls(calls: Sequence[OpCall]) -> list[Case]:
-    """The calls of a model; also in float32, and each with one position more."""
+    """The calls of a model, also in float32, and each with one more position."""
     found: dict[OpCall, Case] = {}
     for call in calls:
         found[call] = Case(call, timed=True)
@@ -53,16 +53,16 @@ def of_calls(calls: Sequence[OpCall]) -> list[Case]:
 
 
 def of_op(name: str, small: bool = False) -> list[Case]:
-    """An op's own ones: what published models ask of it, and odd sizes.
+    """Calls of one op: those of published models, and odd sizes.
 
     Args:
-        name: Of the op.
-        small: A few for a CPU.
+        name: Name of the op.
+        small: Whether to make only a few small calls, for a CPU.
     """
     typical, odd = _OWN.get(name, ((), ()))
     found: list[Case] = []
     for dtype in _DTYPES[:2]:
-        # Typical ones are those whose time counts.
+        # The time of typical calls counts.
         for batch, sizes in ((3, odd),) if small else ((16, typical), (3, odd)):
             timed = dtype == torch.bfloat16 and (small or sizes is typical)
             for arguments in sizes:
@@ -79,7 +79,7 @@ def everything(small: bool = False) -> list[Case]:
 
 
 def with_kernels(cases: Sequence[Case], backend: str) -> list[Case]:
-    """Those whose op the backend has kernels of its own for."""
+    """The cases of ops for which the backend has its own kernels."""
     return [case for case in cases if backend in all_ops[case.call.op].backends]
 
 
@@ -238,7 +238,7 @@ _OWN: dict[str, tuple[Sequence[tuple[Any, ...]], Sequence[tuple[Any, ...]]]] = d
 
 
 def _scans() -> Iterator[OpCall]:
-    """Selective scans; options take turns, so that each meets every length."""
+    """Selective scans. Options alternate, so that each one comes with every length."""
     optional = [
         [name for name, there in zip(('D', 'z', 'delta_bias'), choice) if there]
         for choice in itertools.product((True, False), repeat=3)
@@ -254,13 +254,13 @@ def _scans() -> Iterator[OpCall]:
                 last_state=(i // 2 + turn) % 2 == 0,
                 channels_last=turn == 0,
             )
-    # So long that one sequence alone fills a GPU.
+    # So long that a single sequence fills a GPU.
     for states in _STATES:
         yield _call(_scan, 1, 40, 40_000, states, dtype=torch.float32)
 
 
 def _maps() -> Iterator[OpCall]:
-    """Maps in every scan order; ranks and states take turns."""
+    """Maps in every scan order, with alternating ranks and numbers of states."""
     sizes = itertools.cycle([(1, 1), (1, 17), (16, 1), (5, 13), (14, 14), (25, 24)])
     ranks = itertools.cycle([1, 6, 12, 24, 48])
     states = itertools.cycle(_STATES)

@@ -1,11 +1,11 @@
-"""What the choice of a backend asks: may this one's kernels be taken unasked?
+"""Answers ``backends.py``: may the kernels of a backend be used by default?
 
-They may where the check of this machine found them right, and faster than what would
-be taken in their place. Who asks first has the check run, once for a machine. It runs
-in a process of its own, so any time will do but one: while a CUDA graph is captured.
+They may if the check on this machine found them right, and faster than the backend that
+would be used instead. The first question runs the check, once on a machine. The check
+has its own process, so it can run at any time, except while a CUDA graph is captured.
 
-The choice is made in ``backends.py``, on which all of the check is built. So this file
-imports nothing of the rest: ``run.py`` hands it the function that checks an op.
+The rest of the check imports ``backends.py``, which imports this file. So this file
+must not import the rest; ``run.py`` passes in the function that checks an op.
 """
 
 import os
@@ -30,33 +30,32 @@ _REPORT = (
     f'Please report it with the output of `{HOW} --all --json` and of '
     f'`python -m mmvssm.collect_env`.'
 )
-# Verdicts that this process goes by, by device and op, and what follows from them.
+# The verdicts of this process by device and op, and the answers made from them.
 _known: dict[tuple[torch.device, str], Verdict] = {}
 _answers: dict[tuple[object, ...], str | None] = {}
 _check: Callable[[str, torch.device, str], Sets] | None = None
 
 
 def set_check(check: Callable[[str, torch.device, str], Sets]) -> None:
-    """Say what checks an op (its name, the device, the backend) for the first time."""
+    """Set the function that checks an op; it gets its name, the device, the backend."""
     global _check
     _check = check
 
 
-# torch.compile asks once and does not trace what follows: the answer is there before
-# a graph is made of it.
+# torch.compile calls this once and does not trace it: a graph needs the answer first.
 @assume_constant_result
 def objection(
     backend: str, op: str, device_type: str, index: int | None, other: str
 ) -> str | None:
-    """Why the kernels of a backend are not to be taken unasked, or None.
+    """The reason why the kernels of a backend are not used by default, or None.
 
     Args:
-        backend: Whose kernels.
+        backend: Name of the backend with the kernels.
         op: Name of the op.
-        device_type, index: Of the tensors.
-        other: The backend that would be taken in its place.
+        device_type, index: Device of the tensors.
+        other: The backend that would be used instead.
     """
-    # It is asked at every call.
+    # This runs in every call of an op.
     asked = backend, op, device_type, index, other, os.environ.get(VARIABLE)
     if asked in _answers:
         return _answers[asked]
@@ -74,22 +73,22 @@ def objection(
 def explanation(
     backend: str, op: str, device_type: str, index: int | None, other: str
 ) -> tuple[bool, str]:
-    """Whether :func:`objection` has none, and why; without running the check."""
+    """Whether the kernels are used, and the reason. This never runs the check."""
     verdict = _looked_up(op, _device(device_type, index))
     found = _objection(verdict, backend, other)
     if found is None and verdict is not None and _switch() is None:
         return True, verdict.praise(backend, other)
-    return found is None, found or f'unchecked, as {VARIABLE}=trust asks for'
+    return found is None, found or f'not checked, because {VARIABLE}=trust is set'
 
 
 def settle(device: torch.device, verdicts: dict[str, Verdict]) -> None:
-    """Go by these verdicts from now on, by op."""
+    """Use these verdicts (by op) from now on."""
     _known.update({(device, op): verdict for op, verdict in verdicts.items()})
     _answers.clear()
 
 
 def forget() -> None:
-    """Go by no verdict any longer, and warn anew."""
+    """Forget all verdicts and warnings."""
     _known.clear()
     _answers.clear()
     _warn.cache_clear()
@@ -97,26 +96,26 @@ def forget() -> None:
 
 @assume_constant_result
 def warn_unavailable(backend: str, reason: str) -> None:
-    """Say once that a GPU has no kernels, and why."""
+    """Warn once that the kernels cannot run on this GPU, and why."""
     if torch.cuda.is_available():
         _warn(f'the kernels of the scan backend {backend!r} cannot run: {reason}')
 
 
 def _switch() -> bool | None:
-    """Whether unchecked kernels are to be taken; None if the check decides."""
+    """Whether kernels are used without a check; None if the check decides."""
     return {'0': False, 'trust': True}.get(os.environ.get(VARIABLE, ''))
 
 
 def _objection(verdict: Verdict | None, backend: str, other: str) -> str | None:
     if _switch() is not None:
-        return None if _switch() else f'{VARIABLE}=0 leaves its check out'
+        return None if _switch() else f'{VARIABLE}=0 turns its check off'
     if verdict is None:
-        return f'not checked on this machine yet; {HOW} does it'
+        return f'not checked on this machine yet; run {HOW}'
     return verdict.objection(backend, other)
 
 
 def _settled(backend: str, op: str, device: torch.device) -> Verdict | None:
-    """The verdict on an op, by its own check if there is none yet."""
+    """The verdict on an op. If there is none yet, the op is checked."""
     found = _looked_up(op, device)
     if found is None and _check is not None and not _capturing(device):
         found = standing(_check(op, device, backend), op, (op, ALL))
@@ -143,5 +142,5 @@ def _device(device_type: str, index: int | None) -> torch.device:
 
 @cache
 def _warn(text: str) -> None:
-    # Whose line of code it was that came first says nothing.
+    # The line of code that came first is of no interest.
     warnings.warn(f'mmvssm: {text}', stacklevel=2)

@@ -1,4 +1,4 @@
-"""Which kernels calls of ops launch, and their compilation before they are needed."""
+"""Find the kernels that calls of ops launch, and compile them in advance."""
 
 from collections.abc import Iterable
 
@@ -22,9 +22,9 @@ def launches_of(
     """The launches of calls, found without a GPU.
 
     Args:
-        training: Calls forward and backward; of ops without kernels there are none.
-        inference: Calls forward alone.
-        multiprocessors: Of the GPU that is thought of.
+        training: Calls that run forward and backward. Ops without kernels launch none.
+        inference: Calls that run forward only.
+        multiprocessors: Number of multiprocessors of the GPU in question.
     """
     with real_tensors(), kernels.recording(multiprocessors) as launches:
         for call in filter(_has_kernels, dict.fromkeys(training)):
@@ -40,14 +40,14 @@ def launches_of(
 def compile_for(
     training: Iterable[OpCall], inference: Iterable[OpCall], device: torch.device
 ) -> int:
-    """Compile what calls launch on a GPU, in as many processes as there are cores.
+    """Compile the kernels of calls, in as many processes as there are cores.
 
     Returns:
-        The number of kernels that were not there yet.
+        The number of kernels that were compiled now.
 
     Raises:
-        RuntimeError: One cannot be compiled.
-        OSError: There is no compiler, or no place for what it makes.
+        RuntimeError: A kernel cannot be compiled.
+        OSError: There is no compiler, or its output cannot be written.
     """
     gpu = torch.cuda.get_device_properties(device)
     launches = launches_of(training, inference, gpu.multi_processor_count)

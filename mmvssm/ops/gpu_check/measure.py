@@ -1,4 +1,4 @@
-"""One call of an op by one backend: is it right, and how long does it take."""
+"""Check and time one call of an op by one backend."""
 
 import contextlib
 import math
@@ -19,15 +19,15 @@ from mmvssm.ops.gpu_check.values import Values, empty, graded, packed, wanted
 TRUTH = 'torch'
 # Allowed errors, relative to the size of the whole tensor, by dtype of the call.
 _ALLOWED = dict(float32=1e-5, bfloat16=2**-6, float16=2**-9)
-# Where plain tensor code of the same dtype errs more than that, so many times as much;
-# and where that leaves no digit, as of what cancels out, so many times.
+# If plain tensor code of the same dtype has a larger error, this many times that error.
+# If that error leaves no digit (of terms that cancel out), this many times.
 _TIMES_PLAIN, _TIMES_NOISE, _NOISE = 3, 10, 0.05
 # Parts of the names of results.
 _GRADIENT, _INFERENCE = 'the gradient of ', ' without gradients'
 
 
 def fault(call: OpCall, backend: str, device: torch.device, repeats: int) -> str | None:
-    """What is wrong with a call of an op by a backend, forward and backward.
+    """Check a call of an op by a backend, forward and backward.
 
     Args:
         call: The call.
@@ -36,7 +36,7 @@ def fault(call: OpCall, backend: str, device: torch.device, repeats: int) -> str
         repeats: How often the bits are compared with those of the first run.
 
     Returns:
-        A sentence with tensor and error, or None.
+        None if it is right, or a sentence that names the tensor and the error.
     """
     values = Values.of(call, device)
     memory = Guarded()
@@ -47,7 +47,7 @@ def fault(call: OpCall, backend: str, device: torch.device, repeats: int) -> str
     _wait(device)
     beside = memory.damaged()
     if beside:
-        return f'something was written beside {beside}'
+        return f'a kernel wrote outside of {beside}'
     found = _compare(call, values, got, inputs)
     if found:
         return found
@@ -57,14 +57,14 @@ def fault(call: OpCall, backend: str, device: torch.device, repeats: int) -> str
         _wait(device)
         for name, x in got.items():
             if not torch.equal(again[name], x):
-                return f'{name} has other bits in another run on the same inputs'
+                return f'{name} has different bits in a second run with the same inputs'
     return None
 
 
 def milliseconds(
     call: OpCall, backend: str, device: torch.device, repeats: int = 5
 ) -> float:
-    """Time of forward and backward pass as a training runs them, the median."""
+    """Median time of a forward and backward pass, as in a training."""
     values = Values.of(call, device)
     tensors = [None if x is None else empty(x, str(device)) for x in call.tensors]
     values.fill(tensors)
@@ -93,15 +93,15 @@ def results(
     tensors: Sequence[Tensor | None],
     grads_of: Callable[[Sequence[Tensor]], list[Tensor | None]],
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of the inputs, by what messages call them.
+    """Outputs and gradients of the inputs, by their names in messages.
 
-    It calls the backend itself: torch's dispatcher would hide what memory it asks for.
+    This calls the backend without torch's dispatcher, which would hide its allocations.
 
     Args:
         call: The call.
         backend: Name of the backend.
         tensors: The inputs.
-        grads_of: Gradients of the outputs, from these.
+        grads_of: Makes the gradients of the outputs, from the outputs.
     """
     op, need = call.declaration, wanted(call)
     inputs, options = packed(call, tensors)
@@ -124,7 +124,7 @@ def results(
         op.remember(context, inputs, options, backend, outputs, saved)
         by_input = op.gradients(op.backward, context, tuple(grads_of(outputs)), need)
     found = {name: out.detach() for name, out in zip(op.returns, outputs)}
-    # Without a backward pass to come, other kernels may compute the same.
+    # If no backward pass follows, other kernels may compute the same results.
     for name, out in zip(op.returns, chosen.forward(inputs, options, False).outputs):
         found[name + _INFERENCE] = out.detach()
     return found | {
@@ -139,7 +139,7 @@ def _gradients(
     leaves: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
-    """Of the leaves that require one, in order, by torch."""
+    """The gradients that torch computes, for the leaves that need one, in order."""
     there = [x for x in leaves if x is not None and x.requires_grad]
     pairs = [(y, g) for y, g in zip(outputs, grads) if g is not None]
     return torch.autograd.grad([y for y, _ in pairs], there, [g for _, g in pairs])
@@ -160,7 +160,7 @@ def empty_grads(
 
 
 class _Context:
-    """What :meth:`Op.remember` writes into, for one backward pass."""
+    """The context that :meth:`Op.remember` writes to, for one backward pass."""
 
     saved_tensors: tuple[Tensor | None, ...] = ()
 
@@ -168,7 +168,7 @@ class _Context:
         self.saved_tensors = tensors
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Gradients that are None stay so."""
+        """Gradients that are None stay None."""
 
 
 # The comparison
@@ -180,36 +180,36 @@ def _compare(
     got: dict[str, Tensor],
     inputs: Sequence[Tensor | None],
 ) -> str | None:
-    """What is wrong with results, or None."""
+    """None if the results are right, or a sentence about what is wrong."""
     for name, x in got.items():
         bad = x.numel() - int(x.isfinite().sum())
         if bad:
-            return f'{bad} of {x.numel()} values of {name} are no finite numbers'
+            return f'{bad} of {x.numel()} values of {name} are not finite'
     want = _truth(values)
     errors = _errors(values, got, want)
     allowed = dict.fromkeys(errors, _ALLOWED[_coarsest(call)])
     if all(error <= allowed[name] for name, error in errors.items()):
         return None
-    # Is it the kernel, or are the numbers such that any sum in this dtype errs?
+    # Is the kernel wrong, or does any code have a large error on these numbers?
     plain = _errors(values, results(call, TRUTH, inputs, values.grads), want)
     for name, error in errors.items():
         times = _TIMES_NOISE if plain[name] > _NOISE else _TIMES_PLAIN
         most = max(allowed[name], times * plain[name])
-        # NaN fails.
+        # NaN must fail here.
         if not error <= most:
-            return f'{name} has an error of {error:.1e}, allowed are {most:.1e}'
+            return f'{name} has an error of {error:.1e}; at most {most:.1e} is allowed'
     return None
 
 
 def _truth(values: Values) -> dict[str, Tensor]:
     """Results for the distinct elements of the batch in float64.
 
-    Gradients of what has no batch are those of the whole batch.
+    Gradients of inputs without batch are those of the whole batch.
     """
     small = values.call.with_batch(len(values.counts())).with_dtype(
         'float64', ('float32', 'bfloat16', 'float16')
     )
-    # Every distinct element comes several times.
+    # Every distinct element is several times in the batch.
     weights = torch.tensor(values.counts(), dtype=torch.float64)
 
     def grads(outputs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -228,7 +228,7 @@ def _truth(values: Values) -> dict[str, Tensor]:
 def _errors(
     values: Values, got: dict[str, Tensor], want: dict[str, Tensor]
 ) -> dict[str, float]:
-    """Error of every tensor relative to its size: of the whole, and the largest."""
+    """Relative errors of every tensor: of the whole, and of the worst value."""
     found = {}
     batched = set(_with_batch(values.call, got))
     for name, x in got.items():
@@ -250,12 +250,12 @@ def _error(pairs: list[tuple[Tensor, Tensor]]) -> float:
         largest = max(largest, float(difference.max()))
         peak = max(peak, float(want.abs().max()))
     whole = math.sqrt(squares / size) if size else math.sqrt(squares)
-    # A single wrong value in a large tensor; a right one may err more than the rest.
+    # Finds a single wrong value in a large tensor. Right values may differ in error.
     return max(whole, largest / (4 * peak) if peak else largest)
 
 
 def _with_batch(call: OpCall, names: Sequence[str] | dict[str, Tensor]) -> list[str]:
-    """Those of the results that have an axis of the batch."""
+    """The results that have a batch axis."""
     return [name for name in names if _axis(call, name) is not None]
 
 
@@ -272,7 +272,7 @@ def _axis(call: OpCall, name: str) -> int | None:
 
 
 def _coarsest(call: OpCall) -> str:
-    """Name of the dtype with the fewest digits that the call has."""
+    """Name of the least precise dtype of the call."""
     dtypes = {x.dtype for x in call.named().values()}
     dtypes |= {str(x) for _, x in call.options}
     return max(dtypes & set(_ALLOWED), key=_ALLOWED.__getitem__)
@@ -287,7 +287,7 @@ def _column(x: Tensor, like: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _nan_in_new_memory() -> Iterator[None]:
-    """Let torch fill memory with NaN that it allocates for itself."""
+    """Make torch fill new memory with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -298,7 +298,7 @@ def _nan_in_new_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _busy(device: torch.device) -> Iterator[None]:
-    """Let another stream of a GPU take a part of it: the order of work differs."""
+    """Keep a part of the GPU busy in another stream, to change the order of work."""
     if device.type != 'cuda':
         yield
         return

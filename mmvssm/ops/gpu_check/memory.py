@@ -1,7 +1,8 @@
-"""Memory that shows what kernels do beside their task.
+"""Guarded memory, which shows whether kernels access memory that is not theirs.
 
-All of it starts as NaN: a value that is not written, or read from outside a tensor,
-shows in the results. Behind and before every tensor is a band that must stay as it is.
+All of it starts as NaN. So a value that was not written, or that was read from outside
+a tensor, makes NaN in the results. Before and after every tensor there is a band of
+memory that must not change.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmvssm.ops.gpu_check.calls import Layout
 
-# A multiple of what kernels may want a tensor aligned to.
+# A multiple of the alignment that kernels may need.
 _BAND_BYTES = 4096
 _aten = torch.ops.aten
 _EMPTY = (
@@ -26,7 +27,7 @@ _EMPTY = (
 
 
 class Guarded(TorchDispatchMode):
-    """Give every tensor of ``torch.empty`` in a ``with`` block guarded memory."""
+    """In a ``with`` block, ``torch.empty`` returns tensors in guarded memory."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -45,7 +46,7 @@ class Guarded(TorchDispatchMode):
         return found
 
     def tensor(self, layout: Layout, device: torch.device) -> Tensor:
-        """A tensor of a layout, NaN all over."""
+        """A tensor of a layout, filled with NaN."""
         dtype = getattr(torch, layout.dtype)
         band, size = _BAND_BYTES // dtype.itemsize, layout.places()
         memory = torch.full(
@@ -55,7 +56,7 @@ class Guarded(TorchDispatchMode):
         return memory.as_strided(layout.shape, layout.stride, band)
 
     def damaged(self) -> str | None:
-        """Which tensor something was written beside, or None."""
+        """The tensor with a band that was changed, or None."""
         for layout, bands in self._bands:
             if not all(bool(band.isnan().all()) for band in bands):
                 return f'a {layout.dtype} tensor {layout.shape}'

@@ -1,8 +1,9 @@
 """Scan orders of recorded calls.
 
-Another process knows the scan orders of this package by their names, but none that a
-program has registered or made up. For these stands one with as many rows in no order: a
-kernel reads them from a table as well.
+Another process knows the scan orders of this package by their names. It does not know
+orders that a program has registered or passed as functions. A shuffled order with as
+many
+rows takes their place: kernels read it from a table, too.
 """
 
 import torch
@@ -16,10 +17,10 @@ _SHUFFLED = 'shuffled '
 
 
 def portable(word: str) -> str:
-    """A word that means the same or such a one in every process.
+    """A word that has the same meaning, or a similar one, in every process.
 
     Args:
-        word: What ``order_word`` gives.
+        word: A word of ``order_word``.
     """
     function = _functions.get(word)
     own = function is not None and function.__module__ == builtin.__name__
@@ -29,7 +30,7 @@ def portable(word: str) -> str:
 
 
 def make_known(word: str) -> None:
-    """Let ops take a word of :func:`portable`."""
+    """Register a word of :func:`portable`, so that ops understand it."""
     if word.startswith(_SHUFFLED):
         name_orders(word, _shuffled(int(word.removeprefix(_SHUFFLED))))
 

@@ -1,4 +1,4 @@
-"""Runs the process that checks, within limits of time, and makes verdicts of it."""
+"""Run the process that checks, with time limits, and make verdicts of its results."""
 
 import contextlib
 import json
@@ -27,18 +27,18 @@ from mmvssm.ops.scan_orders.registry import real_tensors
 
 WORKER = 'mmvssm.ops.gpu_check.worker'
 logger = logging.getLogger('mmvssm')
-# To start a process with torch, and for a call, about.
+# About the time to start a process with torch, and the time for one call.
 _START_SECONDS, _CASE_SECONDS = 8.0, 0.3
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds after which the process is ended.
+    """Time limits of the process in seconds.
 
     Attributes:
-        start: For its start and all compilation.
-        case: For one call: a kernel that hangs.
-        total: For all calls.
+        start: Limit for its start and all compilation.
+        case: Limit for one call; a kernel may hang.
+        total: Limit for all calls.
     """
 
     start: float = 900.0
@@ -47,12 +47,12 @@ class Limits:
 
 
 LIMITS = Limits()
-# Calls of a training, and calls without gradients.
+# Calls with gradients, and calls without.
 KernelsOf = tuple[list[OpCall], list[OpCall]]
 
 
 def estimate(cases: Sequence[Case]) -> float:
-    """About how many seconds the check of these takes, beside compilation."""
+    """About how many seconds the check takes, without compilation."""
     timed = sum(case.timed for case in cases)
     runs = sum(1 + case.repeats / 10 for case in cases)
     return _START_SECONDS + _CASE_SECONDS * (runs + 2 * timed)
@@ -67,13 +67,13 @@ def ensure(
     kernels_of: Callable[[], KernelsOf] = lambda: ([], []),
     limits: Limits = LIMITS,
 ) -> Sets:
-    """All verdicts of this machine, with those on a set of calls, checked if need be.
+    """All verdicts of this machine. If a set of calls has none, it is checked first.
 
     Args:
-        name: Of the set.
-        cases_of: Makes it.
+        name: Name of the set.
+        cases_of: Makes the set.
         device, backend, limits: See :func:`check`.
-        kernels_of: Makes further calls whose kernels are compiled on this occasion.
+        kernels_of: Makes more calls, whose kernels are compiled at the same time.
     """
     store = Store(device)
     sets = store.read()
@@ -86,8 +86,8 @@ def ensure(
             return sets
         cases = with_kernels(cases_of(), backend)
         logger.warning(
-            'mmvssm checks its GPU kernels, once for this machine: %d calls of %s, '
-            'about %.0f s and the time to compile them (%s=0 leaves it out)',
+            'mmvssm checks its GPU kernels, once on this machine: %d calls of %s, '
+            'about %.0f s plus the time to compile them (%s=0 turns the check off)',
             *(len(cases), ', '.join(sorted({case.call.op for case in cases}))),
             *(min(estimate(cases), limits.total), VARIABLE),
         )
@@ -101,9 +101,9 @@ def ensure(
 
 
 def ensure_op(op: str, device: torch.device, backend: str) -> Sets:
-    """All verdicts of this machine, with that on an op, checked if need be."""
+    """All verdicts of this machine. If an op has none, it is checked first."""
     small = device.type == 'cpu'
-    # Whoever asks may be in any mode of torch.
+    # The caller may be in any mode of torch.
     with real_tensors():
         return ensure(op, lambda: of_op(op, small), device, backend)
 
@@ -121,12 +121,12 @@ def check(
 
     Args:
         cases: What to check.
-        backend: Whose kernels.
-        device: On which device, such as ``'cuda:0'``.
-        kernels_of: Further calls whose kernels are compiled on this occasion: those
-            of a training, and those without gradients.
+        backend: Name of the backend with the kernels.
+        device: The device, such as ``'cuda:0'``.
+        kernels_of: More calls whose kernels are compiled at the same time: calls with
+            gradients, and calls without.
         fault: On the CPU: what to break on purpose, see ``stand_in.py``.
-        limits: Of time.
+        limits: Time limits.
 
     Returns:
         The verdict on each op that has cases.
@@ -138,7 +138,7 @@ def check(
 
 
 def _tasks(cases: Sequence[Case], backend: str) -> list[Task]:
-    """The steps, op by op: all calls, then their times."""
+    """The steps, op by op: first all checks, then all timings."""
     rivals = [
         supplier.name
         for supplier in backends.suppliers.values()
@@ -158,18 +158,18 @@ def _tasks(cases: Sequence[Case], backend: str) -> list[Task]:
 
 
 class _Run:
-    """A check under way, which may take several processes."""
+    """A running check, which may need several processes."""
 
     def __init__(self, job: Job):
         self.job = job
         self.verdicts = {task.call.op: Verdict() for task in job.tasks}
         # Seconds of calls so far; starts and compilation do not count.
         self._spent = 0.0
-        # Times that could not be taken, by op and backend.
+        # Op and backend of times that could not be measured.
         self._untimed: set[tuple[str, str]] = set()
 
     def process(self, limits: Limits) -> None:
-        """Start a process and follow it to its end; what is left stays in the job."""
+        """Start a process and follow it. Unfinished steps stay in the job."""
         tasks, done, running, trouble = self.job.tasks, 0, False, None
         ready: float | None = None
         process = _Process(self.job)
@@ -181,10 +181,11 @@ class _Run:
                 wait = limits.start if ready is None else min(limits.case, left)
                 event = process.event(wait)
                 if event is None and wait == left:
-                    self._give_up(tasks[done:], f'not done within {limits.total:g} s')
+                    reason = f'not finished within {limits.total:g} s'
+                    self._give_up(tasks[done:], reason)
                     return
                 if event is None:
-                    trouble = f'it did not come to an end within {wait:g} s'
+                    trouble = f'it did not end within {wait:g} s'
                 elif 'exit' in event:
                     trouble = event['exit']
                 elif 'compiled' in event:
@@ -206,7 +207,7 @@ class _Run:
         self.job.tasks = [task for task in tasks[done:] if self._goes_on(task)]
 
     def _note(self, task: Task, found: dict[str, Any]) -> None:
-        """Write down what came out of a step."""
+        """Put the result of a step into the verdicts."""
         verdict, failure = self.verdicts[task.call.op], found.get('failure')
         if failure and task.backend != self.job.backend:
             self._untimed.add((task.call.op, task.backend))
@@ -227,7 +228,7 @@ class _Run:
         return not self.verdicts[op].failure and (op, task.backend) not in self._untimed
 
     def _give_up(self, tasks: Sequence[Task], reason: str) -> None:
-        """What is left is not checked."""
+        """Mark the remaining steps as not checked."""
         for task in filter(self._goes_on, tasks):
             verdict = self.verdicts[task.call.op]
             verdict.failure, verdict.certain = reason, False
@@ -238,11 +239,11 @@ class _Process:
     """The process that checks.
 
     Args:
-        job: What it is to do.
+        job: Its steps.
     """
 
     def __init__(self, job: Job):
-        # Whatever this process has imported, the other one finds, too.
+        # The other process must find the same modules as this one.
         root = str(Path(__file__).resolve().parents[3])
         paths = [root, *(os.path.abspath(path) for path in sys.path)]
         self._errors = tempfile.TemporaryFile('w+', errors='replace')  # noqa: SIM115
@@ -264,7 +265,7 @@ class _Process:
             thread.start()
 
     def event(self, seconds: float) -> dict[str, Any] | None:
-        """What it tells next; how it ended, as ``exit``; None if nothing comes."""
+        """Its next event; ``exit`` if it has ended; None if nothing comes in time."""
         end = time.monotonic() + seconds
         while True:
             try:
@@ -278,7 +279,7 @@ class _Process:
                 return found
 
     def end(self) -> None:
-        """End it, if it has not ended."""
+        """End the process if it still runs."""
         self._process.kill()
         self._process.wait()
         for thread in self._threads:

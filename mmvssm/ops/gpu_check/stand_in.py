@@ -1,7 +1,7 @@
-"""A stand-in for the GPU's kernels on the CPU, sound or broken on purpose.
+"""CPU kernels that take the place of the GPU kernels, right or broken on purpose.
 
-It shows what the check does about kernels that are wrong, give NaN, never return, take
-the process with them or are slow. Only ``check_gpu --device cpu`` and tests install it.
+They show what the check does about kernels that are wrong, return NaN, never return,
+crash the process or are slow. Only ``check_gpu --device cpu`` and tests install them.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ class StandIn(KernelBackend):
     """A backend for the CPU under another name.
 
     Args:
-        inner: What computes.
-        supplier: Whose it is said to be.
+        inner: The backend that computes.
+        supplier: The supplier whose name it gets.
         fault: One of ``FAULTS``, in the backward pass, or None.
     """
 
@@ -61,7 +61,7 @@ class StandIn(KernelBackend):
         self._inner, self.supplier, self._fault = inner, supplier, fault
 
     def refuses(self, inputs: Any, options: Any) -> str | None:
-        """What the inner one refuses."""
+        """It refuses what the inner backend refuses."""
         return self._inner.refuses(inputs, options)
 
     def saved_like(self, inputs: Any, options: Any) -> Outputs:
@@ -80,19 +80,19 @@ class StandIn(KernelBackend):
         grads: tuple[Tensor | None, ...],
         wanted: Any,
     ) -> Any:
-        """As the inner one, then the fault."""
+        """The gradients of the inner backend, with the fault."""
         found = self._inner.backward(inputs, options, saved, grads, wanted)
         if self._fault is None:
             return found
         first, *rest = leaves_of(found)
-        # Whatever memory it shares stays as it is.
+        # The original may share memory with other tensors, so it must not change.
         first = first.contiguous().clone()
         FAULTS[self._fault](first)
         return pack(type(found), iter([first, *rest]))
 
 
 def install(fault: str | None = None) -> None:
-    """Let ``cuda`` take tensors on the CPU, where its own kernels stand in.
+    """Make ``cuda`` take CPU tensors, and compute them with the CPU kernels.
 
     Args:
         fault: One of ``FAULTS``, or None.

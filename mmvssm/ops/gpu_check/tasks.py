@@ -1,7 +1,8 @@
-"""What the process that checks is told, and what it tells, as JSON.
+"""Messages between the process that checks and its parent, as JSON.
 
-The parent writes one :class:`Job` to its standard input and reads a line of standard
-output for every step. So it knows what was going on when the process died or hung.
+The parent writes one :class:`Job` to the standard input of the process, and reads a
+line of its standard output for every step. So the parent knows which step was running
+when the process died or hung.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from mmvssm.ops.gpu_check.calls import OpCall
 
-# Before every line that is meant for the parent: libraries print what they like.
+# Marks a line for the parent: libraries may print other lines.
 MARK = 'mmvssm-gpu-check '
 
 
@@ -17,10 +18,10 @@ class Task(NamedTuple):
     """One step.
 
     Attributes:
-        kind: ``'check'``: is the call right? ``'time'``: how long does it take?
-        backend: By which backend.
+        kind: ``'check'``: check the call. ``'time'``: measure its time.
+        backend: Name of the backend.
         call: The call.
-        repeats: Of a check: how often the bits are compared.
+        repeats: For a check, how often the bits are compared.
     """
 
     kind: Literal['check', 'time']
@@ -31,7 +32,9 @@ class Task(NamedTuple):
     @property
     def what(self) -> str:
         """The step in words."""
-        return self.call.text() + (' while its time was taken' * (self.kind == 'time'))
+        return self.call.text() + (
+            ' while its time was measured' * (self.kind == 'time')
+        )
 
     def as_json(self) -> dict[str, Any]:
         """What :meth:`from_json` takes."""
@@ -39,20 +42,20 @@ class Task(NamedTuple):
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> 'Task':
-        """The step that :meth:`as_json` described."""
+        """The step from what :meth:`as_json` returned."""
         return cls(**found | dict(call=OpCall.from_json(found['call'])))
 
 
 @dataclass
 class Job:
-    """What a process is to do.
+    """The work of one process.
 
     Attributes:
-        backend: Whose kernels are checked.
-        device: On which device, such as ``'cuda:0'``.
+        backend: Name of the backend with the kernels.
+        device: The device, such as ``'cuda:0'``.
         fault: On the CPU: what is broken on purpose, see ``stand_in.py``.
         tasks: The steps.
-        training, inference: Further calls whose kernels are to be compiled.
+        training, inference: More calls, whose kernels are compiled.
     """
 
     backend: str
@@ -72,7 +75,7 @@ class Job:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> 'Job':
-        """The job that :meth:`as_json` described."""
+        """The job from what :meth:`as_json` returned."""
         return cls(
             **found
             | dict(

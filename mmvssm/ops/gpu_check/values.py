@@ -1,8 +1,9 @@
-"""Values for a recorded call, such as a trained model has.
+"""Values for a recorded call, similar to those of a trained model.
 
-A batch of a real size is too much for a check in float64. It is made of a few distinct
-elements, in random order: what is known of these is known of all, and gradients of
-weights are those of the few, each as often as it comes.
+A batch of real size is too large for a check in float64. So the batch consists of a few
+distinct elements in random order. The results of these few are known in float64, and so
+are those of the whole batch. The gradient of a weight is the sum over the few elements,
+each times the number of its copies.
 """
 
 import math
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from mmvssm.ops.gpu_check.calls import Layout, OpCall
 
-# Distinct elements of a batch, and how many values they may have: in float64, with all
-# that is made of them, these take a few GB.
+# The most distinct elements of a batch, and the most values that they may have. With
+# all intermediate results in float64 these need a few GB.
 DISTINCT, _VALUES = 3, 2**24
 # Inputs that never get a gradient.
 _CONSTANTS = ('cos', 'sin')
-# Step sizes of a model that starts to train, before the softplus.
+# Step sizes before the softplus, at the start of a training.
 _LOW, _HIGH = (math.log(math.expm1(step)) for step in (1e-3, 1e-1))
 
 
@@ -32,9 +33,9 @@ class Values:
     Attributes:
         call: The call.
         few: Inputs in float64 with the distinct elements of the batch.
-        places: Of every element of the batch, which distinct one it is.
-        few_grads: Gradients of the outputs for ``few``, float64, None where there is
-            none.
+        places: For every element of the batch, the number of its distinct element.
+        few_grads: Gradients of the outputs for ``few`` in float64; None for an output
+            without gradient.
     """
 
     call: OpCall
@@ -44,11 +45,11 @@ class Values:
 
     @classmethod
     def of(cls, call: OpCall, device: torch.device, seed: int = 0) -> 'Values':
-        """Random ones, the same for the same call and seed."""
+        """Random values; the same call and seed give the same values."""
         generator = torch.Generator().manual_seed(seed)
         batch = call.batch()
         distinct = min(batch, _distinct(call))
-        # Without a period: a wrong step from one element to another shows.
+        # No period: a wrong stride between elements must change the results.
         rest = torch.randint(distinct, (batch - distinct,), generator=generator)
         places = torch.cat((torch.arange(distinct), rest))
         places = places[torch.randperm(batch, generator=generator)]
@@ -68,11 +69,11 @@ class Values:
         return cls(call, few, places.tolist(), few_grads)
 
     def counts(self) -> list[int]:
-        """How often each distinct element comes."""
+        """How many copies of each distinct element the batch has."""
         return [self.places.count(i) for i in range(max(self.places) + 1)]
 
     def fill(self, tensors: Sequence[Tensor | None]) -> None:
-        """Write the inputs' values into tensors of the call's layouts."""
+        """Write the values of the inputs into tensors of the call's layouts."""
         for name, x, values in zip(self.call.declaration.labels, tensors, self.few):
             if x is None or values is None:
                 continue
@@ -83,7 +84,7 @@ class Values:
                 self._spread(x.movedim(axis, 0), values.movedim(axis, 0))
 
     def grads(self, outputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of the outputs of the whole call, in their dtypes and strides."""
+        """Gradients of the outputs of the whole call, with their dtypes and strides."""
         found: list[Tensor | None] = []
         for out, values in zip(outputs, self.few_grads):
             grad = None if values is None else torch.empty_like(out)
@@ -104,13 +105,13 @@ def _distinct(call: OpCall) -> int:
 
 
 def graded(call: OpCall) -> list[bool]:
-    """Of every output whether it gets a gradient: if the call asks for the output."""
+    """For every output, whether it gets a gradient; only if the call returns it."""
     options = dict(call.options)
     return [bool(options.get(f'return_{x}', True)) for x in call.declaration.returns]
 
 
 def wanted(call: OpCall) -> list[bool]:
-    """Of every input whether its gradient is wanted."""
+    """For every input, whether its gradient is wanted."""
     return [
         x is not None and name not in _CONSTANTS
         for name, x in zip(call.declaration.labels, call.tensors)
@@ -118,7 +119,7 @@ def wanted(call: OpCall) -> list[bool]:
 
 
 def packed(call: OpCall, tensors: Sequence[Any]) -> tuple[Any, Any]:
-    """Inputs and options as the op takes them."""
+    """Inputs and options in the form that the op takes."""
     return call.declaration.pack(tensors, call.option_values())
 
 
@@ -133,7 +134,7 @@ def empty(layout: Layout | None, device: str = 'meta') -> Tensor | None:
 def _random(
     call: OpCall, name: str, layout: Layout, generator: torch.Generator
 ) -> Tensor:
-    """Float64 values that the layout's dtype has exactly."""
+    """Float64 values that the layout's dtype can represent exactly."""
     kind, shape = name.rpartition('.')[2], layout.shape
     x = _normal(shape, generator)
     if kind == 'A':
@@ -141,7 +142,7 @@ def _random(
     elif kind in ('delta_bias', 'dt_proj_bias', 'dt_projs_bias'):
         x = _LOW + (_HIGH - _LOW) * torch.rand(shape, generator=generator).double()
     if kind.startswith('delta') and not dict(call.options)['delta_softplus']:
-        # Steps as they are: a state decays by none below zero.
+        # Step sizes without softplus must not be negative, or the state would grow.
         x = F.softplus(x - 3)
     elif kind.endswith('weight') and x.ndim > 1:
         x /= shape[-1] ** 0.5

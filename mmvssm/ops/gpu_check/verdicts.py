@@ -1,7 +1,7 @@
 """Verdicts on a backend's kernels, kept on disk: one file for each kind of machine.
 
-The file's name stands for all that could make another verdict: the GPU, its driver,
-torch, the compiler and the sources of the ops.
+The name of the file is a digest of everything that can change a verdict: the GPU, its
+driver, torch, the compiler and the sources of the ops.
 """
 
 import contextlib
@@ -20,27 +20,28 @@ import torch
 from mmvssm.ops.cache import cache_folder
 from mmvssm.ops.cuda import kernels
 
-# '0' takes no kernels unasked, 'trust' takes them unchecked.
+# '0': kernels are used only when named. 'trust': they are used without a check.
 VARIABLE = 'MMVSSM_GPU_CHECK'
 # How to check by hand.
 HOW = 'python -m mmvssm.check_gpu'
 # The name of the set with everything.
 ALL = 'all'
-# What may pass by itself, such as a lack of memory, is looked at again after so long.
+# Seconds until a failure that may pass, such as a lack of memory, is checked again.
 _UNCERTAIN_SECONDS = 600
 _DRIVER = Path('/sys/module/nvidia/version')
 
 
 @dataclass
 class Verdict:
-    """What the check has found of an op's kernels.
+    """The result of the check of an op's kernels.
 
     Attributes:
-        checked: When, in seconds since 1970.
-        cases: How many calls were looked at.
-        failure: What was wrong: the call, the tensor, the error; None if nothing was.
-        certain: Whether it would be found again.
-        milliseconds: By backend, of forward and backward pass of all calls that count.
+        checked: Time of the check, in seconds since 1970.
+        cases: Number of calls that were checked.
+        failure: What was wrong (the call, the tensor, the error), or None.
+        certain: Whether another check would find the same failure.
+        milliseconds: For each backend, the time of the forward and backward passes of
+            all calls that are timed.
     """
 
     checked: float = field(default_factory=time.time)
@@ -55,7 +56,7 @@ class Verdict:
         return self.certain or time.time() < self.checked + _UNCERTAIN_SECONDS
 
     def objection(self, backend: str, other: str) -> str | None:
-        """Why a backend is not to be taken in the place of another one, or None."""
+        """The reason why a backend is not used instead of another one, or None."""
         if self.failure:
             return f'its check failed on this machine ({self.when}): {self.failure}'
         ours, theirs = (self.milliseconds.get(name) for name in (backend, other))
@@ -67,7 +68,7 @@ class Verdict:
         return None
 
     def praise(self, backend: str, other: str) -> str:
-        """What speaks for a backend to which there is no objection."""
+        """The reason why a backend is used, if there is no objection."""
         ours, theirs = (self.milliseconds.get(name) for name in (backend, other))
         text = f'checked on this machine ({self.when}): {self.cases} calls are right'
         if ours and theirs:
@@ -80,7 +81,7 @@ class Verdict:
         return time.strftime('%Y-%m-%d %H:%M', time.localtime(self.checked))
 
 
-# By the name of what was checked (an op, 'all', the calls of a model): by op.
+# Verdicts by the name of the set (an op, 'all', the calls of a model), then by op.
 Sets = dict[str, dict[str, Verdict]]
 
 
@@ -88,14 +89,15 @@ def standing(sets: Sets, op: str, names: Sequence[str]) -> Verdict | None:
     """The verdict that counts for an op.
 
     Args:
-        sets: All there are.
+        sets: All verdicts.
         op: Name of the op.
-        names: The sets that it is enough to pass, the first one that there is.
+        names: Names of sets; to pass one of them is enough.
 
     Returns:
-        The last one that failed, in any set: kernels that are wrong somewhere are
-        not to be trusted elsewhere. A check that could not be made says nothing
-        against what another one found. None if no set of these names was checked.
+        The last failed verdict of any set, if there is one: kernels that are wrong in
+        one place are not trusted in another. If not, the first passed verdict of the
+        named sets. If not, a check that could not be made. None if none of the named
+        sets was checked.
     """
     every = [found[op] for found in sets.values() if op in found]
     wrong = [verdict for verdict in every if verdict.failure and verdict.certain]
@@ -110,7 +112,7 @@ class Store:
     """The verdicts of this kind of machine.
 
     Attributes:
-        machine: What they depend on.
+        machine: Everything that the verdicts depend on.
         path: The file.
 
     Args:
@@ -124,7 +126,7 @@ class Store:
         self.path = cache_folder() / 'gpu_check' / f'{name}.json'
 
     def read(self) -> Sets:
-        """All that still hold; none if the file is not there or damaged."""
+        """All valid verdicts; none if the file is missing or damaged."""
         try:
             found = json.loads(self.path.read_text(encoding='utf-8'))['sets']
             sets = {
@@ -144,10 +146,10 @@ class Store:
         self.path.unlink(missing_ok=True)
 
     def add(self, name: str, verdicts: dict[str, Verdict]) -> None:
-        """Keep the verdicts on a set of calls; call it under :meth:`lock`.
+        """Keep the verdicts on a set of calls. Call it under :meth:`lock`.
 
         Raises:
-            OSError: There is no place for them.
+            OSError: The file cannot be written.
         """
         sets = self.read() | {name: verdicts}
         content: dict[str, Any] = dict(
@@ -160,15 +162,16 @@ class Store:
         beside = self.path.with_suffix(f'.{os.getpid()}')
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(content, indent=1), encoding='utf-8')
-        # A reader finds the old file or the new one.
+        # A reader must find either the old file or the new one.
         beside.replace(self.path)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Only one process of the machine at a time; without a place for it, all.
+        """Let one process of the machine in at a time.
 
-        Processes of one training wait here for each other, and talk to none:
-        one of them alone may come to check.
+        If the lock file cannot be made, all processes go in. The processes of a
+        training wait here for each other. They do not communicate, because some of them
+        may never come here.
         """
         try:
             import fcntl
@@ -184,7 +187,7 @@ class Store:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What a verdict on a device depends on."""
+    """Everything that a verdict on a device depends on."""
     found = dict(torch=torch.__version__, sources=_sources())
     if device.type != 'cuda':
         return found | dict(device=device.type)

@@ -1,7 +1,7 @@
 """The process that checks: ``python -m mmvssm.ops.gpu_check.worker``.
 
-A kernel may poison the whole process or never return, so this one has nothing else to
-do. ``run.py`` starts it, see ``tasks.py`` for what the two tell each other.
+A kernel may break its whole process or never return, so this process does nothing else.
+``run.py`` starts it. ``tasks.py`` has the messages between the two.
 """
 
 import json
@@ -16,17 +16,17 @@ from mmvssm.ops.gpu_check.tasks import MARK, Job, Task
 
 
 def main() -> None:
-    """Do what standard input says."""
+    """Run the job that comes on standard input."""
     job = Job.from_json(json.load(sys.stdin))
     device = torch.device(job.device)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     else:
-        # Small calls are as quick by one, and do not wait for other processes.
+        # One thread is as fast for small calls, and does not wait for other processes.
         torch.set_num_threads(1)
         stand_in.install(job.fault)
     uncompiled = _compile(job, device)
-    # An op that has failed is not looked at any further.
+    # An op that has failed is not checked any further.
     failed = set()
     for number, task in enumerate(job.tasks):
         op = task.call.op
@@ -39,16 +39,16 @@ def main() -> None:
         if found.get('failure') and task.backend == job.backend:
             failed.add(op)
         if found.get('broken') and device.type == 'cuda':
-            # What comes after an error of CUDA's fails as well.
+            # After a CUDA error everything else fails, too.
             return
 
 
 def _do(task: Task, device: torch.device) -> dict[str, Any]:
-    """What came out of a step.
+    """Run a step.
 
     Returns:
-        ``failure`` in words or None, ``milliseconds`` of a time that was taken;
-        ``certain``: False where it may be another time; ``broken``: True after an
+        ``failure``: a sentence or None. ``milliseconds``: the time, if it was measured.
+        ``certain``: False if the failure may not come again. ``broken``: True after an
         error.
     """
     try:
@@ -67,21 +67,21 @@ def _do(task: Task, device: torch.device) -> dict[str, Any]:
 
 
 def _refusal(task: Task, device: torch.device) -> str | None:
-    """Why a backend does not take a call, or None."""
+    """The reason why a backend does not take a call, or None."""
     dtype = getattr(torch, task.call.main_dtype())
     supplier = backends.suppliers[task.backend]
     return supplier.refuses(device.type, dtype, task.call.states)
 
 
 def _compile(job: Job, device: torch.device) -> dict[str, str]:
-    """Compile all kernels; why not, by op."""
+    """Compile all kernels. Returns the failures by op."""
     failures: dict[str, str] = {}
     if device.type == 'cuda':
         training = [*(task.call for task in job.tasks), *job.training]
         try:
             launches.compile_for(training, job.inference, device)
         except (RuntimeError, OSError):
-            # Which op is it?
+            # Find the op of the kernel that failed.
             for op in {call.op for call in training}:
                 try:
                     own = [call for call in training if call.op == op]

@@ -1,4 +1,4 @@
-"""The linear layer as an op: what goes in, what comes out."""
+"""Declaration of the linear layer."""
 
 from math import prod
 from typing import NamedTuple
@@ -27,8 +27,8 @@ class LinearOptions(NamedTuple):
     """Options of a linear layer.
 
     Attributes:
-        deterministic: Whether the bits may not depend on the number of threads in any
-            dtype, even where that is slower.
+        deterministic: Whether the bits must not depend on the number of threads, in any
+            dtype, even if that is slower.
     """
 
     deterministic: bool

@@ -1,4 +1,4 @@
-"""A linear layer, the other half of the time that these models take."""
+"""The linear layer, which takes about half of the time of these models."""
 
 import torch
 from torch import Tensor
@@ -29,15 +29,15 @@ def linear(
     *,
     backend: str | None = None,
 ) -> Call:
-    """x weightᵀ + bias, by the faster of torch's two libraries on the CPU.
+    """x weightᵀ + bias; on the CPU by the faster one of torch's two libraries.
 
     Args:
         x: (..., K).
         weight: (N, K), of x's dtype outside autocast.
         bias: (N,), of x's dtype outside autocast.
-        backend: See :func:`mmvssm.ops.selective_scan`; for float32 on the CPU ``cpu``
-            and ``torch`` take oneDNN, with the same bits at any number of threads; all
-            else is ``torch.nn.functional.linear``.
+        backend: See :func:`mmvssm.ops.selective_scan`. For float32 on the CPU, ``cpu``
+            and ``torch`` use oneDNN, with the same bits at any number of threads. All
+            other calls are ``torch.nn.functional.linear``.
 
     Returns:
         (..., N).
@@ -54,7 +54,7 @@ def linear(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    # oneDNN does not look, and reads past the end of what is too short.
+    # oneDNN does not check this, and would read past the end of a short tensor.
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             'linear: x must be (..., K) and weight (N, K), '
@@ -62,7 +62,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f'linear: bias must be ({weight.shape[0]},) as weight is '
+            f'linear: bias must be ({weight.shape[0]},) because weight is '
             f'{tuple(weight.shape)}, got {tuple(bias.shape)}'
         )
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
@@ -75,7 +75,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def deterministic_call(x: Tensor, weight: Tensor) -> Call:
     """x weightᵀ, on the CPU with the same bits at any number of threads.
 
-    For other ops, which run it by ``LINEAR.route``.
+    For other ops, which call it through ``LINEAR.route``.
 
     Args:
         x: (..., K).

@@ -14,12 +14,12 @@ from mmvssm.ops.typed import sole
 
 @dataclass(frozen=True)
 class ProductBackend(KernelBackend):
-    """Products by oneDNN where it has them, in pieces of fixed length."""
+    """Products by oneDNN if it has them, in pieces of fixed length."""
 
     supplier: Supplier
 
     def refuses(self, inputs: LinearInputs, options: LinearOptions) -> str | None:
-        """What torch's own linear layer does as well."""
+        """It refuses calls that torch's own linear layer does as well."""
         if inputs.x.device.type != 'cpu' or inputs.x.ndim < 2:
             return 'it takes matrices on the CPU'
         dtypes = {x.dtype for x in inputs if x is not None}
@@ -41,11 +41,11 @@ class ProductBackend(KernelBackend):
         grads: tuple[Tensor | None, ...],
         wanted: LinearInputs,
     ) -> LinearInputs:
-        """Gradients of those inputs that want one."""
+        """Gradients of the inputs whose gradients are wanted."""
         grad = sole(grads)
         x, weight, _ = inputs
         rows = grad.flatten(0, -2)
-        # There is nothing where no gradient is wanted, not even for x and weight.
+        # An input is None if no gradient needs it; even x and weight may be.
         return LinearInputs._make(
             (
                 linear_product(grad, weight.t()) if wanted.x else None,

@@ -1,4 +1,4 @@
-"""The linear layer as torch has it."""
+"""torch's own linear layer."""
 
 from dataclasses import dataclass
 

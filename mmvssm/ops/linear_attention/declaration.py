@@ -1,4 +1,4 @@
-"""Linear attention as an op: what goes in, what comes out."""
+"""Declaration of linear attention."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from mmvssm.ops.operator import Op
 
 
 class AttentionInputs(NamedTuple):
-    """Inputs of a linear attention, or their gradients.
+    """Inputs of linear attention, or their gradients.
 
     Attributes:
         q, k: (B, L, C).
@@ -26,14 +26,14 @@ class AttentionInputs(NamedTuple):
 
 
 class AttentionOptions(NamedTuple):
-    """Options of a linear attention.
+    """Options of linear attention.
 
     Attributes:
         heads: Number of heads.
         normalise: Divide by the normaliser.
         eps: Added to the normaliser.
-        dtype: In which all is computed.
-        out_dtype: Of the result.
+        dtype: Dtype of the computation.
+        out_dtype: Dtype of the result.
     """
 
     heads: int
@@ -51,7 +51,7 @@ def _outputs_like(
 
 def _flops(shapes: AttentionInputs, options: AttentionOptions) -> list[Flops]:
     batch, length, channels = shapes.q
-    # Keys with values, queries with those, and queries with the mean key.
+    # Products of keys and values, of queries and these, of queries and the mean key.
     by_channel = 2 * shapes.v[2] // options.heads + options.normalise
     return [Flops(batch * length * channels * by_channel)]
 

@@ -1,7 +1,7 @@
 """Linear attention by sums over the keys, which all queries share.
 
-On the CPU positions are taken a block at a time, so that what is made of them
-on the way stays in the caches, however long the sequence is.
+On the CPU the positions are divided into blocks. So intermediate results stay in the
+caches for sequences of any length.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _BLOCK = 2**17
 
 
 class LinearForm(Composed):
-    """Time and memory linear in the length; nothing but the inputs is kept."""
+    """Time and memory grow linearly with the length; only the inputs are kept."""
 
     def __init__(self, supplier: Supplier):
         self.supplier = supplier
@@ -64,7 +64,7 @@ class _LinearAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *tables = ctx.saved_tensors
         options = _Options(*tables, *ctx.others)
-        # A backward pass may be run under autocast as well.
+        # The backward pass may run under autocast, too.
         with autocast.disabled(grad):
             grads = _backward(grad, q, k, v, options)
         return *grads, *[None] * len(options)
@@ -85,7 +85,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> Tensor:
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, by operations that can be derived again."""
+    """Gradients of q, k and v, by operations that can be differentiated again."""
     state, mean = _summarise(k, v, options)
     grad_state, grad_mean = torch.zeros_like(state), torch.zeros_like(mean)
     grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
@@ -116,13 +116,13 @@ def _backward(
 
 
 def _summarise(k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    """What queries need to know about keys and values.
+    """The sums over keys and values that queries need.
 
     Returns:
-        Mean product of turned keys and values (B, heads, C / heads, C' / heads),
-        and mean key (B, heads, C / heads, 1).
+        Mean product of rotated keys and values (B, heads, C / heads, C' / heads), and
+        mean key (B, heads, C / heads, 1).
     """
-    # Numbers until the first block is added, of which there is always one.
+    # Plain numbers until the first block is added; there is always one block.
     state: Any = 0
     mean: Any = 0
     for block in _blocks(v):
@@ -136,7 +136,8 @@ def _blocks(x: Tensor) -> Iterator[slice]:
     """Positions of a sequence (B, L, C), some at a time."""
     batch, length, channels = x.shape
     if x.device.type != 'cpu' or deterministic_math.without_values(x):
-        # Said without the length: counting up to it ties a graph to one size.
+        # Does not use the length: a loop over it would tie a compiled graph to one
+        # size.
         yield slice(None)
         return
     size = max(64, _BLOCK // (batch * channels))
@@ -145,7 +146,7 @@ def _blocks(x: Tensor) -> Iterator[slice]:
 
 
 def _features(x: Tensor, block: slice, options: _Options) -> tuple[Tensor, Tensor]:
-    """elu + 1 of some positions, and the same turned, split into heads."""
+    """elu + 1 of some positions, and the same rotated, split into heads."""
     features = deterministic_math.elu_plus_one(x[:, block].to(options.dtype))
     turned = features
     if options.cos is not None and options.sin is not None:
@@ -154,12 +155,12 @@ def _features(x: Tensor, block: slice, options: _Options) -> tuple[Tensor, Tenso
 
 
 def _slope(features: Tensor) -> Tensor:
-    """Derivative of the features: 1 above 0, below it the features themselves."""
+    """Derivative of the features: 1 above 0; below 0 the features themselves."""
     return features.clamp(max=1)
 
 
 def _turn_back(x: Tensor, block: slice, options: _Options) -> Tensor:
-    """Gradient of turned features -> gradient of the features, in heads."""
+    """Gradient of rotated features -> gradient of the features, split into heads."""
     if options.cos is None or options.sin is None:
         return x
     x = rotate(x.transpose(1, 2).flatten(2), options.cos[block], -options.sin[block])

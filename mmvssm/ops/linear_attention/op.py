@@ -49,27 +49,27 @@ def linear_attention(
                    {\langle \phi(q_i), \frac{1}{L} \sum_j \phi(k_j) \rangle
                     + \epsilon}.
 
-    The normaliser has no rotation: with one it could come to zero. Sums over
-    j that do not depend on i are taken once, so neither time nor memory grows
-    faster than L.
+    The normaliser has no rotation, because with a rotation it could become zero. Sums
+    over j that do not depend on i are computed once. So time and memory grow no faster
+    than L.
 
     Args:
         q: Queries before :math:`\phi` (B, L, C), any strides, float32,
             bfloat16, float16 or float64.
         k: Keys before :math:`\phi`, of q's shape.
-        v: Values (B, L, C'); neither C' nor the dtype need be those of q.
-        heads: Number of heads, which have C / heads and C' / heads
-            neighbouring channels each.
-        rotary: Cosine and sine (L, C / 2) of the angles by which pairs of
-            neighbouring channels turn; see
-            :func:`mmvssm.layers.rotary_tables`. They get no gradient.
+        v: Values (B, L, C'). C' and the dtype may differ from those of q.
+        heads: Number of heads. Each has C / heads and C' / heads neighbouring
+            channels.
+        rotary: Cosine and sine (L, C / 2) of the angles by which pairs of neighbouring
+            channels are rotated; see :func:`mmvssm.layers.rotary_tables`. They get no
+            gradient.
         normalise: Divide by the normaliser. Without it y is the numerator,
             still a mean over j.
         eps: :math:`\epsilon`.
-        backend: ``'reference'``, the definition by the L x L matrix of
-            weights; ``'cuda'``, own kernels for heads of up to 64 channels; or
-            any other of :func:`mmvssm.ops.list_backends`: all of them take the
-            same tensor code. See :func:`mmvssm.ops.selective_scan`.
+        backend: ``'reference'``: the definition with the L x L matrix of weights.
+            ``'cuda'``: our kernels, for heads of up to 64 channels. Any other of
+            :func:`mmvssm.ops.list_backends`: the same tensor code for all of them. See
+            :func:`mmvssm.ops.selective_scan`.
 
     Returns:
         (B, L, C') in v's dtype, under autocast in float32. Everything is

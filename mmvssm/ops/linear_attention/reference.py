@@ -1,4 +1,4 @@
-"""Linear attention as it is defined, with a weight for every two positions."""
+"""The definition of linear attention, with a weight for every pair of positions."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,9 +1,9 @@
 """The scan orders that come with the package, one small function each.
 
-Each takes the height and width of a map and gives its rows of places, as
-:func:`mmvssm.ops.register_scan_order` wants them. Where a source gives no
-sequence for them, the rows are two walks and then their reverses. Which article
-says what is in ``docs/scan_orders.md``.
+Each function takes the height and width of a map and returns rows of places, as
+:func:`mmvssm.ops.register_scan_order` needs them. If the source does not say in which
+order the rows come, two scans come first and then the same two from the end. The
+sources are in ``docs/scan_orders.md``.
 """
 
 from collections.abc import Iterator
@@ -26,27 +26,27 @@ def _with_reverses(first: Tensor, second: Tensor) -> Tensor:
 
 @register_scan_order('cross')
 def _cross(height: int, width: int) -> Tensor:
-    """Rows, columns, and the two from the end: VMamba (arXiv 2401.10166)."""
+    """By rows, by columns, and both from the end: VMamba (arXiv 2401.10166)."""
     places = _places(height, width)
     return _with_reverses(places.flatten(), places.T.flatten())
 
 
 @register_scan_order('unidi')
 def _unidi(height: int, width: int) -> Tensor:
-    """Four times the rows: Unidi-Scan of VMamba's ablations."""
+    """Four times by rows: Unidi-Scan of VMamba's ablations."""
     return _places(height, width).flatten().expand(4, -1)
 
 
 @register_scan_order('bidi')
 def _bidi(height: int, width: int) -> Tensor:
-    """Twice the rows, twice their reverse: Bidi-Scan of VMamba's ablations."""
+    """Twice by rows, twice the same from the end: Bidi-Scan of VMamba's ablations."""
     rows = _places(height, width).flatten()
     return torch.stack((rows, rows, rows.flip(0), rows.flip(0)))
 
 
 @register_scan_order('corners')
 def _corners(height: int, width: int) -> Tensor:
-    """From each corner along the rows."""
+    """By rows, from each of the four corners."""
     places = _places(height, width)
     rows, mirrored = places.flatten(), places.flip(1).flatten()
     return torch.stack((rows, rows.flip(0), mirrored, mirrored.flip(0)))
@@ -80,9 +80,9 @@ def _windows7(height: int, width: int) -> Tensor:
 
 
 def _windows(height: int, width: int, size: int) -> Tensor:
-    """Window by window, both by rows, and both by columns.
+    """One window after the other: all by rows, and all by columns.
 
-    The map is padded on the right and below to whole windows.
+    The map is padded on the right and at the bottom to whole windows.
     """
     padding = (0, -width % size, 0, -height % size)
     padded = F.pad(_places(height, width), padding, value=-1)

@@ -1,8 +1,9 @@
-"""Reading maps along a scan order, and putting sequences back, in tensor code.
+"""Read maps along a scan order, and put sequences back onto maps, in tensor code.
 
-For backends that scan sequences. The adjoint of reading by a table is reading by
-its inverse, so that gradients are gathered, too: nothing is added up by atomics
-or in pieces of threads, and the bits are the same at any number of them.
+This is for backends that scan sequences. The adjoint of reading by a table is reading
+by the inverse table. So gradients are read, too, and never added up by atomic additions
+or
+by several threads: the bits are the same at any number of threads.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def read_orders(maps: Sequence[Tensor], orders: Orders) -> Tensor:
 def merge_orders(ys: Tensor, orders: Orders, size: tuple[int, int]) -> Tensor:
     """Put the sequences of a scan order back onto the map and add them up.
 
-    The adjoint of :func:`read_orders`; what is at padded places is dropped.
+    The adjoint of :func:`read_orders`. Values at padded places are dropped.
 
     Args:
         ys: Sequences (B, K, C, L).
@@ -55,7 +56,7 @@ def merge_orders(ys: Tensor, orders: Orders, size: tuple[int, int]) -> Tensor:
     for y, *tables in zip(ys.unbind(1), back, there, strict=True):
         part = _take(y.mT, *tables)
         merged = part if merged is None else merged + part
-    assert merged is not None, 'a scan order has a row at least'
+    assert merged is not None, 'a scan order has at least one row'
     return merged.mT
 
 
@@ -75,7 +76,7 @@ def _take(x: Tensor, taken: Tensor, inverse: Tensor) -> Tensor:
 
 def _gather(x: Tensor, taken: Tensor) -> Tensor:
     if len(taken) > x.shape[1]:
-        # The index of a padded place is one behind the last: a row of zeros.
+        # The index of a padded place is one after the last: there is a row of zeros.
         x = F.pad(x, (0, 0, 0, 1))
     return x.index_select(1, taken)
 
@@ -83,7 +84,7 @@ def _gather(x: Tensor, taken: Tensor) -> Tensor:
 class _Take(torch.autograd.Function):
     """Positions of x (B, positions, C) in another order.
 
-    Every position is taken once, and ``inverse`` says where it went.
+    The order has every position once; ``inverse`` is the inverse permutation.
     """
 
     @staticmethod

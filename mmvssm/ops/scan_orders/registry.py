@@ -1,8 +1,8 @@
-"""Scan orders by name, and the tables that they are.
+"""Scan orders by name, and their tables.
 
-A scan order says in which order a scan visits the places of a map. It is data:
-a table of K rows, one for each scan over the map, of L numbers of places (row by
-row from 0 on), where -1 stands for a padded place.
+A scan order says in which order a scan visits the places of a map. It is data: a table
+with K rows, one for each scan over the map. Each row has L numbers of places, which are
+counted from 0, row by row of the map; -1 is a padded place.
 """
 
 import contextlib
@@ -19,28 +19,28 @@ from mmvssm.ops.typed import assume_constant_result
 
 OrderFunction: TypeAlias = Callable[[int, int], Tensor | Sequence[Sequence[int]]]
 Orders: TypeAlias = str | OrderFunction | Sequence[str | OrderFunction]
-# Orders as one value that can be looked up.
+# Orders as one hashable value.
 Key: TypeAlias = str | OrderFunction | tuple[Any, ...]
 
 DEFAULT = 'cross'
-# Rows of these four are walked by arithmetic, without a table: VMamba's routes.
+# VMamba's routes. Kernels compute their positions and need no table.
 NUM_ROUTES = 4
-# Of a row that is none of them.
+# For a row that is none of them.
 NO_ROUTE = -1
 _functions: dict[str, OrderFunction] = {}
 
 
 def register_scan_order(name: str) -> Callable[[OrderFunction], OrderFunction]:
-    """Give a scan order a name, which ``orders=`` then takes everywhere.
+    """Register a scan order under a name, for ``orders=`` of all ops and models.
 
-    Decorates a function of the height and width of a map. It returns K rows of
-    L >= height * width numbers, as an integer tensor (K, L) or nested lists. Each
-    row has every place of the map, 0 to height * width - 1, exactly once, and -1
-    everywhere else: a padded place, see ``docs/scan_orders.md``. What it returns
-    is checked at its first use on a map of that size, and kept.
+    Use it as a decorator of a function of the height and width of a map. The function
+    returns K rows of L >= height * width numbers, as an integer tensor (K, L) or nested
+    lists. Each row has every place of the map, 0 to height * width - 1, exactly once,
+    and -1 everywhere else (a padded place, see ``docs/scan_orders.md``). The rows are
+    checked when a map of that size first needs them, and kept.
 
     Args:
-        name: Not in :func:`list_scan_orders` yet.
+        name: A name that :func:`list_scan_orders` does not have yet.
 
     Raises:
         ValueError: The name is taken.
@@ -67,18 +67,18 @@ def scan_order(orders: Orders, height: int, width: int) -> Tensor:
 
     Args:
         orders: A name of :func:`list_scan_orders`, a function as
-            :func:`register_scan_order` takes it, or several of these in a list:
-            the rows of one after those of the other, the shorter ones filled up
-            with -1 at their ends.
-        height, width: Of the map, at least 1.
+            :func:`register_scan_order` takes it, or a list of these. The table of a
+            list has the rows of all its orders, one order after the other; shorter
+            rows are padded with -1 at the end.
+        height, width: Size of the map, at least 1.
 
     Returns:
-        int64 (K, L), on the CPU: numbers of places, row by row of the map from
-        0 on, -1 for a padded place.
+        int64 (K, L), on the CPU: numbers of places, counted from 0 row by row of the
+        map; -1 for a padded place.
 
     Raises:
-        ValueError: There is no scan order of that name, or a function does not
-            give rows with every place once.
+        ValueError: There is no scan order of that name, or a function returns rows
+            that do not have every place once.
         TypeError: ``orders`` is none of these.
     """
     return table_of(key_of(orders), int(height), int(width)).clone()
@@ -88,20 +88,20 @@ def count_orders(orders: Orders, height: int, width: int) -> int:
     """K, the number of scans."""
     if is_cross(orders):
         return NUM_ROUTES
-    # index() makes numbers of the symbols that torch.compile has for sizes.
+    # torch.compile has symbols for sizes; index() makes numbers of them.
     return len(routes_of(key_of(orders), index(height), index(width)))
 
 
 def is_cross(orders: Orders) -> bool:
-    """Whether these are the published four."""
+    """Whether these are the four published scan orders."""
     return isinstance(orders, str) and orders == DEFAULT
 
 
 def key_of(orders: Orders) -> Key:
-    """The orders as one value that can be looked up."""
+    """The orders as one hashable value."""
     if isinstance(orders, (list, tuple)):
         return tuple(key_of(order) for order in orders)
-    # What else it may be is refused where it is looked up.
+    # A value of another type is refused later, when its table is made.
     return cast(Key, orders)
 
 
@@ -123,19 +123,19 @@ def _function(order: str | OrderFunction) -> tuple[str, OrderFunction]:
 
 @contextlib.contextmanager
 def real_tensors() -> Iterator[None]:
-    """Tensors made here are kept: they must be neither fake nor for inference only."""
+    """For tensors that are kept: they must be neither fake nor inference tensors."""
     with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
         yield
 
 
 @lru_cache(maxsize=256)
 def table_of(key: Key, height: int, width: int) -> Tensor:
-    """As :func:`scan_order`, the same tensor each time."""
+    """Like :func:`scan_order`, but returns the same tensor each time."""
     if height < 1 or width < 1:
         raise ValueError(f'a map of {height} x {width} has no places to scan')
     orders = key if isinstance(key, tuple) else (key,)
     if not orders:
-        raise ValueError('a scan order of no rows: the list of orders is empty')
+        raise ValueError('the list of scan orders is empty; give at least one')
     with real_tensors(), torch.device('cpu'):
         tables = [
             _checked(name, function(height, width), height, width)
@@ -152,10 +152,10 @@ def table_of(key: Key, height: int, width: int) -> Tensor:
 def _checked(
     name: str, rows: Tensor | Sequence[Sequence[int]], height: int, width: int
 ) -> Tensor:
-    """What a function returned, as an int64 tensor.
+    """Check the rows that a function returned, and make an int64 tensor of them.
 
     Raises:
-        ValueError: It is no table of a scan order.
+        ValueError: They are not a table of a scan order.
     """
     places = height * width
     where = f"scan order '{name}' on a map of {height} x {width}"
@@ -197,10 +197,10 @@ def _first(numbers: list[int]) -> str:
     return ', '.join(map(str, numbers[:5])) + (' ...' if len(numbers) > 5 else '')
 
 
-# torch.compile asks once for each size and does not trace what this does.
+# torch.compile calls this once for each size and does not trace it.
 @assume_constant_result
 def routes_of(key: Key, height: int, width: int) -> tuple[int, ...]:
-    """Of each row which of VMamba's four routes it is, ``NO_ROUTE`` if it is none."""
+    """For each row the number of the route that it is, or ``NO_ROUTE``."""
     return _kept_routes(key, height, width)
 
 
@@ -209,7 +209,7 @@ def _kept_routes(key: Key, height: int, width: int) -> tuple[int, ...]:
     places = height * width
     with real_tensors(), torch.device('cpu'):
         routes = table_of(DEFAULT, height, width)
-        # If it starts with all places, what follows is padding, without effect.
+        # If all places come first, the rest is padding, which has no effect.
         starts = table_of(key, height, width)[:, :places]
         same = (starts[:, None] == routes).all(2).tolist()
     return tuple(row.index(True) if any(row) else NO_ROUTE for row in same)

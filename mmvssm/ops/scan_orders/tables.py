@@ -21,11 +21,11 @@ from mmvssm.ops.typed import assume_constant_result
 
 
 class KernelOrders(NamedTuple):
-    """A scan order as the kernels take it.
+    """A scan order in the form that kernels need.
 
     Attributes:
-        routes: Of each row the number of the route of VMamba that it is, whose
-            places kernels find by arithmetic; ``NO_ROUTE`` if it is none.
+        routes: For each row the number of the route of VMamba that it is, or
+            ``NO_ROUTE``. Kernels compute the places of a route.
         table: int32 (K, L) as in :func:`scan_order`, on the device of the map;
             None if every row is a route.
     """
@@ -34,11 +34,11 @@ class KernelOrders(NamedTuple):
     table: Tensor | None
 
     def positions(self, places: int) -> int:
-        """Positions of the longest row on a map of so many places."""
+        """Positions of the longest row, on a map with that many places."""
         return places if self.table is None else self.table.shape[1]
 
     def route(self, k: int) -> int:
-        """The route that row k is, 0 if it is none."""
+        """The route of row k; 0 if it is none."""
         return max(self.routes[k], 0)
 
     def row(self, k: int) -> Tensor | None:
@@ -56,9 +56,9 @@ def kernel_orders(
 ) -> KernelOrders:
     """The scan order for the kernels of a device."""
     if is_cross(orders):
-        # Known without a table: sizes may be symbols of torch.compile.
+        # Needs no table: sizes may be symbols of torch.compile.
         return _CROSS
-    # index() makes numbers of such symbols.
+    # index() makes numbers of these symbols.
     size = index(height), index(width)
     routes = routes_of(key_of(orders), *size)
     table = None
@@ -73,20 +73,20 @@ def device_table(
     """A table of a scan order, made once for each size and device.
 
     Args:
-        kind: ``'kernels'``: as :func:`mmvssm.ops.scan_order`, in int32.
-            ``'places'``: the same with the number of places in the place of -1.
-            ``'positions'``: where each row has each place, (K, height * width).
+        kind: ``'kernels'``: like :func:`mmvssm.ops.scan_order`, in int32.
+            ``'places'``: the same, with height * width instead of -1. ``'positions'``:
+            the position of each place in each row, (K, height * width).
         orders: See :func:`mmvssm.ops.scan_order`.
         height, width: Of the map.
-        device: Of the table.
+        device: Device of the table.
     """
     key = key_of(orders)
     if torch.compiler.is_dynamo_compiling():
-        # As a constant, tables of two sizes would be taken for one of any size.
+        # As a constant, torch would use the table of one size for other sizes, too.
         made: Tensor = _table_op(order_word(key), kind, height, width, device)
         return made
     table = _kept_table(kind, key, height, width, device)
-    # Modes that watch torch's dispatcher want to hear of tensors they do not know.
+    # Modes that watch torch's dispatcher must know every tensor that they meet.
     watched = torch._C._len_torch_dispatch_stack()
     found: Tensor = torch.ops.aten.lift_fresh(table) if watched else table
     return found
@@ -104,18 +104,18 @@ def _kept_table(
         else:
             table = table.where(table >= 0, places)
         if kind == 'positions':
-            # Sorted by place, the padded ones come last.
+            # Sorted by place, padded places come last.
             table = table.argsort(dim=1, stable=True)[:, :places].contiguous()
         return table.to(device)
 
 
-# Tables within torch.compile: operators take words, and orders may be functions.
+# For tables inside torch.compile. Operators take strings, but orders may be functions.
 _keys: dict[str, Key] = {}
 
 
 @assume_constant_result
 def order_word(orders: Orders) -> str:
-    """A word that :func:`orders_of` takes for these orders."""
+    """A word (a string) for these orders, which :func:`orders_of` understands."""
     key = key_of(orders)
     if isinstance(key, str):
         return key
@@ -125,7 +125,7 @@ def order_word(orders: Orders) -> str:
 
 
 def name_orders(word: str, orders: Orders) -> None:
-    """Let :func:`orders_of` take a word for these orders, if it does not yet."""
+    """Register the word for these orders, if it is not registered yet."""
     _keys.setdefault(word, key_of(orders))
 
 
@@ -133,7 +133,7 @@ def name_orders(word: str, orders: Orders) -> None:
 def _table_op(
     token: str, kind: str, height: int, width: int, device: torch.device
 ) -> Tensor:
-    # A copy: what torch.compile gets of an operator it may write to.
+    # A copy, because torch.compile may write to the result of an operator.
     return _kept_table(kind, orders_of(token), height, width, device).clone()
 
 
@@ -144,5 +144,5 @@ def _(token: str, kind: str, height: int, width: int, device: torch.device) -> T
 
 
 def orders_of(token: str) -> Key:
-    """What the word stands for; in another process names stand for themselves."""
+    """The orders of a word. In another process a name means the order of that name."""
     return _keys.get(token, token)

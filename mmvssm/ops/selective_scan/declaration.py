@@ -1,4 +1,4 @@
-"""The selective scan as an op: what goes in, what comes out."""
+"""Declaration of the selective scan."""
 
 from typing import NamedTuple
 
@@ -36,8 +36,8 @@ class ScanOptions(NamedTuple):
     """Options of a selective scan.
 
     Attributes:
-        delta_softplus: Whether step sizes go through softplus.
-        out_dtype: Of the output.
+        delta_softplus: Whether softplus is applied to the step sizes.
+        out_dtype: Dtype of the output.
         return_last_state: Whether the caller wants the last state, too.
     """
 
@@ -59,7 +59,7 @@ def scan_flops(
 
 
 def outputs_like(inputs: ScanInputs, options: ScanOptions) -> tuple[Tensor, Tensor]:
-    """Memory for the output, of u's strides, and the last state (B, D, N)."""
+    """Memory for the output, with u's strides, and the last state (B, D, N)."""
     u = inputs.u
     batch, channels, _ = u.shape
     dtype = torch.promote_types(u.dtype, torch.float32)

@@ -1,10 +1,10 @@
 """The selective scan by the CUDA kernels of the package mamba_ssm.
 
-They take 16-bit tensors and return such; here inputs are cast beforehand
-where the output is to be float32. Their weight gradients are made by atomic
-additions, whose order differs from run to run, so this is the one backend that
-does not promise the same bits; torch's deterministic mode rules it out. They know
-no gradient of the last state.
+For 16-bit inputs these kernels return 16-bit outputs. So inputs are converted first if
+the output must be float32. The kernels compute gradients of weights by atomic
+additions, whose order differs from run to run. So this is the only backend that does
+not promise the same bits, and it is not used in torch's deterministic mode. The kernels
+have no gradient of the last state.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ class MambaSsmScan(KernelBackend):
 
     supplier = backends.MAMBA_SSM
 
-    # What is a constant of its base is asked for at each call here.
+    # A constant in the base class, but computed at each call here.
     @property
     def differentiable(self) -> bool:  # type: ignore[override]
-        """By its own autograd function, which keeps what its backward pass needs.
+        """Use the package's own autograd function, which saves what it needs.
 
-        torch.compile and the like cannot see into that.
+        torch.compile and similar tools cannot look into that function.
         """
         return bypass.unobserved()
 
@@ -45,7 +45,7 @@ class MambaSsmScan(KernelBackend):
                 out = torch.empty_like(inputs.u, dtype=out.dtype).copy_(out)
             last_state = apply(_LastState, last_state)
         if keep:
-            # An op of torch.library may return no view of something else.
+            # An op of torch.library must not return a view of another tensor.
             last_state = last_state.clone(memory_format=torch.contiguous_format)
         return Result((out, last_state))
 
@@ -57,17 +57,17 @@ class MambaSsmScan(KernelBackend):
         grads: tuple[Tensor | None, ...],
         wanted: ScanInputs,
     ) -> ScanInputs:
-        """All gradients, by another forward pass; under torch.compile and the like.
+        """All gradients, by a second forward pass; for torch.compile and similar tools.
 
         Raises:
-            RuntimeError: There is a gradient of the last state.
+            RuntimeError: The last state has a gradient.
         """
         grad_out, grad_last_state = grads
         if grad_last_state is not None:
             raise RuntimeError(_NO_GRADIENT)
-        assert grad_out is not None, 'of two gradients one is there'
-        # Inside an op of torch.library torch records nothing; what mamba_ssm's own
-        # autograd function takes and returns must therefore be left as it is.
+        assert grad_out is not None, 'one of the two gradients exists'
+        # Inside an op of torch.library torch records no graph. So what mamba_ssm's own
+        # autograd function takes and returns must not be changed.
         leaves = [
             None if x is None else x.detach().requires_grad_()
             for x in _as_kernels_read(inputs, options)
@@ -80,7 +80,7 @@ class MambaSsmScan(KernelBackend):
 
 
 def _as_kernels_read(inputs: ScanInputs, options: ScanOptions) -> ScanInputs:
-    """All activations in one dtype, the widest of theirs; the weights in float32."""
+    """Convert activations to the widest of their dtypes, and weights to float32."""
     u, delta, A, B, C, D, z, delta_bias = inputs
     dtype = options.out_dtype
     for x in (u, delta, B, C, z):
@@ -102,13 +102,13 @@ def _call(inputs: ScanInputs, options: ScanOptions) -> tuple[Tensor, Tensor]:
 
 
 _NO_GRADIENT = (
-    "the scan backend 'mamba_ssm' knows no gradient of the last state; take another "
+    "the scan backend 'mamba_ssm' has no gradient of the last state; use another "
     "one (backend='torch'), or keep the last state out of the loss (detach it)"
 )
 
 
 class _LastState(torch.autograd.Function):
-    """Passes the last state on, and refuses the gradient its kernel would drop."""
+    """Passes the last state on, and refuses a gradient that the kernel would drop."""
 
     @staticmethod
     def forward(ctx: Any, last_state: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class _LastState(torch.autograd.Function):
 
 
 def _warn_if_deterministic() -> None:
-    """Where torch only warns of what is not reproducible, warn as well."""
+    """Warn if torch is set to warn about results that are not reproducible."""
     if torch.is_deterministic_algorithms_warn_only_enabled():
         warnings.warn(
             "the scan backend 'mamba_ssm' gives gradients whose bits differ from run "

@@ -57,10 +57,10 @@ def selective_scan(
         h_t = \exp(\Delta_t A) h_{t-1} + \Delta_t B_t u_t, \quad
         y_t = (C_t \cdot h_t + D u_t) \, \mathrm{SiLU}(z_t)
 
-    where h is a vector of N states that starts at zero. State and accumulation
-    are float32 (float64 for float64 inputs) whatever the inputs are. Memory
-    strides are free; the output has those of ``u``. Channels-last tensors,
-    (B, L, D) in memory, are the fast ones on the CPU.
+    where h is a vector of N states that starts at zero. State and accumulation are
+    float32 (float64 for float64 inputs). Tensors may have any strides, and the output
+    has those of ``u``. Channels-last tensors, (B, L, D) in memory, are the fastest on
+    the CPU.
 
     Args:
         u: Input (B, D, L), float32, bfloat16, float16 or float64.
@@ -74,20 +74,20 @@ def selective_scan(
         delta_bias: Bias of the step sizes (D,).
         delta_softplus: Apply softplus to the step sizes.
         return_last_state: Also return the state after the last position.
-        backend: One of :func:`mmvssm.ops.list_backends`; by default the choice
-            follows the device and dtype of ``u``.
+        backend: One of :func:`mmvssm.ops.list_backends`. By default the device and
+            dtype of ``u`` decide.
 
     Returns:
         The output (B, D, L) in u's dtype, under autocast in float32. With
         ``return_last_state`` a pair with the last state (B, D, N), float32.
 
     Raises:
-        TypeError: Something is not a tensor of a supported dtype.
+        TypeError: An argument is not a tensor of a supported dtype.
         ValueError: Shapes or devices do not fit, a dimension is empty, the
             backend is unknown, or (on the CPU) an input has NaN.
-        BackendUnavailableError: The backend asked for cannot run.
-        RuntimeError: (``mamba_ssm``, at the backward pass) The loss depends on
-            the last state.
+        BackendUnavailableError: The named backend cannot run.
+        RuntimeError: (``mamba_ssm``, in the backward pass) The loss depends on the last
+            state.
 
     .. _arXiv 2312.00752: https://arxiv.org/abs/2312.00752
     """

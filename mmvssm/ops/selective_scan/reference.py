@@ -1,4 +1,4 @@
-"""The selective scan as it is defined: one position after the other."""
+"""The definition of the selective scan: one position after the other."""
 
 import torch
 

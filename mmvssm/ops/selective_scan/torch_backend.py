@@ -5,20 +5,20 @@ chunk the recurrence
 
     h_t = a_t h_{t-1} + b_t,   a_t = exp(Δ_t A),   b_t = Δ_t B_t u_t
 
-is solved for many short pieces at once: first every piece from a zero state, which
-gives its end state and total decay, then the pieces' start states, which is the same
-recurrence over fewer positions, then every piece again from its true start. Nothing
-is ever divided by a decay, so no A and no Δ can overflow it (the form with ``cumsum``
-and ``exp(-cumsum)`` does). Only the states at the chunks' starts are kept for the
-backward pass, which recomputes the rest.
+is solved for many short pieces at the same time, in three steps. First every piece is
+solved from a zero state, which gives its end state and its total decay. Then the start
+states of the pieces follow by the same recurrence over fewer positions. Then every
+piece is solved again from its true start state. Nothing is divided by a decay, so no A
+and no Δ can cause an overflow (in the form with ``cumsum`` and ``exp(-cumsum)`` they
+can). Only the states at the starts of the chunks are kept for the backward pass, which
+computes the others again.
 
-How long a chunk is depends on the type of the device: on a CPU its work arrays stay
-in the cache, elsewhere there are few of them, since every call is a kernel launch
-(``benchmarks/launches.py`` counts them).
+The length of a chunk depends on the type of device. On a CPU the work arrays of a chunk
+stay in the cache. On other devices there are few chunks, because every call is a kernel
+launch (``benchmarks/launches.py`` counts them).
 
-Everything inside is channels-last, (batch, position, state, channel), and
-every reduction runs over axes whose order does not depend on the number of
-threads.
+All arrays are channels-last, (batch, position, state, channel). No reduction runs over
+an axis whose order depends on the number of threads.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ from mmvssm.ops import backends, deterministic_math
 from mmvssm.ops.contract import KernelBackend, Result
 from mmvssm.ops.selective_scan.declaration import ScanInputs, ScanOptions, outputs_like
 
-# Positions of a piece. Two or three would cost the fewest calls, but the arrays of end
-# states and decays would be as large as those of the chunk.
+# Positions of a piece. Two or three would need the fewest calls, but then the arrays of
+# end states and decays would be as large as those of the chunk.
 _PIECE = 8
 
 
@@ -40,12 +40,12 @@ class Sizes:
     """How the work is divided on a type of device.
 
     Attributes:
-        work: Elements that one work array of a chunk may have.
-        quarters: Of u's elements; so many it may have in any case.
-        beside: Work arrays without states count as so many states.
-        positions: Fewest of a chunk.
+        work: The most elements of one work array of a chunk.
+        quarters: A work array may always have this many quarters of u's elements.
+        beside: The work arrays without states count as this many states.
+        positions: The fewest positions of a chunk.
         step: Elements that one step of the recurrence should have to be worth its
-            call. Where two positions have more, there are no pieces.
+            call. If two positions have more, the chunk is not divided into pieces.
     """
 
     work: int
@@ -61,7 +61,7 @@ class Sizes:
         return min(length, max(self.positions, work // position))
 
 
-# A chunk's few arrays stay in the cache.
+# The few arrays of a chunk stay in the cache.
 _CPU = Sizes(work=2**18, quarters=0, beside=0, positions=16, step=2**15)
 # About four work arrays with states and eight without are alive at once, 0.4 GB in
 # float32; with one state at most a quarter of the sequence is a chunk. From a step of
@@ -88,18 +88,18 @@ def _linear_scan_(
     """
     length = b.shape[1]
     pieces, rest = divmod(length, _PIECE)
-    # Every piece is run through twice, so a few of them save no call.
+    # Every piece is solved twice, so a few pieces save no calls.
     if pieces < 4 or 2 * h.numel() > step:
         _run_steps(_steps(a, reverse), _steps(b, reverse), h)
         return
-    # The positions that fill no piece come last in the direction of the scan.
+    # Positions that do not fill a piece come last in the direction of the scan.
     main = slice(rest, None) if reverse else slice(0, length - rest)
     a_steps, b_steps = (
         _steps(x[:, main].unflatten(1, (pieces, _PIECE)), reverse, dim=2)
         for x in (a, b)
     )
 
-    # States at the pieces' starts, and behind the last one.
+    # States at the starts of the pieces, and after the last one.
     states = b.new_empty(b.shape[0], pieces + 1, b.shape[2])
     ends, starts = states[:, 1:], states[:, :-1]
     if reverse:
@@ -111,7 +111,7 @@ def _linear_scan_(
     for a_t, b_t in zip(a_steps[2:], b_steps[2:]):
         torch.addcmul(b_t, a_t, ends, out=ends)
         decays.mul_(a_t)
-    # An overflowing product of growths must not turn a zero state into NaN.
+    # If growth factors overflow, a zero state must not become NaN.
     decays.clamp_(max=torch.finfo(decays.dtype).max)
     _linear_scan_(decays, ends, first, step, reverse)
     _run_steps(a_steps, b_steps, starts)
@@ -132,13 +132,13 @@ def _run_steps(a_steps: list[Tensor], b_steps: list[Tensor], h: Tensor) -> None:
 
 
 def _sum_states(x: Tensor) -> Tensor:
-    """(B, S, N, D) summed over N. ``x`` may be taken for the result."""
+    """(B, S, N, D) summed over N. ``x`` may be overwritten."""
     return x.squeeze(2) if x.shape[2] == 1 else x.sum(2)
 
 
 @dataclass
 class _Chunk:
-    """Channels-last parts of the inputs, S positions in the working dtype."""
+    """Parts of the inputs, channels-last: S positions, in the working dtype."""
 
     u: Tensor  # (B, S, D)
     dt: Tensor  # (B, S, D)
@@ -154,7 +154,7 @@ class _Chunk:
         return found
 
     def states(self, h: Tensor) -> Tensor:
-        """States (B, S + 1, N, D), the first one being ``h`` (B, N, D)."""
+        """States (B, S + 1, N, D); the first one is ``h`` (B, N, D)."""
         batch, length, channels = self.u.shape
         states = self.u.new_empty(batch, length + 1, self.B.shape[2], channels)
         states[:, 0] = h
@@ -168,14 +168,14 @@ class _Chunk:
         return states
 
     def scan_back_(self, grad_h: Tensor, carry: Tensor) -> Tensor:
-        """Gradients of the states, in place of those by the outputs alone.
+        """Complete the gradients of the states in place.
 
         Args:
-            grad_h: (B, S, N, D).
-            carry: Gradient of the last state by all that follows, (B, N, D).
+            grad_h: (B, S, N, D), at first the gradients by the outputs only.
+            carry: Gradient of the last state from all later positions, (B, N, D).
 
         Returns:
-            The carry of the chunk before.
+            The carry for the chunk before.
         """
         grad_h[:, -1] += carry
         flat = grad_h.flatten(2)
@@ -208,7 +208,7 @@ class _Sequence:
         self.sizes = sizes(u.device.type)
 
     def bounds(self) -> list[tuple[int, int]]:
-        """First and one-past-last position of each chunk."""
+        """First position of each chunk, and the one after its last."""
         size = self.sizes.chunk_length(
             self.batch, self.length, self.states, self.channels
         )
@@ -241,7 +241,7 @@ class _Sequence:
 
 
 class TorchScan(KernelBackend):
-    """A few long chunks, or many that fit a cache, in each many pieces at once."""
+    """A few long chunks, or many that fit a cache; each has many pieces."""
 
     def __init__(self, supplier: backends.Supplier):
         self.supplier = supplier
@@ -263,7 +263,7 @@ class TorchScan(KernelBackend):
     def saved_like(
         self, inputs: ScanInputs, options: ScanOptions
     ) -> tuple[Tensor, ...]:
-        """The state at each chunk's start but the first, (chunks - 1, B, N, D)."""
+        """The start state of each chunk but the first, (chunks - 1, B, N, D)."""
         batch, channels, length = inputs.u.shape
         states = inputs.A.shape[1]
         divided = sizes(inputs.u.device.type)
@@ -299,7 +299,7 @@ class TorchScan(KernelBackend):
 def _chunk_outputs(
     sequence: _Sequence, start: int, stop: int, h: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (B, S, D) of a chunk from the state before it, and its last state."""
+    """Outputs (B, S, D) of a chunk, from the state before it; and its last state."""
     chunk = sequence.chunk(start, stop)
     states = chunk.states(h)
     y = chunk.readout(states, sequence.D)
@@ -309,7 +309,7 @@ def _chunk_outputs(
 
 
 class _Gradients:
-    """Gradients of one call, in the working dtype until :meth:`result`."""
+    """Gradients of one call, kept in the working dtype until :meth:`result`."""
 
     def __init__(self, sequence: _Sequence, inputs: ScanInputs) -> None:
         self.sequence = sequence
@@ -328,8 +328,8 @@ class _Gradients:
         """Backward through one chunk.
 
         Args:
-            h: State before it, (B, N, D).
-            carry: Gradient of its last state by all that follows, (B, N, D).
+            h: State before the chunk, (B, N, D).
+            carry: Gradient of its last state from all later positions, (B, N, D).
             grad_out: Gradient of all outputs (B, L, D).
 
         Returns:
@@ -373,7 +373,7 @@ class _Gradients:
         return carry
 
     def result(self) -> ScanInputs:
-        """In any dtypes and strides."""
+        """The gradients, in any dtypes and strides."""
         return ScanInputs(
             u=self.u,
             delta=self.delta,
@@ -387,7 +387,7 @@ class _Gradients:
 
 
 def _gate_gradients(z: Tensor, y: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of y and z by y SiLU(z)."""
+    """Gradients of y and z of the product y SiLU(z)."""
     gate = deterministic_math.sigmoid(z)
     slope = gate * (1 + z * (1 - gate))
     return grad_out * (z * gate), grad_out * y * slope

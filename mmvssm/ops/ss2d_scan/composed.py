@@ -1,4 +1,4 @@
-"""SS2D's core out of the other ops: the scan orders, a scan, the merge."""
+"""SS2D's core, composed of other ops: the scan orders, a scan, the merge."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from mmvssm.ops.ss2d_scan.declaration import Ss2dInputs, Ss2dOptions
 
 @dataclass(frozen=True)
 class ComposedSs2d(Composed):
-    """Sequences along the scan orders, a selective scan, the merge."""
+    """Reads sequences along the scan orders, scans them, and merges the results."""
 
     supplier: Supplier
 
@@ -33,7 +33,7 @@ class ComposedSs2d(Composed):
         """See :func:`mmvssm.ops.ss2d_scan`."""
         x, count = inputs.x, len(inputs.dt_projs_weight)
         maps, dtype = x.permute(0, 2, 3, 1), options.projected_dtype
-        # The projections are smaller than x: they are what is read along the orders.
+        # The projections are smaller than x, so these are read along the orders.
         weight = inputs.x_proj_weight.flatten(0, 1).to(dtype)
         call = deterministic_call(maps.to(dtype), weight)
         function, arguments = LINEAR.route(call)
@@ -53,7 +53,7 @@ def _scan_call(
     count, _, rank = dt_projs_weight.shape
     states, orders = A.shape[1], orders_of(options.orders)
     maps = x.permute(0, 2, 3, 1)
-    # At padded places projections are zero, as those of a map of zeros are.
+    # At padded places projections are zero, as for a map of zeros.
     projected = projected.unflatten(-1, (count, -1))
     sequences = _read(projected.unbind(3), orders)  # (B, L, K, R + 2N)
     dt, B, C = sequences.split((rank, states, states), dim=-1)
@@ -80,7 +80,7 @@ def _merge(ys: Tensor, options: Ss2dOptions, size: tuple[int, int]) -> Tensor:
 
 
 def _step_sizes(low_rank: Tensor, weight: Tensor) -> Tensor:
-    """Step sizes (B, K, C, L) of a low rank (B, L, K, R), by weights (K, C, R)."""
+    """Step sizes (B, K, C, L), from dt_low_rank (B, L, K, R) and weights (K, C, R)."""
     rows = low_rank.permute(2, 0, 1, 3).flatten(1, 2)
     steps = product(rows, weight.mT)  # (K, B L, C)
     apart: Tensor = steps.unflatten(1, low_rank.shape[:2])
@@ -89,5 +89,5 @@ def _step_sizes(low_rank: Tensor, weight: Tensor) -> Tensor:
 
 def _read(maps: Sequence[Tensor], orders: Orders) -> Tensor:
     """Sequences (B, L, K, C) of K maps (B, H, W, C)."""
-    # Without a table for the published four, whose maps may be of any size.
+    # The published four need no table, so one graph serves maps of any size.
     return take_routes(maps) if is_cross(orders) else read_orders(maps, orders)

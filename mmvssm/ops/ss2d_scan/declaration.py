@@ -1,4 +1,4 @@
-"""SS2D's core as an op: what goes in, what comes out."""
+"""Declaration of SS2D's core."""
 
 from math import prod
 from typing import NamedTuple
@@ -38,9 +38,9 @@ class Ss2dOptions(NamedTuple):
     """Options of SS2D's core.
 
     Attributes:
-        orders: The scan orders, as the word that ``order_word`` has for them.
-        out_dtype: Of the merged map.
-        projected_dtype: In which the map is projected.
+        orders: The scan orders, as a word of ``order_word``.
+        out_dtype: Dtype of the merged map.
+        projected_dtype: Dtype in which the map is projected.
     """
 
     orders: str
@@ -80,16 +80,16 @@ SS2D_SCAN = Op(
 
 
 class KernelInputs(NamedTuple):
-    """The inputs as kernels read them that go along the scan orders themselves.
+    """The inputs for kernels that follow the scan orders themselves.
 
-    A position's projections do not depend on the order that leads to it, so one
-    matrix product in the order of the image makes them all.
+    The projections of a place do not depend on the scan order. So one matrix product
+    over the map makes all of them.
 
     Attributes:
-        x: Map (B, H, W, C), contiguous, of a dtype that they read.
-        projected: (B, H, W, K (R + 2N)), of such a dtype, perhaps a view with some
-            more columns in memory.
-        dt_weight, dt_bias, A, Ds: As the inputs, contiguous float32.
+        x: Map (B, H, W, C), contiguous, of a dtype that the kernels can read.
+        projected: (B, H, W, K (R + 2N)), of such a dtype; perhaps a view of a tensor
+            with more columns.
+        dt_weight, dt_bias, A, Ds: Like the inputs, contiguous float32.
     """
 
     x: Tensor
@@ -107,7 +107,7 @@ class KernelInputs(NamedTuple):
         dtypes: tuple[torch.dtype, ...],
         projected: Tensor | None = None,
     ) -> 'KernelInputs':
-        """For kernels that read these dtypes; ``projected`` if it is there already."""
+        """Make them for kernels with these dtypes; ``projected`` may be given."""
         maps = inputs.x.permute(0, 2, 3, 1)
         if projected is None:
             weight = inputs.x_proj_weight.flatten(0, 1).to(options.projected_dtype)
@@ -119,22 +119,22 @@ class KernelInputs(NamedTuple):
         return cls(x.contiguous(), projected, *weights)
 
     def kept(self, options: Ss2dOptions) -> Tensor:
-        """The projections as they are saved for the backward pass."""
+        """The projections in the form that is saved for the backward pass."""
         return self.projected.to(options.projected_dtype).contiguous()
 
 
 def walked_orders(inputs: Ss2dInputs, options: Ss2dOptions) -> KernelOrders:
-    """The scan orders as kernels take them."""
+    """The scan orders in the form that kernels need."""
     x = inputs.x
     height, width = x.shape[2:]
     return kernel_orders(orders_of(options.orders), height, width, x.device)
 
 
 class FusedSs2d(KernelBackend):
-    """What backends share whose kernels go along the scan orders themselves.
+    """Base of backends whose kernels follow the scan orders themselves.
 
     Attributes:
-        dtypes: Of the map and its projections, those that the kernels read.
+        dtypes: Dtypes of the map and its projections that the kernels can read.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -142,11 +142,11 @@ class FusedSs2d(KernelBackend):
     def states_shape(
         self, batch: int, positions: int, states: int, channels: int
     ) -> tuple[int, ...]:
-        """Shape of the states that are saved of one scan."""
+        """Shape of the states that are saved for one scan."""
         raise NotImplementedError
 
     def states_like(self, inputs: Ss2dInputs, orders: KernelOrders) -> Tensor:
-        """Memory for the states that are saved of all scans."""
+        """Memory for the states that are saved for all scans."""
         batch, channels, height, width = inputs.x.shape
         positions = orders.positions(height * width)
         shape = self.states_shape(batch, positions, inputs.A.shape[1], channels)

@@ -1,4 +1,4 @@
-"""The core of VMamba's SS2D as one op (arXiv 2401.10166, section 4.3)."""
+"""The core of VMamba's SS2D (arXiv 2401.10166, section 4.3)."""
 
 import torch
 from torch import Tensor
@@ -39,26 +39,25 @@ def ss2d_scan(
 ) -> Call:
     """Scan a map along several orders with weights that depend on the input.
 
-    Every one k of K scans projects the map to step sizes and to B and C, runs a
-    selective scan with softplus over its own order of the places, and the K
-    results are added up where they belong:
+    There are K scans. Scan k projects the map to step sizes, B and C, and runs a
+    selective scan with softplus along row k of the scan order. The results are put back
+    to their places and added up:
     Δ = softplus(W_dt,k W_x,k x + bias_k), y = Σ_k order_k⁻¹(scan_k(order_k(x))).
-    The published K = 4 are rows, columns, and these from the end.
+    The published K = 4 scans go by rows, by columns, and by both from the end.
 
-    At a padded place of an order x is zero. Its output is dropped, but the state
-    decays there as it does at any place, with Δ = softplus(bias_k), B = C = 0.
+    At a padded place x is zero. The output is dropped there, but the state decays as at
+    any other place, with Δ = softplus(bias_k), B = C = 0.
 
     Args:
-        x: Map (B, C, H, W), any strides; channels-last is the fast format.
-        x_proj_weight: (K, R + 2N, C): of each scan first the R rows of the
-            step size's low-rank form, then N of B, then N of C.
+        x: Map (B, C, H, W), any strides; channels-last memory is the fastest.
+        x_proj_weight: (K, R + 2N, C): for each scan first the R rows of the low-rank
+            step sizes, then N rows of B, then N rows of C.
         dt_projs_weight: (K, C, R).
         dt_projs_bias: (K, C), added before the softplus.
         A: Decay rates (K * C, N), negative.
         Ds: Skip weights (K * C,).
-        orders: A name of :func:`mmvssm.ops.list_scan_orders`, a function of
-            height and width, or a list of these, see
-            :func:`mmvssm.ops.scan_order`, which gives the K rows.
+        orders: A name of :func:`mmvssm.ops.list_scan_orders`, a function of height and
+            width, or a list of these. :func:`mmvssm.ops.scan_order` gives the K rows.
         backend: See :func:`mmvssm.ops.selective_scan`.
 
     Returns:
@@ -68,7 +67,7 @@ def ss2d_scan(
 
     Raises:
         TypeError: x is not floating-point, or a projection has another dtype
-            than x outside autocast; ``orders`` is of no such type.
+            than x outside autocast; or ``orders`` has a wrong type.
         ValueError: A shape does not fit, or there is no such scan order.
     """
     inputs = Ss2dInputs(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, Ds)

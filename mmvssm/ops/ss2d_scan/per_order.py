@@ -1,7 +1,7 @@
-"""SS2D's inputs by scan, and the gradients of its scans put together.
+"""The inputs of each scan of SS2D, and the gradients of all scans together.
 
-For backends whose kernels do one row of the scan orders after the other, each
-reading the map and its projections where they are.
+For backends whose kernels do one row of the scan order at a time. They read the map and
+its projections in place.
 """
 
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 class OrderInputs(NamedTuple):
-    """What the scan along one row of the orders takes, all in the order of the image.
+    """The inputs of the scan along one row, all in the order of the map.
 
     Attributes:
         u: Map (B, C, L).
-        dt: Low-rank form of the step sizes (B, L, R).
+        dt: Low-rank step sizes (B, L, R).
         B, C: (B, 1, N, L).
-        weight: From the low-rank form to steps (C, R).
+        weight: From the low-rank step sizes to ``delta``, (C, R).
         bias: Added before the softplus (C,).
         A: Decay rates (C, N).
         D: Skip weights (C,).
@@ -35,7 +35,7 @@ class OrderInputs(NamedTuple):
 
 
 class OrderGradients(NamedTuple):
-    """Gradients of what a row of the orders has; those of B and C are (B, L, N)."""
+    """Gradients of the inputs of one row; those of B and C are (B, L, N)."""
 
     dt: Tensor
     B: Tensor
@@ -47,7 +47,7 @@ class OrderGradients(NamedTuple):
 
 
 def sequence(x: Tensor) -> Tensor:
-    """A map (B, H, W, C) as (B, C, H W) in the order of the image."""
+    """A map (B, H, W, C) as (B, C, H W), in the order of the map."""
     return x.flatten(1, 2).mT
 
 
@@ -59,7 +59,7 @@ def split_orders(
     A: Tensor,
     Ds: Tensor,
 ) -> Iterator[OrderInputs]:
-    """The inputs of an SS2D backend for each row of the orders, as views."""
+    """The inputs of an SS2D backend for each row of the scan order, as views."""
     rank, states = dt_weight.shape[2], A.shape[1]
     orders = dt_weight.shape[0]
     A, Ds = A.unflatten(0, (orders, -1)), Ds.unflatten(0, (orders, -1))
@@ -72,11 +72,11 @@ def split_orders(
 
 
 def join_gradients(projected: Tensor, scans: list[OrderGradients]) -> list[Tensor]:
-    """Gradients of all inputs of an SS2D backend but the map.
+    """Gradients of all inputs of an SS2D backend except the map.
 
     Args:
-        projected: That input.
-        scans: Of every row of the orders, in order.
+        projected: The input ``projected``.
+        scans: The gradients of every row of the scan order.
     """
     columns = [
         column.to(projected.dtype)

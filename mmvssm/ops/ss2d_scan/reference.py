@@ -1,4 +1,4 @@
-"""SS2D's core as it is defined: one scan order after the other."""
+"""The definition of SS2D's core: one scan order after the other."""
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class ReferenceSs2d(Composed):
             device_table(kind, orders, height, width, inputs.x.device)
             for kind in ('places', 'positions')
         )
-        # The place of a padded position is one behind the last: it has zeros.
+        # The place of a padded position is one after the last: it has zeros.
         sequence = F.pad(x.flatten(2), (0, 1))
         y = torch.zeros_like(x.flatten(2))
         parameters = (x_proj, dt_projs, bias, A.chunk(count), Ds.chunk(count))

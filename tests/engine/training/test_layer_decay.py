@@ -361,7 +361,7 @@ def test_wrong_options(paramwise, message):
 
 
 def test_other_models():
-    with pytest.raises(CheckpointError, match='the model Linear is of none'):
+    with pytest.raises(CheckpointError, match='the model Linear belongs to none'):
         groups_of(nn.Linear(2, 2))
     with pytest.raises(ValueError, match='needs the lr'):
         build_optim_wrapper(

@@ -70,16 +70,18 @@ def compare(name, way):
             for i in range(1 + rank):
                 x = images(i, 32 + 16 * i)
                 note('validation', net(x), plain(x))
-        for seed in (0, 1):
-            x = images(10 * step + seed, 32)
-            with cast():
-                loss = plain(x) / 2
-            loss.backward()
-            if seed == rank:
+        # The last step is of the gradients of two batches.
+        for batch in range(2 if step == 2 else 1):
+            for seed in (0, 1):
+                x = images(100 * batch + 10 * step + seed, 32)
                 with cast():
-                    mine = net(x)
-                note('loss', mine, 2 * loss)
-        mine.backward()
+                    loss = plain(x) / 2
+                loss.backward()
+                if seed == rank:
+                    with cast():
+                        mine = net(x)
+                    note('loss', mine, 2 * loss)
+            mine.backward()
         for a, b in zip(net.parameters(), plain.parameters()):
             if b.grad is not None:
                 note('gradient', whole(a.grad), b.grad)

@@ -368,6 +368,12 @@ template <typename Value>
 Value* in_global(Value* x) {
   return x;
 }
+template <typename Value>
+Value hidden(Value x) {
+  return x;
+}
+inline char* hidden_shared(char* x) { return x; }
+inline int64_t offset_of(int x, int y, int64_t z) { return int64_t{x} * y + z; }
 inline int fresh_zero() { return 0; }
 template <typename T>
 T* global_pointer(T* x) {
@@ -487,6 +493,10 @@ inline void mma_1688(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
              number(column * 4 + k % 4, 4 + k / 4);
     d[i] = toward_zero(sum);
   }
+}
+
+inline void mma_1684(float (&d)[4], float upper, float lower, float b) {
+  mma_1688(d, {upper, lower, 0.0f, 0.0f}, {b, 0.0f});
 }
 
 }  // namespace mmvssm

@@ -1,4 +1,4 @@
-"""Which backend is taken unasked, by what the check has found."""
+"""Which backend is used by default, by the verdicts of the check."""
 
 import dataclasses
 import threading
@@ -91,14 +91,14 @@ def test_the_next_one_is_taken_in_the_place_of_broken_ones(checks, mamba_ssm):
         'report it with the output of `python -m mmvssm.check_gpu --all --json`',
     ):
         assert text in str(warning.message)
-    assert explained()['cuda'].startswith('not taken: its check failed on this machine')
-    assert explained()['mamba_ssm'] == 'chosen: the first that takes it unasked'
+    assert explained()['cuda'].startswith('not used: its check failed on this machine')
+    assert explained()['mamba_ssm'] == ('chosen: the first usable backend in this list')
     torch.use_deterministic_algorithms(True)
     assert taken() == 'torch'
     torch.use_deterministic_algorithms(False)
     # It knows no gradient of the last state.
     assert taken(last_state=True) == 'torch'
-    assert explained(last_state=True)['mamba_ssm'] == 'only when asked for'
+    assert explained(last_state=True)['mamba_ssm'] == 'used only when named'
 
 
 def test_right_ones_that_are_slower_are_not_taken(checks, mamba_ssm):

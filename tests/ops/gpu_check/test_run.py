@@ -51,7 +51,7 @@ def test_out_of_time():
     """What was done in time counts, what was not may be another time."""
     cases = [*few('selective_scan'), *few('ss2d_scan', number=4)]
     verdicts = check(cases, 'cuda', 'cpu', fault='slow', limits=Limits(total=1.0))
-    assert verdicts['ss2d_scan'].failure == 'not done within 1 s'
+    assert verdicts['ss2d_scan'].failure == 'not finished within 1 s'
     assert not verdicts['ss2d_scan'].certain
 
 
@@ -68,7 +68,7 @@ def test_a_process_that_never_starts(monkeypatch, tmp_path):
     monkeypatch.setattr(run, 'WORKER', 'sleeps')
     limits = Limits(start=1.0)
     (verdict,) = check(few('selective_scan'), 'cuda', 'cpu', limits=limits).values()
-    assert 'did not start: it did not come to an end within 1 s' in verdict.failure
+    assert 'did not start: it did not end within 1 s' in verdict.failure
 
 
 def test_once_for_a_machine(monkeypatch, caplog):
