@@ -17,6 +17,7 @@ from mmvssm.backbones import VSSM
 from mmvssm.checkpoints.read import read_state_dict
 from mmvssm.zoo import find
 from tiny import REPO, write_ade, write_config
+from toy import train_pair
 
 pytest.importorskip('mmseg')
 
@@ -309,6 +310,23 @@ def test_evaluation_of_the_published_segmentor(trained, work, mirror):
     assert re.search(rf'loaded all \d+ tensors .* mmvssm://{SEGMENTOR}', by_name)
 
 
+def test_addresses_of_hugging_face(imagenet, mirror, work):
+    raw = {f'backbone.{key}': value for key, value in imagenet['raw'].items()}
+    source = segmentor().state_dict()
+    torch.save(dict(state_dict=source | raw), work / 'mine.pth')
+    data = (work / 'mine.pth').read_bytes()
+    mirror.files['/me/mine/resolve/main/mine.pth'] = data
+    name = 'hf://me/mine/mine.pth'
+    for way in ('--pretrained', '--cfg-options'):
+        given = name if way == '--pretrained' else f'load_from={name}'
+        output = run('train.py', NAME, way, given, '--work-dir', 'out', cwd=work)
+        assert f'This training starts from {name}' in output
+        assert_backbone(work / 'out/iter_2.pth', imagenet['raw'])
+    run('test.py', NAME, name, cwd=work)
+    run('convert_checkpoint.py', name, 'converted.pth', cwd=work)
+    assert len(mirror.requests) == 1
+
+
 def test_without_published_weights(work):
     write_config(work / 'mine.py', work / 'ade')
     output = run('test.py', 'mine.py', cwd=work, code=2)
@@ -321,3 +339,16 @@ def test_convert_by_name(imagenet, work):
     run('convert_checkpoint.py', *options, cwd=work)
     found = read_state_dict(target)
     assert all(torch.equal(found[k], v) for k, v in imagenet['ema'].items())
+
+
+@pytest.mark.parametrize('strategy', ['', "dict(type='mmvssm.FSDPStrategy')"])
+def test_two_processes_download_once_and_report_once(strategy, imagenet, mirror, work):
+    more = STILL + FROM_ZOO + (f'strategy = {strategy}\n' if strategy else '')
+    write_config(work / NAME, work / 'ade', more)
+    variables = dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    logs = train_pair(work, NAME, '--work-dir', 'out', **variables)
+    assert [code for code, _ in logs] == [0, 0], logs[0][1][-3000:]
+    reports = [re.findall(r'loaded \d+ of \d+ tensors', log) for _, log in logs]
+    assert sorted(map(len, reports)) == [0, 1]
+    assert len(mirror.requests) == 1
+    assert_backbone(work / 'out/iter_2.pth', imagenet['raw'])

@@ -70,52 +70,60 @@ def choose_start(
     model = cfg.model
     if resume not in (None, 'auto') or (resume and _goes_on(cfg)):
         cfg.load_from, pretrained, from_scratch, weights = None, None, True, None
-    if from_scratch and (
-        pretrained or (cfg.get('load_from') and not cfg.get('resume'))
-    ):
-        other = '--pretrained' if pretrained else f'load_from={cfg.load_from}'
-        raise UsageError(f'--from-scratch and {other} exclude each other.')
+    # Beside resume=True it is what to resume from.
+    whole = None if cfg.get('resume') else cfg.get('load_from')
+    _refuse_contradictions(model, whole, pretrained, from_scratch)
     own = has_own_backbone(cfg)
     if own:
         _adopt_pretrained(model)
+    if from_scratch:
+        for part in _parts(model):
+            _drop_pretrained(part)
+    if pretrained:
+        _drop_pretrained(model)
+        _drop_pretrained(model.backbone)
+        _add_pretrained(model.backbone, pretrained)
+    if own and whole:
+        _drop_pretrained(model)
+        _add_pretrained(model, whole)
+        cfg.load_from = None
+    if own and _pretrained(model):
+        # It would be overwritten.
+        _drop_pretrained(model.backbone)
+    entries = pretrained_entries(model)
+    found = [entry['checkpoint'] for entry in entries]
+    if whole and not own:
+        found.append(whole)
+    if weights and not (own and entries):
+        raise UsageError(
+            f'--weights {weights} chooses a copy in a file, and this training starts '
+            + ('by mmengine.' if found else 'from random weights.')
+        )
+    if own:
+        for entry in entries:
+            entry.update(
+                type='Pretrained', **(dict(weights=weights) if weights else {})
+            )
+        WEIGHT_INITIALIZERS.register_module('Pretrained', True, CheckedPretrainedInit)
+    return list(dict.fromkeys(found))
+
+
+def _refuse_contradictions(
+    model: ConfigDict, whole: str | None, pretrained: str | None, from_scratch: bool
+) -> None:
+    if from_scratch and (pretrained or whole):
+        other = '--pretrained' if pretrained else f'load_from={whole}'
+        raise UsageError(f'--from-scratch and {other} exclude each other.')
+    if pretrained and whole:
+        raise UsageError(
+            f'--pretrained fills the backbone and load_from={whole} the whole model: '
+            'leave one of the two out.'
+        )
     if pretrained and 'backbone' not in model:
         raise UsageError(
             f'--pretrained fills the backbone, and the model {model.get("type")} has '
             'none: use load_from.'
         )
-    if pretrained or from_scratch:
-        for part in _parts(model) if from_scratch else [model, model.backbone]:
-            _drop_pretrained(part)
-    if pretrained:
-        if cfg.get('load_from') and not cfg.get('resume'):
-            raise UsageError(
-                f'--pretrained fills the backbone and load_from={cfg.load_from} the '
-                'whole model: leave one of the two out.'
-            )
-        _add_pretrained(model.backbone, pretrained)
-    if own and cfg.get('load_from') and not cfg.get('resume'):
-        _drop_pretrained(model)
-        _add_pretrained(model, cfg.load_from)
-        cfg.load_from = None
-    if own and any(_pretrained(model)):
-        # It would be overwritten.
-        _drop_pretrained(model.backbone)
-    entries = pretrained_entries(model)
-    if weights and not (own and entries):
-        raise UsageError(
-            f'--weights {weights} chooses a copy in a file, and this training starts '
-            + ('by mmengine.' if entries else 'from random weights.')
-        )
-    for entry in entries if own else []:
-        entry['type'] = 'Pretrained'
-        if weights:
-            entry['weights'] = weights
-    if own:
-        WEIGHT_INITIALIZERS.register_module('Pretrained', True, CheckedPretrainedInit)
-    found = [entry['checkpoint'] for entry in entries]
-    if cfg.get('load_from') and not cfg.get('resume'):
-        found.append(cfg.load_from)
-    return list(dict.fromkeys(found))
 
 
 def check_inputs(cfg: Config, weights: list[str]) -> None:
@@ -367,14 +375,14 @@ def _absent(sources: list[str]) -> str:
     lines = []
     for source in sources:
         if zoo.is_address(source):
-            lines.append(
-                f'    {source}, to be downloaded to\n    {zoo.path_of(source)}'
-            )
+            lines += [f'    {source}, which goes to', f'    {zoo.path_of(source)}']
         else:
             lines.append(f'    {Path(source).absolute()}')
-    return (
-        'no weights to start from either. Not here yet:\n'
-        + '\n'.join(lines)
-        + '\nNames of the zoo are fetched once the data are here; `python -m '
-        'mmvssm.zoo fetch NAME` does it now. Without weights: --from-scratch'
+    return '\n'.join(
+        [
+            'Nor are the weights here that the training starts from:',
+            *lines,
+            'Names and addresses are downloaded once the data are found, or now',
+            'by `python -m mmvssm.zoo fetch NAME`. Without weights: --from-scratch.',
+        ]
     )
