@@ -12,8 +12,8 @@ weights. Differences are between the two, alone and padded:
 - maps: the root of the mean squared difference over the image's positions, relative
   to the standard deviation of the map alone; the mean of all maps.
 - largest: the largest difference of a value, relative to the same.
-- found again: objects with a score of 0.3 or more alone that the padded image has,
-  too, with the same class, an overlap (IoU) of 0.5 or more, and that score.
+- found again: of the five objects of the image alone with the best scores, those that
+  the padded image has, too, of the same class and with an overlap (IoU) of 0.5 or more.
 - box, score: mean difference of their corners in pixels, and of their scores.
 - AP: COCO's average precision of boxes, of either.
 
@@ -44,7 +44,7 @@ BACKBONES = {
         drop_path_rate=0.0,
     ),
 }
-SCORE = 0.3
+OBJECTS = 5
 OVERLAP = 0.5
 LARGER = 1.5
 
@@ -104,11 +104,18 @@ def family_config(args: argparse.Namespace, name: str):
 
 
 def train(cfg):
-    """The trained detector, in eval mode, and the runner it comes from."""
+    """The trained detector, in eval mode, and the runner it comes from.
+
+    A training whose last checkpoint is there is not done again.
+    """
     from mmengine.runner import Runner
 
     runner = Runner.from_cfg(cfg)
-    runner.train()
+    done = Path(cfg.work_dir, f'iter_{cfg.train_cfg.max_iters}.pth')
+    if done.is_file():
+        runner.load_checkpoint(str(done))
+    else:
+        runner.train()
     return runner.model.eval(), runner
 
 
@@ -145,7 +152,7 @@ def compare_boxes(alone, padded) -> dict[str, list]:
     import torch
     from mmdet.structures.bbox import bbox_overlaps
 
-    alone, padded = (x[x.scores >= SCORE] for x in (alone, padded))
+    alone = alone[alone.scores.argsort(descending=True)[:OBJECTS]]
     overlaps = bbox_overlaps(alone.bboxes, padded.bboxes)
     overlaps[alone.labels[:, None] != padded.labels] = 0
     found = dict(again=[], box=[], score=[])
@@ -166,7 +173,7 @@ def measure(model, runner, masked: bool, number: int) -> dict:
     """Compare alone and padded over so many validation images."""
     from statistics import fmean
 
-    dataset = runner.val_dataloader.dataset
+    dataset = runner.build_dataloader(runner.cfg.val_dataloader).dataset
     metrics = [runner.build_evaluator(runner.cfg.val_evaluator) for _ in range(2)]
     model.backbone.mask_padding = masked
     rms, largest, boxes = [], [], dict(again=[], box=[], score=[])
@@ -215,7 +222,9 @@ def main(args: argparse.Namespace) -> None:
         mask = 'on' if row['mask_padding'] else 'off'
         values = ''.join(f'{row[key]:>11.3g}' for key in keys)
         print(f'{row["family"]:10}{mask:>6}{values}')
-    result = dict(environment=collect_env(), iterations=args.iters, rows=rows)
+    env = collect_env()
+    environment = {key: env[key] for key in ('Machine', 'Packages')}
+    result = dict(environment=environment, iterations=args.iters, rows=rows)
     Path(args.out).write_text(json.dumps(result, indent=1) + '\n')
     print(f'written to {args.out}')
 

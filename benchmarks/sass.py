@@ -28,7 +28,8 @@ _TARGET = re.compile(r'`\((\.L_[\w.]+)\)')
 _JUMPS = ('BRA', 'JMP')
 _TABLES = ('BRX', 'BRXU', 'JMX')
 _ENDS = (*_TABLES, 'EXIT', 'RET', 'BSYNC', 'KILL', 'BPT')
-_NO_WORK = ('NOP', 'BRA', 'BSSY', 'BSYNC', 'WARPSYNC')
+# Spilled registers are put back anywhere, and say that they are of lines nearby.
+_NO_WORK = ('NOP', 'BRA', 'BSSY', 'BSYNC', 'WARPSYNC', 'LDL', 'STL')
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Instruction:
     def jumps(self) -> bool:
         """Whether it goes elsewhere in the kernel; for older GPUs by a call."""
         return self.kind in _JUMPS or self.kind == 'CALL' and self.target is not None
+
+    @property
+    def parted(self) -> bool:
+        """Whether it jumps only where the lanes of a warp are not together."""
+        return self.kind == 'BRA' and 'DIV' in self.modifiers
 
     @property
     def ends(self) -> bool:
@@ -171,9 +177,11 @@ def _connect(blocks: list[Block]) -> None:
         if last is not None and last.jumps:
             if last.target is None:
                 raise ValueError(f'a jump without a label: {last.operands}')
-            block.next.append(labelled[last.target])
+            # Lanes of a warp are taken to be together, as they are behind a BSYNC.
+            if not last.parted:
+                block.next.append(labelled[last.target])
             # A uniform predicate is written as an operand.
-            falls |= re.match(r'!?UP\d', last.operands) is not None
+            falls |= last.parted or re.match(r'!?UP\d', last.operands) is not None
         elif last is not None and last.kind == 'BSYNC':
             places = joins.get(last.operands, [])
             ahead = [x for x in places if x > block.number]

@@ -10,10 +10,10 @@ one after the other take many times longer with DRAM than with L1; loads that ar
 for a pass ahead do not. It is a model: good for comparing, not for predicting times.
 
 A pass is the longest way through the loop that avoids what `if (rarely(...))` guards,
-its body on lines of its own. Loops inside count once, or as often as their line says:
-`for (...) {  // 4 trips`. The loop over positions needs `#pragma unroll 1`: that the
-compiler unrolled it cannot be seen here. A thread has CHANNELS * POSITIONS / THREADS
-elements in a pass.
+its body on lines of its own, and what lanes that have parted do before a shuffle.
+Loops inside count once, or as often as their line says: `for (...) {  // 4 trips`. The
+loop over positions needs `#pragma unroll 1`: that the compiler unrolled it cannot be
+seen here. A thread has CHANNELS * POSITIONS / THREADS elements in a pass.
 """
 
 from __future__ import annotations

@@ -370,10 +370,10 @@ def test_wrong_map_sizes_are_told(monkeypatch):
 
 
 def test_from_a_config():
-    net = MODELS.build(dict(type='VSSM', arch=SMALL, out_indices=(1,)))
+    net = MODELS.build(dict(type='mmvssm.VSSM', arch=SMALL, out_indices=(1,)))
     assert not net.mask_padding
     net = MODELS.build(
-        dict(type='VSSM', arch=SMALL, out_indices=(1,), mask_padding=True)
+        dict(type='mmvssm.VSSM', arch=SMALL, out_indices=(1,), mask_padding=True)
     )
     assert copy.deepcopy(net).mask_padding
 

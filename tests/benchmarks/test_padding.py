@@ -22,15 +22,11 @@ def objects(boxes, labels, scores):
 def test_objects_found_again(load):
     compare = load('padding').compare_boxes
     alone = objects(
-        [[0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50], [0, 0, 9, 9]],
-        [0, 1, 2, 0],
-        [0.9, 0.8, 0.7, 0.1],
+        [[0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]], [0, 1, 2], [0.9, 0.8, 0.7]
     )
+    # Moved by a pixel to the right; of another class; somewhere else.
     padded = objects(
-        # Moved by a pixel to the right; of another class; below the score.
-        [[1, 0, 11, 10], [20, 20, 30, 30], [40, 40, 50, 50]],
-        [0, 0, 2],
-        [0.7, 0.8, 0.2],
+        [[1, 0, 11, 10], [20, 20, 30, 30], [46, 40, 56, 50]], [0, 0, 2], [0.7, 0.8, 0.2]
     )
     found = compare(alone, padded)
     assert found['again'] == [1, 0, 0]
@@ -39,6 +35,9 @@ def test_objects_found_again(load):
     # One object is not found twice.
     twice = objects([[0, 0, 10, 10]] * 2, [0, 0], [0.9, 0.8])
     assert compare(twice, padded)['again'] == [1, 0]
+    # Only the best ones count.
+    many = objects([[0, 0, 10, 10]] * 7, [0] * 7, [0.1] * 6 + [0.2])
+    assert compare(many, many)['again'] == [1] * 5
     nothing = objects([], [], [])
     assert compare(alone, nothing)['again'] == [0, 0, 0]
     assert compare(nothing, alone)['again'] == []

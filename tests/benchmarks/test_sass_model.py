@@ -142,6 +142,9 @@ def test_branches(load):
     (loop,) = sass.loops(blocks)
     assert (loop.header, loop.blocks, loop.latches) == (2, {2, 3}, {3})
     assert blocks[2].instructions[0].guard == '!P1'
+    # What parted lanes do before a shuffle is on no way.
+    parted = sass.parse(BRANCHES.replace('BRA.U UP0', 'BRA.DIV UR4'))['k']
+    assert parted[0].instructions[-1].parted and parted[0].next == [1]
     table = BRANCHES.replace('BRA `(.L_x_0)', 'BRX R4 -0x50')
     with pytest.raises(ValueError, match='a jump by table: BRX R4 -0x50'):
         sass.parse(table)

@@ -65,8 +65,8 @@ def wanted(x, weights, grads):
     """The same in float64, by torch's own gradients."""
     leaves = [x, *(t for w in weights for t in w[:2])]
     x, *rest = leaves = [t.double().requires_grad_() for t in leaves]
-    ways = [Direction(*rest[2 * i : 2 * i + 2], *[None] * 5) for i in range(2)]
-    us = [definition(x, way, bool(i)) for i, way in enumerate(ways)]
+    directions = [Direction(*rest[2 * i : 2 * i + 2], *[None] * 5) for i in range(2)]
+    us = [definition(x, direction, bool(i)) for i, direction in enumerate(directions)]
     by = torch.autograd.grad(us, leaves, [a.double() + b.double() for a, b in grads])
     return [*us, *by]
 

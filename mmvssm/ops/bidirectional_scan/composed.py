@@ -39,9 +39,9 @@ class ComposedBidirectional(Composed):
         self, inputs: BidirectionalInputs, options: BidirectionalOptions, keep: bool
     ) -> Result:
         """See :func:`mmvssm.ops.bidirectional_scan`."""
-        x, z, *ways = inputs
+        x, z, *directions = inputs
         dtype, read = options.projected_dtype, []
-        for weights, from_end in zip(ways, (False, True)):
+        for weights, from_end in zip(directions, (False, True)):
             rank, states = weights.dt_proj_weight.shape[1], weights.A.shape[1]
             u = _convolve(x.mT, weights, from_end)
             call = deterministic_call(u.to(dtype), weights.x_proj_weight.to(dtype))

@@ -58,9 +58,12 @@ def outputs_like(
 
 def _flops(shapes: BidirectionalInputs, options: BidirectionalOptions) -> list[Flops]:
     batch, channels, length = shapes.x
-    positions, ways = batch * length, (shapes.forward, shapes.backward)
-    taps = sum(prod(way.conv_weight) for way in ways)
-    weights = sum(prod(way.x_proj_weight) + prod(way.dt_proj_weight) for way in ways)
+    positions, directions = batch * length, (shapes.forward, shapes.backward)
+    taps = sum(prod(direction.conv_weight) for direction in directions)
+    weights = sum(
+        prod(direction.x_proj_weight) + prod(direction.dt_proj_weight)
+        for direction in directions
+    )
     _, states = shapes.forward.A
     scans = scan_flops(batch, 2 * channels, length, states)
     return [
@@ -103,9 +106,12 @@ class KernelInputs(NamedTuple):
         dtypes: tuple[torch.dtype, ...],
     ) -> 'KernelInputs':
         """Make them for kernels that can read these dtypes."""
-        ways = (inputs.forward, inputs.backward)
-        taps = max(way.conv_weight.shape[1] for way in ways)
-        first, second = (_as_read(way, taps, options.projected_dtype) for way in ways)
+        directions = (inputs.forward, inputs.backward)
+        taps = max(direction.conv_weight.shape[1] for direction in directions)
+        first, second = (
+            _as_read(direction, taps, options.projected_dtype)
+            for direction in directions
+        )
         x, z = (t if t.dtype in dtypes else t.float() for t in inputs[:2])
         return cls(x.mT, z.mT, (first, second))
 
@@ -129,10 +135,12 @@ def gradients_of(
     grads: list[Direction],
 ) -> BidirectionalInputs:
     """Gradients of the op's inputs, from those of the kernels' inputs."""
-    ways = (inputs.forward, inputs.backward)
+    directions = (inputs.forward, inputs.backward)
     first, second = (
-        grad._replace(conv_weight=grad.conv_weight[:, -way.conv_weight.shape[1] :])
-        for way, grad in zip(ways, grads)
+        grad._replace(
+            conv_weight=grad.conv_weight[:, -direction.conv_weight.shape[1] :]
+        )
+        for direction, grad in zip(directions, grads)
     )
     return BidirectionalInputs(grad_x.mT, grad_z.mT, first, second)
 
@@ -168,7 +176,7 @@ class FusedBidirectional(KernelBackend):
         batch, channels, length = x.shape
         projected = [
             x.new_empty(batch, length, rows, dtype=options.projected_dtype)
-            for rows in (len(way.x_proj_weight) for way in inputs[2:])
+            for rows in (len(direction.x_proj_weight) for direction in inputs[2:])
         ]
         states = inputs.forward.A.shape[1]
         shape = (2, *self.states_shape(batch, length, states, channels))

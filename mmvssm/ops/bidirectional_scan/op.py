@@ -96,8 +96,8 @@ def _check(x: Tensor, z: Tensor, forward: Direction, backward: Direction) -> Non
             f"bidirectional_scan: z must have x's shape {tuple(x.shape)}, got "
             f'{tuple(z.shape)}'
         )
-    for way, weights in (('forward', forward), ('backward', backward)):
-        _check_direction(x, way, weights)
+    for direction, weights in (('forward', forward), ('backward', backward)):
+        _check_direction(x, direction, weights)
     # One scan computes both directions.
     if forward.A.shape != backward.A.shape:
         raise ValueError(
@@ -106,11 +106,11 @@ def _check(x: Tensor, z: Tensor, forward: Direction, backward: Direction) -> Non
         )
 
 
-def _check_direction(x: Tensor, way: str, weights: Direction) -> None:
+def _check_direction(x: Tensor, which: str, weights: Direction) -> None:
     for name in ('conv_weight', 'dt_proj_weight', 'A'):
         if getattr(weights, name).ndim != 2:
             raise ValueError(
-                f'bidirectional_scan: {way}.{name} must have two dimensions, got '
+                f'bidirectional_scan: {which}.{name} must have two dimensions, got '
                 f'{tuple(getattr(weights, name).shape)}'
             )
     channels, width = x.shape[1], weights.conv_weight.shape[1]
@@ -128,7 +128,7 @@ def _check_direction(x: Tensor, way: str, weights: Direction) -> None:
         shape = expected[name]
         if tuple(tensor.shape) != shape:
             raise ValueError(
-                f'bidirectional_scan: {way}.{name} must be {shape} for {channels} '
+                f'bidirectional_scan: {which}.{name} must be {shape} for {channels} '
                 f'channels, rank {rank} and {states} states, got '
                 f'{tuple(tensor.shape)}'
             )
@@ -136,6 +136,6 @@ def _check_direction(x: Tensor, way: str, weights: Direction) -> None:
         dtype = getattr(weights, name).dtype
         if dtype != x.dtype and not autocast.is_enabled(x):
             raise TypeError(
-                f'bidirectional_scan: {way}.{name} is {dtype} and x is {x.dtype}; '
+                f'bidirectional_scan: {which}.{name} is {dtype} and x is {x.dtype}; '
                 f'convert one of them, or run under torch.autocast'
             )

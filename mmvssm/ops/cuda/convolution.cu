@@ -120,14 +120,14 @@ using Sequence = Vector<X_DTYPE, kVector>;
 
 #ifndef A_DTYPE
 
-struct ForwardWay {
+struct ForwardDirection {
   const float *weight, *bias;
   Rows out;
 };
 
 struct ForwardArgs {
   Rows x;
-  ForwardWay ways[2];
+  ForwardDirection directions[2];
   Shape shape;
 };
 
@@ -145,8 +145,8 @@ MMVSSM_KERNEL(convolve, mmvssm::ForwardArgs, THREADS, 512 / THREADS) {
   const int length = p.shape.length, last = place.first + p.shape.rows_of_run;
   int row = place.first - kBefore;
   Cursor x(p.x, place, kBytesOf<X_DTYPE>, row);
-  Cursor first(p.ways[0].out, place, kBytesOf<X_DTYPE>, place.first);
-  Cursor second(p.ways[1].out, place, kBytesOf<X_DTYPE>, row);
+  Cursor first(p.directions[0].out, place, kBytesOf<X_DTYPE>, place.first);
+  Cursor second(p.directions[1].out, place, kBytesOf<X_DTYPE>, row);
   Sequence before[kSome], next[kRows];
 #pragma unroll
   for (int k = 0; k < kBefore; ++k) before[k].load(x.next(), is_in(row + k, length));
@@ -156,7 +156,8 @@ MMVSSM_KERNEL(convolve, mmvssm::ForwardArgs, THREADS, 512 / THREADS) {
   Taps taps[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i)
-    taps[i].load(p.ways[i].weight, p.ways[i].bias, place.channel, p.shape.channels);
+    taps[i].load(p.directions[i].weight, p.directions[i].bias, place.channel,
+                 p.shape.channels);
   Window window;
 #pragma unroll
   for (int k = 0; k < kBefore; ++k) window.put(k, before[k]);
@@ -187,14 +188,14 @@ MMVSSM_KERNEL(convolve, mmvssm::ForwardArgs, THREADS, 512 / THREADS) {
 constexpr int kWarmUp = (kBefore + kRows - 1) / kRows * kRows;
 static_assert(STAGES >= 2, "rows are copied while others are worked on");
 
-struct BackwardWay {
+struct BackwardDirection {
   const float *weight, *bias;
   Rows grads[2];  // whose sum is the result's gradient
 };
 
 struct BackwardArgs {
   Rows x, grad_x;
-  BackwardWay ways[2];
+  BackwardDirection directions[2];
   // Of the weights and, last, the bias: (parts, 2, TAPS + 1, channels), a part for the
   // CTAs of all channel blocks.
   float* sums;
@@ -260,10 +261,10 @@ class Streams {
 
   MMVSSM_DEVICE Streams(const BackwardArgs& p, const Place& place, int row)
       : x(p.x, place, p.shape, row),
-        first_a(p.ways[0].grads[0], place, p.shape, row),
-        second_a(p.ways[1].grads[0], place, p.shape, row - kBefore),
-        first_b(p.ways[0].grads[1], place, p.shape, row),
-        second_b(p.ways[1].grads[1], place, p.shape, row - kBefore) {}
+        first_a(p.directions[0].grads[0], place, p.shape, row),
+        second_a(p.directions[1].grads[0], place, p.shape, row - kBefore),
+        first_b(p.directions[0].grads[1], place, p.shape, row),
+        second_b(p.directions[1].grads[1], place, p.shape, row - kBefore) {}
 
   MMVSSM_DEVICE void copy(char* to, int end) {
     x.copy(to, end);
@@ -278,10 +279,10 @@ class Streams {
     return Stream<X_DTYPE>::get(from, row);
   }
   // The gradient of a direction's result, of a channel of the thread.
-  static MMVSSM_DEVICE void get_grad(const char* from, int row, int way,
+  static MMVSSM_DEVICE void get_grad(const char* from, int row, int direction,
                                      float (&grad)[kVector]) {
-    const auto a = Stream<A_DTYPE>::get(from + kA + way * Stream<A_DTYPE>::kBytes, row);
-    const auto b = Stream<B_DTYPE>::get(from + kB + way * Stream<B_DTYPE>::kBytes, row);
+    const auto a = Stream<A_DTYPE>::get(from + kA + direction * Stream<A_DTYPE>::kBytes, row);
+    const auto b = Stream<B_DTYPE>::get(from + kB + direction * Stream<B_DTYPE>::kBytes, row);
 #pragma unroll
     for (int v = 0; v < kVector; ++v) grad[v] = a[v] + b[v];
   }
@@ -415,7 +416,7 @@ MMVSSM_KERNEL(convolve_backward, mmvssm::BackwardArgs, THREADS, 512 / THREADS) {
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      walk.taps[i].load(p.ways[i].weight, p.ways[i].bias, place.channel,
+      walk.taps[i].load(p.directions[i].weight, p.directions[i].bias, place.channel,
                         p.shape.channels);
     Cursor grad_x(p.grad_x, place, kBytesOf<X_DTYPE>, place.first - kBefore);
     int stage = 0;

@@ -32,21 +32,23 @@ class _Shape(ctypes.Structure):
     )
 
 
-class _ForwardWay(ctypes.Structure):
+class _ForwardDirection(ctypes.Structure):
     _fields_ = fields((c_void_p, 'weight bias'), (Rows, 'out'))
 
 
 class _ForwardArgs(ctypes.Structure):
-    _fields_ = fields((Rows, 'x'), (_ForwardWay * 2, 'ways'), (_Shape, 'shape'))
+    _fields_ = fields(
+        (Rows, 'x'), (_ForwardDirection * 2, 'directions'), (_Shape, 'shape')
+    )
 
 
-class _BackwardWay(ctypes.Structure):
+class _BackwardDirection(ctypes.Structure):
     _fields_ = fields((c_void_p, 'weight bias'), (Rows * 2, 'grads'))
 
 
 class _BackwardArgs(ctypes.Structure):
     _fields_ = fields(
-        *((Rows, 'x grad_x'), (_BackwardWay * 2, 'ways')),
+        *((Rows, 'x grad_x'), (_BackwardDirection * 2, 'directions')),
         *((c_void_p, 'sums'), (_Shape, 'shape')),
     )
 
@@ -136,13 +138,14 @@ def convolve(x: Tensor, weights: Sequence[Direction]) -> list[Tensor]:
     us = [empty_rows(x, x.dtype) for _ in weights]
     if not x.numel():
         return us
-    x, ways = aligned(x), [_Weights.of(w) for w in weights]
-    taps = ways[0].weight.shape[1]
+    x, directions = aligned(x), [_Weights.of(w) for w in weights]
+    taps = directions[0].weight.shape[1]
     config = _Config.of(x, taps, vector=4 if taps <= 4 else 2, rows=6)
     args = _ForwardArgs(
         x=Rows.of(x),
-        ways=tuple(
-            _ForwardWay(**way.pointers(), out=Rows.of(u)) for way, u in zip(ways, us)
+        directions=tuple(
+            _ForwardDirection(**direction.pointers(), out=Rows.of(u))
+            for direction, u in zip(directions, us)
         ),
         shape=config.shape,
     )
@@ -171,11 +174,13 @@ def convolve_backward(
         ValueError: A size is 2^30 or more.
     """
     grad_x = empty_rows(x, x.dtype)
-    x, ways = aligned(x), [_Weights.of(w) for w in weights]
+    x, directions = aligned(x), [_Weights.of(w) for w in weights]
     if not x.numel():
-        return grad_x, [(torch.zeros_like(w), torch.zeros_like(b)) for w, b in ways]
+        return grad_x, [
+            (torch.zeros_like(w), torch.zeros_like(b)) for w, b in directions
+        ]
     grads = [tuple(map(aligned, pair)) for pair in grad_us]
-    taps = ways[0].weight.shape[1]
+    taps = directions[0].weight.shape[1]
     # One copy of a warp is of 4 rows, or 8 of half as many channels.
     vector, rows = (2, 4) if taps <= 4 else (1, 8)
     config = _Config.of(x, taps, vector, rows)
@@ -183,9 +188,9 @@ def convolve_backward(
     args = _BackwardArgs(
         x=Rows.of(x),
         grad_x=Rows.of(grad_x),
-        ways=tuple(
-            _BackwardWay(**way.pointers(), grads=tuple(map(Rows.of, pair)))
-            for way, pair in zip(ways, grads)
+        directions=tuple(
+            _BackwardDirection(**direction.pointers(), grads=tuple(map(Rows.of, pair)))
+            for direction, pair in zip(directions, grads)
         ),
         sums=pointer(sums),
         shape=config.shape,

@@ -34,6 +34,9 @@ MMVSSM_DEVICE char* shared_memory() {
 #define sync_cta(name) __syncthreads()
 #define sync_warp(name) __syncwarp()
 
+// What follows is not begun before, for which there would be no registers.
+MMVSSM_DEVICE void in_order() { __syncwarp(); }
+
 // Asynchronous copies from global to shared memory, both aligned to their size. Those
 // up to a copy_commit are a group; copy_wait leaves the latest kGroups of this thread
 // under way. Other threads see them after a sync_cta behind that.

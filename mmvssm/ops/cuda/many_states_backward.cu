@@ -289,15 +289,15 @@ struct Walk {
     const char* from = at.tile<DeltaRows>(delta_offset(chunk));
 #pragma unroll
     for (int t = 0; t < kPositions; t += kSub) {
-      float raw[kLanes], us[kLanes], dt[kLanes], slope[kLanes];
+      float delta_values[kLanes], us[kLanes], dt[kLanes], slope[kLanes];
       if (kRank)
-        load_floats(at.own_row(Shared::kDt, t), raw);
+        load_floats(at.own_row(Shared::kDt, t), delta_values);
       else
-        delta.get_four(from, t, raw);
+        delta.get_four(from, t, delta_values);
       if (!kEnds) u.get_four(at.tile<URows>(Shared::kU), t, us);
 #pragma unroll
       for (int k = 0; k < kLanes; ++k) {
-        const float x = raw[k] * kLog2E + shift[k];
+        const float x = delta_values[k] * kLog2E + shift[k];
         dt[k] = SOFTPLUS ? softplus_of_log2(x, exp2_fast(-fabsf(x))) : x;
         if (kEnds) continue;
         slope[k] = SOFTPLUS ? sigmoid_of_log2(x, 1.0f) : 1.0f;

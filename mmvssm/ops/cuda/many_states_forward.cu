@@ -143,8 +143,8 @@ MMVSSM_DEVICE float walk(const Args& p, const Work& work, char* smem,
 #pragma unroll
     for (int t = 0; t < kPositions; ++t) {
       if (!kEnds && KEEP && t % kKept == 0) keep(chunk * kPositions + t);
-      const float raw = kRank ? dt_column[t * kDtPitch + lane] : delta.get(delta_tile, t);
-      const float x = raw * kLog2E + shift, input = u.get(u_tile, t);
+      const float delta_value = kRank ? dt_column[t * kDtPitch + lane] : delta.get(delta_tile, t);
+      const float x = delta_value * kLog2E + shift, input = u.get(u_tile, t);
       const float dt = SOFTPLUS      ? softplus_of_log2(x, exp2_fast(-fabsf(x)))
                        : t < count ? x
                                    : 0.0f;

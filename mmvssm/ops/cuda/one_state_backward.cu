@@ -126,15 +126,17 @@ struct Maps {
   }
 };
 
-// Own part of the recurrence.
+// Own part of the recurrence, without the last position: the way back begins with that,
+// and needs registers.
 struct Recurrence {
-  float a[kOwn][kWidth];  // decays
-  float b[kOwn][kWidth];  // what is added; then the decayed states
+  static constexpr int kHeld = kOwn - 1;
+  float a[kHeld][kWidth];  // decays
+  float b[kHeld][kWidth];  // what is added; then the states
 
-  // From raw step sizes. Leaves the step sizes in shared memory.
+  // From delta, the step sizes before softplus. Leaves the step sizes in shared memory.
   MMVSSM_DEVICE Sides start(const Maps& maps, const Own& own,
                             const float (&rate)[kWidth],
-                            const float (&x)[kOwn][kWidth]) {
+                            const float (&x)[kOwn][kWidth], float (&skip)[kWidth]) {
     Sides sides;
 #pragma unroll
     for (int c = 0; c < kWidth; ++c)
@@ -152,24 +154,27 @@ struct Recurrence {
       const float2 weight = weights[i % 2];
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        a[i][c] = exp2_fast(rate[c] * dt[c]);
-        b[i][c] = dt[c] * weight.x * u[c];
-        sides.forward[c] = a[i][c] * sides.forward[c] + b[i][c];
-        sides.decay[c] *= a[i][c];
+        const float decay = exp2_fast(rate[c] * dt[c]);
+        const float added = dt[c] * (weight.x * u[c]);
+        if (i < kHeld) a[i][c] = decay, b[i][c] = added;
+        sides.forward[c] = decay * sides.forward[c] + added;
+        sides.decay[c] *= decay;
         sides.backward[c] += sides.decay[c] * (weight.y * grad[c]);
+        if constexpr (SKIP) skip[c] += u[c] * grad[c];
       }
     }
     float largest = sides.decay[0];
 #pragma unroll
     for (int c = 1; c < kWidth; ++c) largest = fmaxf(largest, sides.decay[c]);
     if (rarely(!(largest <= kLargest))) {
-      limit(maps, own, sides);
+      limit(maps, own, rate, sides);
     }
     return sides;
   }
 
   // Where the product of decays overflows: what that would turn zeros into is not a number.
-  MMVSSM_DEVICE void limit(const Maps& maps, const Own& own, Sides& sides) const {
+  MMVSSM_DEVICE void limit(const Maps& maps, const Own& own, const float (&rate)[kWidth],
+                           Sides& sides) const {
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
       sides.decay[c] = fminf(sides.decay[c], kLargest);
@@ -177,27 +182,26 @@ struct Recurrence {
     }
 #pragma unroll
     for (int i = kOwn - 1; i >= 0; --i) {
-      float grad[kWidth];
+      float grad[kWidth], dt[kWidth];
       float2 weights[2];
       maps.read_gradient(i, grad);
       maps.read_weights(own, i / 2, weights);
       const float C = weights[i % 2].y;
+      load_channels<kFloat32>(maps.step(i), dt);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c)
-        sides.backward[c] = a[i][c] * (C * grad[c] + sides.backward[c]);
+        sides.backward[c] =
+            exp2_fast(rate[c] * dt[c]) * (C * grad[c] + sides.backward[c]);
     }
   }
 
   // From the state before own positions.
-  MMVSSM_DEVICE void decay_states(float (&h)[kWidth]) {
+  MMVSSM_DEVICE void find_states(const float (&before)[kWidth]) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i)
+    for (int i = 0; i < kHeld; ++i)
 #pragma unroll
-      for (int c = 0; c < kWidth; ++c) {
-        const float decayed = a[i][c] * h[c];
-        h[c] = decayed + b[i][c];
-        b[i][c] = decayed;
-      }
+      for (int c = 0; c < kWidth; ++c)
+        b[i][c] += a[i][c] * (i > 0 ? b[i - 1][c] : before[c]);
   }
 };
 
@@ -216,14 +220,34 @@ struct ParameterGradients {
   MMVSSM_DEVICE void keep(char* smem) const {
     if constexpr (!WarpLayout::kKeepsSums) return;
     store_channels<kFloat32>(kept(smem, 0), rate);
-    if constexpr (SKIP) store_channels<kFloat32>(kept(smem, 1), skip);
     store_channels<kFloat32>(kept(smem, 2), bias);
   }
   MMVSSM_DEVICE void restore(char* smem) {
     if constexpr (!WarpLayout::kKeepsSums) return;
     load_channels<kFloat32>(kept(smem, 0), rate);
-    if constexpr (SKIP) load_channels<kFloat32>(kept(smem, 1), skip);
     load_channels<kFloat32>(kept(smem, 2), bias);
+  }
+  // Adds what position i has; it is the first one of a chunk if it is its last.
+  MMVSSM_DEVICE void add(int i, int c, float by_rate, float by_bias) {
+    const bool is_first = WarpLayout::kKeepsSums && i == kOwn - 1;
+    rate[c] = is_first ? by_rate : rate[c] + by_rate;
+    bias[c] = is_first ? by_bias : bias[c] + by_bias;
+  }
+  MMVSSM_DEVICE void end(char* smem) const {
+    if constexpr (!WarpLayout::kKeepsSums) return;
+    ParameterGradients all;
+    all.restore(smem);
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) all.rate[c] += rate[c], all.bias[c] += bias[c];
+    all.keep(smem);
+  }
+  MMVSSM_DEVICE void keep_skip(char* smem) const {
+    if constexpr (!WarpLayout::kKeepsSums) return;
+    if constexpr (SKIP) store_channels<kFloat32>(kept(smem, 1), skip);
+  }
+  MMVSSM_DEVICE void restore_skip(char* smem) {
+    if constexpr (!WarpLayout::kKeepsSums) return;
+    if constexpr (SKIP) load_channels<kFloat32>(kept(smem, 1), skip);
   }
 
   // Adds up what the teams have.
@@ -247,7 +271,8 @@ struct WayBack {
   int left;            // own positions before the end
   float rate[kWidth];  // times ln(2)
   float skip[kWidth];
-  float g[kWidth];     // what later positions give
+  float before[kWidth];  // the state before own positions
+  float g[kWidth];       // what later positions give
   char *by_u, *by_delta;
   float added[kOwn][kWidth];
 
@@ -275,18 +300,31 @@ struct WayBack {
   // Position i. Where its dt was are now its parts of the gradients of B / ln(2) and C.
   MMVSSM_DEVICE void step(const BackwardArgs& p, const Own& own, const Maps& maps,
                           const Quad& rows, const Recurrence& recurrence, int i,
-                          int index, const float2& weight, ParameterGradients& sums) {
+                          int index, const float2& weight,
+                          const float (&last_dt)[kWidth], ParameterGradients& sums) {
     float dt[kWidth], u[kWidth], grad[kWidth], y[kWidth], of_u[kWidth], of_delta[kWidth];
-    load_channels<kFloat32>(maps.step(i), dt);
     maps.read_u(i, u);
     maps.read_gradient(i, grad);
+    const bool is_held = i < Recurrence::kHeld;
+    float decay[kWidth];
+    if (is_held) {
+      load_channels<kFloat32>(maps.step(i), dt);
+    } else {
+      load_channels<kFloat32>(reinterpret_cast<const char*>(rows.rate), decay);
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c)
+        dt[c] = last_dt[c], decay[c] = exp2_fast(decay[c] * dt[c]);
+    }
     float by_B = 0.0f, by_C = 0.0f;
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
-      const float decayed = recurrence.b[i][c], fed = weight.x * u[c];
-      const float h = dt[c] * fed + decayed;
+      const float last = i > 0 ? recurrence.b[i - 1][c] : before[c];
+      const float fed = weight.x * u[c];
+      const float a = is_held ? recurrence.a[i][c] : decay[c];
+      const float h = is_held ? recurrence.b[i][c] : a * last + dt[c] * fed;
       const float own_g = weight.y * grad[c] + g[c];
-      g[c] = recurrence.a[i][c] * own_g;
+      g[c] = a * own_g;
+      const float by_decay = g[c] * last;
       const float by_added = own_g * dt[c];
       by_B += by_added * u[c];
       by_C += grad[c] * h;
@@ -294,13 +332,11 @@ struct WayBack {
       of_u[c] = ADD ? by_added * weight.x + added[i][c] : by_added * weight.x;
       if constexpr (SKIP) {
         of_u[c] += skip[c] * grad[c];
-        sums.skip[c] += u[c] * grad[c];
       }
       float slope = i < left ? kLog2E : 0.0f;
       if constexpr (SOFTPLUS) slope = softplus_slope(dt[c]);
-      of_delta[c] = (rate[c] * decayed + fed) * own_g * slope;
-      sums.rate[c] += by_added * decayed;
-      sums.bias[c] += of_delta[c];
+      of_delta[c] = (rate[c] * by_decay + fed * own_g) * slope;
+      sums.add(i, c, dt[c] * by_decay, of_delta[c]);
     }
     *reinterpret_cast<float2*>(maps.step(i)) = float2{by_B, by_C};
     store<OUT_DTYPE>(own, by_u, p.out_strides, index, of_u);
@@ -319,32 +355,33 @@ struct WayBack {
   }
 };
 
-// Adds up the parts of the gradients of B and C that all channels of the CTA have.
+// Adds up the parts of the gradients of B and C that all channels of the CTA have. Each
+// thread takes those of two warps at a position, and then neighbours theirs.
 MMVSSM_DEVICE void sum_channels(char* smem, const int* places) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const char* from =
-      smem + WarpLayout::kDt + (warp * kThreads + lane) * kWidth * 4;
+  static_assert(kWarps == 2 * kHelpers, "each thread takes two");
+  const int helper = threadIdx.x % kHelpers;
+  const int team = threadIdx.x / kHelpers % kTeams, i = threadIdx.x / kHelpers / kTeams;
   const ChainRows& rows = *reinterpret_cast<const ChainRows*>(smem + WarpLayout::kChain);
+  const char* from = own_part<kFloat32>(smem + WarpLayout::kDt, i) +
+                     (helper * 64 + team * 4 - static_cast<int>(threadIdx.x)) * kWidth * 4;
+  float by_B = 0.0f, by_C = 0.0f;
 #pragma unroll
-  for (int round = 0; round < (kOwn + kWarps - 1) / kWarps; ++round) {
-    const int i = round * kWarps + warp;
-    if (kOwn % kWarps != 0 && i >= kOwn) return;
-    float by_B = 0.0f, by_C = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float2 two = *reinterpret_cast<const float2*>(
-          from + (round * kWarps * kThreads + w * 32) * kWidth * 4);
-      by_B += two.x;
-      by_C += two.y;
-    }
-    by_B += shuffle_xor(by_B, 1);
-    by_C += shuffle_xor(by_C, 1);
-    by_B += shuffle_xor(by_B, 2);
-    by_C += shuffle_xor(by_C, 2);
-    const int place = places[lane / 4 * kOwn + i];
-    if (place >= 0 && lane % 4 == 0)
-      global_pointer(rows.weights)[place] = float2{by_B * kLn2, by_C};
+  for (int k = 0; k < 4; ++k) {
+    // Threads of different teams read different banks.
+    const char* lane = from + (k ^ team / 2) * kWidth * 4;
+    const float2 one = *reinterpret_cast<const float2*>(lane);
+    const float2 other = *reinterpret_cast<const float2*>(lane + 32 * kWidth * 4);
+    by_B = k == 0 ? one.x + other.x : by_B + one.x + other.x;
+    by_C = k == 0 ? one.y + other.y : by_C + one.y + other.y;
   }
+#pragma unroll
+  for (int mask = 1; mask < kHelpers; mask *= 2) {
+    by_B += shuffle_xor(by_B, mask);
+    by_C += shuffle_xor(by_C, mask);
+  }
+  const int place = places[team * kOwn + i];
+  if (place >= 0 && helper == 0)
+    global_pointer(rows.weights)[place] = float2{by_B * kLn2, by_C};
 }
 
 }  // namespace mmvssm
@@ -376,6 +413,7 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
   maps.fetch(p, chain.begin & 1);
   ParameterGradients sums = {};
   sums.keep(smem);
+  sums.keep_skip(smem);
 
   const bool looks_back = p.published != nullptr;
 
@@ -398,44 +436,56 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
     }
     load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.rate), rate);
     Recurrence recurrence;
-    Sides sides = recurrence.start(maps, own, rate, x);
-    float g[kWidth];
-    load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.carry), g);
+    sums.restore_skip(smem);
+    Sides sides = recurrence.start(maps, own, rate, x, sums.skip);
+    sums.keep_skip(smem);
     if (rarely(looks_back)) {
-      look_back(p, own, step, sides, g);
+      look_back(p, own, step, sides, own_quad);
     }
-    float h[kWidth];
-    load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.states), h);
     WayBack back;
     back.by_u = own_quad.by_u;
     int indices[kOwn];
     const int* own_indices = positions(smem, own.team).indices[step & 1];
-    if (own.count <= 0)
+    if (own_quad.saved == nullptr)
       own_indices = reinterpret_cast<const int*>(smem + WarpLayout::kMissing);
     load_four(own_indices + 4, indices + 4);
-    pass_on(own.team, sides, h, g);
     back.fetch(p, own, kOwn - 1, indices[kOwn - 1]);
     back.fetch(p, own, kOwn - 2, indices[kOwn - 2]);
     back.fetch(p, own, kOwn - 3, indices[kOwn - 3]);
-    recurrence.decay_states(h);
+    const TeamWalk walk(smem + WarpLayout::kDt);
+    float dt[kOwn - TeamWalk::kFirst][kWidth];
+#pragma unroll
+    for (int i = TeamWalk::kFirst; i < kOwn; ++i)
+      load_channels<kFloat32>(maps.step(i), dt[i - TeamWalk::kFirst]);
+    sync_warp("steps");
+    walk.put(sides);
+    sync_warp("sides");
+    TeamWalk::walk(smem, smem + WarpLayout::kDt);
+    sync_warp("teams");
+    walk.get(back.before, back.g);
+    sync_warp("taken");
+#pragma unroll
+    for (int i = TeamWalk::kFirst; i < Recurrence::kHeld; ++i)
+      store_channels<kFloat32>(maps.step(i), dt[i - TeamWalk::kFirst]);
+    const auto& last_dt = dt[kOwn - 1 - TeamWalk::kFirst];
+    recurrence.find_states(back.before);
 
     back.left = left;
     if constexpr (SKIP)
       load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.skip), back.skip);
-#pragma unroll
-    for (int c = 0; c < kWidth; ++c) back.g[c] = g[c];
     load_channels<kFloat32>(reinterpret_cast<const char*>(own_quad.slope), back.rate);
     float2 weights[2];
     back.by_delta = own_quad.by_delta;
-    sums.restore(smem);
 #pragma unroll
     for (int i = kOwn - 1; i >= 0; --i) {
+      if (i == kOwn - 2 && (ADD || !WarpLayout::kKeepsSums)) in_order();
       if (i % 2 == 1) maps.read_weights(own, i / 2, weights);
       if (i == kOwn - 2) load_four(own_indices, indices);
-      back.step(p, own, maps, own_quad, recurrence, i, indices[i], weights[i % 2], sums);
+      back.step(p, own, maps, own_quad, recurrence, i, indices[i], weights[i % 2],
+                last_dt, sums);
       if (i >= 3) back.fetch(p, own, i - 3, indices[i - 3]);
     }
-    sums.keep(smem);
+    sums.end(smem);
     sync_warp("rows");
     if (more) {
       fetch_states(p, own, chunk - 1, own_quad);
@@ -452,6 +502,7 @@ MMVSSM_KERNEL(one_state_backward, mmvssm::BackwardArgs, THREADS,
   }
 
   sums.restore(smem);
+  sums.restore_skip(smem);
   const int64_t part = chain.row(p, chain.begin / p.chunks_of_cta);
   ParameterGradients::store(own, gradients.A + part, sums.rate, kLn2);
   ParameterGradients::store(own, gradients.D == nullptr ? nullptr : gradients.D + part,

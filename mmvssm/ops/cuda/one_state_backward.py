@@ -32,7 +32,7 @@ from mmvssm.ops.kernel_args import fields, parameter, pointer
 BACKWARD = Kernel('one_state_backward.cu', 'one_state_backward')
 # Channels of a CTA, the best first: the more, the fewer times what belongs to positions
 # is read.
-_CHANNEL_BLOCKS = (128, 96, 64, 32)
+_CHANNEL_BLOCKS = (128, 64, 32)
 
 # Of A (D, 1), B and C (B, G, L, 1), D and bias (D,).
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]

@@ -53,7 +53,7 @@ class MapArgs(ctypes.Structure):
     ]
 
 
-class Plan(NamedTuple):
+class LaunchConfig(NamedTuple):
     """How a map is shared out.
 
     Attributes:
@@ -86,29 +86,29 @@ def forward_on_chip(
     if not fit or not all(map(_is_readable, scans)):
         return False
     scans = [as_read(scan) for scan in scans]
-    plan = _plan(scans, out)
-    if plan is None:
+    config = _choose_config(scans, out)
+    if config is None:
         return False
-    call = Call(scans, plan.constants, plan.blocks, plan.groups * plan.blocks)
+    call = Call(scans, config.constants, config.blocks, config.groups * config.blocks)
     args = MapArgs(
         inputs=call.args(),
         count=len(scans),
         elements=len(out),
-        sum_bytes=_sum_bytes(plan.constants, out),
+        sum_bytes=_sum_bytes(config.constants, out),
         fold=_fold(scans[0].width),
     )
-    args.inputs.batch, args.inputs.out_strides = plan.groups, Strides.of(out)
+    args.inputs.batch, args.inputs.out_strides = config.groups, Strides.of(out)
     for k in range(len(scans)):
         own = args.inputs.scans[k]
         own.out = pointer(out)
         own.saved = None if saved is None else pointer(saved[k])
-    threads, on = plan.constants['THREADS'], scans[0].u
+    threads, on = config.constants['THREADS'], scans[0].u
     MAP.launch(
-        plan.constants,
+        config.constants,
         args,
         grid=call.chains,
         threads=threads,
-        shared=plan.shared,
+        shared=config.shared,
         on=on,
     )
     return True
@@ -142,7 +142,7 @@ def _is_behind(low_rank: Tensor, x: Tensor, columns: int) -> bool:
     )
 
 
-def _plan(scans: Sequence[Scan], out: Tensor) -> Plan | None:
+def _choose_config(scans: Sequence[Scan], out: Tensor) -> LaunchConfig | None:
     """The one with the fewest idle channels that keeps the device busy, if any does."""
     scan = scans[0]
     batch, channels, _ = out.shape
@@ -152,7 +152,7 @@ def _plan(scans: Sequence[Scan], out: Tensor) -> Plan | None:
         return None
     chunks = -(-scan.length // CHUNK)
     limit = kernels.shared_memory(scan.u)
-    plans = []
+    configs = []
     for sets, parts, elements in _SHAPES:
         warps, block = sets * parts * elements, sets * _WARP_CHANNELS
         constants = dict(
@@ -175,14 +175,14 @@ def _plan(scans: Sequence[Scan], out: Tensor) -> Plan | None:
             and resident >= _RESIDENT
             and batch * blocks * sets * parts >= wanted_warps(scan.u)
         ):
-            plans.append(Plan(constants, shared, blocks, groups))
-    return min(plans, key=_work, default=None)
+            configs.append(LaunchConfig(constants, shared, blocks, groups))
+    return min(configs, key=_channels_scanned, default=None)
 
 
-def _work(plan: Plan) -> int:
+def _channels_scanned(config: LaunchConfig) -> int:
     """Channels of batch elements, idle ones too."""
-    own = plan.constants['CHANNELS'] * plan.constants['ELEMENTS']
-    return plan.blocks * plan.groups * own
+    own = config.constants['CHANNELS'] * config.constants['ELEMENTS']
+    return config.blocks * config.groups * own
 
 
 def _sum_bytes(constants: Constants, out: Tensor) -> int:

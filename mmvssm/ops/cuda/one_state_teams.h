@@ -12,31 +12,61 @@ struct Sides {
   float decay[kWidth], forward[kWidth], backward[kWidth];
 };
 
-// From the state before the chunk and the gradient from behind it, those of own
-// positions: h and g are both.
-MMVSSM_DEVICE void pass_on(int team, Sides& own, float (&h)[kWidth], float (&g)[kWidth]) {
-#pragma unroll
-  for (int c = 0; c < kWidth; ++c) {
-    float decay = own.decay[c];
-    float forward = own.forward[c], backward = own.backward[c];
-    if (team == 0) forward += decay * h[c];
-    if (team == kTeams - 1) backward += decay * g[c];
-#pragma unroll
-    for (int by = 1; by < kTeams; by *= 2) {
-      // `decay` is of the `by` positions up to own ones, `back` of those from them on.
-      const float back = by == 1 ? decay : shuffle_down(decay, 4 * (by - 1));
-      const float before = shuffle_up(forward, 4 * by);
-      const float behind = shuffle_down(backward, 4 * by);
-      if (team >= by) forward += decay * before;
-      if (team < kTeams - by) backward += back * behind;
-      // An overflowing growth must not turn a zero into NaN.
-      if (2 * by < kTeams) decay = fminf(decay * shuffle_up(decay, 4 * by), kLargest);
-    }
-    const float before = shuffle_up(forward, 4), behind = shuffle_down(backward, 4);
-    if (team > 0) h[c] = before;
-    if (team < kTeams - 1) g[c] = behind;
+// Shows all lanes of the warp what own positions do, in shared memory where step sizes of
+// the last own positions belong: decays and what is added side by side, those of
+// gradients in the order in which gradients go.
+struct TeamWalk {
+  static constexpr int kRow = kThreads * kWidth * 4;
+  static constexpr int kFirst = kOwn - 4;  // own position whose place is the first
+  char *forward, *backward;
+
+  MMVSSM_DEVICE explicit TeamWalk(char* map) {
+    forward = map + (kFirst * kThreads + threadIdx.x) * kWidth * 4;
+    // The team is last as often as the other one is first.
+    backward = map + ((kFirst + 2) * kThreads + (threadIdx.x ^ 4 * (kTeams - 1))) * kWidth * 4;
   }
-}
+
+  MMVSSM_DEVICE void put(const Sides& own) const {
+    put_pairs(forward, own.decay, own.forward);
+    put_pairs(backward, own.decay, own.backward);
+  }
+  static MMVSSM_DEVICE void put_pairs(char* to, const float (&decay)[kWidth],
+                                      const float (&added)[kWidth]) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      *reinterpret_cast<float4*>(to + k * kRow) =
+          float4{decay[2 * k], added[2 * k], decay[2 * k + 1], added[2 * k + 1]};
+  }
+
+  // One lane for each channel and direction: from what comes to the chunk what comes to
+  // each team.
+  static MMVSSM_DEVICE void walk(char* smem, char* map) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int side = lane / 16, c = lane / 4 % kWidth;
+    const Quad& quad = mmvssm::quad(smem, number_of_quad());
+    float x = side ? quad.carry[c] : quad.states[c];
+    char* at = map + (kFirst + side * 2 + c / 2) * kRow +
+               (warp * 32 + lane % 4) * kWidth * 4 + c % 2 * 8;
+#pragma unroll
+    for (int team = 0; team < kTeams; ++team) {
+      float2* own = reinterpret_cast<float2*>(at + team * 4 * kWidth * 4);
+      const float2 step = *own;
+      own->x = x;
+      x = step.x * x + step.y;
+    }
+  }
+
+  // What comes to own positions.
+  MMVSSM_DEVICE void get(float (&h)[kWidth], float (&g)[kWidth]) const {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float4 state = *reinterpret_cast<const float4*>(forward + k * kRow);
+      const float4 gradient = *reinterpret_cast<const float4*>(backward + k * kRow);
+      h[2 * k] = state.x, h[2 * k + 1] = state.z;
+      g[2 * k] = gradient.x, g[2 * k + 1] = gradient.z;
+    }
+  }
+};
 
 // The steps of all teams one after the other, for the first team; those of the later
 // teams come first if `kBackward`.
@@ -61,9 +91,11 @@ MMVSSM_DEVICE void append_teams(Step& step) {
 }
 
 // The gradient from behind a chunk, which is number `index` from the last one on. What
-// is before the first one is `g` already.
+// is before the first one is in its place already.
 MMVSSM_DEVICE void look_back(const Args& p, const Own& own, int index, const Sides& sides,
-                             float (&g)[kWidth]) {
+                             Quad& quad) {
+  float g[kWidth];
+  load_channels<kFloat32>(reinterpret_cast<const char*>(quad.carry), g);
   const Published published(p, own);
   Step step;
 #pragma unroll
@@ -86,15 +118,12 @@ MMVSSM_DEVICE void look_back(const Args& p, const Own& own, int index, const Sid
   step.limit();
   append_teams<false>(step);
   if (base > 0) published.get_state(base - 1, g);
-#pragma unroll
-  for (int c = 0; c < kWidth; ++c)
-    g[c] = shuffle(step.decay[c] * g[c] + step.added[c], threadIdx.x % 4, 32);
-  if (own.team == 0 && index % kLookBack == kLookBack - 1) {
-    float behind[kWidth];
-#pragma unroll
-    for (int c = 0; c < kWidth; ++c) behind[c] = g[c];
-    chunk.apply(behind);
-    published.put_state(index, behind);
+  if (own.team > 0) return;
+  step.apply(g);
+  store_channels<kFloat32>(reinterpret_cast<char*>(quad.carry), g);
+  if (index % kLookBack == kLookBack - 1) {
+    chunk.apply(g);
+    published.put_state(index, g);
   }
 }
 

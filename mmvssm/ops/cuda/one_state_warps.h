@@ -73,7 +73,9 @@ MMVSSM_DEVICE const char* element(const char* row, int index, int64_t stride) {
 struct alignas(16) Quad {
   const char *u, *grad_out, *delta, *z;
   char *by_u, *by_delta, *by_z;
-  const float* saved;  // the states before chunk 1, null if there is no such channel
+  // The states before chunk 1, or anything where there is no such chunk; null if there is
+  // no such channel.
+  const float* saved;
   float rate[kWidth], skip[kWidth];
   float slope[kWidth];           // A ln(2)
   float shift[kWarpTiles][4];  // as the matrix product has them
@@ -93,9 +95,10 @@ struct alignas(16) Quad {
     by_delta = gradients.delta + offset(p.grad_delta_strides, chain.batch, number);
     by_z = gradients.z + offset(p.grad_z_strides, chain.batch, number);
     const int64_t channels = static_cast<int64_t>(p.groups) * p.group_size;
-    saved = channel < chain.count
-                ? scan.saved + chain.batch * (p.chunks - 1) * channels + number
-                : nullptr;
+    saved = nullptr;
+    if (channel < chain.count)
+      saved = p.chunks > 1 ? scan.saved + chain.batch * (p.chunks - 1) * channels + number
+                           : scan.A;
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {
       const bool there = channel + c < chain.count;
@@ -215,12 +218,14 @@ struct RowParts {
   static constexpr int kRows = 32 / kParts, kCopies = kPositions / kRows;
   static_assert(kRows % kTeams == 0 || kTeams % kRows == 0, "no rest");
 
+  // Worked out where it is needed: between it would take registers.
+  static MMVSSM_DEVICE int thread() { return threadIdx.x + fresh_zero(); }
   // The first channel of the part.
   static MMVSSM_DEVICE int channel() {
-    return threadIdx.x / 32 * kWarpChannels +
-           threadIdx.x % kParts * (kWarpChannels / kParts);
+    return thread() / 32 * kWarpChannels +
+           thread() % kParts * (kWarpChannels / kParts);
   }
-  static MMVSSM_DEVICE int first_row() { return threadIdx.x % 32 / kParts; }
+  static MMVSSM_DEVICE int first_row() { return thread() % 32 / kParts; }
 
   // The indices of own rows. Below 0 also where there is no such channel.
   static MMVSSM_DEVICE void look_up(char* smem, int buffer, int channels,
@@ -238,8 +243,8 @@ struct RowParts {
   static MMVSSM_DEVICE void fetch(char* map, const char* from, const Strides& strides,
                                   const int (&indices)[kCopies], int channels) {
     char* to = map + first_row() / kTeams * (kThreads * kRow / 4) +
-               first_row() % kTeams * kRow + threadIdx.x / 32 * kTeams * kRow +
-               threadIdx.x % kParts * (kRow / kParts);
+               first_row() % kTeams * kRow + thread() / 32 * kTeams * kRow +
+               thread() % kParts * (kRow / kParts);
     fetch_from<0>(to, from, strides, indices, channels);
   }
   template <int kCopy>

@@ -360,7 +360,7 @@ class _Gradients:
         self.A += deterministic_math.sum_rows(grad_exponent * s.dt.unsqueeze(2))
         grad_dt = _sum_states(grad_exponent * p.A).addcmul_(grad_dtu, s.u)
         if p.softplus:
-            # sigmoid(raw) is 1 - exp(-softplus(raw)).
+            # sigmoid(delta) is 1 - exp(-softplus(delta)).
             grad_dt.mul_((-s.dt).expm1_().neg_())
         grad_u = grad_dtu.mul_(s.dt)
         if p.D is not None and self.D is not None:

@@ -386,6 +386,7 @@ const char* global_element(const char* base, uint32_t index) {
 inline const char* global_address(const char* base, int x, int y) {
   return base + static_cast<int64_t>(x) * y;
 }
+inline void in_order() {}
 inline char* moved(char* at, int64_t bytes) { return at + bytes; }
 inline char* address(char* base, int x, int y) {
   return base + static_cast<int64_t>(x) * y;
