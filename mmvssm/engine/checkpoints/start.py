@@ -14,6 +14,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from mmengine.model import PretrainedInit, update_init_info
 from mmengine.registry import WEIGHT_INITIALIZERS
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
 from mmvssm import zoo
@@ -237,25 +238,26 @@ def load_part(
             needs; it is then unchanged.
     """
     target = module.state_dict()
+    content = _read_elsewhere(source)
     try:
         recognise(target, 'the model', prefix)
     except CheckpointError:
-        return _load_other(module, target, source, prefix, weights)
+        state = read_converted(content, weights)
+        return _load_other(module, target, state, source, prefix)
     return load_checkpoint(
-        module, source, prefix=prefix, weights=weights, other_heads=True
+        module, content, prefix=prefix, weights=weights, other_heads=True
     )
 
 
 def _load_other(
     module: nn.Module,
     target: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
     source: str,
     prefix: str | None,
-    weights: str | None,
 ) -> str:
     """Load a module without a backbone of a family."""
     kind = type(module).__name__
-    state = read_converted(source, weights)
     # A dot at the end may be left out, as mmengine allows.
     start = f'{prefix.removesuffix(".")}.' if prefix else ''
     given = {
@@ -285,7 +287,16 @@ def _load_other(
     return '\n  '.join([*lines, *notes])
 
 
-def read_converted(source: str, weights: str | None = None) -> dict[str, Tensor]:
+def _read_elsewhere(source: str) -> str | Mapping:
+    """What mmengine reads, where only it knows the address, such as ``s3://``."""
+    if '://' not in source or zoo.is_address(source):
+        return source
+    return CheckpointLoader.load_checkpoint(source, 'cpu', 'current')
+
+
+def read_converted(
+    source: str | Mapping, weights: str | None = None
+) -> dict[str, Tensor]:
     """Read weights under the names of this package, if they are of its families."""
     try:
         return convert(source, weights=weights).state_dict()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.model import PretrainedInit
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from mmvssm.backbones import VSSM
@@ -154,3 +155,16 @@ def test_heads_of_another_width_stay_as_they_are(tmp_path):
     assert torch.equal(net.decode_head[1].weight, kept)
     assert 'decode_head.1.weight is 2x4x1x1 in the file and 2x6x1x1' in str(report)
     assert 'decode_head.0.weight' in report.matched
+
+
+def test_addresses_that_mmengine_alone_knows(whole, monkeypatch):
+    """Object stores, for one."""
+    path, source = whole
+    schemes = dict(CheckpointLoader._schemes)
+    schemes = {'store://': lambda name, map_location: torch.load(path), **schemes}
+    monkeypatch.setattr(CheckpointLoader, '_schemes', schemes)
+    neck = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1))
+    load_part(neck, 'store://bucket/whole.pth', 'neck.')
+    assert torch.equal(neck[1].weight, source[1].weight)
+    report = load_part(VSSM(ARCH), 'store://bucket/whole.pth')
+    assert not report.missing and report.matched
