@@ -1,8 +1,16 @@
 """What the tools are made of, for scripts of one's own too."""
 
+from mmvssm import zoo
 from mmvssm.compat import find_own_models
 
 from .checkpoints.loaders import install_safe_loaders
+from .checkpoints.start import (
+    CheckedPretrainedInit,
+    announce_start,
+    check_inputs,
+    choose_start,
+    published_weights,
+)
 from .checkpoints.weights import check_load_from, load_weights, trust_checkpoints
 from .configs.config import (
     enable_amp,
@@ -30,6 +38,7 @@ from .training.sharding import FSDPStrategy
 
 __all__ = [
     'Bf16OptimWrapper',
+    'CheckedPretrainedInit',
     'FSDPStrategy',
     'Float32RegionsHook',
     'LayerDecayOptimWrapperConstructor',
@@ -39,10 +48,13 @@ __all__ = [
     'ResumableEpochLoop',
     'SafeCheckpointHook',
     'UsageError',
+    'announce_start',
     'build_runner',
     'check_datasets',
     'check_gpu',
+    'check_inputs',
     'check_load_from',
+    'choose_start',
     'enable_amp',
     'enable_painting',
     'enable_resume',
@@ -53,9 +65,16 @@ __all__ = [
     'load_config',
     'load_weights',
     'prepare_launch',
+    'published_weights',
     'require_file',
     'run_tool',
     'trust_checkpoints',
 ]
 
-find_own_models()
+
+def _weights_of(config: str) -> str | None:
+    row = zoo.of_config(config)
+    return f'{zoo.SCHEME}{row.name}' if row is not None and row.url else None
+
+
+find_own_models(_weights_of)
