@@ -66,7 +66,10 @@ def fresh_heads(
     layers = {}
     for key, value in file.items():
         wanted = model.get(key)
-        if wanted is None or value.shape == wanted.shape or value.ndim < 1:
+        if wanted is None or value.shape == wanted.shape or not value.ndim:
+            continue
+        # A layer without outputs is no head for another number of classes.
+        if not value.numel():
             continue
         if value.ndim == wanted.ndim and value.shape[1:] == wanted.shape[1:]:
             layers[key.rpartition('.')[0]] = value.shape[0], wanted.shape[0]

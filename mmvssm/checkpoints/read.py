@@ -19,6 +19,8 @@ _EMA = ('model_ema', 'state_dict_ema', 'ema_state_dict')
 _WRAPPERS = (*_RAW[:2], *_EMA, *_RAW[2:])
 # The deepest nesting of these keys; a file may contain itself.
 _DEEPEST = 8
+# What torch writes, behind some advice, before the reason why it refuses a pickle.
+_TORCHS_REASON = 'WeightsUnpickler error:'
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,18 @@ def _read(path: Path, map_location: Any, trusted: bool) -> Any:
         raise
     except Exception as error:
         # torch raises errors of many classes when it cannot read a file.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f'{path} ({path.stat().st_size} bytes) is truncated or not a checkpoint '
             f'that can be read safely, download it again or save its state '
-            f'dict alone: {reason[0]}'
+            f'dict alone: {_reason(error)}'
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error, without torch's advice to read the file in full."""
+    text = str(error)
+    text = text.partition(_TORCHS_REASON)[2].strip() or text.strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _read_safetensors(path: Path, map_location: Any) -> dict:

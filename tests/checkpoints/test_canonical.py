@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 import warm
+from fuzz_files import MODELS
 from mmvssm.backbones import VSSM
 from mmvssm.checkpoints import convert, load_checkpoint, save_checkpoint
 from mmvssm.checkpoints.read import read_state_dict
@@ -18,6 +19,7 @@ from .files import (
     classifier,
     published,
     randomised,
+    refuse,
     same,
     to_v0_old,
 )
@@ -49,6 +51,16 @@ def test_segmentor_keeps_the_prefix_the_runner_expects():
     net = Segmentor(V2)
     net.load_state_dict(checkpoint.state_dict())
     assert same(net, state)
+
+
+@pytest.mark.parametrize('name', sorted(MODELS))
+def test_a_tensor_without_elements(name):
+    """No parameter of a family is empty; shapes are divided by each other."""
+    build, published = MODELS[name]
+    state = published(build())
+    for key, value in state.items():
+        for empty in (torch.empty(0), value[:0] if value.ndim else torch.empty(0, 3)):
+            refuse(build(), {**state, key: empty}, 'without numbers|does not fit|head')
 
 
 def test_whole_model_with_heads_of_other_names():
