@@ -189,13 +189,19 @@ def fits(given: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 
 def _refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
-    bad = [key for key, value in tensors.items() if not value.isfinite().all()]
+    bad = [key for key, value in tensors.items() if not _is_finite(value)]
     if bad:
         raise CheckpointError(
             f'{what} holds NaN or infinite weights: {_first(bad)}. A training that '
             'diverged leaves such a file; take an earlier one, or load it all the same '
             'with allow_nan=True'
         )
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    # torch does not look for NaN in floats of 8 bits.
+    small = value.is_floating_point() and value.dtype.itemsize == 1
+    return bool((value.float() if small else value).isfinite().all())
 
 
 def _check_arch(

@@ -19,6 +19,18 @@ _EMA = ('model_ema', 'state_dict_ema', 'ema_state_dict')
 _WRAPPERS = (*_RAW[:2], *_EMA, *_RAW[2:])
 # The deepest nesting of these keys; a file may contain itself.
 _DEEPEST = 8
+# Types of numbers that can be copied into weights, as far as this torch has them.
+_NUMBERS = {
+    getattr(torch, name)
+    for name in (
+        *('bool', 'uint8', 'uint16', 'uint32', 'uint64'),
+        *('int8', 'int16', 'int32', 'int64'),
+        *('float16', 'bfloat16', 'float32', 'float64'),
+        *('float8_e4m3fn', 'float8_e4m3fnuz', 'float8_e5m2', 'float8_e5m2fnuz'),
+        'float8_e8m0fnu',
+    )
+    if hasattr(torch, name)
+}
 # What torch writes, behind some advice, before the reason why it refuses a pickle.
 _TORCHS_REASON = 'WeightsUnpickler error:'
 
@@ -303,6 +315,8 @@ def _check_tensors(
             problem = 'a tensor without numbers (device meta)'
         elif value.is_complex():
             problem = 'complex'
+        elif value.dtype not in _NUMBERS:
+            problem = f'of {value.dtype}, which torch cannot turn into float32'
         elif size is not None and value.numel() * value.element_size() > size:
             problem = f'{tuple(value.shape)}, larger than the file'
         if problem:
