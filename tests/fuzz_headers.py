@@ -76,6 +76,14 @@ def find_headers(content):
     return {kind: places for kind, places in found.items() if places}
 
 
+def set_field(content, place, kind, field, change):
+    """Change a number in the header of this kind at this place."""
+    offset, size = sum(_FIELDS[kind][:field]), _FIELDS[kind][field]
+    span = slice(place + offset, place + offset + size)
+    value = change(int.from_bytes(content[span], 'little')) % 2 ** (8 * size)
+    content[span] = value.to_bytes(size, 'little')
+
+
 def _spoil_field(rng, content, found):
     """Another value in one field of one header."""
     kind = rng.choice(sorted(found))

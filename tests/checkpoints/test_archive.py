@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 
-from fuzz_headers import find_headers, repack, spoil_headers
+from fuzz_headers import find_headers, repack, set_field, spoil_headers
 from mmvssm.checkpoints import CheckpointError, trust
 from mmvssm.checkpoints.archive import check_archive
 from mmvssm.checkpoints.read import read_content, read_state_dict
@@ -150,6 +150,89 @@ def test_a_record_marked_as_a_folder(tmp_path, how):
         spoilt = bytearray(content)
         spoilt[header + 38] |= 0x10
         refuse(tmp_path / 'a.pth', bytes(spoilt), 'attributes 0x.*not those of a file')
+
+
+def flip(bit):
+    return lambda value: value ^ bit
+
+
+# The form of the archive, the fields (kind of header, number) and what becomes of them.
+@pytest.mark.parametrize(
+    'how, fields, change, message',
+    [
+        ('plain', ['central 3', 'local 2'], flip(1), 'flags 0x1'),
+        ('plain', ['central 3', 'local 2'], flip(0x40), 'flags 0x40'),
+        ('plain', ['central 3'], flip(8), 'flags, method or time differ'),
+        ('plain', ['central 4', 'local 3'], flip(8), 'compression method 8'),
+        ('plain', ['central 4', 'local 3'], flip(12), 'compression method 12'),
+        ('plain', ['local 3'], flip(8), 'flags, method or time differ'),
+        ('torch', ['local 4'], flip(1), 'flags, method or time differ'),
+        ('plain', ['central 8'], flip(1), 'compression method 0, or two sizes'),
+        ('plain', ['central 8', 'central 9'], flip(1), 'size differ in its two'),
+        ('torch', ['central 8', 'central 9'], flip(1), 'what follows it is not'),
+        ('torch', ['central 8', 'central 9'], flip(2**24), 'larger than its place'),
+        ('plain', ['local 6'], flip(1), 'check sum or size differ'),
+        ('torch', ['local 6'], flip(1), 'check sum or size differ'),
+        ('plain', ['local 7'], flip(1), 'check sum or size differ'),
+        ('plain', ['local 8'], flip(1), 'check sum or size differ'),
+        ('zip64', ['local 8'], flip(1), 'check sum or size differ'),
+        ('torch', ['central 0'], flip(1), 'its directory is damaged'),
+        ('torch', ['central 10'], flip(2**14), 'its directory is cut off'),
+        ('torch', ['central 13'], flip(1), 'a comment, several parts'),
+        ('torch', ['central 14'], flip(2), 'a comment, several parts'),
+        ('torch', ['central 15'], flip(0x10), 'not those of a file'),
+        ('plain', ['central 15'], lambda _: 0o120644 << 16, 'not those of a file'),
+        ('torch', ['central 16'], lambda _: 5, 'it is larger than its place'),
+        ('torch', ['local 0'], flip(1), 'another record is where it should be'),
+        ('torch', ['local 10'], flip(1), 'extra fields are damaged'),
+        ('torch', ['descriptor 0'], flip(1), 'what follows it is not'),
+        ('torch', ['descriptor 1'], flip(1), 'what follows it is not'),
+        ('torch', ['descriptor 3'], flip(1), 'what follows it is not'),
+        ('plain', ['end 0'], flip(1), 'does not end with an end record'),
+        ('plain', ['end 7'], flip(1), 'does not end with an end record'),
+        ('plain', ['end 1'], flip(1), 'archive in several parts'),
+        ('plain', ['end 3'], flip(1), 'archive in several parts'),
+        ('plain', ['end 3', 'end 4'], lambda n: n + 1, 'records are declared'),
+        ('plain', ['end 5'], flip(1), 'does not end where the end record starts'),
+        ('torch', ['end 4', 'end 3'], flip(1), 'its two end records do not agree'),
+        ('torch', ['end64 0'], flip(1), 'its two end records do not agree'),
+        ('torch', ['end64 1'], flip(1), 'its two end records do not agree'),
+        ('torch', ['end64 9', 'end 6'], flip(1), 'does not end where the end record'),
+        ('torch', ['locator 0'], flip(1), 'does not end where the end record starts'),
+        ('torch', ['locator 2'], flip(1), 'its locator of the end record is wrong'),
+    ],
+)
+def test_a_header_field(tmp_path, how, fields, change, message):
+    content = bytearray(saved() if how == 'torch' else repack(saved(), how))
+    found = find_headers(content)
+    for field in fields:
+        kind, number = field.split()
+        place = found[kind][min(5, len(found[kind]) - 1)]
+        set_field(content, place, kind, int(number), change)
+    refuse(tmp_path / 'a.pth', bytes(content), f'truncated or not .*{message}')
+
+
+@pytest.mark.parametrize(
+    'which, message', [(0, 'does not start where the one'), (3, 'what follows it')]
+)
+def test_a_record_that_is_not_in_the_directory(tmp_path, which, message):
+    content = bytearray(repack(saved()))
+    found = find_headers(content)
+    start, stop = found['central'][which : which + 2]
+    end = found['end'][0]
+    for field in (3, 4):
+        set_field(content, end, 'end', field, lambda count: count - 1)
+    set_field(content, end, 'end', 5, lambda size: size - (stop - start))
+    del content[start:stop]
+    refuse(tmp_path / 'a.pth', bytes(content), message)
+
+
+@pytest.mark.parametrize(
+    'char, message', [(b'\x01', 'control characters'), (b'/', 'a folder with data')]
+)
+def test_a_name_in_both_headers(tmp_path, char, message):
+    content = repack(saved()).replace(b'data/0', b'data/' + char)
+    refuse(tmp_path / 'a.pth', content, message)
 
 
 @pytest.mark.parametrize('seed', range(4))
