@@ -28,7 +28,9 @@ def adapt_stem(
     """
     for key, value in file.items():
         wanted = model.get(key)
-        if not key.startswith(_STEM) or wanted is None or value.ndim != 4:
+        if not key.startswith(_STEM) or wanted is None:
+            continue
+        if value.ndim != 4 or wanted.ndim != 4:
             continue
         old, new = value.shape[1], wanted.shape[1]
         rest = (value.shape[0], *value.shape[2:])
