@@ -210,6 +210,12 @@ def _refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
         )
 
 
+def _is_finite(value: torch.Tensor) -> bool:
+    # torch does not look for NaN in floats of 8 bits.
+    small = value.is_floating_point() and value.dtype.itemsize == 1
+    return bool((value.float() if small else value).isfinite().all())
+
+
 def _check_arch(
     checkpoint: Checkpoint,
     model: Mapping[str, torch.Tensor],
