@@ -95,6 +95,7 @@ def main(args: argparse.Namespace) -> None:
     engine.check_datasets(cfg)
     engine.prepare_launch(cfg, args.launcher)
     runner = engine.build_runner(cfg)
+    engine.check_labels(cfg)
     if cfg.get('load_from') and not cfg.get('resume'):
         engine.check_load_from(runner.model, cfg.load_from)
     engine.check_gpu(runner)

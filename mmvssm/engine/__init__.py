@@ -19,6 +19,7 @@ from .hooks.checkpoint import SafeCheckpointHook
 from .hooks.float32_regions import Float32RegionsHook
 from .hooks.non_finite import NonFiniteLossError, NonFiniteLossHook
 from .hooks.preemption import PreemptionHook
+from .labels.check import check_labels
 from .launching.gpu_check import check_gpu
 from .launching.launch import prepare_launch
 from .launching.tool import run_tool
@@ -42,6 +43,7 @@ __all__ = [
     'build_runner',
     'check_datasets',
     'check_gpu',
+    'check_labels',
     'check_load_from',
     'enable_amp',
     'enable_painting',
