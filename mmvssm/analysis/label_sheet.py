@@ -137,8 +137,8 @@ def _finish(
         panel.spines[:].set_visible(False)
     for row, title in zip(panels, titles):
         row[0].set_title(title, fontsize=7, loc='left')
-    for panel, name in zip(panels[0][1:], columns):
-        panel.set_title(name, fontsize=9, fontweight='bold')
+    for panel, name in zip(panels[-1], ('image', *columns)):
+        panel.set_xlabel(name, fontsize=9, fontweight='bold')
     if names:
         figure.legend(
             handles=[

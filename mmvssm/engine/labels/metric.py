@@ -46,8 +46,8 @@ def iou_metric(**options: Any) -> Any:
     A class that is in no label has no accuracy (nan), and no IoU unless it was
     predicted. mIoU is the mean of the others: 100 where a model knows one class and the
     labels have no other. Such classes are named in the log, and their number is a
-    value of its own beside mIoU (``nan_classes``). Labels that are neither a class nor ignored count
-    nowhere; a warning says how many.
+    value of its own beside mIoU (``nan_classes``). Labels that are neither a class
+    nor ignored count nowhere; a warning says how many.
 
     Args:
         **options: Of mmseg's class.
