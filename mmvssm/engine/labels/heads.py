@@ -16,12 +16,14 @@ class HeadLabels(NamedTuple):
         name (str): Where it is in the config, such as ``'model.decode_head'``.
         number (int): Labels are 0 to ``number - 1``.
         ignored (int | None): The label that the loss leaves out.
+        outputs (int): Its channels; 1 for two classes.
         problem (str): Why it cannot learn; empty where it can.
     """
 
     name: str
     number: int
     ignored: int | None = 255
+    outputs: int = 0
     problem: str = ''
 
 
@@ -48,7 +50,7 @@ def segmentation_heads(model: dict) -> list[HeadLabels]:
                         'num_classes=2, the background is a class of its own, and '
                         'name both in metainfo of the data sets.'
                     )
-            found.append(HeadLabels(where, number, ignored, problem))
+            found.append(HeadLabels(where, number, ignored, outputs, problem))
     return found
 
 
@@ -74,6 +76,13 @@ def contradictions(
     """What heads and the classes of a data set do not agree on."""
     yield from (f'{config}: {head.problem}' for head in heads if head.problem)
     others = [h for h in heads if h.number != len(classes) and not h.problem]
+    if len(classes) == 1 and any(head.outputs == 1 for head in others):
+        yield (
+            f'{config}: one output of {others[0].name} tells two classes apart, but '
+            f'the data set of {split} has only {classes[0]!r}: name what 0 stands for '
+            f"first, metainfo=dict(classes=('background', {classes[0]!r}))."
+        )
+        return
     if others:
         names = ', '.join(head.name for head in others)
         yield (

@@ -381,21 +381,22 @@ def _judge_single(
     stored, number = counts.stored(), len(classes)
     (label,) = (x for x in counts.labels() if x < number and x != ignored)
     before, index, mask = counts.of(label)
-    # For a part that is void or rare, a sample proves nothing.
-    proven = report.read == report.images and 'train' in report.split
+    # For a class that is rare, a sample proves nothing. A validation of one class may
+    # be meant.
+    whole, trains = report.read == report.images, 'train' in report.split
     what = (
         f'{mask} and the others of the {report.read} masks read have one class only, '
         f'{classes[label]!r} ({before})'
     )
     if dataset.reduce_zero_label and 0 in stored:
         report.add(
-            'error',
+            'error' if whole or trains else 'warning',
             f'{what}, because reduce_zero_label=True ignores 0: {keep_zero}.',
             index,
         )
     elif ignored in stored:
         report.add(
-            'error',
+            'error' if whole or trains else 'warning',
             f'{what}, because {ignored} ({counts.share(ignored):.0%} of the pixels) is '
             f'ignored: if {ignored} is a class, write its number into the masks (such '
             'as 1 in place of 255).',
@@ -403,7 +404,7 @@ def _judge_single(
         )
     else:
         report.add(
-            'error' if proven else 'warning',
+            'error' if whole and trains else 'warning',
             f'{what}, so there is nothing to tell apart: check that these are the '
             'masks, and that they were saved with the numbers of the classes.',
             index,

@@ -119,7 +119,9 @@ class Reader:
         return None if found is None else np.asarray(found).squeeze()
 
     def infos(self) -> Iterator[dict]:
-        """What the data set knows of every image."""
+        """What the data set knows of every image; not to be changed."""
+        if getattr(self.dataset, 'data_list', None):
+            return iter(self.dataset.data_list)
         return (self.dataset.get_data_info(index) for index in range(len(self)))
 
 

@@ -136,6 +136,11 @@ def test_heads_for_other_classes(data, heads, classes):
 
 
 # -------------------------------------------------------------------- no false alarm
+def test_a_validation_of_one_class_is_only_warned_of(data, said):
+    check_labels(data.paint(0, 1).paint(0, split='validation').cfg())
+    assert len(said) == 1 and 'one class only' in said[0] and said[0].startswith('val')
+
+
 @pytest.mark.parametrize(
     ('numbers', 'options'),
     [
@@ -230,6 +235,9 @@ def test_binary_head_of_one_output(data):
         head.out_channels = 1
         head.loss_decode = dict(type='CrossEntropyLoss', use_sigmoid=True)
     check_labels(cfg)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.metainfo = dict(classes=('thing',))
+    refusal(cfg, "('background', 'thing')")
 
 
 def test_a_head_that_ignores_a_class(data):
