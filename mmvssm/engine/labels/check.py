@@ -75,7 +75,7 @@ def _say(cfg: Config, splits: Iterable[str]) -> str:
     errors = [text for report, *_ in found for text in report.of('error')]
     if not errors:
         return ''
-    more = f'{len(errors) - 1} more findings; ' if len(errors) > 1 else ''
+    more = f'{len(errors) - 1} more; ' if len(errors) > 1 else ''
     return (
         f'{errors[0]} ({more}`python tools/check_data.py {cfg.filename or "CONFIG"}` '
         f'looks at all images, {VARIABLE}=0 trains without this check)'

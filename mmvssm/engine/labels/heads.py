@@ -86,7 +86,7 @@ def contradictions(
     if others:
         names = ', '.join(head.name for head in others)
         yield (
-            f'{config}: {names} is for {others[0].number} classes, but the data set '
+            f'{config}: num_classes is {others[0].number} in {names}, but the data set '
             f'of {split} has {len(classes)} ({shorten(classes)}): set num_classes='
             f'{len(classes)} of every head, or metainfo=dict(classes=...) of the data '
             'sets to the names of the classes there are.'

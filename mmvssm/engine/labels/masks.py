@@ -43,7 +43,8 @@ class MaskCounts:
         self.images += counts.any(0)
         for before, after in np.argwhere(counts):
             key = int(before), int(after)
-            self.first.setdefault(key, (index, sample.mask_path))
+            if key not in self.first or index < self.first[key][0]:
+                self.first[key] = (index, sample.mask_path)
 
     @property
     def total(self) -> int:
@@ -87,7 +88,7 @@ def inspect_masks(
     """
     dataset = reader.dataset
     report.images = len(reader)
-    _check_files(reader, report)
+    gone = _check_files(reader, report)
     counts, ignored = MaskCounts(), ignored_label(heads)
     end = time.monotonic() + seconds if seconds else None
     unreadable = 0
@@ -97,6 +98,8 @@ def inspect_masks(
             break
         if position and end and time.monotonic() > end:
             break
+        if index in gone:
+            continue
         try:
             sample = reader.read(index)
             _check_sample(sample, report)
@@ -136,7 +139,8 @@ def _is_varied(counts: MaskCounts, ignored: int | None) -> bool:
     return len([label for label in counts.labels() if label != ignored]) > 1
 
 
-def _check_files(reader: Reader, report: DatasetReport) -> None:
+def _check_files(reader: Reader, report: DatasetReport) -> set[int]:
+    """Look for files that are missing; returns the numbers of their images."""
     dataset = reader.dataset
     suffix, prefix = dataset.img_suffix, dataset.data_prefix
     folder = prefix.get('img_path') or ''
@@ -158,7 +162,8 @@ def _check_files(reader: Reader, report: DatasetReport) -> None:
             f'left out ({shorten(others, 3)}): img_suffix takes one ending, so rename '
             'or move them.',
         )
-    for kind, files in missing_files(reader).items():
+    missing = missing_files(reader)
+    for kind, files in missing.items():
         if not files:
             continue
         index, image, mask = files[0]
@@ -173,6 +178,7 @@ def _check_files(reader: Reader, report: DatasetReport) -> None:
         report.add('error', text, index)
     if reader.is_local and masks and not dataset.ann_file:
         _check_orphans(reader, report, masks)
+    return {index for files in missing.values() for index, *_ in files}
 
 
 def _check_orphans(reader: Reader, report: DatasetReport, folder: str) -> None:
@@ -283,7 +289,8 @@ def _judge(
     heads: Sequence[HeadLabels],
 ) -> None:
     ignored = ignored_label(heads)
-    _judge_range(counts, report, len(classes), dataset, heads)
+    if _judge_range(counts, report, len(classes), dataset, heads):
+        return
     inside = [x for x in counts.labels() if x < len(classes) and x != ignored]
     reduces, stored = dataset.reduce_zero_label, counts.stored()
     masks, number = f'the {report.read} masks of {report.labels}', len(classes)
@@ -334,8 +341,8 @@ def _judge_range(
     number: int,
     dataset,
     heads: Sequence[HeadLabels],
-) -> None:
-    """Labels that are neither a class nor ignored."""
+) -> bool:
+    """Whether there are labels that are neither a class nor ignored."""
     for ignored in {head.ignored for head in heads} or {255}:
         outside = [x for x in counts.labels() if x >= number and x != ignored]
         if not outside:
@@ -366,7 +373,8 @@ def _judge_range(
             f'{first} to {number - 1 + first}, and {ignored} is ignored: {remedy}.',
             index,
         )
-        return
+        return True
+    return False
 
 
 def _judge_single(

@@ -125,13 +125,14 @@ def test_mask_of_another_size(data):
 def test_a_missing_mask(data, split):
     path = data.paint(0, 1).masks(split)[-1]
     path.unlink()
-    refusal(data.cfg(), str(path), 'missing', 'seg_map_suffix')
+    text = refusal(data.cfg(), str(path), 'missing', 'seg_map_suffix')
+    assert 'more' not in text, 'said once'
 
 
 @pytest.mark.parametrize(('heads', 'classes'), [(8, 2), (2, 8)])
 def test_heads_for_other_classes(data, heads, classes):
     cfg = data.paint(*range(classes)).cfg(heads=heads, classes=classes)
-    text = refusal(cfg, f'for {heads} classes', f'has {classes}', 'decode_head')
+    text = refusal(cfg, f'num_classes is {heads}', f'has {classes}', 'decode_head')
     assert f'num_classes={classes}' in text and 'tiny.py' in text
 
 
@@ -369,3 +370,16 @@ def test_classes_never_seen(data):
     whole, sample = (inspect_data(cfg, ('train',), n)[0].report for n in (None, 2))
     assert 'third' in whole.of('warning')[0]
     assert 'third' in sample.of('note')[0] and not sample.of('warning')
+
+
+def test_other_ranks_are_told_and_do_not_read(data, monkeypatch):
+    class Told:
+        def gather(self, value):
+            assert value == ''
+            return ['what rank 0 found', '']
+
+    monkeypatch.setattr(check, 'Ranks', Told)
+    monkeypatch.setattr(check, 'is_main_process', lambda: False)
+    monkeypatch.setattr(check, 'inspect_data', None)
+    with pytest.raises(UsageError, match='what rank 0 found'):
+        check_labels(data.cfg())

@@ -149,7 +149,7 @@ def test_an_image_that_is_missing_or_broken(cfg, coco, broken):
 
 def test_heads_for_other_classes(cfg):
     cfg.model.roi_head.mask_head.num_classes = 7
-    refusal(cfg, 'tiny.py', 'roi_head.mask_head', 'for 7 classes', 'num_classes=80')
+    refusal(cfg, 'tiny.py', 'roi_head.mask_head', 'num_classes is 7', 'num_classes=80')
 
 
 def test_a_head_without_a_number_of_classes(cfg):
@@ -158,7 +158,7 @@ def test_a_head_without_a_number_of_classes(cfg):
     check_labels(cfg)
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.dataset.metainfo = dict(classes=('person', 'bicycle'))
-    refusal(cfg, 'bbox_head', 'for 80 classes', 'num_classes=2')
+    refusal(cfg, 'bbox_head', 'num_classes is 80', 'num_classes=2')
 
 
 def test_counts_of_what_is_left_out(cfg, coco):
