@@ -61,10 +61,10 @@ class Reader:
     def __init__(self, config: dict):
         config = copy.deepcopy(config)
         pipeline = list(_reading(config.get('pipeline') or []))
-        config.update(pipeline=[], serialize_data=False, lazy_init=False)
+        config['pipeline'] = []
         # pycocotools prints.
         with contextlib.redirect_stdout(io.StringIO()):
-            self.dataset = DATASETS.build(config)
+            self.dataset = _build(config)
             self.transforms = [TRANSFORMS.build(part) for part in pipeline]
         self.backend_args = config.get('backend_args')
 
@@ -190,6 +190,15 @@ def sample_order(number: int, most: int | None) -> list[int]:
     first = np.unique(np.linspace(0, number - 1, count).round().astype(int))
     rest = np.setdiff1d(np.arange(number), first)
     return [*map(int, rng.permutation(first)), *map(int, rng.permutation(rest))]
+
+
+def _build(config: dict) -> Any:
+    try:
+        # What is serialized must not be empty.
+        return DATASETS.build({**config, 'serialize_data': False})
+    except TypeError:
+        # A class of the user's need not take it.
+        return DATASETS.build(config)
 
 
 def _reading(pipeline: Any) -> Iterator[dict]:

@@ -383,3 +383,36 @@ def test_other_ranks_are_told_and_do_not_read(data, monkeypatch):
     monkeypatch.setattr(check, 'inspect_data', None)
     with pytest.raises(UsageError, match='what rank 0 found'):
         check_labels(data.cfg())
+
+
+def test_a_data_set_that_is_not_of_mmseg_is_left_alone(data, monkeypatch):
+    from mmseg.registry import DATASETS
+
+    monkeypatch.setitem(DATASETS.module_dict, 'Own', lambda root: None)
+    cfg = data.paint(0, 255).cfg()
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset = dict(type='Own', root='nowhere')
+    check_labels(cfg)
+    assert 'not looked into' in inspect_data(cfg)[0].report.of('note')[0]
+
+
+def test_a_data_set_of_ones_own_that_takes_less(data, monkeypatch):
+    from mmseg.registry import DATASETS
+
+    class Own(DATASETS.get('BaseSegDataset')):
+        def __init__(self, data_root, data_prefix, metainfo, pipeline):
+            super().__init__(
+                data_root=data_root,
+                data_prefix=data_prefix,
+                metainfo=metainfo,
+                pipeline=pipeline,
+            )
+
+    monkeypatch.setitem(DATASETS.module_dict, 'Own', Own)
+    cfg = data.paint(0, 255).cfg()
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.type = 'Own'
+        for key in [*loader.dataset]:
+            if key not in ('type', 'data_root', 'data_prefix', 'metainfo', 'pipeline'):
+                loader.dataset.pop(key)
+    refusal(cfg, '1 in place of 255')
