@@ -27,6 +27,7 @@ from .hooks.checkpoint import SafeCheckpointHook
 from .hooks.float32_regions import Float32RegionsHook
 from .hooks.non_finite import NonFiniteLossError, NonFiniteLossHook
 from .hooks.preemption import PreemptionHook
+from .labels.check import check_labels
 from .launching.gpu_check import check_gpu
 from .launching.launch import prepare_launch
 from .launching.tool import run_tool
@@ -53,6 +54,7 @@ __all__ = [
     'check_datasets',
     'check_gpu',
     'check_inputs',
+    'check_labels',
     'check_load_from',
     'choose_start',
     'enable_amp',
