@@ -7,7 +7,12 @@ _base_ = [
 # Not published. Drop path as in upernet_mambar_b.py. Layer decay as in the cascade with
 # a Vim of this size.
 model = dict(
-    backbone=dict(type='mmvssm.MambaR', arch='b', drop_path_rate=0.3),
+    backbone=dict(
+        type='mmvssm.MambaR',
+        arch='b',
+        drop_path_rate=0.3,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://mambar_b'),
+    ),
     neck=dict(in_channels=768),
 )
 optim_wrapper = dict(

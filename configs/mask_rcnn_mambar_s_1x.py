@@ -7,7 +7,12 @@ _base_ = [
 # Not published. Drop path as in upernet_mambar_s.py. Layer decay as in the cascade with
 # a Vim of this size.
 model = dict(
-    backbone=dict(type='mmvssm.MambaR', arch='s', drop_path_rate=0.1),
+    backbone=dict(
+        type='mmvssm.MambaR',
+        arch='s',
+        drop_path_rate=0.1,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://mambar_s'),
+    ),
     neck=dict(in_channels=384),
 )
 optim_wrapper = dict(

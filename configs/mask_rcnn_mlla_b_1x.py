@@ -5,6 +5,10 @@ _base_ = [
     './_base_/default_runtime_det.py',
 ]
 model = dict(
-    backbone=dict(arch='b', drop_path_rate=0.1),
+    backbone=dict(
+        arch='b',
+        drop_path_rate=0.1,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://mlla_b'),
+    ),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )

@@ -4,4 +4,10 @@ _base_ = [
     './_base_/schedules/schedule_1x_mlla.py',
     './_base_/default_runtime_det.py',
 ]
-model = dict(backbone=dict(arch='s', drop_path_rate=0.1))
+model = dict(
+    backbone=dict(
+        arch='s',
+        drop_path_rate=0.1,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://mlla_s'),
+    )
+)

@@ -6,7 +6,12 @@ _base_ = [
 ]
 # Not published. Drop path and layer decay are those of the published cascade. Positions
 # and directions are as in Vim's own training.
-model = dict(backbone=dict(arch='t'), neck=dict(in_channels=192))
+model = dict(
+    backbone=dict(
+        arch='t', init_cfg=dict(type='Pretrained', checkpoint='mmvssm://vim_t')
+    ),
+    neck=dict(in_channels=192),
+)
 optim_wrapper = dict(
     constructor='mmvssm.LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(_delete_=True, layer_decay_rate=0.837),

@@ -5,6 +5,10 @@ _base_ = [
     './_base_/default_runtime_det.py',
 ]
 model = dict(
-    backbone=dict(arch='b_s2l15', drop_path_rate=0.6),
+    backbone=dict(
+        arch='b_s2l15',
+        drop_path_rate=0.6,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://vmamba_b_s2l15'),
+    ),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )

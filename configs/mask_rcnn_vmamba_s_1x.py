@@ -4,4 +4,10 @@ _base_ = [
     './_base_/schedules/schedule_1x.py',
     './_base_/default_runtime_det.py',
 ]
-model = dict(backbone=dict(arch='s_s2l15', drop_path_rate=0.3))
+model = dict(
+    backbone=dict(
+        arch='s_s2l15',
+        drop_path_rate=0.3,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://vmamba_s_s2l15'),
+    )
+)

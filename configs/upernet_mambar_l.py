@@ -8,7 +8,11 @@ _base_ = [
 # decay is 0.96: at twice the depth it gives the stem the same rate as Vim's 0.92.
 model = dict(
     backbone=dict(
-        arch='l', out_indices=(11, 23, 35, 47), drop_path_rate=0.4, with_cp=True
+        arch='l',
+        out_indices=(11, 23, 35, 47),
+        drop_path_rate=0.4,
+        with_cp=True,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://mambar_l'),
     ),
     neck=dict(channels=1024),
     decode_head=dict(in_channels=[1024, 1024, 1024, 1024]),

@@ -5,4 +5,10 @@ _base_ = [
     './_base_/default_runtime.py',
 ]
 # The recipe of the published MLLA-B, with another drop path.
-model = dict(backbone=dict(arch='s', drop_path_rate=0.3))
+model = dict(
+    backbone=dict(
+        arch='s',
+        drop_path_rate=0.3,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://mlla_s'),
+    )
+)

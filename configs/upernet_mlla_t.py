@@ -5,4 +5,10 @@ _base_ = [
     './_base_/default_runtime.py',
 ]
 # The recipe of the published MLLA-B, with another drop path.
-model = dict(backbone=dict(arch='t', drop_path_rate=0.2))
+model = dict(
+    backbone=dict(
+        arch='t',
+        drop_path_rate=0.2,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://mlla_t'),
+    )
+)

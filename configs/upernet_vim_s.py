@@ -14,6 +14,7 @@ model = dict(
         average=False,
         feature='residual',
         last_layer_process='add',
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://vim_s'),
     ),
     neck=dict(embed_dim=384),
     decode_head=dict(in_channels=[384, 384, 384, 384], channels=384),

@@ -5,6 +5,12 @@ _base_ = [
     './_base_/default_runtime.py',
 ]
 # As published: outputs of the blocks as features, stream in the model's dtype.
-model = dict(backbone=dict(arch='t', residual_in_fp32=False))
+model = dict(
+    backbone=dict(
+        arch='t',
+        residual_in_fp32=False,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://vim_t'),
+    )
+)
 # 4 GPUs x 8
 train_dataloader = dict(batch_size=8)

@@ -5,4 +5,10 @@ _base_ = [
     './_base_/default_runtime.py',
 ]
 # The first published version: no MLP, gated scan blocks, 16 states.
-model = dict(backbone=dict(arch='t_v0', drop_path_rate=0.3))
+model = dict(
+    backbone=dict(
+        arch='t_v0',
+        drop_path_rate=0.3,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://vmamba_t_v0'),
+    )
+)

@@ -23,3 +23,4 @@ __all__ = [
 ]
 
 compat.apply()
+compat.import_behind_inferencers('mmvssm.engine')

@@ -7,12 +7,17 @@ mmengine is wrapped for this, it passes on all names that are not of this packag
 """
 
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 
 _NUMPY_DTYPES = ('bool', 'float32', 'float64', 'int32', 'int64', 'uint8', 'uint32')
 _OWN_SCOPE = 'mmvssm::'
+_INFERENCERS = 'mmengine.infer.infer'
 _CONFIGS = Path(__file__).parent / '.mim' / 'configs'
 
 
@@ -69,14 +75,17 @@ def _find_own_configs() -> None:
     Config._get_cfg_path = staticmethod(find_config)
 
 
-def find_own_models() -> None:
+def find_own_models(weights_of: Callable[[str], str | None]) -> None:
     """Let ``DetInferencer('mask_rcnn_vmamba_t_1x')`` mean this package's config.
 
     mmengine looks a name up in the package of the default scope. For a config of this
-    package that is mmseg or mmdet. Importing ``mmvssm.engine`` calls this. ``mmvssm``
-    alone does not, because mmengine's inferencers import more packages, such as OpenCV.
+    package that is mmseg or mmdet.
+
+    Args:
+        weights_of: Gives the published weights of a config by its name, or None.
     """
-    from mmengine.infer import BaseInferencer
+    # The package itself may be on its way to be imported.
+    from mmengine.infer.infer import BaseInferencer
 
     find = BaseInferencer._load_model_from_metafile
     if getattr(find, 'knows_mmvssm', False):
@@ -86,10 +95,48 @@ def find_own_models() -> None:
         path = _CONFIGS / f'{model}.py'
         # A path is no name.
         own = Path(model).name == model and path.is_file()
-        return (Config.fromfile(path), None) if own else find(self, model)
+        if not own:
+            return find(self, model)
+        return Config.fromfile(path), weights_of(model)
 
     find_model.knows_mmvssm = True
     BaseInferencer._load_model_from_metafile = find_model
+
+
+class _BehindInferencers(MetaPathFinder):
+    """Imports a module as soon as mmengine's inferencers were imported."""
+
+    def __init__(self, module: str):
+        self.module = module
+
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        if name != _INFERENCERS or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_both(module: ModuleType) -> None:
+                execute(module)
+                import_module(self.module)
+
+            spec.loader.exec_module = execute_both
+        return spec
+
+
+def import_behind_inferencers(module: str) -> None:
+    """Import a module when somebody imports mmengine's inferencers, or now if so.
+
+    These import much, OpenCV among it, which ``import mmvssm`` does without.
+
+    Args:
+        module: Its name.
+    """
+    if _INFERENCERS in sys.modules:
+        import_module(module)
+    elif not any(isinstance(finder, _BehindInferencers) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BehindInferencers(module))
 
 
 def allow_mmengine_checkpoints() -> None:

@@ -7,6 +7,7 @@ config needs neither ``custom_imports`` nor a certain working directory.
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
+from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
@@ -20,6 +21,9 @@ HOOKS = Registry(
 )
 LOOPS = Registry(
     'loop', parent=MMENGINE_LOOPS, scope='mmvssm', locations=['mmvssm.engine']
+)
+METRICS = Registry(
+    'metric', parent=MMENGINE_METRICS, scope='mmvssm', locations=['mmvssm.engine']
 )
 MODELS = Registry(
     'model',

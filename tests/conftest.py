@@ -18,6 +18,7 @@ LONG_FILES = (
     'test_parity.py',
     'engine/hooks/test_recovery.py',
     'test_builders.py',
+    'zoo/test_tools.py',
     'backbones/test_compile.py',
     'test_contracts.py',
     'test_adapters.py',

@@ -8,6 +8,7 @@ with the model as it was. A case that does not is printed with its number, which
 import argparse
 import collections
 import faulthandler
+import logging
 import random
 import resource
 import signal
@@ -151,6 +152,7 @@ def main():
     parser.add_argument('--only', type=int, metavar='NUMBER')
     args = parser.parse_args()
     warnings.simplefilter('ignore')
+    logging.disable(logging.INFO)  # What was loaded.
     faulthandler.enable()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, hard))

@@ -16,6 +16,7 @@ from mmengine.logging import HistoryBuffer
 from safetensors.torch import save as save_safetensors
 
 from checkpoints import files, isotropic_files
+from fuzz_headers import spoil_headers
 from mmvssm.backbones import MLLA, MambaR, Vim
 from mmvssm.heads import ClassificationHead, ImageClassifier
 
@@ -197,6 +198,12 @@ def _change_number(rng, pickled):
     else:
         new = _INTEGERS[op.name](value)
     return pickled[:start] + new + pickled[end:]
+
+
+def spoil_zip_headers(rng, content, form):
+    """Change the headers of an archive field by field."""
+    content, how = spoil_headers(rng, content)
+    return Case(content, how=f'headers: {how}')
 
 
 def spoil_header(rng, content, form):
@@ -383,7 +390,7 @@ def make_case(rng: random.Random, state, form):
     """Spoil a file of this state dict in one way or another."""
     kinds = [spoil_content, spoil_bytes]
     if form == 'zip':
-        kinds.append(spoil_archive)
+        kinds += [spoil_archive, spoil_zip_headers]
     elif form == 'safetensors':
         kinds.append(spoil_header)
     kind = rng.choice(kinds)

@@ -1,6 +1,8 @@
 """mmvssm.compat: configs of other packages, checkpoints of mmengine."""
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from mmengine.infer import BaseInferencer
 from mmengine.logging import HistoryBuffer, MessageHub
 
 from mmvssm import compat
+from tiny import REPO
 
 
 def inherit(tmp_path, base):
@@ -50,22 +53,44 @@ def test_wrong_base_still_fails(tmp_path, base, error):
 
 
 def test_name_of_a_config_of_this_package_is_enough_for_an_inferencer():
-    compat.find_own_models()
+    import mmvssm.engine  # noqa: F401
+
     find = BaseInferencer._load_model_from_metafile
     config, weights = find(None, 'upernet_vmamba_t')
-    assert config.model.backbone.arch == 't_s1l8' and weights is None
+    assert config.model.backbone.arch == 't_s1l8'
+    assert weights == 'mmvssm://upernet_vmamba_t'
+    assert find(None, 'upernet_vim_quickstart')[1] is None
+
+
+@pytest.mark.parametrize(
+    'first, then', [('mmvssm', 'mmengine.infer'), ('mmengine.infer', 'mmvssm')]
+)
+def test_importing_the_package_is_enough_for_an_inferencer(first, then):
+    script = (
+        f'import {first}, sys; seen = "cv2" in sys.modules; import {then};'
+        'from mmengine.infer import BaseInferencer as B; '
+        'print(seen, B._load_model_from_metafile(None, "upernet_vmamba_t")[1])'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', script], capture_output=True, text=True, cwd=REPO
+    )
+    assert done.returncode == 0, done.stderr
+    seen, name = done.stdout.split()[-2:]
+    assert name == 'mmvssm://upernet_vmamba_t'
+    # The package alone does without what inferencers import.
+    assert (seen == 'True') == (first != 'mmvssm')
 
 
 def test_applying_again_changes_nothing():
     # mmengine's own loader takes back what was allowed.
     compat.apply()
-    compat.find_own_models()
+    compat.find_own_models(str)
     find = Config._get_cfg_path
     load = BaseInferencer._load_model_from_metafile
     scopes = dict(MODULE2PACKAGE)
     allowed = set(torch.serialization.get_safe_globals())
     compat.apply()
-    compat.find_own_models()
+    compat.find_own_models(str)
     assert Config._get_cfg_path is find
     assert BaseInferencer._load_model_from_metafile is load
     assert scopes == MODULE2PACKAGE

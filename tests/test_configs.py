@@ -21,7 +21,11 @@ PUBLISHED = {
     'upernet_vmamba_t': ('t_s1l8', 0.2, 96),
     'upernet_vmamba_s': ('s_s2l15', 0.3, 96),
     'upernet_vmamba_b': ('b_s2l15', 0.6, 128),
+    'upernet_vmamba_t_s2l5': ('t_s2l5', 0.2, 96),
     'upernet_vmamba_v0_t': ('t_v0', 0.3, 96),
+    'upernet_vmamba_v0_s': ('s_v0', 0.3, 96),
+    'upernet_vmamba_v0_b': ('b_v0', 0.3, 128),
+    'upernet_vmamba_v0_s_640': ('s_v0', 0.3, 96),
     'upernet_mlla_t': ('t', 0.2, 64),
     'upernet_mlla_s': ('s', 0.3, 64),
     'upernet_mlla_b': ('b', 0.5, 96),
@@ -122,6 +126,7 @@ def test_published_settings(name):
     cfg = Config.fromfile(REPO / 'configs' / f'{name}.py')
     arch, drop_path, dims = PUBLISHED[name]
     channels = [dims, 2 * dims, 4 * dims, 8 * dims]
+    crop = 640 if name.endswith('_640') else 512
     model = cfg.model
     assert model.type == 'EncoderDecoder'
     family = 'MLLA' if 'mlla' in name else 'VSSM'
@@ -141,7 +146,7 @@ def test_published_settings(name):
     assert aux.num_classes == 150 and aux.loss_decode.loss_weight == 0.4
     assert head.norm_cfg.type == aux.norm_cfg.type == 'SyncBN'
     assert model.test_cfg.mode == 'whole'
-    assert model.data_preprocessor.size == (512, 512)
+    assert model.data_preprocessor.size == (crop, crop)
 
     optimizer = cfg.optim_wrapper.optimizer
     assert cfg.optim_wrapper.type == 'OptimWrapper'
@@ -169,10 +174,12 @@ def test_published_settings(name):
     assert cfg.train_dataloader.batch_size == 2
     assert cfg.auto_scale_lr.base_batch_size == 16
     assert cfg.val_dataloader.batch_size == 1
-    steps = {x.type: x for x in cfg.train_pipeline}
-    assert steps['RandomResize'].scale == (2048, 512)
+    steps = {x.type: x for x in cfg.train_dataloader.dataset.pipeline}
+    assert steps['RandomResize'].scale == (4 * crop, crop)
     assert steps['RandomResize'].ratio_range == (0.5, 2.0)
-    assert steps['RandomCrop'].crop_size == (512, 512)
+    assert steps['RandomCrop'].crop_size == (crop, crop)
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        assert loader.dataset.pipeline[1].scale == (4 * crop, crop)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +211,7 @@ def test_published_settings_of_vim(name, backbone, width, head, rate, parameters
         img_size=512,
         out_indices=(5, 11, 17, 23),
         drop_path_rate=0.1,
+        init_cfg=dict(type='Pretrained', checkpoint=f'mmvssm://{name}'),
     )
     assert dict(model.backbone) == common | backbone
     assert model.neck.type == 'Feature2Pyramid' and model.neck.embed_dim == width

@@ -16,6 +16,14 @@ VMAMBA = {
     'b_1x': ('b_s2l15', 0.6, 128, 12, [8, 11]),
     't_3x': ('t_s1l8', 0.2, 96, 36, [27, 33]),
     's_3x': ('s_s2l15', 0.3, 96, 36, [27, 33]),
+    't_s2l5_1x': ('t_s2l5', 0.2, 96, 12, [8, 11]),
+    't_s2l5_3x': ('t_s2l5', 0.2, 96, 36, [27, 33]),
+    'b_1x_bs8': ('b_s2l15', 0.6, 128, 12, [8, 11]),
+    'v0_t_1x': ('t_v0', 0.2, 96, 12, [8, 11]),
+    'v0_s_1x': ('s_v0', 0.2, 96, 12, [8, 11]),
+    'v0_b_1x': ('b_v0', 0.2, 128, 12, [8, 11]),
+    'v0_t_3x': ('t_v0', 0.2, 96, 36, [27, 33]),
+    'v0_s_3x': ('s_v0', 0.2, 96, 36, [27, 33]),
 }
 MLLA = {
     # drop path, channels, epochs, milestones
@@ -167,11 +175,12 @@ def test_published_settings_of_vmamba(name):
     assert (steps.milestones, steps.gamma, steps.by_epoch) == (milestones, 0.1, True)
     assert cfg.train_cfg.max_epochs == steps.end == epochs
     # 8 GPUs x 2
-    assert cfg.train_dataloader.batch_size == 2
-    assert cfg.auto_scale_lr.base_batch_size == 16
+    images = 1 if name.endswith('_bs8') else 2
+    assert cfg.train_dataloader.batch_size == images
+    assert cfg.auto_scale_lr.base_batch_size == 8 * images
     assert cfg.test_pipeline[1].scale == (1333, 800)
     steps = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
-    if name.endswith('1x'):
+    if epochs == 12:
         assert steps['Resize'].scale == (1333, 800)
         return
     (whole,), (first, crop, then) = steps['RandomChoice'].transforms
@@ -191,6 +200,7 @@ def test_published_settings_of_mlla(name):
         arch=name[0],
         out_indices=(0, 1, 2, 3),
         drop_path_rate=drop_path,
+        init_cfg=dict(type='Pretrained', checkpoint=f'mmvssm://mlla_{name[0]}'),
     )
     assert cfg.model.neck.in_channels == [dims, 2 * dims, 4 * dims, 8 * dims]
     vmamba = config(f'mask_rcnn_vmamba_t_{name[2:]}')
@@ -219,6 +229,7 @@ def test_published_settings_of_the_vim_cascade(arch, width, rate):
         average=False,
         rope=True,
         rope_residual=True,
+        init_cfg=dict(type='Pretrained', checkpoint=f'mmvssm://vim_{arch}'),
     )
     assert model.neck == dict(
         type='mmvssm.SimpleFeaturePyramid',

@@ -63,6 +63,7 @@ def test_writes_what_it_says(finished):
         assert f'work/{name}' in said
         assert (work / name).stat().st_size > 0
     assert 'on 2 held-out images' in said
+    assert 'This training starts from random weights' in said
 
 
 @needs_detection

@@ -13,9 +13,18 @@ def parse_args() -> argparse.Namespace:
         description='Recognise a checkpoint by its keys, convert it and write '
         'it as .pth or .safetensors.'
     )
-    parser.add_argument('src', help='.pth or .safetensors file, or its address')
+    parser.add_argument(
+        'src',
+        help='.pth or .safetensors file, its address, mmvssm://NAME or '
+        'hf://OWNER/REPOSITORY/FILE',
+    )
     parser.add_argument('dst', help='file to write, .pth or .safetensors')
     parser.add_argument('--prefix', help='use only the keys with this prefix')
+    parser.add_argument(
+        '--weights',
+        choices=('raw', 'ema'),
+        help='of a file with both, take the raw or the averaged weights',
+    )
     parser.add_argument(
         '--trust-checkpoint',
         action='store_true',
@@ -29,7 +38,7 @@ def main() -> None:
     if args.trust_checkpoint:
         trust(args.src)
     try:
-        checkpoint = convert(args.src, prefix=args.prefix)
+        checkpoint = convert(args.src, args.prefix, args.weights)
         save_checkpoint(checkpoint, args.dst)
     except (CheckpointError, OSError, ValueError) as error:
         raise SystemExit(f'error: {error}') from None

@@ -1,4 +1,4 @@
-"""Predict images: ``python tools/infer.py IMAGE... --config C --checkpoint W``.
+"""Predict images: ``python tools/infer.py IMAGE... --config C [--checkpoint W]``.
 
 For every image this writes NAME_overlay.png, the image with the prediction painted over
 it. A segmentor also writes NAME_labels.png, whose pixel values are class numbers
@@ -21,7 +21,14 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--config', required=True, help='a file, or mmvssm::NAME.py')
     parser.add_argument(
-        '--checkpoint', required=True, help='weights that were trained with that config'
+        '--checkpoint',
+        help='what that config was trained to: a file, an address, mmvssm://NAME or '
+        'hf://OWNER/REPOSITORY/FILE (default: what was published for it)',
+    )
+    parser.add_argument(
+        '--weights',
+        choices=('raw', 'ema'),
+        help='of a file with both, take the raw or the averaged weights',
     )
     parser.add_argument('--out-dir', default='outputs', help='default: outputs')
     parser.add_argument(
@@ -51,9 +58,10 @@ def main(args: argparse.Namespace) -> int:
     )
     images = infer.find_images(args.images)
     task = infer.choose_task(cfg)
+    checkpoint = args.checkpoint or engine.published_weights(args.config)
     if args.trust_checkpoint:
-        trust(args.checkpoint)
-    model = infer.load_model(cfg, args.checkpoint, args.device)
+        trust(checkpoint)
+    model = infer.load_model(cfg, checkpoint, args.device, args.weights)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     taken, skipped = set(), []

@@ -50,9 +50,12 @@ def main(args: argparse.Namespace) -> None:
         )
     data_root = cfg.train_dataloader.dataset.data_root
     make_data(data_root, cfg.generator)
+    weights = engine.choose_start(cfg, resume='auto')
     # So that it can be interrupted and started again.
     engine.enable_resume(cfg)
+    engine.check_inputs(cfg, weights)
     runner = Runner.from_cfg(cfg)
+    engine.announce_start(cfg, weights)
     runner.train()
     metrics = runner.test()
 

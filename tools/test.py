@@ -1,4 +1,4 @@
-"""Evaluate: ``python tools/test.py CONFIG CHECKPOINT``."""
+"""Evaluate: ``python tools/test.py CONFIG [CHECKPOINT]``."""
 
 import argparse
 import os
@@ -8,7 +8,17 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='a file, or mmvssm::NAME.py')
-    parser.add_argument('checkpoint', help='the checkpoint to evaluate')
+    parser.add_argument(
+        'checkpoint',
+        nargs='?',
+        help='what to evaluate: a file, an address, mmvssm://NAME or '
+        'hf://OWNER/REPOSITORY/FILE (default: what was published for the config)',
+    )
+    parser.add_argument(
+        '--weights',
+        choices=('raw', 'ema'),
+        help='of a file with both, take the raw or the averaged weights',
+    )
     parser.add_argument(
         '--work-dir',
         help='folder for log and metrics (default: work_dirs/NAME of the config)',
@@ -65,9 +75,10 @@ def main(args: argparse.Namespace) -> None:
         args.work_dir,
         required=('model', 'test_dataloader', 'test_evaluator'),
     )
+    checkpoint = args.checkpoint or engine.published_weights(args.config)
     if args.trust_checkpoint:
-        trust(args.checkpoint)
-    engine.require_file(args.checkpoint, 'checkpoint')
+        trust(checkpoint)
+    engine.require_file(checkpoint, 'checkpoint')
     engine.check_datasets(cfg, splits=('test',))
     if args.show or args.show_dir:
         engine.enable_painting(cfg, args.show_dir, args.show, args.wait_time)
@@ -79,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
     cfg.load_from, cfg.resume = None, False
     engine.prepare_launch(cfg, args.launcher)
     runner = Runner.from_cfg(cfg)
-    engine.load_weights(runner.model, args.checkpoint)
+    engine.load_weights(runner.model, checkpoint, args.weights)
     runner.test()
 
 

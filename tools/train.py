@@ -24,7 +24,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--pretrained',
         metavar='CHECKPOINT',
-        help="start from these weights of the backbone (model.backbone's init_cfg)",
+        help="start from these weights of the backbone instead of the config's: a "
+        'file, an address, mmvssm://NAME or hf://OWNER/REPOSITORY/FILE',
+    )
+    parser.add_argument(
+        '--from-scratch',
+        action='store_true',
+        help='start from random weights, whatever the config names',
+    )
+    parser.add_argument(
+        '--weights',
+        choices=('raw', 'ema'),
+        help='of a file with both, start from the raw or the averaged weights '
+        '(default: those that the published figures belong to)',
     )
     parser.add_argument(
         '--amp',
@@ -81,20 +93,20 @@ def main(args: argparse.Namespace) -> None:
     )
     if args.amp:
         engine.enable_amp(cfg, args.amp)
-    if args.pretrained:
-        engine.require_file(args.pretrained, 'checkpoint')
-        cfg.model.backbone.init_cfg = dict(
-            type='Pretrained', checkpoint=args.pretrained
-        )
+    weights = engine.choose_start(
+        cfg, args.pretrained, args.from_scratch, args.weights, args.resume
+    )
     if args.resume:
         engine.enable_resume(cfg, None if args.resume == 'auto' else args.resume)
     if args.trust_checkpoint:
         engine.trust_checkpoints(cfg)
     if cfg.get('load_from'):
         engine.require_file(cfg.load_from, 'checkpoint')
-    engine.check_datasets(cfg)
+    engine.check_inputs(cfg, weights)
     engine.prepare_launch(cfg, args.launcher)
     runner = engine.build_runner(cfg)
+    engine.announce_start(cfg, weights)
+    engine.check_labels(cfg)
     if cfg.get('load_from') and not cfg.get('resume'):
         engine.check_load_from(runner.model, cfg.load_from)
     engine.check_gpu(runner)

@@ -80,8 +80,8 @@ def write_detection_sheet(
             panel.imshow(image)
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
-        _draw(row[1], truth, colours)
-        _draw(row[2], found, colours)
+        draw_objects(row[1], truth, colours)
+        draw_objects(row[2], found, colours)
     shown = {int(label) for found in (*truths, *predictions) for label in found.labels}
     figure.legend(
         handles=[
@@ -154,7 +154,14 @@ def _objects(instances) -> Objects:
     )
 
 
-def _draw(panel: Axes, objects: Objects, colours: Sequence[np.ndarray]) -> None:
+def draw_objects(panel: Axes, objects: Objects, colours: Sequence[np.ndarray]) -> None:
+    """Draw boxes, masks and scores over an image.
+
+    Args:
+        panel: Where the image is.
+        objects: What to draw.
+        colours: One of each class, RGB in [0, 1].
+    """
     for index, (box, mask, label) in enumerate(
         zip(objects.boxes, objects.masks, objects.labels)
     ):

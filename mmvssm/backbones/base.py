@@ -99,7 +99,7 @@ class Backbone(BaseModule):
         has after construction.
         """
         given = self.init_cfg
-        cfgs = [given] if isinstance(given, dict) else list(given or [])
+        cfgs = [given] if given and isinstance(given, dict) else list(given or [])
         pretrained = [
             cfg for cfg in cfgs if cfg['type'] in ('Pretrained', PretrainedInit)
         ]
@@ -110,6 +110,24 @@ class Backbone(BaseModule):
             options = {key: cfg[key] for key in ('prefix', 'weights') if key in cfg}
             report = _load_pretrained(self, cfg['checkpoint'], **options)
             print_log(str(report), logger='current')
+
+
+def with_pretrained(
+    init_cfg: dict | list[dict] | None, pretrained: str | None
+) -> dict | list[dict] | None:
+    """Add what ``pretrained=`` names, as mmseg 0.x has it, to an ``init_cfg``.
+
+    Raises:
+        ValueError: That one names weights, too.
+    """
+    if pretrained is None:
+        return init_cfg
+    given = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
+    if any(cfg['type'] in ('Pretrained', PretrainedInit) for cfg in given):
+        raise ValueError(
+            f'pretrained={pretrained!r} and init_cfg both name weights: leave one out'
+        )
+    return [*given, dict(type='Pretrained', checkpoint=pretrained)]
 
 
 def is_count(value: object, least: int = 1) -> bool:

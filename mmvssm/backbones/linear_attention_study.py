@@ -18,6 +18,7 @@ from mmvssm.backbones.base import (
     fit_grid,
     note_grid,
     parse_img_size,
+    with_pretrained,
 )
 from mmvssm.backbones.hierarchical import (
     HierarchicalBackbone,
@@ -204,7 +205,7 @@ class LinearAttentionStudy(HierarchicalBackbone):
         img_size: Height and width, or one number for both, for which absolute position
             embeddings are stored. Images may have any size.
         in_channels, out_indices, frozen_stages, with_cp, drop_path_rate,
-            out_norm, init_cfg, mask_padding: See :class:`VSSM`.
+            out_norm, init_cfg, pretrained, mask_padding: See :class:`VSSM`.
 
     Attributes:
         out_channels: Channels of each returned map.
@@ -234,6 +235,7 @@ class LinearAttentionStudy(HierarchicalBackbone):
         drop_path_rate: float | None = None,
         out_norm: bool = True,
         init_cfg: dict | list[dict] | None = None,
+        pretrained: str | None = None,
         mask_padding: bool = False,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, type(self).__name__, _DEFAULTS)
@@ -280,7 +282,7 @@ class LinearAttentionStudy(HierarchicalBackbone):
             with_cp=with_cp,
             drop_path_rate=drop_path_rate,
             out_norm=out_norm,
-            init_cfg=init_cfg,
+            init_cfg=with_pretrained(init_cfg, pretrained),
             mask_padding=mask_padding,
         )
         for module in self.modules():

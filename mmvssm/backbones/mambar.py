@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mmvssm.backbones.base import fit_grid
+from mmvssm.backbones.base import fit_grid, with_pretrained
 from mmvssm.backbones.isotropic import (
     ARCH_DEFAULTS,
     IsotropicMamba,
@@ -85,6 +85,7 @@ class MambaR(IsotropicMamba):
         return_tokens: bool = False,
         classification: bool = False,
         init_cfg: dict | list[dict] | None = None,
+        pretrained: str | None = None,
         mask_padding: bool = False,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'MambaR')
@@ -106,7 +107,7 @@ class MambaR(IsotropicMamba):
             last_layer_process=last_layer_process,
             return_tokens=return_tokens,
             classification=classification,
-            init_cfg=init_cfg,
+            init_cfg=with_pretrained(init_cfg, pretrained),
             mask_padding=mask_padding,
         )
         self.num_registers = registers

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmvssm.backbones.base import describe_arch
+from mmvssm.backbones.base import describe_arch, with_pretrained
 from mmvssm.backbones.hierarchical import (
     HierarchicalBackbone,
     block_depth,
@@ -189,6 +189,7 @@ class MLLA(HierarchicalBackbone):
         init_cfg: mmengine's initialisation config. ``dict(type='Pretrained',
             checkpoint=...)`` loads published files without conversion, by
             :func:`mmvssm.load_checkpoint`, and logs what matched.
+        pretrained: The older way to say so: the ``checkpoint`` alone.
         mask_padding: For batches of images of several sizes, padded at the bottom
             and right: compute the maps of each image as if it were alone, and set
             them to zero beyond it. The images of each size run on their own,
@@ -216,6 +217,7 @@ class MLLA(HierarchicalBackbone):
         drop_path_rate: float | None = None,
         out_norm: bool = True,
         init_cfg: dict | list[dict] | None = None,
+        pretrained: str | None = None,
         mask_padding: bool = False,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'MLLA', _DEFAULTS)
@@ -251,7 +253,7 @@ class MLLA(HierarchicalBackbone):
             with_cp=with_cp,
             drop_path_rate=drop_path_rate,
             out_norm=out_norm,
-            init_cfg=init_cfg,
+            init_cfg=with_pretrained(init_cfg, pretrained),
             mask_padding=mask_padding,
         )
 

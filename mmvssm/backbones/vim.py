@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mmvssm.backbones.base import fit_grid
+from mmvssm.backbones.base import fit_grid, with_pretrained
 from mmvssm.backbones.isotropic import (
     ARCH_DEFAULTS,
     IsotropicMamba,
@@ -105,6 +105,7 @@ class Vim(IsotropicMamba):
         init_cfg: mmengine's initialisation config. ``dict(type='Pretrained',
             checkpoint=...)`` loads published files without conversion, by
             :func:`mmvssm.load_checkpoint`, and logs what matched.
+        pretrained: The older way to say so: the ``checkpoint`` alone.
         mask_padding: For batches of images of several sizes, padded at the bottom
             and right: compute the maps of each image as if it were alone, and set
             them to zero beyond it. The images of each size run on their own. It
@@ -142,6 +143,7 @@ class Vim(IsotropicMamba):
         classification: bool = False,
         pretrained_cls_token: str = 'middle',
         init_cfg: dict | list[dict] | None = None,
+        pretrained: str | None = None,
         mask_padding: bool = False,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'Vim')
@@ -161,7 +163,7 @@ class Vim(IsotropicMamba):
             last_layer_process=last_layer_process,
             return_tokens=return_tokens,
             classification=classification,
-            init_cfg=init_cfg,
+            init_cfg=with_pretrained(init_cfg, pretrained),
             mask_padding=mask_padding,
         )
         channels = arch['embed_dims']

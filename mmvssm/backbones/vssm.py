@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from mmvssm.backbones.base import describe_arch
+from mmvssm.backbones.base import describe_arch, with_pretrained
 from mmvssm.backbones.hierarchical import (
     HierarchicalBackbone,
     block_depth,
@@ -83,7 +83,8 @@ def _arch(
 ARCH_ZOO = {
     't_v0': _arch(_V0, (2, 2, 9, 2), 96, 0.2),
     's_v0': _arch(_V0, (2, 2, 27, 2), 96, 0.3),
-    'b_v0': _arch(_V0, (2, 2, 27, 2), 128, 0.5),
+    # As its published file was trained; its published config says 0.5.
+    'b_v0': _arch(_V0, (2, 2, 27, 2), 128, 0.6),
     't_s2l5': _arch(_V2, (2, 2, 5, 2), 96, 0.2, ssm_ratio=2.0),
     's_s2l15': _arch(_V2, (2, 2, 15, 2), 96, 0.3, ssm_ratio=2.0),
     'b_s2l15': _arch(_V2, (2, 2, 15, 2), 128, 0.6, ssm_ratio=2.0),
@@ -198,6 +199,7 @@ class VSSM(HierarchicalBackbone):
         init_cfg: mmengine's initialisation config. ``dict(type='Pretrained',
             checkpoint=...)`` loads published files without conversion, by
             :func:`mmvssm.load_checkpoint`, and logs what matched.
+        pretrained: The older way to say so: the ``checkpoint`` alone.
         orders: Scan order of all blocks: a name of
             :func:`mmvssm.ops.list_scan_orders`, several names, or a function
             of height and width; see :func:`mmvssm.ops.ss2d_scan`. None for that of
@@ -228,6 +230,7 @@ class VSSM(HierarchicalBackbone):
         drop_path_rate: float | None = None,
         out_norm: bool = True,
         init_cfg: dict | list[dict] | None = None,
+        pretrained: str | None = None,
         orders: Orders | None = None,
         mask_padding: bool = False,
     ):
@@ -258,7 +261,7 @@ class VSSM(HierarchicalBackbone):
             with_cp=with_cp,
             drop_path_rate=drop_path_rate,
             out_norm=out_norm,
-            init_cfg=init_cfg,
+            init_cfg=with_pretrained(init_cfg, pretrained),
             mask_padding=mask_padding,
         )
 

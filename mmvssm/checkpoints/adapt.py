@@ -28,7 +28,9 @@ def adapt_stem(
     """
     for key, value in file.items():
         wanted = model.get(key)
-        if not key.startswith(_STEM) or wanted is None or value.ndim != 4:
+        if not key.startswith(_STEM) or wanted is None:
+            continue
+        if value.ndim != 4 or wanted.ndim != 4:
             continue
         old, new = value.shape[1], wanted.shape[1]
         rest = (value.shape[0], *value.shape[2:])
@@ -66,7 +68,10 @@ def fresh_heads(
     layers = {}
     for key, value in file.items():
         wanted = model.get(key)
-        if wanted is None or value.shape == wanted.shape or value.ndim < 1:
+        if wanted is None or value.shape == wanted.shape or not value.ndim:
+            continue
+        # A layer without outputs is no head for another number of classes.
+        if not value.numel():
             continue
         if value.ndim == wanted.ndim and value.shape[1:] == wanted.shape[1:]:
             layers[key.rpartition('.')[0]] = value.shape[0], wanted.shape[0]

@@ -142,6 +142,11 @@ def to_canonical(read: Weights, what: str) -> Checkpoint:
         target = others if name.startswith(_OTHER_PARTS) else backbone
         if name in target:
             raise CheckpointError(f'{what} has {name} twice, under different names')
+        if not state[full].numel():
+            raise CheckpointError(
+                f'{what} is damaged: {full[:200]} is a tensor without numbers, of '
+                f'shape {tuple(state[full].shape)}'
+            )
         target[name] = family.reshape(name, state[full])
     return Checkpoint(
         family,

@@ -86,6 +86,7 @@ def load_checkpoint(
     weights: str | None = None,
     strict: bool = False,
     allow_nan: bool = False,
+    other_heads: bool = False,
 ) -> LoadReport:
     """Load published or own weights into a model.
 
@@ -111,6 +112,8 @@ def load_checkpoint(
         strict: Refuse a file whose heads have another number of classes, or that
             lacks a tensor of the model other than those it cannot have.
         allow_nan: Load weights that are not finite.
+        other_heads: Leave tensors of heads and necks that have another shape in the
+            file as initialised, and say so, instead of refusing the file.
 
     Returns:
         The names that matched, those that the file lacks, and those that only the file
@@ -153,7 +156,10 @@ def load_checkpoint(
         if not fits(tensors[key], wanted[key])
     }
     _check_arch(checkpoint, {key: target[own[key]] for key in own}, wrong, what)
-    if wrong:
+    if wrong and other_heads:
+        notes.append(f'{_first(wrong.values())}: left as initialised')
+        matched = [key for key in matched if key not in wrong]
+    elif wrong:
         raise CheckpointError(
             f'{what} has a head of another shape: {_first(wrong.values())}. Load into '
             'model.backbone to leave the head out'
@@ -188,14 +194,26 @@ def fits(given: torch.Tensor, wanted: torch.Tensor) -> bool:
     return given.shape == wanted.shape and same_kind
 
 
+def _is_finite(value: torch.Tensor) -> bool:
+    if value.is_floating_point() and value.element_size() == 1:
+        value = value.float()  # torch does not ask numbers of 8 bits.
+    return bool(value.isfinite().all())
+
+
 def _refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
-    bad = [key for key, value in tensors.items() if not value.isfinite().all()]
+    bad = [key for key, value in tensors.items() if not _is_finite(value)]
     if bad:
         raise CheckpointError(
             f'{what} holds NaN or infinite weights: {_first(bad)}. A training that '
             'diverged leaves such a file; take an earlier one, or load it all the same '
             'with allow_nan=True'
         )
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    # torch does not look for NaN in floats of 8 bits.
+    small = value.is_floating_point() and value.dtype.itemsize == 1
+    return bool((value.float() if small else value).isfinite().all())
 
 
 def _check_arch(

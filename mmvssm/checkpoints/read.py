@@ -19,6 +19,20 @@ _EMA = ('model_ema', 'state_dict_ema', 'ema_state_dict')
 _WRAPPERS = (*_RAW[:2], *_EMA, *_RAW[2:])
 # The deepest nesting of these keys; a file may contain itself.
 _DEEPEST = 8
+# Types of numbers that can be copied into weights, as far as this torch has them.
+_NUMBERS = {
+    getattr(torch, name)
+    for name in (
+        *('bool', 'uint8', 'uint16', 'uint32', 'uint64'),
+        *('int8', 'int16', 'int32', 'int64'),
+        *('float16', 'bfloat16', 'float32', 'float64'),
+        *('float8_e4m3fn', 'float8_e4m3fnuz', 'float8_e5m2', 'float8_e5m2fnuz'),
+        'float8_e8m0fnu',
+    )
+    if hasattr(torch, name)
+}
+# What torch writes, behind some advice, before the reason why it refuses a pickle.
+_TORCHS_REASON = 'WeightsUnpickler error:'
 
 
 @dataclass(frozen=True)
@@ -138,12 +152,18 @@ def _read(path: Path, map_location: Any, trusted: bool) -> Any:
         raise
     except Exception as error:
         # torch raises errors of many classes when it cannot read a file.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f'{path} ({path.stat().st_size} bytes) is truncated or not a checkpoint '
             f'that can be read safely, download it again or save its state '
-            f'dict alone: {reason[0]}'
+            f'dict alone: {_reason(error)}'
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error, without torch's advice to read the file in full."""
+    text = str(error)
+    text = text.partition(_TORCHS_REASON)[2].strip() or text.strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _read_safetensors(path: Path, map_location: Any) -> dict:
@@ -295,6 +315,8 @@ def _check_tensors(
             problem = 'a tensor without numbers (device meta)'
         elif value.is_complex():
             problem = 'complex'
+        elif value.dtype not in _NUMBERS:
+            problem = f'of {value.dtype}, which torch cannot turn into float32'
         elif size is not None and value.numel() * value.element_size() > size:
             problem = f'{tuple(value.shape)}, larger than the file'
         if problem:

@@ -2,15 +2,16 @@
 
 import pickle
 import re
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmvssm.checkpoints.archive import check_archive
+from mmvssm.checkpoints.survey import survey
 from mmvssm.compat import allow_mmengine_checkpoints
-from mmvssm.errors import CheckpointError, UnsafeCheckpointError
+from mmvssm.errors import UnsafeCheckpointError
 
 _UNKNOWN_CLASS = re.compile(r'GLOBAL (\S+) was not an allowed global')
 _BLOCKED = re.compile(r'GLOBAL (\S+) whose module')
@@ -61,7 +62,7 @@ def _absolute(path: str | Path) -> str:
 
 
 def unpickle(path: Path, map_location: Any = 'cpu', trusted: bool = False) -> Any:
-    """``torch.load`` with check sums, and without classes other than torch's own.
+    """``torch.load`` of a checked file, without classes other than torch's own.
 
     Published files have an ``argparse.Namespace``, a yacs ``CfgNode`` or numpy scalars
     besides the weights. Objects that are made from their attributes only are replaced
@@ -74,10 +75,12 @@ def unpickle(path: Path, map_location: Any = 'cpu', trusted: bool = False) -> An
 
     Raises:
         UnsafeCheckpointError: Reading the file would call a function.
-        CheckpointError: The file is damaged: a check sum of its archive is wrong.
-        Exception: Any error of torch for a file that it cannot read.
+        CheckpointError: The file is damaged (a check sum of its archive is wrong), or
+            an archive of another kind.
+        Exception: Any error of torch for a file that it cannot read, or ValueError for
+            an archive with damaged headers.
     """
-    _check_archive(path)
+    survey(path, check_archive(path), trusted)
     if trusted:
         return torch.load(path, map_location=map_location, weights_only=False)
     allow_mmengine_checkpoints()
@@ -97,26 +100,6 @@ def unpickle(path: Path, map_location: Any = 'cpu', trusted: bool = False) -> An
                 raise UnsafeCheckpointError(str(path), _calls(match[1])) from error
             stand_ins[match[1]] = _stand_in(match[1], path)
     raise UnsafeCheckpointError(str(path), f'more than {_MOST_CLASSES} foreign classes')
-
-
-def _check_archive(path: Path) -> None:
-    """Compare check sums and sizes; torch does not do that.
-
-    Raises:
-        CheckpointError: The file is damaged, or claims more bytes than it has.
-    """
-    with path.open('rb') as file:
-        # torch uses the same test. Its older format has no check sums.
-        if file.read(4) != b'PK\x03\x04':
-            return
-    with zipfile.ZipFile(path) as archive:
-        content = sum(entry.file_size for entry in archive.infolist())
-        # torch does not compress its files.
-        if content > path.stat().st_size:
-            raise CheckpointError(f'{path} declares {content} bytes, more than it has')
-        damaged = archive.testzip()
-    if damaged:
-        raise CheckpointError(f'{path} is damaged: check sum of {damaged}')
 
 
 def _calls(name: str) -> str:

@@ -1,8 +1,16 @@
 """What the tools are made of, for scripts of one's own too."""
 
+from mmvssm import zoo
 from mmvssm.compat import find_own_models
 
 from .checkpoints.loaders import install_safe_loaders
+from .checkpoints.start import (
+    CheckedPretrainedInit,
+    announce_start,
+    check_inputs,
+    choose_start,
+    published_weights,
+)
 from .checkpoints.weights import check_load_from, load_weights, trust_checkpoints
 from .configs.config import (
     enable_amp,
@@ -19,6 +27,7 @@ from .hooks.checkpoint import SafeCheckpointHook
 from .hooks.float32_regions import Float32RegionsHook
 from .hooks.non_finite import NonFiniteLossError, NonFiniteLossHook
 from .hooks.preemption import PreemptionHook
+from .labels.check import check_labels
 from .launching.gpu_check import check_gpu
 from .launching.launch import prepare_launch
 from .launching.tool import run_tool
@@ -30,6 +39,7 @@ from .training.sharding import FSDPStrategy
 
 __all__ = [
     'Bf16OptimWrapper',
+    'CheckedPretrainedInit',
     'FSDPStrategy',
     'Float32RegionsHook',
     'LayerDecayOptimWrapperConstructor',
@@ -39,10 +49,14 @@ __all__ = [
     'ResumableEpochLoop',
     'SafeCheckpointHook',
     'UsageError',
+    'announce_start',
     'build_runner',
     'check_datasets',
     'check_gpu',
+    'check_inputs',
+    'check_labels',
     'check_load_from',
+    'choose_start',
     'enable_amp',
     'enable_painting',
     'enable_resume',
@@ -53,9 +67,16 @@ __all__ = [
     'load_config',
     'load_weights',
     'prepare_launch',
+    'published_weights',
     'require_file',
     'run_tool',
     'trust_checkpoints',
 ]
 
-find_own_models()
+
+def _weights_of(config: str) -> str | None:
+    row = zoo.of_config(config)
+    return f'{zoo.SCHEME}{row.name}' if row is not None and row.url else None
+
+
+find_own_models(_weights_of)

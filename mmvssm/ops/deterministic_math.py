@@ -15,6 +15,7 @@ On other devices than the CPU, products, softplus, sigmoid and SiLU are torch's 
 with one kernel for each.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,10 +51,9 @@ def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x))."""
     if x.device.type != 'cpu':
         return torch.sigmoid(x)
-    # Of numbers far below 0, exp(-x) is infinite, and its gradient NaN.
-    negative = x < 0
-    e = torch.exp(torch.where(negative, x, -x))
-    return torch.where(negative, e, 1) / (1 + e)
+    # Where exp(-x) would be infinite the result is 0, and so is its gradient, not NaN.
+    least = -0.99 * math.log(torch.finfo(x.dtype).max)
+    return torch.where(x < least, 0, 1 / (1 + torch.exp(-x.clamp(min=least))))
 
 
 def elu_plus_one(x: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 ``python -m mmvssm.zoo list`` shows all of it.
 """
 
-from mmvssm.zoo.download import fetch, is_address, path_of, verify
+from mmvssm.zoo.download import HF_SCHEME, fetch, is_address, path_of, verify
 from mmvssm.zoo.table import SCHEME, TABLE, Weights, find, of_config
 
 __all__ = [
+    'HF_SCHEME',
     'SCHEME',
     'TABLE',
     'Weights',

@@ -314,7 +314,7 @@ def test_published_drop_path_rates():
     assert rates == dict(
         t_v0=0.2,
         s_v0=0.3,
-        b_v0=0.5,
+        b_v0=0.6,
         t_s2l5=0.2,
         s_s2l15=0.3,
         b_s2l15=0.6,

@@ -45,6 +45,20 @@ STEMS = {
 
 
 @pytest.mark.parametrize('stem', STEMS)
+@pytest.mark.parametrize(
+    'shape', [(-1, 1, 1, 1), (1, -1), (1, 1, 1, 1, -1), (1, 1, 1, -1)], ids=str
+)
+def test_stem_of_other_dimensions(stem, shape):
+    """As any other weight of another shape, and also a bias or a norm."""
+    build, _ = STEMS[stem]
+    state = randomised(build(3))
+    for key in state:
+        if key.startswith('patch_embed.') and state[key].ndim:
+            value = state[key].reshape(shape)
+            refuse(build(3), {**state, key: value}, 'does not fit the model')
+
+
+@pytest.mark.parametrize('stem', STEMS)
 @pytest.mark.parametrize('old, new', [(3, 1), (3, 4), (3, 7), (1, 3), (4, 2)])
 def test_other_number_of_channels(stem, old, new):
     build, key = STEMS[stem]

@@ -7,8 +7,14 @@ import torch
 from safetensors import safe_open
 
 import warm
+from fuzz_files import MODELS
 from mmvssm.backbones import VSSM
-from mmvssm.checkpoints import convert, load_checkpoint, save_checkpoint
+from mmvssm.checkpoints import (
+    CheckpointError,
+    convert,
+    load_checkpoint,
+    save_checkpoint,
+)
 from mmvssm.checkpoints.read import read_state_dict
 
 from .files import (
@@ -49,6 +55,25 @@ def test_segmentor_keeps_the_prefix_the_runner_expects():
     net = Segmentor(V2)
     net.load_state_dict(checkpoint.state_dict())
     assert same(net, state)
+
+
+@pytest.mark.parametrize('name', sorted(MODELS))
+def test_a_tensor_without_elements(name):
+    """No parameter of a family is empty; shapes are divided by each other."""
+    build, published = MODELS[name]
+    net, state = build(), published(build())
+    before, matched = net.state_dict(), load_checkpoint(build(), state).matched
+    before = {key: value.clone() for key, value in before.items()}
+    for key, value in state.items():
+        for empty in (torch.empty(0), value[:0] if value.ndim else torch.empty(0, 3)):
+            try:
+                report = load_checkpoint(net, {**state, key: empty})
+            except CheckpointError:
+                assert same(net, before)
+            else:
+                # It is of a part that the model does not have.
+                assert report.matched == matched
+                net.load_state_dict(before)
 
 
 def test_whole_model_with_heads_of_other_names():

@@ -380,3 +380,30 @@ def test_init_cfg_inside_a_segmentor(tmp_path):
     whole = randomised(net)
     report = load_checkpoint(net, dict(state_dict=whole, meta={}))
     assert report.contents == 'segmentor' and same(net, whole)
+
+
+DTYPES = sorted(
+    {d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str
+)
+
+
+@pytest.mark.filterwarnings('ignore:ComplexHalf', 'ignore:torch.quantize')
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_a_weight_of_any_dtype_is_taken_or_refused(dtype):
+    state = published(classifier(V2))
+    key = 'classifier.head.weight'
+    try:
+        state[key] = torch.ones(state[key].shape).to(dtype)
+    except (RuntimeError, NotImplementedError):
+        try:
+            state[key] = torch.empty(state[key].shape, dtype=dtype)
+        except (RuntimeError, NotImplementedError):
+            pytest.skip('torch makes no such tensor')
+    net = classifier(V2)
+    if dtype.is_floating_point and 'float4' not in str(dtype):
+        load_checkpoint(net, state)
+        assert (net.state_dict()[key] == 1).all()
+        state[key] = (torch.ones(5, 64) * float('nan')).to(dtype)
+        refuse(net, state, 'NaN or infinite')
+    else:
+        refuse(net, state, 'cannot be used|does not fit|head')

@@ -142,6 +142,16 @@ def test_not_a_checkpoint(tmp_path, data):
         read_state_dict(path)
 
 
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+def test_the_reason_is_not_torchs_advice(tmp_path):
+    """torch cannot read this protocol; its advice is to run the code in the file."""
+    path = tmp_path / 'a.pth'
+    torch.save(STATE, path, pickle_protocol=4)
+    with pytest.raises(CheckpointError, match='Unsupported operand') as error:
+        read_state_dict(path)
+    assert 'weights_only' not in str(error.value)
+
+
 def test_folder(tmp_path):
     with pytest.raises(CheckpointError, match='not a checkpoint'):
         read_state_dict(tmp_path)

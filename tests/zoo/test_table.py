@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from mmengine.config import Config
 
 import mmvssm
 from mmvssm.errors import ZooError
@@ -69,3 +71,65 @@ def test_models_with_weights():
 )
 def test_copies(name, copy):
     assert find(name).copy == copy
+
+
+METAFILE = {
+    entry['Name']: entry
+    for entry in yaml.safe_load((REPO / 'configs/metafile.yml').read_text())['Models']
+}
+_SHOWN = ('mIoU', 'mIoU(ms+flip)', 'box AP', 'mask AP')
+TRAINED = [row for row in ROWS if row.kind != 'classifier' and row.url]
+
+
+@pytest.mark.parametrize('row', TRAINED, ids=lambda row: row.name)
+def test_metafile_and_readme_have_it(row):
+    assert METAFILE[row.name]['Config'] == f'configs/{row.name}.py'
+    readme = (REPO / 'configs/README.md').read_text()
+    (line,) = re.findall(rf'^\| \[{row.name}\]\({row.name}\.py\) .*', readme, re.M)
+    shown = [row.metrics[key] for key in _SHOWN if key in row.metrics]
+    cells = [cell.strip() for cell in line.split('|')]
+    assert [float(cell) for cell in cells[-1 - len(shown) : -1]] == shown
+
+
+@pytest.mark.parametrize('name', METAFILE)
+def test_metafile(name):
+    entry, row = METAFILE[name], TABLE.get(name)
+    assert entry.get('Weights') == (row and row.url)
+    found = {}
+    for result in entry.get('Results', ()):
+        found |= result['Metrics']
+    metrics = row.metrics if row else {}
+    assert found == {key: metrics[key] for key in _SHOWN if key in metrics}
+
+
+@pytest.mark.parametrize('row', TRAINED, ids=lambda row: row.name)
+def test_configs_of_a_row(row):
+    """Their model is that of the file, and starts from what was published for it."""
+    for name in row.configs:
+        cfg = Config.fromfile(REPO / f'configs/{name}.py')
+        assert f'{_family(cfg)}_{cfg.model.backbone.arch}' == row.model
+
+
+def _family(cfg):
+    return dict(VSSM='vmamba', Vim='vim', MambaR='mambar', MLLA='mlla')[
+        cfg.model.backbone.type.removeprefix('mmvssm.')
+    ]
+
+
+@pytest.mark.parametrize('name', sorted(CONFIGS))
+def test_a_config_starts_from_its_published_weights(name):
+    cfg = Config.fromfile(REPO / f'configs/{name}.py')
+    init = cfg.model.backbone.get('init_cfg')
+    if 'quickstart' in name:
+        assert init is None
+        return
+    model = f'{_family(cfg)}_{cfg.model.backbone.arch}'
+    assert TABLE[model].kind == 'classifier' and TABLE[model].url
+    assert init == dict(type='Pretrained', checkpoint=f'mmvssm://{model}')
+
+
+def test_ablations_start_from_scratch():
+    paths = list((REPO / 'configs').glob('ablation*/*.py'))
+    assert len(paths) > 30
+    for path in paths:
+        assert not Config.fromfile(path).model.backbone.get('init_cfg'), path

@@ -114,6 +114,11 @@ def check_training_state(path: str | Path) -> None:
         raise CheckpointError(f'{path} holds no training as mmengine saves it')
 
 
+def has_checkpoints(folder: str | Path) -> bool:
+    """Whether a training in ``folder`` has saved any, readable or not."""
+    return bool(_candidates(Path(folder)))
+
+
 def newest_training_state(
     folder: str | Path, skipped: Callable[[str], None]
 ) -> str | None:

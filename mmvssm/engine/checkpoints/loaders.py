@@ -17,6 +17,8 @@ from typing import Any
 from mmengine.fileio import get_file_backend
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from mmvssm import zoo
+from mmvssm.checkpoints import convert
 from mmvssm.checkpoints.read import read_content
 
 _SAFE = 'mmvssm-safe:'
@@ -75,10 +77,35 @@ def load_from_ceph(filename: str, map_location: Any = None) -> Any:
         return load_from_local(str(path), map_location)
 
 
+@CheckpointLoader.register_scheme(zoo.SCHEME, force=True)
+def load_from_zoo(filename: str, map_location: Any = None) -> dict:
+    """Fetch published weights, under the names of this package.
+
+    mmengine's inferencers and ``init_model`` of mmseg and mmdet take them by name, too.
+    """
+    content = load_from_local(filename, map_location)
+    meta = content.get('meta') if isinstance(content, dict) else None
+    meta = dict(meta) if isinstance(meta, dict) else {}
+    checkpoint = convert(filename)
+    if checkpoint.contents == 'segmentor' and not _classes(meta):
+        # mmseg would take those of Cityscapes.
+        from mmseg.datasets import ADE20KDataset
+
+        meta['dataset_meta'] = dict(ADE20KDataset.METAINFO)
+    return dict(state_dict=checkpoint.state_dict(), meta=meta)
+
+
+def _classes(meta: dict) -> Any:
+    described = meta.get('dataset_meta')
+    described = described if isinstance(described, dict) else {}
+    return described.get('classes') or meta.get('CLASSES')
+
+
 # By mmengine's own patterns. The empty one is for what no other is for.
 _LOADERS = {
     'http://': load_from_http,
     'https://': load_from_http,
+    zoo.HF_SCHEME: load_from_zoo,
     r'(\S+\:)?s3://': load_from_ceph,
     r'(\S+\:)?petrel://': load_from_ceph,
     '': load_from_local,

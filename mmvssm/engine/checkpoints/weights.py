@@ -6,30 +6,36 @@ random values, and the test that follows reports a mIoU near zero.
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
-from mmvssm.checkpoints import CheckpointError, convert, trust
+from mmvssm.checkpoints import CheckpointError, trust
+from mmvssm.checkpoints.canonical import to_canonical
 from mmvssm.checkpoints.load import fits
-from mmvssm.checkpoints.read import read_state_dict
+from mmvssm.checkpoints.read import read_state_dict, read_weights
+from mmvssm.engine.checkpoints.start import pretrained_entries
 from mmvssm.engine.errors import UsageError, require_file
+from mmvssm.families import recognise
 
 # Has weights that no prediction uses.
 _OPTIONAL = 'auxiliary_head.'
 
 
-def load_weights(model: nn.Module, path: str) -> None:
-    """Load all of a segmentor, or nothing.
+def load_weights(model: nn.Module, path: str, weights: str | None = None) -> None:
+    """Load all of a segmentor or detector, or nothing, and log what was loaded.
 
     Every entry of the model must be in the file in its shape, but for the
     auxiliary head's. Published files of this package's families are
     converted on the way.
 
     Args:
-        model: The segmentor, or a TTA or DDP wrapper around it.
-        path: ``.pth`` or ``.safetensors`` file, or an http(s) address.
+        model: The segmentor or detector, or a TTA or DDP wrapper around it.
+        path: ``.pth`` or ``.safetensors`` file, an address, or a name of the zoo.
+        weights: ``'raw'`` or ``'ema'``, of a file with both.
 
     Raises:
         UsageError: No such file, or it does not belong to the model; the
@@ -38,11 +44,7 @@ def load_weights(model: nn.Module, path: str) -> None:
     """
     require_file(path, 'checkpoint')
     model = unwrap(model)
-    state = _read(path)
-    try:
-        state = convert(state).state_dict()
-    except CheckpointError:
-        pass  # Another family's: its names are the model's, or it is refused.
+    state, notes = _read_for(model, path, weights)
     wanted = {
         key: value
         for key, value in model.state_dict().items()
@@ -58,6 +60,10 @@ def load_weights(model: nn.Module, path: str) -> None:
     model.load_state_dict(
         {key: value for key, value in state.items() if key in wanted}, strict=False
     )
+    # For the model card.
+    model.loaded_from = (*getattr(model, 'loaded_from', ()), path)
+    report = f'loaded all {len(wanted)} tensors of the model from {path}'
+    print_log('\n  '.join([report, *notes]), 'current')
 
 
 def check_load_from(model: nn.Module, path: str) -> None:
@@ -124,13 +130,10 @@ def trust_checkpoints(cfg: Config) -> None:
     See :func:`mmvssm.checkpoints.trust`.
 
     Args:
-        cfg: Its ``load_from`` or the checkpoint hook's ``start_from``, the backbone's
-            ``init_cfg`` and, where it resumes, what is in its ``work_dir``.
+        cfg: Its ``load_from`` or the checkpoint hook's ``start_from``, every
+            ``init_cfg`` of the model and, where it resumes, its ``work_dir``.
     """
-    init = cfg.model.get('backbone', {}).get('init_cfg') or []
-    paths = [
-        part.get('checkpoint') for part in (init if isinstance(init, list) else [init])
-    ]
+    paths = [entry.get('checkpoint') for entry in pretrained_entries(cfg.model)]
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     paths += [cfg.get('load_from'), hook.get('start_from')]
     if cfg.get('resume'):
@@ -146,9 +149,38 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def _read_for(
+    model: nn.Module, path: str, weights: str | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A file's tensors by the names of a model and fitted to it, and notes on that."""
+    read = read_weights(path, weights)
+    notes = list(read.notes)
+    if read.copy:
+        also = f' (the file also holds {", ".join(read.others)})' if read.others else ''
+        notes.insert(0, f'weights: {read.copy}{also}')
+    read = replace(read, tensors=_bare_names(read.tensors, path))
+    try:
+        checkpoint = to_canonical(read, path)
+        owner = recognise(model.state_dict(), 'the model')
+    except CheckpointError:
+        # Another family's: its names are the model's, or it is refused.
+        return read.tensors, notes
+    if owner.family is checkpoint.family:
+        backbone = model.get_submodule(owner.prefix.removesuffix('.'))
+        checkpoint.backbone, more = owner.family.fit(
+            checkpoint.backbone, backbone, checkpoint.grids
+        )
+        notes += more
+    return checkpoint.state_dict(), notes
+
+
 def _read(path: str) -> dict[str, Tensor]:
+    return _bare_names(read_state_dict(path), path)
+
+
+def _bare_names(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     state = {}
-    for key, value in read_state_dict(path).items():
+    for key, value in tensors.items():
         name = key.removeprefix('module.')
         if name in state:
             raise CheckpointError(f'{path} has {name} twice, once behind module.')

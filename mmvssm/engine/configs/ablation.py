@@ -14,6 +14,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
 
 from mmvssm.engine.errors import UsageError
+from mmvssm.engine.labels.check import check_labels
 
 from .config import enable_resume, load_config, merge_options
 from .data import check_datasets, leaves
@@ -236,6 +237,7 @@ def train_row(
     # Runners that share a name would share their logs.
     cfg.experiment_name = f'{row.name}_{seed}_{time.time_ns()}'
     runner = Runner.from_cfg(cfg)
+    check_labels(cfg, splits=('train', 'test'))
     runner.train()
     metrics = runner.test()
     if metric not in metrics:

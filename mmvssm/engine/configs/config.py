@@ -9,6 +9,7 @@ from mmengine.device import get_device
 
 from mmvssm.compat import why_no_detection
 from mmvssm.engine.errors import UsageError
+from mmvssm.engine.labels.metric import count_nan_classes
 
 # Entries that the tools look into, and what they must be where they are given.
 _DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -62,6 +63,7 @@ def load_config(
         )
     name = Path(path.split('::')[-1]).stem
     cfg.work_dir = work_dir or cfg.get('work_dir') or f'./work_dirs/{name}'
+    count_nan_classes(cfg)
     return cfg
 
 

@@ -56,6 +56,17 @@ def check_datasets(cfg: Config, splits: Iterable[str] = ('train', 'val')) -> Non
             and how to lay the data out; or an annotation file cannot be read or
             has other categories.
     """
+    for dataset in check_folders(cfg, splits):
+        if dataset.get('type') == 'CocoDataset':
+            check_categories(dataset, cfg.get('default_scope'))
+
+
+def check_folders(cfg: Config, splits: Iterable[str]) -> list[dict]:
+    """Of :func:`check_datasets`, what needs no look into a file.
+
+    Returns:
+        Configs of the data sets, without those of wrappers.
+    """
     datasets = [
         dataset
         for split in splits
@@ -78,9 +89,7 @@ def check_datasets(cfg: Config, splits: Iterable[str] = ('train', 'val')) -> Non
             f'no data. Looked for, and did not find or found empty:\n'
             f'{looked}\n{"".join(layouts)}{_HOW_ELSE}'
         )
-    for dataset in datasets:
-        if dataset.get('type') == 'CocoDataset':
-            _check_categories(dataset, cfg.get('default_scope'))
+    return datasets
 
 
 def leaves(dataset: dict) -> Iterator[dict]:
@@ -135,7 +144,7 @@ def _has_data(path: Path) -> bool:
     return path.is_file() or next(path.rglob('*.*'), None) is not None
 
 
-def _check_categories(dataset: dict, scope: str | None) -> None:
+def check_categories(dataset: dict, scope: str | None) -> None:
     """Refuse a file whose categories mmdet would ignore or mix up.
 
     It numbers the categories it knows in the order of the file, so one that is

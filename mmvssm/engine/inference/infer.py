@@ -77,13 +77,19 @@ def choose_task(cfg: Config) -> ModuleType:
     return task
 
 
-def load_model(cfg: Config, checkpoint: str, device: str | None = None) -> nn.Module:
+def load_model(
+    cfg: Config,
+    checkpoint: str,
+    device: str | None = None,
+    weights: str | None = None,
+) -> nn.Module:
     """Build the model of a config and fill it from its checkpoint.
 
     Args:
         cfg: A config of mmseg's or mmdet's.
         checkpoint: Loaded by :func:`mmvssm.engine.load_weights`.
         device: By default the accelerator, if the machine has one.
+        weights: ``'raw'`` or ``'ema'``, of a file with both.
 
     Returns:
         The model in eval mode, with ``cfg`` and ``dataset_meta`` attached as
@@ -105,7 +111,7 @@ def load_model(cfg: Config, checkpoint: str, device: str | None = None) -> nn.Mo
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     cfg.model.backbone.pop('init_cfg', None)
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).to(device)
-    load_weights(model, checkpoint)
+    load_weights(model, checkpoint, weights)
     # Knows classes and palette without a look at its files.
     dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
     model.cfg, model.dataset_meta = cfg, dataset.metainfo

@@ -134,3 +134,29 @@ def test_resuming_from_another_model_is_refused():
     check_resumed(Segmentor(19).state_dict(), state)
     with pytest.raises(UsageError, match='of another model'):
         check_resumed(Segmentor().state_dict(), state)
+
+
+def test_positions_of_another_image_size_are_resized(path, monkeypatch):
+    from mmvssm.backbones import Vim
+    from mmvssm.engine.checkpoints import weights
+
+    arch = dict(embed_dims=16, depth=2)
+    source, target = (Segmentor() for _ in range(2))
+    source.backbone = Vim(arch, img_size=64)
+    target.backbone = Vim(arch, img_size=(96, 64))
+    with torch.no_grad():
+        # The mean of a smooth embedding is that of the resized one.
+        source.backbone.pos_embed.fill_(0.25)
+        target.backbone.pos_embed.fill_(7.0)
+    torch.save(dict(state_dict=source.state_dict()), path)
+    said = []
+    monkeypatch.setattr(weights, 'print_log', lambda text, logger: said.append(text))
+    load_weights(target, path)
+    assert target.backbone.pos_embed.shape[1] == 24
+    assert torch.allclose(target.backbone.pos_embed, torch.tensor(0.25))
+    key = 'layers.1.mixer.in_proj.weight'
+    found, wanted = (x.backbone.state_dict()[key] for x in (target, source))
+    assert torch.equal(found, wanted)
+    (text,) = said
+    assert 'pos_embed was resized from 4x4 to 6x4' in text
+    assert 'weights: state_dict' in text

@@ -336,13 +336,14 @@ def test_train_checks_before_it_loads_data(monkeypatch):
         return runner
 
     monkeypatch.setattr(engine, 'build_runner', build_runner)
-    monkeypatch.setattr(engine, 'check_datasets', lambda cfg: None)
+    monkeypatch.setattr(engine, 'check_inputs', lambda cfg, weights: None)
+    monkeypatch.setattr(engine, 'check_labels', lambda cfg: order.append('labels'))
     monkeypatch.setattr(engine, 'check_gpu', lambda found: order.append(found))
     path = str(CONFIGS / 'upernet_vmamba_t.py')
     monkeypatch.setattr(sys, 'argv', ['train.py', path])
     train = runpy.run_path(str(REPO / 'tools' / 'train.py'))
     train['main'](train['parse_args']())
-    assert order == ['build', runner, 'train']
+    assert order == ['build', 'labels', runner, 'train']
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ _RECIPE = """
 model.update(
     backbone=dict(
         arch=dict(_delete_=True, embed_dims=16, depth=4), img_size=64,
-        out_indices=(0, 1, 2, 3), drop_path_rate=0.),
+        out_indices=(0, 1, 2, 3), drop_path_rate=0.,
+        init_cfg=dict(_delete_=True)),
     neck=dict(channels=16),
     test_cfg=dict(mode='slide', crop_size=(64, 64), stride=(43, 43)))
 model['decode_head']['in_channels'] = [16] * 4

@@ -1,0 +1,13 @@
+_base_ = [
+    './_base_/models/mask_rcnn_vmamba.py',
+    './_base_/datasets/coco_instance.py',
+    './_base_/schedules/schedule_1x.py',
+    './_base_/default_runtime_det.py',
+]
+model = dict(
+    backbone=dict(
+        arch='t_s2l5',
+        drop_path_rate=0.2,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://vmamba_t_s2l5'),
+    ),
+)

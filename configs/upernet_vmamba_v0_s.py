@@ -1,0 +1,14 @@
+_base_ = [
+    './_base_/models/upernet_vmamba.py',
+    './_base_/datasets/ade20k.py',
+    './_base_/schedules/schedule_160k.py',
+    './_base_/default_runtime.py',
+]
+# The first published version: no MLP, gated scan blocks, 16 states.
+model = dict(
+    backbone=dict(
+        arch='s_v0',
+        drop_path_rate=0.3,
+        init_cfg=dict(type='Pretrained', checkpoint='mmvssm://vmamba_s_v0'),
+    ),
+)

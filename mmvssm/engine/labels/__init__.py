@@ -1,0 +1,1 @@
+"""What is in the images and labels of a config, and whether it fits the config."""
