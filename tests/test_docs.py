@@ -2,13 +2,18 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
 
 import mmvssm
 import mmvssm.engine
 import tiny_det
+from mmvssm.engine.labels.check import findings, inspect_data
 from tiny import REPO
 from tiny_det import needs_detection
 
@@ -118,3 +123,52 @@ def test_own_boxes(tmp_path, blocks):
     losses = detector(**data, mode='loss')
     assert ('loss_mask' in losses) == (blocks == 1)
     assert tiny_det.total_loss(losses).isfinite()
+
+
+def test_own_masks(tmp_path):
+    cfg = own_data('docs/segmentation.md', 'Your own masks', tmp_path, 1)
+    assert numbers_of_classes(cfg) == ({2}, {2})
+    write_masks(tmp_path / 'roads')
+    for split in ('train', 'val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert dataset.data_root == 'data/roads'
+        dataset.data_root = str(tmp_path / 'roads')
+    found = inspect_data(cfg)
+    assert [report.split for report, *_ in found] == ['train', 'val+test']
+    assert not list(findings(found))
+    assert [list(report.classes.values()) for report, *_ in found] == [
+        [{'of the pixels': 0.75, 'images': n}, {'of the pixels': 0.25, 'images': n}]
+        for n in (2, 1)
+    ]
+
+
+def write_masks(root):
+    """Images with one quarter of a second class, in the layout of the page."""
+    mask = np.zeros((64, 80), np.uint8)
+    mask[32:, 40:] = 1
+    for split, number in (('train', 2), ('val', 1)):
+        for kind in ('images', 'masks'):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(number):
+            Image.fromarray(100 * mask).convert('RGB').save(
+                root / 'images' / split / f'{i}.jpg'
+            )
+            Image.fromarray(mask).save(root / 'masks' / split / f'{i}.png')
+
+
+@pytest.mark.parametrize('block', [0, 1], ids=['VMamba', 'Vim'])
+def test_own_config(tmp_path, block):
+    """The heads take the maps that the backbone gives."""
+    page = (REPO / 'docs' / 'segmentation.md').read_text()
+    section = page.partition('## Your own config')[2]
+    blocks = re.findall(r'```python\n(.*?)```', section, re.S)
+    path = tmp_path / 'own.py'
+    path.write_text(blocks[block])
+    cfg = mmvssm.engine.load_config(str(path))
+    cfg.model.backbone.init_cfg = None
+    init_default_scope('mmseg')
+    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    maps = model.extract_feat(torch.randn(1, 3, 64, 96))
+    assert [x.shape[-1] for x in maps] == [24, 12, 6, 3]
+    for head in (model.decode_head, model.auxiliary_head):
+        assert head(maps).isfinite().all()
