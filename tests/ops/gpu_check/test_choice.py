@@ -271,7 +271,7 @@ def test_one_failure_is_enough():
     sets['model']['op'] = FAILED
     assert standing(sets, 'op', ['own', 'all']) is FAILED
     # Nor does it say anything that another check could not be made.
-    unmade = dataclasses.replace(FAILED, certain=False)
+    unmade = dataclasses.replace(FAILED, certain=False, checked=time.time())
     sets['model']['op'] = unmade
     assert standing(sets, 'op', ['model', 'own']) is PASSED
     assert standing(sets, 'op', ['model']) is unmade
