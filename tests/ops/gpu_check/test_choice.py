@@ -271,7 +271,7 @@ def test_one_failure_is_enough():
     sets['model']['op'] = FAILED
     assert standing(sets, 'op', ['own', 'all']) is FAILED
     # Nor does it say anything that another check could not be made.
-    unmade = dataclasses.replace(FAILED, certain=False)
+    unmade = dataclasses.replace(FAILED, certain=False, checked=time.time())
     sets['model']['op'] = unmade
     assert standing(sets, 'op', ['model', 'own']) is PASSED
     assert standing(sets, 'op', ['model']) is unmade
@@ -279,8 +279,9 @@ def test_one_failure_is_enough():
 
 def test_what_may_pass_by_itself_is_looked_at_again(monkeypatch):
     store = Store(CPU)
-    store.add('one', {'op': dataclasses.replace(FAILED, certain=False)})
-    store.add('two', {'op': FAILED})
+    now = dataclasses.replace(FAILED, checked=time.time())
+    store.add('one', {'op': dataclasses.replace(now, certain=False)})
+    store.add('two', {'op': now})
     assert set(store.read()) == {'one', 'two'}
     later = time.time() + 3600
     monkeypatch.setattr(time, 'time', lambda: later)
