@@ -205,7 +205,7 @@ tags: [mmvssm, {kind}]
 
 # {name}
 
-A {kind} of [mmvssm](https://pypi.org/project/mmvssm), {number / 1e6:.2f} M parameters.
+A {kind} of mmvssm, {number / 1e6:.2f} M parameters.
 
 - Licence of the weights: {licence or 'not stated'}.
 {started}
