@@ -131,7 +131,8 @@ def _spoil_name(rng, content, found):
         if swap and b - a == d - c:
             content[a:b], content[c:d] = content[c:d], content[a:b]
         elif b > a:
-            content[a + int(place * (b - a))] = char
+            # A length that was spoiled before may lead beyond the file.
+            content[min(a + int(place * (b - a)), len(content) - 1)] = char
     return f'names of {kinds}'
 
 

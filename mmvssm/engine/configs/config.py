@@ -205,7 +205,7 @@ def enable_tta(cfg: Config) -> None:
         cfg: Changed in place; needs ``tta_model`` and ``tta_pipeline``.
 
     Raises:
-        UsageError: One of the two is missing.
+        UsageError: One of the two is missing, or the test data set.
     """
     missing = [k for k in ('tta_model', 'tta_pipeline') if cfg.get(k) is None]
     if missing:
@@ -215,7 +215,12 @@ def enable_tta(cfg: Config) -> None:
             'configs/_base_/datasets/ade20k.py show them. (mmdet cannot merge '
             'masks, so instance segmentation has none.)'
         )
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset')
+    if dataset is None:
+        raise UsageError(
+            '--tta needs a dataset in test_dataloader; the config has none.'
+        )
+    dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 

@@ -101,3 +101,12 @@ def test_tta_and_painting_need_their_parts(path):
         enable_tta(bare)
     with pytest.raises(UsageError, match='SegVisualizationHook'):
         enable_painting(bare)
+
+
+@pytest.mark.parametrize('loader', [None, dict(batch_size=1)])
+def test_tta_without_a_test_data_set(loader):
+    cfg = Config(
+        dict(model=dict(), tta_model=dict(), tta_pipeline=[], test_dataloader=loader)
+    )
+    with pytest.raises(UsageError, match='--tta needs a dataset in test_dataloader'):
+        enable_tta(cfg)
