@@ -135,6 +135,30 @@ def is_count(value: object, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def checked_indices(
+    indices: Sequence[int], count: int, allowed: str
+) -> tuple[int, ...]:
+    """``out_indices`` as a tuple.
+
+    Args:
+        indices: What the user gave.
+        count: Number of stages or blocks.
+        allowed: What they may be, for the message.
+
+    Raises:
+        ValueError: They are none, or not increasing numbers below ``count``.
+    """
+    indices = tuple(indices)
+    if (
+        not indices
+        or sorted(set(indices)) != list(indices)
+        or indices[0] < 0
+        or indices[-1] >= count
+    ):
+        raise ValueError(f'out_indices must be {allowed}, got {indices}')
+    return indices
+
+
 def check_in_channels(in_channels: int) -> None:
     """Raise ValueError unless it is a number of channels."""
     if not is_count(in_channels):

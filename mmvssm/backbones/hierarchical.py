@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mmvssm.backbones.base import (
     Backbone,
     check_in_channels,
+    checked_indices,
     is_count,
     parse_img_size,
 )
@@ -87,7 +88,10 @@ class HierarchicalBackbone(Backbone):
         check_in_channels(in_channels)
         # Most families do not use it, but a wrong value is an error for all.
         parse_img_size(img_size, min_size)
-        self.out_indices = _checked_indices(out_indices, len(depths))
+        stages = tuple(range(len(depths)))
+        self.out_indices = checked_indices(
+            out_indices, len(depths), f'increasing stage numbers out of {stages}'
+        )
         self.num_stages = self.out_indices[-1] + 1
         if not -1 <= frozen_stages <= self.num_stages:
             raise ValueError(
@@ -252,21 +256,6 @@ def _init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _checked_indices(indices: Sequence[int], stages: int) -> tuple[int, ...]:
-    indices = tuple(indices)
-    if (
-        not indices
-        or sorted(set(indices)) != list(indices)
-        or indices[0] < 0
-        or indices[-1] >= stages
-    ):
-        raise ValueError(
-            f'out_indices must be increasing stage numbers out of '
-            f'{tuple(range(stages))}, got {indices}'
-        )
-    return indices
-
-
 # Parts of the records of hierarchical families
 
 
@@ -321,3 +310,13 @@ def count_blocks(keys: Iterable[str]) -> tuple[int, ...]:
             stage, block = map(int, match.groups())
             depths[stage] = max(depths.get(stage, 0), block + 1)
     return tuple(depths[stage] for stage in sorted(depths))
+
+
+# What most records of hierarchical families have in common.
+RECORD = dict(
+    head=map_head,
+    classifier_args=dict(out_indices=(3,), out_norm=False),
+    depth=block_depth,
+    component=component,
+    target_layer=last_block,
+)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mmvssm.backbones.base import (
     Backbone,
     check_in_channels,
+    checked_indices,
     describe_arch,
     is_count,
     note_grid,
@@ -107,7 +108,7 @@ class IsotropicMamba(Backbone):
             out_indices, last_layer_process = (depth - 1,), 'norm'
         if drop_path_rate is None:
             drop_path_rate = arch['drop_path_rate']
-        self.out_indices = _checked_indices(out_indices, depth)
+        self.out_indices = _out_indices(out_indices, depth)
         num_blocks = self.out_indices[-1] + 1
         if not -1 <= frozen_stages <= num_blocks:
             raise ValueError(
@@ -346,22 +347,13 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f'{name} must be one of {tuple(choices)}, got {value!r}')
 
 
-def _checked_indices(indices: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+def _out_indices(indices: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    """By default the last block of each quarter."""
     if indices is None:
         quarters = min(4, depth)
         return tuple(depth * (i + 1) // quarters - 1 for i in range(quarters))
-    indices = tuple(indices)
-    if (
-        not indices
-        or sorted(set(indices)) != list(indices)
-        or indices[0] < 0
-        or indices[-1] >= depth
-    ):
-        raise ValueError(
-            f'out_indices must be increasing block numbers from 0 to {depth - 1}, '
-            f'got {indices}'
-        )
-    return indices
+    allowed = f'increasing block numbers from 0 to {depth - 1}'
+    return checked_indices(indices, depth, allowed)
 
 
 # Parts of the records of isotropic families

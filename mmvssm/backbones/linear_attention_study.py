@@ -21,12 +21,9 @@ from mmvssm.backbones.base import (
     with_pretrained,
 )
 from mmvssm.backbones.hierarchical import (
+    RECORD,
     HierarchicalBackbone,
-    block_depth,
-    component,
     count_blocks,
-    last_block,
-    map_head,
     resolve_arch,
 )
 from mmvssm.families import Family, register_family
@@ -334,13 +331,9 @@ FAMILY = register_family(
         title='LinearAttentionStudy',
         backbone=LinearAttentionStudy,
         archs=ARCH_ZOO,
-        head=map_head,
-        classifier_args=dict(out_indices=(3,), out_norm=False),
         signature=r'layers\.\d+\.blocks\.\d+\.mixer\.attention\.qk\.weight',
-        depth=block_depth,
         describe=_describe,
-        component=component,
-        target_layer=last_block,
+        **RECORD,
         fit=_fit,
     )
 )

@@ -17,12 +17,9 @@ from torch import nn
 
 from mmvssm.backbones.base import describe_arch, with_pretrained
 from mmvssm.backbones.hierarchical import (
+    RECORD,
     HierarchicalBackbone,
-    block_depth,
-    component,
     count_blocks,
-    last_block,
-    map_head,
     resolve_arch,
 )
 from mmvssm.families import Family, register_family
@@ -300,13 +297,9 @@ FAMILY = register_family(
         title='MLLA',
         backbone=MLLA,
         archs=ARCH_ZOO,
-        head=map_head,
-        classifier_args=dict(out_indices=(3,), out_norm=False),
         signature=r'layers\.\d+\.blocks\.\d+\.attn\.qk\.weight',
-        depth=block_depth,
         describe=_describe,
-        component=component,
-        target_layer=last_block,
+        **RECORD,
         rename=_rename,
         fit=_fit,
     )

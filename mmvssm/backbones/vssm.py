@@ -18,12 +18,9 @@ from torch import nn
 
 from mmvssm.backbones.base import describe_arch, with_pretrained
 from mmvssm.backbones.hierarchical import (
+    RECORD,
     HierarchicalBackbone,
-    block_depth,
-    component,
     count_blocks,
-    last_block,
-    map_head,
     resolve_arch,
 )
 from mmvssm.families import Family, register_family
@@ -330,13 +327,9 @@ FAMILY = register_family(
         title='VMamba',
         backbone=VSSM,
         archs=ARCH_ZOO,
-        head=map_head,
-        classifier_args=dict(out_indices=(3,), out_norm=False),
         signature=r'layers\.\d+\.blocks\.\d+\.(op|self_attention)\.A_logs',
-        depth=block_depth,
         describe=_describe,
-        component=component,
-        target_layer=last_block,
+        **RECORD,
         file_format=_file_format,
         rename=_rename,
         reshape=_reshape,
