@@ -142,3 +142,12 @@ def test_target_layer(family):
 def test_names_are_given_once(toy, change, message):
     with pytest.raises(ValueError, match=message):
         mmvssm.register_family(replace(toy['FAMILY'], **change))
+
+
+def test_each_model_is_of_one_family_alone():
+    """Whatever the order in which families were registered."""
+    for name, family, _ in families.models():
+        with torch.device('meta'):
+            keys = mmvssm.build_classifier(name).state_dict()
+        found = [other for other in families.families() if other.prefixes(keys)]
+        assert found == [family], name

@@ -61,7 +61,11 @@ class Server:
         start = 0
         tag = f'"{hash(data)}"'
         asked = request.headers.get('Range')
-        if asked and manner != 'no ranges' and request.headers.get('If-Range') == tag:
+        if (
+            asked
+            and manner != 'no ranges'
+            and request.headers.get('If-Range', tag) == tag
+        ):
             start = int(asked.removeprefix('bytes=').rstrip('-'))
         request.send_response(206 if start else 200)
         length = len(data) - start

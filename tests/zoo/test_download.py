@@ -61,9 +61,10 @@ def test_redirected(vim):
     assert fetch('mmvssm://vim_t').read_bytes() == DATA
 
 
-def test_the_server_names_the_file(mirror):
+@pytest.mark.parametrize('where', ['../../', '.', ''])
+def test_the_server_names_the_file(mirror, where):
     mirror.files['/f/1?dl=1'] = DATA
-    mirror.manners['/f/1?dl=1'] = 'named ../../weights.safetensors'
+    mirror.manners['/f/1?dl=1'] = f'named {where}weights.safetensors'
     path = fetch(f'{mirror.address}/f/1?dl=1')
     assert path.name == 'weights.safetensors' and path.read_bytes() == DATA
     assert path.is_relative_to(Path(os.environ['MMVSSM_CACHE_DIR']))
