@@ -19,19 +19,22 @@ SMALL = [
     'generator.num_train=4',
     'generator.num_val=2',
     'generator.size=64',
-    'train_cfg.max_iters=2',
     'default_hooks.checkpoint.interval=2',
     'train_dataloader.batch_size=2',
-    'train_cfg.val_interval=2',
+    # Its warm-up ends before a training of two iterations does.
+    'param_scheduler.0.end=1',
+    'param_scheduler.1.begin=1',
 ]
 
 
-def quickstart(folder, *options, arguments=('--work-dir', 'work')):
+def quickstart(folder, *options, iterations=2, arguments=('--work-dir', 'work')):
     environment = dict(
         os.environ,
         MMVSSM_QUICKSTART_ROOT=str(folder / 'data'),
         MMVSSM_QUICKSTART_COCO_ROOT=str(folder / 'data'),
     )
+    if iterations:
+        arguments = (*arguments, '--iterations', str(iterations))
     command = [REPO / 'tools/quickstart.py', *arguments, '--cfg-options']
     return warm.run([*command, *SMALL, *options], cwd=folder, env=environment)
 
@@ -93,10 +96,34 @@ def test_its_next_step_works(finished):
 
 def test_again_goes_on_from_what_is_there(finished):
     folder, _ = finished
-    done = quickstart(folder, 'train_cfg.max_iters=3')
+    done = quickstart(folder, iterations=3)
     assert done.returncode == 0, done.stderr
     assert 'resumed epoch: 0, iter: 2' in done.stdout + done.stderr
     assert (folder / 'work/iter_3.pth').exists()
+
+
+def test_chooses_among_its_schedules_and_keeps_to_that(tmp_path):
+    pytest.importorskip('mmseg')
+    choices = ('schedules=[2,3,4]', 'train_cfg.max_iters=4', 'param_scheduler.1.end=4')
+    slow = quickstart(tmp_path, *choices, 'training_seconds=1e-9', iterations=None)
+    assert slow.returncode == 0, slow.stderr
+    assert 'The training has 2 iterations' in slow.stdout
+    work = tmp_path / 'work'
+    assert (work / 'iter_2.pth').exists()
+    # A training of 3 would have other learning rates from the start.
+    again = quickstart(tmp_path, *choices, 'training_seconds=1e9', iterations=None)
+    assert again.returncode == 0, again.stderr
+    assert 'iterations' not in again.stdout.split('mIoU')[0].rpartition('\n\n')[2]
+    assert not (work / 'iter_4.pth').exists()
+
+    fast = ('--work-dir', 'fast')
+    done = quickstart(
+        tmp_path, *choices, 'training_seconds=1e9', iterations=None, arguments=fast
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'The training has 4 iterations' in done.stdout
+    cfg = Config.fromfile(tmp_path / 'fast' / CONFIG.name)
+    assert cfg.train_cfg.max_iters == cfg.param_scheduler[1].end == 4
 
 
 def test_a_folder_of_other_settings_is_kept(finished):

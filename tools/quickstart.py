@@ -1,9 +1,14 @@
 """Make a small data set, train a small model on it, and show its predictions.
 
 The model is a VMamba-UperNet, or that of another ``configs/*_quickstart.py``.
-Everything runs on the CPU, in minutes. If you run it again, it continues from the
-latest checkpoint in the work dir; if the training is finished, it only shows the
-results. Delete the work dir to start from the beginning.
+Everything runs on the CPU, in minutes. The tool first measures how fast the machine is,
+and trains for as many iterations as fit into these minutes: one of the numbers in the
+config (``schedules``). ``--iterations`` fixes the number. The same number of iterations
+gives the same model on every machine of a kind.
+
+If you run it again, it continues from the latest checkpoint in the work dir; if the
+training is finished, it only shows the results. Delete the work dir to start from the
+beginning.
 """
 
 import argparse
@@ -24,10 +29,13 @@ def parse_args() -> argparse.Namespace:
         help='default: work_dirs/quickstart, or with --config work_dirs/NAME',
     )
     parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        metavar='KEY=VALUE',
-        help='override config entries, e.g. train_cfg.max_iters=100',
+        '--iterations',
+        type=int,
+        metavar='N',
+        help='train for N iterations, however fast the machine is',
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', metavar='KEY=VALUE', help='override config entries'
     )
     return parser.parse_args()
 
@@ -51,6 +59,7 @@ def main(args: argparse.Namespace) -> None:
     data_root = cfg.train_dataloader.dataset.data_root
     make_data(data_root, cfg.generator)
     weights = engine.choose_start(cfg, resume='auto')
+    set_schedule(cfg, args.iterations)
     # So that it can be interrupted and started again.
     engine.enable_resume(cfg)
     engine.check_inputs(cfg, weights)
@@ -88,6 +97,32 @@ Next:
   train on {'COCO' if detects else 'ADE20K'} (the README says how to lay it out)
     {python} tools/train.py configs/{full}.py
 """)
+
+
+def set_schedule(cfg, iterations: int | None) -> None:
+    """Choose for how many iterations to train, unless that is known, and say it."""
+    from mmvssm import engine
+
+    work_dir = Path(cfg.work_dir)
+    begun = work_dir / Path(cfg.filename).name
+    if iterations is not None:
+        engine.set_iterations(cfg, iterations)
+    elif (work_dir / 'last_checkpoint').is_file() and begun.is_file():
+        # Its learning rates are those of a training of this length.
+        length = engine.load_config(str(begun)).train_cfg.max_iters
+        engine.set_iterations(cfg, length)
+    elif cfg.train_cfg.max_iters in cfg.schedules:
+        seconds = engine.measure_iteration(cfg)
+        fitting = [n for n in cfg.schedules if n * seconds <= cfg.training_seconds]
+        engine.set_iterations(cfg, max(fitting, default=min(cfg.schedules)))
+        number = cfg.train_cfg.max_iters
+        print(
+            f'\nAn iteration takes {seconds:.2f} s on this machine. The training has '
+            f'{number} iterations and takes about {number * seconds / 60:.1f} min. '
+            f'(Of {", ".join(map(str, cfg.schedules))} iterations, the most that take '
+            f'{cfg.training_seconds / 60:.0f} min. --iterations chooses another '
+            'number.)\n'
+        )
 
 
 def summarise(metrics: dict) -> str:

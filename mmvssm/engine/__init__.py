@@ -35,6 +35,7 @@ from .runner import build_runner
 from .training.epoch_loop import ResumableEpochLoop
 from .training.layer_decay import LayerDecayOptimWrapperConstructor
 from .training.optim import Bf16OptimWrapper
+from .training.schedule import measure_iteration, set_iterations
 from .training.sharding import FSDPStrategy
 
 __all__ = [
@@ -66,10 +67,12 @@ __all__ = [
     'keep_predictions',
     'load_config',
     'load_weights',
+    'measure_iteration',
     'prepare_launch',
     'published_weights',
     'require_file',
     'run_tool',
+    'set_iterations',
     'trust_checkpoints',
 ]
 

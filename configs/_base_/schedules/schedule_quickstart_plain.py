@@ -2,6 +2,7 @@
 # are fewer iterations. These models also need a smaller learning rate.
 _base_ = './schedule_quickstart.py'
 max_iters = 1200
+schedules = [1200, 800]
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
