@@ -35,7 +35,8 @@ def inspect_annotations(
         with_mask: Whether the pipeline loads masks.
     """
     content = json.loads(path.read_text())
-    images = {image.get('id'): image for image in content.get('images') or []}
+    listed = content.get('images') or []
+    images = {image.get('id'): image for image in listed}
     annotations = content.get('annotations') or []
     names = {c.get('id'): c.get('name') for c in content.get('categories') or []}
     report.images = len(images)
@@ -61,7 +62,10 @@ def inspect_annotations(
         report.classes[name] = {'objects': used[name]}
     report.ignored.update(dropped)
     total = len(annotations)
-    _judge_ids(path, report, annotations)
+    _judge_ids(path, report, 'image', listed)
+    _judge_ids(path, report, 'annotation', annotations)
+    if set(report.split.split('+')) & {'val', 'test'}:
+        _judge_evaluation(path, report, annotations)
     if outside > _MANY * total:
         report.add(
             'error',
@@ -165,14 +169,36 @@ def _ends_outside(box: Sequence[float], image: dict | None) -> bool:
     )
 
 
-def _judge_ids(path: Path, report: DatasetReport, annotations: list[dict]) -> None:
-    counts = Counter(annotation['id'] for annotation in annotations)
+def _judge_ids(path: Path, report: DatasetReport, what: str, found: list[dict]) -> None:
+    """Refuse two of one id: mmdet would keep the last of them only."""
+    counts = Counter(entry.get('id') for entry in found)
     twice = [number for number, count in counts.items() if count > 1]
     if twice:
         report.add(
             'error',
-            f'{path}: {len(twice)} annotation ids occur more than once '
-            f'({shorten(twice, 3)}): number the annotations anew.',
+            f'{path}: {len(twice)} {what} ids occur more than once '
+            f'({shorten(twice, 3)}): number the {what}s anew.',
+        )
+
+
+def _judge_evaluation(
+    path: Path, report: DatasetReport, annotations: list[dict]
+) -> None:
+    """Refuse what COCO's evaluation fails on, or takes for something else."""
+    absent = [found['id'] for found in annotations if found.get('iscrowd') is None]
+    if absent:
+        report.add(
+            'error',
+            f'{path}: {len(absent)} of the {len(annotations)} annotations have no '
+            f'iscrowd (ids {shorten(absent, 3)}), which the evaluation needs: add '
+            '"iscrowd": 0 to each, or 1 where it is a crowd.',
+        )
+    if any(found['id'] == 0 for found in annotations):
+        # It marks detections with the id of their object, and 0 means none.
+        report.add(
+            'error',
+            f'{path}: an annotation has the id 0, and the evaluation would count it '
+            'as missed, even if it is found: number the annotations from 1.',
         )
 
 

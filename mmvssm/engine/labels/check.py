@@ -131,6 +131,9 @@ def _inspect(
     seconds: float | None,
 ) -> Inspected:
     report = DatasetReport(split, _place(config))
+    if text := _wrong_palette(config, is_detector(cfg)):
+        report.add('error', f'{_name(cfg)}: {text}')
+        return Inspected(report, None, [])
     if is_detector(cfg):
         return _inspect_objects(config, report, heads, cfg, images, seconds)
     if not hasattr(registered(DATASETS, config.get('type')), 'get_label_map'):
@@ -193,6 +196,24 @@ def _inspect_objects(
     inspect_objects(reader, report, images, seconds)
     _check_channels(report, cfg)
     return Inspected(report, reader, classes)
+
+
+def _wrong_palette(config: dict, detects: bool) -> str:
+    """Colours that do not fit the classes, as those of an inherited config.
+
+    mmdet takes a palette with colours to spare, mmseg does not.
+    """
+    metainfo = config.get('metainfo') or {}
+    classes, palette = metainfo.get('classes'), metainfo.get('palette')
+    if not classes or not palette or isinstance(classes, str):
+        return ''
+    if len(classes) == len(palette) or (detects and len(classes) < len(palette)):
+        return ''
+    return (
+        f'metainfo has {len(classes)} classes and a palette of {len(palette)} colours: '
+        'give it one colour for each class, or drop an inherited palette by '
+        'metainfo=dict(_delete_=True, classes=...).'
+    )
 
 
 def _place(config: dict) -> str:

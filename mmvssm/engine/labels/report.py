@@ -73,11 +73,16 @@ class DatasetReport:
 
     def text(self) -> str:
         """Some lines to read."""
-        lines = [f'{self.split}: {self.images} images, {self.read} read, {self.labels}']
+        counted = f'{self.images} images, {self.read} read'
+        if not self.images:
+            counted = 'not read'
+        lines = [f'{self.split}: {counted}, {self.labels}']
         for name, counts in (('sizes', self.sizes), ('channels', self.channels)):
+            if not counts:
+                continue
             shown = [f'{key} ({count})' for key, count in counts.most_common(6)]
             more = ['...'] if len(counts) > 6 else []
-            lines.append(f'  {name:10}{", ".join([*shown, *more]) or "none"}')
+            lines.append(f'  {name:10}{", ".join([*shown, *more])}')
         width = max((len(name) for name in self.classes), default=0)
         for number, (name, counts) in enumerate(self.classes.items()):
             values = ', '.join(_shown(key, value) for key, value in counts.items())

@@ -109,6 +109,13 @@ def test_num_classes_1(data):
     refusal(data.paint(0, 1).cfg(heads=1), 'tiny.py', 'num_classes=2', 'decode_head')
 
 
+@pytest.mark.parametrize('colours', [1, 8])
+def test_a_palette_of_other_classes(data, colours):
+    cfg = data.paint(0, 1).cfg()
+    cfg.train_dataloader.dataset.metainfo.palette = [[0, 0, 0]] * colours
+    refusal(cfg, f'2 classes and a palette of {colours} colours', '_delete_=True')
+
+
 def test_rgb_mask(data):
     path = data.paint(0, 1).masks('training')[1]
     Image.open(path).convert('RGB').save(path)

@@ -123,6 +123,39 @@ def test_ids_twice(cfg, coco):
     refusal(cfg, path, 'annotation ids', 'number the annotations anew')
 
 
+def test_a_palette_of_fewer_classes(cfg):
+    metainfo = dict(classes=('person', 'bicycle'), palette=[[0, 0, 0]])
+    cfg.train_dataloader.dataset.metainfo = metainfo
+    refusal(cfg, '2 classes and a palette of 1 colours')
+
+
+def test_image_ids_twice(cfg, coco):
+    path = change(coco, lambda content: content['images'][1].update(id=1))
+    refusal(cfg, path, 'image ids', 'number the images anew')
+
+
+def test_what_only_the_evaluation_needs(cfg, coco):
+    def without_iscrowd(content):
+        for found in content['annotations']:
+            found.pop('iscrowd', None)
+
+    change(coco, without_iscrowd)
+    check_labels(cfg)
+    path = change(coco, without_iscrowd, 'val2017')
+    refusal(cfg, path, 'iscrowd', 'add "iscrowd": 0')
+
+
+def test_id_that_the_evaluation_takes_for_none(cfg, coco):
+    def from_zero(content):
+        for number, found in enumerate(content['annotations']):
+            found['id'] = number
+
+    change(coco, from_zero)
+    check_labels(cfg)
+    path = change(coco, from_zero, 'val2017')
+    refusal(cfg, path, 'id 0', 'number the annotations from 1')
+
+
 def test_another_size_than_the_image(cfg, coco):
     path = change(
         coco, lambda content: content['images'][0].update(width=64, height=80)
