@@ -4,7 +4,8 @@ It is the larger of two times, that of moving the tensors at the streaming
 bandwidth (two arrays read, one written past the caches, far larger than they
 are) and that of the arithmetic at the rates of exp2, softplus and multiply-add
 on data in the fastest cache. The rates are those of ``floor.cpp``, which uses
-the kernels' own functions and is compiled here. For E = batch * channels *
+the kernels' own functions and is compiled here, for the instruction set that the
+kernels use. For E = batch * channels *
 length elements and W = batch * groups * states * length weights of B or C:
 
 ========  ==================  ==========  ========  ===================
@@ -33,16 +34,15 @@ import torch
 
 from mmvssm.engine import UsageError
 from mmvssm.ops import cpu
-from mmvssm.ops.cpu.library import parallel_for
+from mmvssm.ops.cpu import library
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / 'floor.cpp'
 HEADERS = Path(cpu.__file__).parent
 BUILD = HERE.parent / 'build' / 'benchmarks'
-FLAGS = (
-    *('-O3', '-march=native', '-std=c++17', '-DMMVSSM_ISA=native'),
-    *('-shared', '-fPIC', '-pthread', '-w', f'-I{HEADERS}'),
-)
+FLAGS = ('-O3', '-std=c++17', '-shared', '-fPIC', '-pthread', '-w', f'-I{HEADERS}')
+# Processors that have just the instruction set of a kernel.
+PROCESSORS = {'baseline': 'x86-64', 'avx2': 'x86-64-v3', 'avx512': 'x86-64-v4'}
 # Operations on an element, by N: of exp2, softplus and multiply-add.
 OPERATIONS = {
     'forward': lambda n: dict(exp2=n, softplus=1, fma=4 * n + 3),
@@ -71,18 +71,23 @@ def compiler() -> str:
 def build() -> Path:
     """Compile ``floor.cpp`` unless this machine has it in ``build/`` already.
 
+    It is compiled for the instruction set that the kernels use.
+
     Raises:
         UsageError: There is no compiler, or it fails.
     """
-    command = [compiler(), *FLAGS]
+    isa = library.isa()
+    command = [compiler(), *FLAGS, f'-DMMVSSM_ISA={isa}']
+    if platform.machine() in ('x86_64', 'AMD64'):
+        command.append(f'-march={PROCESSORS[isa]}')
     key = hashlib.sha256(' '.join((*command, platform.node())).encode())
     for source in (SOURCE, HEADERS / 'vec.h', HEADERS / 'functions.h'):
         key.update(source.read_bytes())
-    library = BUILD / f'floor-{key.hexdigest()[:16]}.so'
-    if not library.exists():
+    built = BUILD / f'floor-{key.hexdigest()[:16]}.so'
+    if not built.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         # Under another name first: a build that is cut off leaves no library.
-        unfinished = library.with_suffix(f'.{os.getpid()}')
+        unfinished = built.with_suffix(f'.{os.getpid()}')
         done = subprocess.run(
             [*command, str(SOURCE), '-o', str(unfinished)],
             capture_output=True,
@@ -90,8 +95,8 @@ def build() -> Path:
         )
         if done.returncode:
             raise UsageError(f'{command[0]} does not compile {SOURCE}:\n{done.stderr}')
-        unfinished.replace(library)
-    return library
+        unfinished.replace(built)
+    return built
 
 
 class Floor:
@@ -115,7 +120,7 @@ class Floor:
     def functions(self, threads: int) -> dict[str, Callable[[], float]]:
         """Functions that each measure the seconds of one byte or operation."""
         lib, passes = self._library, c_int64(self._passes)
-        pool = parallel_for(), c_int(threads)
+        pool = library.parallel_for(), c_int(threads)
         values = self._arrays[0].numel()
         pointers = [c_void_p(x.data_ptr()) for x in self._arrays]
         mapped = self._passes * threads * lib.floor_values()

@@ -138,7 +138,8 @@ def _panel(
     panel = Panel(title, unit, log)
     for figure in filter(wanted, figures(result)):
         panel.add(
-            series(figure), group(figure), figure.threads, figure.value, figure.mark
+            *(series(figure), group(figure), figure.threads, figure.value),
+            figure.mark and figure.mark.must,
         )
     return panel
 
