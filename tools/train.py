@@ -106,6 +106,7 @@ def main(args: argparse.Namespace) -> None:
     engine.prepare_launch(cfg, args.launcher)
     runner = engine.build_runner(cfg)
     engine.announce_start(cfg, weights)
+    engine.probe_model(runner)
     engine.check_labels(cfg)
     if cfg.get('load_from') and not cfg.get('resume'):
         engine.check_load_from(runner.model, cfg.load_from)

@@ -31,6 +31,7 @@ from .labels.check import check_labels
 from .launching.gpu_check import check_gpu
 from .launching.launch import prepare_launch
 from .launching.tool import run_tool
+from .model_check.check import probe_model
 from .runner import build_runner
 from .training.epoch_loop import ResumableEpochLoop
 from .training.layer_decay import LayerDecayOptimWrapperConstructor
@@ -69,6 +70,7 @@ __all__ = [
     'load_weights',
     'measure_iteration',
     'prepare_launch',
+    'probe_model',
     'published_weights',
     'require_file',
     'run_tool',

@@ -34,8 +34,9 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
     DDP. Where there is no accelerator this joins the processes through gloo
     instead (mmengine leaves a process group alone that is already there) and
     sets ``model_wrapper_cfg`` for the CPU. SyncBN, which exists only for
-    CUDA, becomes BN with a warning. Under Slurm, with accelerators or
-    without, :func:`mmvssm.engine.launching.slurm.set_rendezvous` says where to meet.
+    CUDA, becomes BN with a warning, and the config's ``sync_bn`` is dropped. Under
+    Slurm, with accelerators or without,
+    :func:`mmvssm.engine.launching.slurm.set_rendezvous` says where to meet.
 
     Args:
         cfg: Changed in place.
@@ -70,7 +71,8 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
         'find_unused_parameters': cfg.get('find_unused_parameters', False),
         **cfg.get('model_wrapper_cfg', {}),
     }
-    if _replace_sync_bn(cfg.model):
+    asked = [node.pop('sync_bn', None) for node in (cfg, cfg.get('strategy') or {})]
+    if _replace_sync_bn(cfg.model) or any(asked):
         warnings.warn(
             'SyncBN needs CUDA: the processes use BN, each with '
             'the statistics of its own part of the batch.',

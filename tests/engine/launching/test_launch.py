@@ -10,12 +10,14 @@ from mmvssm.engine.launching import launch
 def cfg(monkeypatch):
     monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
     head = dict(norm_cfg=dict(type='SyncBN'), convs=[dict(type='SyncBN')])
-    return Config(dict(model=dict(decode_head=head)))
+    model = dict(decode_head=head)
+    return Config(dict(model=model, sync_bn='torch', strategy=dict(sync_bn='torch')))
 
 
 def test_none_changes_nothing(cfg):
     prepare_launch(cfg, 'none')
-    assert set(cfg) == {'model', 'launcher'}
+    assert set(cfg) == {'model', 'sync_bn', 'strategy', 'launcher'}
+    assert cfg.sync_bn == cfg.strategy.sync_bn == 'torch'
     assert cfg.model.decode_head.norm_cfg.type == 'SyncBN'
 
 
@@ -80,5 +82,6 @@ def test_without_accelerator_gloo(names, cfg, monkeypatch):
         dist.destroy_process_group()
     head = cfg.model.decode_head
     assert head.norm_cfg.type == head.convs[0].type == 'BN'
+    assert 'sync_bn' not in cfg and 'sync_bn' not in cfg.strategy
     assert cfg.model_wrapper_cfg.device_ids is None
     assert cfg.model_wrapper_cfg.find_unused_parameters is False
