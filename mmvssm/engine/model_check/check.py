@@ -201,7 +201,8 @@ def _describe_maps(
         'DDP refuses' if refused else 'DDP refuses in trainings of several processes'
     )
     return (
-        f'no loss depends on the maps {", ".join(unused)} of model.backbone.'
+        f'no loss depends on map{"s" * (len(unused) > 1)} {", ".join(unused)} of '
+        'model.backbone.'
         f'out_indices={tuple(indices)!r}, so {_shorten(lost)} get no gradient, which '
         f'{stops}: set {settings}.'
     )

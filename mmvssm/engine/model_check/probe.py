@@ -95,7 +95,7 @@ def look(model: nn.Module, size: tuple[int, int], sample: Any) -> Seen:
         maps, _, single = run_backbone(model.backbone, size)
         shapes = [tuple(x.shape) for x in maps]
     made_up = MadeUpMaps(shapes, device)
-    model = copy.deepcopy(model, {id(model.backbone): made_up}).train()
+    model = copy.deepcopy(model, {id(model.backbone): made_up})
     _sample_few(model)
     found = _watch_norms(model)
     images = torch.zeros(1, 3, *size, device=device)
@@ -134,7 +134,7 @@ def run_backbone(
     tensors = [*backbone.parameters(), *backbone.buffers()]
     # The copy shares no values with the backbone, and has none.
     copied = copy.deepcopy(backbone, {id(x): mode.from_tensor(x) for x in tensors})
-    found = _watch_norms(copied.train(), 'backbone.')
+    found = _watch_norms(copied, 'backbone')
     channels = backbone.in_channels if isinstance(backbone, Backbone) else 3
     with mode:
         images = torch.empty(1, channels, *size, device=tensors[0].device)
@@ -157,7 +157,11 @@ def _known_shapes(backbone: nn.Module, size: tuple[int, int]) -> list[Shape] | N
 
 
 def _watch_norms(model: nn.Module, prefix: str = '') -> list[str]:
-    """Have batch norms take one value, and note in the list which had to."""
+    """Begin to train, but for batch norms; names of those that got one value a channel.
+
+    They are added to the list as they run.
+    """
+    model.train()
     found: list[str] = []
 
     def watch(name: str, norm: nn.Module) -> None:
@@ -168,7 +172,7 @@ def _watch_norms(model: nn.Module, prefix: str = '') -> list[str]:
 
         norm.eval().register_forward_pre_hook(note)
 
-    for name, module in model.named_modules(prefix=prefix.rstrip('.')):
+    for name, module in model.named_modules(prefix=prefix):
         if isinstance(module, _BatchNorm) and module.training:
             watch(name, module)
     return found

@@ -38,7 +38,8 @@ def batch_sizes(cfg, processes, monkeypatch):
     found = set()
     for rank in range(processes):
         monkeypatch.setattr(
-            'mmengine.dataset.sampler.get_dist_info', lambda rank=rank: (rank, processes)
+            'mmengine.dataset.sampler.get_dist_info',
+            lambda rank=rank: (rank, processes),
         )
         monkeypatch.setattr('mmengine.runner.runner.get_world_size', lambda: processes)
         loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
@@ -78,7 +79,9 @@ def test_batches_by_shape(drop_last, monkeypatch):
     cfg = config(5, batch_size=2, batch_sampler=batches)
     found = find_one_image(cfg, 1, lambda: 5)
     assert (found is not None) == (1 in batch_sizes(cfg, 1, monkeypatch))
-    assert drop_last or 'train_dataloader.batch_sampler.drop_last=True' in found.remedies
+    assert (
+        drop_last or 'train_dataloader.batch_sampler.drop_last=True' in found.remedies
+    )
 
 
 def test_what_does_not_end_has_no_last_batch():
