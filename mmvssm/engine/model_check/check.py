@@ -3,7 +3,8 @@
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from mmengine.config import Config
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmvssm.engine.checkpoints.weights import unwrap
 from mmvssm.engine.configs.config import is_detector
+from mmvssm.engine.configs.data import leaves
 from mmvssm.engine.configs.image_sizes import Size, training_batches
 from mmvssm.engine.errors import UsageError
 from mmvssm.engine.launching.ranks import Ranks
@@ -71,13 +73,18 @@ def probe_model(runner: Runner) -> None:
 def _find_error(wrapped: nn.Module, cfg: Config, processes: int) -> str:
     """Log warnings; returns the error, '' without one."""
     model = unwrap(wrapped)
-    sample = detection_sample if is_detector(cfg) else segmentation_sample
+    sample = _sample_of(cfg)
     smallest = min((batch[1:] for batch in training_batches(cfg)), key=math.prod)
     size, large = (_within(smallest, side) for side in (_SMALL, _LARGE))
-    seen = look(model, size, sample(size))
+    try:
+        seen = look(model, size, sample(size))
+    except Exception:
+        # Some heads need larger maps.
+        size = large
+        seen = look(model, size, sample(size))
     norms = seen.single
     one = _one_image(model, cfg, norms, processes)
-    if one and large != size:
+    if one and size != large:
         # A small image may have made the map small.
         norms = [n for n in look(model, large, sample(large)).single if n in norms]
     if one and norms:
@@ -101,6 +108,15 @@ def _find_error(wrapped: nn.Module, cfg: Config, processes: int) -> str:
         return text
     print_log(text, 'current', logging.WARNING)
     return ''
+
+
+def _sample_of(cfg: Config) -> Callable[[Size], Any]:
+    """What makes a data sample with what the config's pipeline loads."""
+    if not is_detector(cfg):
+        return segmentation_sample
+    pipelines = [x.get('pipeline') or [] for x in leaves(cfg.train_dataloader.dataset)]
+    masks = any(part.get('with_mask') for pipeline in pipelines for part in pipeline)
+    return partial(detection_sample, masks=masks)
 
 
 def _within(size: Size, side: int) -> Size:

@@ -21,29 +21,32 @@ def segmentation_sample(size: tuple[int, int]) -> Any:
     return sample
 
 
-def detection_sample(size: tuple[int, int]) -> Any:
-    """Three objects of class 0, with masks."""
+def detection_sample(size: tuple[int, int], masks: bool = True) -> Any:
+    """Three objects of class 0."""
     from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
 
+    sample = DetDataSample(metainfo=_metainfo(size))
     height, width = size
     boxes = np.array(_BOXES) * (width, height, width, height)
-    masks = np.zeros((len(boxes), height, width), np.uint8)
-    for mask, (left, top, right, bottom) in zip(masks, boxes.round().astype(int)):
-        mask[top:bottom, left:right] = 1
-    sample = DetDataSample(metainfo=_metainfo(size))
-    sample.gt_instances = InstanceData(
-        bboxes=torch.tensor(boxes, dtype=torch.float32),
-        labels=torch.zeros(len(boxes), dtype=torch.long),
-        masks=BitmapMasks(masks, height, width),
-    )
-    sample.ignored_instances = InstanceData(
-        bboxes=torch.zeros(0, 4),
-        labels=torch.zeros(0, dtype=torch.long),
-        masks=BitmapMasks(masks[:0], height, width),
-    )
+    sample.gt_instances = _instances(boxes, size, masks)
+    sample.ignored_instances = _instances(boxes[:0], size, masks)
     sample.gt_sem_seg = PixelData(sem_seg=_pixels(size).data)
     return sample
+
+
+def _instances(boxes: np.ndarray, size: tuple[int, int], masks: bool) -> InstanceData:
+    from mmdet.structures.mask import BitmapMasks
+
+    found = InstanceData(
+        bboxes=torch.tensor(boxes, dtype=torch.float32),
+        labels=torch.zeros(len(boxes), dtype=torch.long),
+    )
+    if masks:
+        pixels = np.zeros((len(boxes), *size), np.uint8)
+        for mask, (left, top, right, bottom) in zip(pixels, boxes.round().astype(int)):
+            mask[top:bottom, left:right] = 1
+        found.masks = BitmapMasks(pixels, *size)
+    return found
 
 
 def _metainfo(size: tuple[int, int]) -> dict:
