@@ -84,16 +84,16 @@ def with_changes(
 
 
 def norm_setting(model: nn.Module, config: ConfigDict, norm: str) -> tuple[str, int]:
-    """Which ``norm_cfg`` a batch norm goes by, and what could take its place.
+    """Which ``norm_cfg`` a norm goes by, and a group norm that could take its place.
 
     Args:
         model: As built.
         config: Of the model.
-        norm: Name of the batch norm in the model.
+        norm: Name of the norm in the model.
 
     Returns:
         The name in the config, without ``model.``, or '' if none is known; and a number
-        of groups that fits all batch norms that go by it.
+        of groups that fits all norms that go by it, with several channels a group.
     """
     found, module, node, place = '', model, config, ''
     for part in norm.split('.'):
@@ -109,7 +109,11 @@ def norm_setting(model: nn.Module, config: ConfigDict, norm: str) -> tuple[str, 
             found, owner = place, module
     if not found:
         return '', 0
-    sizes = [m.num_features for m in owner.modules() if isinstance(m, _BatchNorm)]
+    sizes = [
+        part.num_features if isinstance(part, _BatchNorm) else part.num_channels
+        for part in owner.modules()
+        if isinstance(part, (_BatchNorm, nn.GroupNorm))
+    ]
     fits = (
         groups
         for groups in _GROUPS

@@ -8,12 +8,14 @@ from functools import partial
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from torch import nn
 from torch.nn import SyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from mmvssm.engine.checkpoints.weights import unwrap
@@ -82,8 +84,10 @@ def _find_error(wrapped: nn.Module, cfg: Config, processes: int) -> str:
         # Some heads need larger maps.
         size = large
         seen = look(model, size, sample(size))
-    norms = seen.single
-    one = _one_image(model, cfg, norms, processes)
+    norms = [n for n in seen.single if not _is_shared(model, cfg, n, processes)]
+    one = None
+    if norms:
+        one = find_one_image(cfg, processes, lambda: _count_images(cfg))
     if one and size != large:
         # A small image may have made the map small.
         norms = [n for n in look(model, large, sample(large)).single if n in norms]
@@ -130,25 +134,24 @@ def _refuses_unused(model: nn.Module) -> bool:
     )
 
 
-def _one_image(
-    model: nn.Module, cfg: Config, norms: Sequence[str], processes: int
-) -> OneImage | None:
-    """Whether norms that get one value from an image get one image."""
-    sync = (cfg.get('strategy') or {}).get('sync_bn')
-    if processes > 1 and (sync or all(_is_sync(model, name) for name in norms)):
-        return None
-    return find_one_image(cfg, processes, lambda: _count_images(cfg)) if norms else None
-
-
-def _is_sync(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name), SyncBatchNorm)
+def _is_shared(model: nn.Module, cfg: Config, name: str, processes: int) -> bool:
+    """Whether a norm sees the images of all processes."""
+    norm = model.get_submodule(name)
+    # Norms of a model in shards are replaced later.
+    becomes_sync = (cfg.get('strategy') or {}).get('sync_bn')
+    kind = _BatchNorm if becomes_sync else SyncBatchNorm
+    return processes > 1 and isinstance(norm, kind)
 
 
 def _count_images(cfg: Config) -> int:
-    dataset = DATASETS.build(cfg.train_dataloader.dataset)
-    if hasattr(dataset, 'full_init'):
-        dataset.full_init()
-    return len(dataset)
+    """Images of the training's data set; 0 where others will say what it lacks."""
+    try:
+        dataset = DATASETS.build(cfg.train_dataloader.dataset)
+        if hasattr(dataset, 'full_init'):
+            dataset.full_init()
+        return len(dataset)
+    except Exception:
+        return 0
 
 
 def _describe_norms(
@@ -159,20 +162,24 @@ def _describe_norms(
     processes: int,
 ) -> str:
     settings = {norm_setting(model, cfg.model, name) for name in norms}
-    on_cpu = next(model.parameters()).device.type == 'cpu'
+    on_cpu = get_device() == 'cpu'
     ways = list(one.remedies)
     for name, groups in sorted(settings):
         if name:
             ways.append(f"model.{name}=dict(type='GN', num_groups={groups})")
     if processes > 1 and not on_cpu:
-        ways.append("sync_bn='torch', so that a norm sees the images of all processes")
-    several = len(norms) > 1
+        sync_bn = 'strategy.sync_bn' if cfg.get('strategy') else 'sync_bn'
+        ways.append(f"{sync_bn}='torch', so that it sees the images of all processes")
+    are_batch = all(isinstance(model.get_submodule(x), _BatchNorm) for x in norms)
+    kind = 'batch norm' if are_batch else 'norm'
+    subject = (
+        f'{kind}s {_shorten(norms)} get' if norms[1:] else f'{kind} {norms[0]} gets'
+    )
     notes = ', and accumulated gradients do not change that' * _accumulates(cfg)
     notes += ' (on CPUs SyncBN is BN)' * (processes > 1 and on_cpu)
     return (
-        f'batch norm{"s" * several} {_shorten(norms)} get{"s" * (not several)} one '
-        'value a channel from an image and cannot learn from a batch of one, but '
-        f'{one.text}{notes}: set {", or ".join(ways)}.'
+        f'{subject} one value a channel from an image and cannot learn from a batch of '
+        f'one, but {one.text}{notes}: set {", or ".join(ways)}.'
     )
 
 
@@ -213,14 +220,11 @@ def _describe_maps(
             f'model.backbone.out_indices={kept!r}, and in_channels, in_index or '
             'start_level of what takes the maps to match'
         )
-    stops = (
-        'DDP refuses' if refused else 'DDP refuses in trainings of several processes'
-    )
+    where = '' if refused else ' in trainings of several processes'
     return (
         f'no loss depends on map{"s" * (len(unused) > 1)} {", ".join(unused)} of '
-        'model.backbone.'
-        f'out_indices={tuple(indices)!r}, so {_shorten(lost)} get no gradient, which '
-        f'{stops}: set {settings}.'
+        f'model.backbone.out_indices={tuple(indices)!r}, so {_shorten(lost)} get no '
+        f'gradient, which DDP refuses{where}: set {settings}.'
     )
 
 

@@ -26,7 +26,8 @@ class Seen(NamedTuple):
         shapes (list[tuple]): Of the backbone's maps.
         used (list[int]): Places of the maps that the loss depends on.
         idle (list[str]): Parameters of necks and heads that it does not depend on.
-        single (list[str]): Batch norms in training mode that got one value a channel.
+        single (list[str]): Norms that got one value a channel, of which torch makes an
+            error in training: batch norms, and group norms of one channel a group.
     """
 
     shapes: list[Shape]
@@ -157,24 +158,30 @@ def _known_shapes(backbone: nn.Module, size: tuple[int, int]) -> list[Shape] | N
 
 
 def _watch_norms(model: nn.Module, prefix: str = '') -> list[str]:
-    """Begin to train, but for batch norms; names of those that got one value a channel.
+    """Set the training mode, and let norms take one value all the same.
 
-    They are added to the list as they run.
+    Returns:
+        Names of those that had to. They are added to the list as they run.
     """
     model.train()
+    names = {module: name for name, module in model.named_modules(prefix=prefix)}
     found: list[str] = []
 
-    def watch(name: str, norm: nn.Module) -> None:
-        def note(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            # As torch counts, where it refuses.
-            if inputs[0].numel() == inputs[0].shape[1] and name not in found:
-                found.append(name)
+    def note(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        grouped = isinstance(norm, nn.GroupNorm)
+        parts = norm.num_groups if grouped else inputs[0].shape[1]
+        # As torch counts.
+        if inputs[0].numel() != parts:
+            return
+        if grouped:
+            norm.num_groups = 1
+        if names[norm] not in found:
+            found.append(names[norm])
 
-        norm.eval().register_forward_pre_hook(note)
-
-    for name, module in model.named_modules(prefix=prefix):
-        if isinstance(module, _BatchNorm) and module.training:
-            watch(name, module)
+    for module in names:
+        learns = isinstance(module, _BatchNorm) and module.training
+        if learns or isinstance(module, nn.GroupNorm):
+            module.eval().register_forward_pre_hook(note)
     return found
 
 

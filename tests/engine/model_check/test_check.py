@@ -147,23 +147,21 @@ def test_last_batch_of_an_epoch(cfg):
     probe(cfg)
 
 
-def test_data_that_cannot_be_counted_is_left_to_others(cfg, monkeypatch):
-    logged = []
-    monkeypatch.setattr(check, 'print_log', lambda *args: logged.append(args))
+def test_data_that_cannot_be_counted_is_left_to_others(cfg):
     cfg.train_dataloader.sampler = dict(type='DefaultSampler')
     cfg.train_dataloader.dataset.data_root = '/nowhere'
     cfg.train_cfg.max_iters = 9
     probe(cfg)
-    assert 'not looked into: FileNotFoundError' in logged[0][0] and logged[0][2] == 10
 
 
-@pytest.mark.parametrize('sync', [False, True])
-def test_processes_of_one_image(cfg, sync, monkeypatch):
+def test_processes_of_one_image(cfg, monkeypatch):
     monkeypatch.setattr(check, 'get_world_size', lambda: 2)
     cfg.train_dataloader.batch_size = 1
-    if sync:
-        probe(cfg, build(cfg, sync=True))
-        return
+    # On GPUs, SyncBN and what becomes SyncBN sees two.
+    probe(cfg, build(cfg, sync=True))
+    cfg.strategy = dict(sync_bn='torch')
+    probe(cfg)
+    cfg.pop('strategy')
     text = refusal(cfg)
     assert 'gives each of the 2 processes one image' in text
     assert 'on CPUs SyncBN is BN' in text and 'sync_bn' not in text
@@ -172,10 +170,10 @@ def test_processes_of_one_image(cfg, sync, monkeypatch):
 def test_processes_of_one_image_on_gpus(cfg, monkeypatch):
     monkeypatch.setattr(check, 'get_world_size', lambda: 2)
     cfg.train_dataloader.batch_size = 1
-    seen = check.look(build(cfg), (64, 64), segmentation_sample((64, 64)))
-    monkeypatch.setattr(check, 'look', lambda *args: seen)
-    model = build(cfg).to('meta')
-    assert "sync_bn='torch', so that a norm sees" in refusal(cfg, model)
+    monkeypatch.setattr(check, 'get_device', lambda: 'cuda')
+    assert "or sync_bn='torch', so that it sees" in refusal(cfg)
+    cfg.strategy = dict(type='mmvssm.FSDPStrategy')
+    assert "or strategy.sync_bn='torch', so that" in refusal(cfg)
 
 
 def test_norms_that_do_not_learn(cfg):
@@ -186,6 +184,17 @@ def test_norms_that_do_not_learn(cfg):
             norm.train = lambda mode=True, norm=norm: norm
             norm.training = False
     probe(cfg, model)
+
+
+def test_group_norms_of_one_channel_a_group(cfg):
+    cfg.train_dataloader.batch_size = 1
+    cfg.model.decode_head.norm_cfg = dict(type='GN', num_groups=16)
+    text = refusal(cfg)
+    assert text.startswith('norm decode_head.psp_modules.0.1.gn gets one value')
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        loss_of(build(cfg), cfg, 1)
+    probe(apply(cfg, text))
+    loss_of(build(cfg), cfg, 1).backward()
 
 
 def test_norms_of_a_neck_without_a_setting(cfg):
@@ -479,6 +488,20 @@ def test_a_map_is_one_place_in_small_images_alone():
         else:
             probe(cfg)
             loss_of(build(cfg), cfg, 1, (size, size))
+
+
+def test_a_model_of_another_kind_is_let_pass(cfg, monkeypatch):
+    logged = []
+    monkeypatch.setattr(check, 'print_log', lambda *args: logged.append(args))
+    probe(cfg, nn.Linear(2, 2))
+    (text, _, level), *others = logged
+    assert 'not looked into: AttributeError' in text and level == 10 and not others
+
+
+def test_it_can_be_switched_off(cfg, monkeypatch):
+    cfg.train_dataloader.batch_size = 1
+    monkeypatch.setenv(check.VARIABLE, '0')
+    probe(cfg)
 
 
 # All that is published here
