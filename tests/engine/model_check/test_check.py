@@ -246,25 +246,25 @@ MAPS = {
         dict(decode_head=fcn(3, 64)),
         '0, 1, 2',
         'outnorm0.weight and 5 more',
-        dict(out_indices=(3,)),
+        '(3,), model.decode_head.in_index=0',
     ),
     'the last alone, from the end': (
         dict(decode_head=fcn(-1, 64)),
         '0, 1, 2',
         'outnorm0.weight and 5 more',
-        dict(out_indices=(3,)),
+        '(3,)',
     ),
     'one in the middle': (
         dict(decode_head=fcn(-2, 32), auxiliary_head=fcn(0, 8)),
         '1, 3',
         'layers.2.downsample',
-        dict(out_indices=(0, 2)),
+        '(0, 2), model.decode_head.in_index=1',
     ),
     'two of a list of heads': (
         dict(decode_head=concat([2, 3]), auxiliary_head=[fcn(0, 8), fcn(-1, 64)]),
         '1',
         'outnorm1.weight and backbone.outnorm1.bias',
-        dict(out_indices=(0, 2, 3)),
+        '(0, 2, 3), model.decode_head.in_index=[1, 2]',
     ),
     'a pyramid from level 1': (
         dict(
@@ -279,7 +279,7 @@ MAPS = {
         ),
         '0',
         'outnorm0.weight and backbone.outnorm0.bias',
-        dict(out_indices=(1, 2, 3)),
+        '(1, 2, 3), model.neck.in_channels=[16, 32, 64], model.neck.start_level=0',
     ),
 }
 
@@ -299,8 +299,8 @@ def test_maps_that_nothing_uses(name, cfg, group, warnings_of):
     # It is true: torch refuses the second iteration.
     assert 'did not receive grad' in train(cfg)
     # And what is advised helps.
+    assert text.endswith(f': set model.backbone.out_indices={wanted}.')
     apply(cfg, text)
-    assert cfg.model.backbone.out_indices == wanted['out_indices']
     warnings_of.clear()
     probe(cfg, DistributedDataParallel(build(cfg)))
     assert not warnings_of and train(cfg) == ''
