@@ -25,8 +25,10 @@ from .configs.data import check_datasets
 from .errors import UsageError, require_file
 from .hooks.checkpoint import SafeCheckpointHook
 from .hooks.float32_regions import Float32RegionsHook
+from .hooks.labels_only import LabelsOnlyHook
 from .hooks.non_finite import NonFiniteLossError, NonFiniteLossHook
 from .hooks.preemption import PreemptionHook
+from .inference.labels_only import labels_only
 from .labels.check import check_labels
 from .launching.gpu_check import check_gpu
 from .launching.launch import prepare_launch
@@ -44,6 +46,7 @@ __all__ = [
     'CheckedPretrainedInit',
     'FSDPStrategy',
     'Float32RegionsHook',
+    'LabelsOnlyHook',
     'LayerDecayOptimWrapperConstructor',
     'NonFiniteLossError',
     'NonFiniteLossHook',
@@ -66,6 +69,7 @@ __all__ = [
     'install_safe_loaders',
     'is_detector',
     'keep_predictions',
+    'labels_only',
     'load_config',
     'load_weights',
     'measure_iteration',

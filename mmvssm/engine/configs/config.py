@@ -64,7 +64,19 @@ def load_config(
     name = Path(path.split('::')[-1]).stem
     cfg.work_dir = work_dir or cfg.get('work_dir') or f'./work_dirs/{name}'
     count_nan_classes(cfg)
+    leave_out_logits(cfg)
     return cfg
+
+
+def leave_out_logits(cfg: Config) -> None:
+    """Let a segmentor be tested by its labels alone, see :class:`LabelsOnlyHook`.
+
+    Args:
+        cfg: Changed in place.
+    """
+    hook, hooks = dict(type='mmvssm.LabelsOnlyHook'), cfg.get('custom_hooks') or []
+    if not is_detector(cfg) and hook not in hooks:
+        cfg.custom_hooks = [*hooks, hook]
 
 
 def _check_types(cfg: Config, path: str) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from mmvssm.engine.checkpoints.weights import load_weights
 from mmvssm.engine.configs.config import is_detector
 from mmvssm.engine.errors import UsageError
+from mmvssm.engine.inference.labels_only import leave_out_logits
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -93,7 +94,8 @@ def load_model(
 
     Returns:
         The model in eval mode, with ``cfg`` and ``dataset_meta`` attached as
-        the toolboxes' functions for inference expect.
+        the toolboxes' functions for inference expect. A segmentor of mmseg's kinds
+        predicts labels without logits, see :func:`mmvssm.engine.labels_only`.
 
     Raises:
         UsageError: There is no such device, or the checkpoint does not belong to
@@ -115,6 +117,7 @@ def load_model(
     # Knows classes and palette without a look at its files.
     dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
     model.cfg, model.dataset_meta = cfg, dataset.metainfo
+    leave_out_logits(model)
     return model.eval()
 
 
