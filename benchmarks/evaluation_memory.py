@@ -2,15 +2,15 @@
 
     python benchmarks/evaluation_memory.py
 
-tests ``configs/upernet_vmamba_t.py``, with random weights, on images of 3000x2000 pixels,
-as ``tools/test.py`` does, and predicts and paints them, as ``tools/infer.py`` does. Each
-is done twice: as mmseg does it, with the logits of all classes kept in the predictions
-at the size of the image, and by labels alone, as the tools do it. The peak is that of a
-process of its own, and all the memory that process holds, the 0.7 GB of libraries and
-weights included. It keeps what it frees, as the tools do.
+tests ``configs/upernet_vmamba_t.py``, with random weights, on images of 3000x2000
+pixels, as ``tools/test.py`` does, and predicts and paints them, as ``tools/infer.py``
+does. Each is done twice: as mmseg does it, with the logits of all classes kept in the
+predictions at the size of the image, and by labels alone, as the tools do it. The peak
+is that of a process of its own, and all the memory that process holds, the 0.7 GB of
+libraries and weights included. It keeps what it frees, as the tools do.
 
-``--slide`` does not shrink the images to what the config trains with, but goes over them
-with windows of 512x512 pixels. That takes minutes for each image.
+``--slide`` does not shrink the images to what the config trains with, but goes over
+them with windows of 512x512 pixels. That takes minutes for each image.
 
 The stored result is ``benchmarks/results/evaluation_memory.json``.
 """

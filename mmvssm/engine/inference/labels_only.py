@@ -23,7 +23,7 @@ from torch import Tensor, nn
 # Logits of so many bytes are resized at once, ...
 BLOCK_BYTES = 2**28
 # ... and so many classes or a multiple. On a CPU torch has vectors across the channels
-# of small or channels-last maps, and rounds the channels left over at the end otherwise.
+# of small or channels-last maps, and rounds channels left over at the end otherwise.
 # With this step the same are left over as in one call for all.
 STEP = 16
 # Averages over scales and flips are made for so many bytes of logits at once. Parts are
