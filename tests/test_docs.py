@@ -37,7 +37,7 @@ def anchors(page):
     return {text.replace(' ', '-') for text in kept}
 
 
-@pytest.mark.parametrize('page', ['README.md', 'docs/models.md'])
+@pytest.mark.parametrize('page', ['README.md', 'docs/models.md', 'docs/flops.md'])
 def test_examples_run(page):
     blocks = examples(page)
     assert blocks

@@ -38,7 +38,13 @@ from mmvssm.ops.leaves import shapes_of
 from mmvssm.ops.operator import Op, all_ops, public_ops
 from mmvssm.ops.selective_scan.declaration import scan_flops
 
-__all__ = ['SCAN_HANDLES', 'Complexity', 'count_flops', 'scan_flops']
+__all__ = [
+    'DISPATCH_HANDLES',
+    'SCAN_HANDLES',
+    'Complexity',
+    'count_flops',
+    'scan_flops',
+]
 
 aten = torch.ops.aten
 
@@ -185,13 +191,36 @@ def _handle(op: Op) -> Callable[[list, list], int]:
     def count(inputs: list, outputs: list) -> int:
         shapes = [get_shape(x) for x in inputs[: len(op.names)]]
         values = [x.toIValue() for x in inputs[len(op.names) : -1]]
-        parts = op.flops(*op.pack(shapes, values))
-        return sum(part.products + part.others for part in parts)
+        return _cost(op, shapes, values)
 
     return count
 
 
+def _dispatch_handle(op: Op) -> Callable[[Sequence, Any], int]:
+    """A formula for counters that see the arguments of a call, and what it gave."""
+
+    def count(args: Sequence, outputs: Any) -> int:
+        tensors = args[: len(op.names)]
+        shapes = [None if x is None else tuple(x.shape) for x in tensors]
+        return _cost(op, shapes, args[len(op.names) : -1])
+
+    return count
+
+
+def _cost(op: Op, shapes: Sequence, options: Sequence) -> int:
+    parts = op.flops(*op.pack(shapes, options))
+    return sum(part.products + part.others for part in parts)
+
+
 # For counters that trace a model, mmengine's and fvcore's:
 # FlopAnalyzer(model, image).set_op_handle(**SCAN_HANDLES). torch's own,
-# torch.utils.flop_counter.FlopCounterMode, knows the ops without that.
+# torch.utils.flop_counter.FlopCounterMode, knows the ops without that. docs/flops.md
+# has what each counter needs.
 SCAN_HANDLES = {f'mmvssm::{name}': _handle(op) for name, op in all_ops.items()}
+
+# For counters that watch torch's dispatcher: custom_modules_hooks of ptflops, with its
+# backend 'aten'. A multiply-add is one, as in SCAN_HANDLES.
+DISPATCH_HANDLES = {
+    getattr(torch.ops.mmvssm, name): _dispatch_handle(op)
+    for name, op in all_ops.items()
+}

@@ -1,10 +1,19 @@
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmvssm
-from mmvssm.analysis.flops import SCAN_HANDLES, count_flops, scan_flops
+from families import FAMILIES
+from mmvssm.analysis.flops import (
+    DISPATCH_HANDLES,
+    SCAN_HANDLES,
+    count_flops,
+    scan_flops,
+)
 
 CONFIGS = {
     # parameters (M) and FLOPs (G) at 512x2048 as published
@@ -129,6 +138,41 @@ def test_vim_agrees_with_mmengine(backend):
         assert analyzer.total() == pytest.approx(
             found, rel=0.05 if backend == 'torch' else 0.001
         )
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts what has a handle, as ptflops does with its backend 'aten'."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops, self.unknown = Counter(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        op = func._overloadpacket
+        if op in DISPATCH_HANDLES:
+            outputs = out if isinstance(out, tuple) else (out,)
+            self.flops[op.__name__] += DISPATCH_HANDLES[op](args, outputs)
+        elif func.namespace == 'mmvssm':
+            self.unknown.add(str(op))
+        return out
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_handles_of_calls_are_what_our_ops_cost(family):
+    """Where each op runs as a whole."""
+    if mmvssm.ops.backend_status()['cpu']:
+        pytest.skip(mmvssm.ops.backend_status()['cpu'])
+    net = FAMILIES[family]().eval()
+    image = torch.zeros(2, 3, 32, 48)
+    with mmvssm.ops.use_backend('cpu'), torch.no_grad(), Dispatched() as calls:
+        net(image)
+    ours = Counter()
+    for name, flops in count_flops(net, image.shape).by_operator.items():
+        ours[name.split(':')[0]] += flops
+    assert not calls.unknown
+    assert calls.flops['linear'] > 0
+    assert calls.flops == {name: ours[name] for name in calls.flops}
 
 
 def test_terms_of_linear_attention():
