@@ -44,6 +44,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--classes', type=int, default=150)
     parser.add_argument('--images', type=int, default=2)
     parser.add_argument(
+        '--tasks', nargs='+', choices=('test', 'infer'), default=('test', 'infer')
+    )
+    parser.add_argument(
         '--slide', action='store_true', help='windows over the images at their own size'
     )
     parser.add_argument(
@@ -192,7 +195,7 @@ def main(args: argparse.Namespace) -> None:
     columns = '{:8}{:>12}{:>14}{:>8}'.format
     print(columns('', 'with logits', 'labels alone', 'ratio'))
     runs = []
-    for task in ('test', 'infer'):
+    for task in args.tasks:
         whole, small = (measure(settings, task, logits) for logits in (True, False))
         runs += [whole, small]
         peaks = [run['peak'] for run in (whole, small)]

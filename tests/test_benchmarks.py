@@ -277,6 +277,26 @@ def test_memory_of_a_training_step(tmp_path):
     assert '4 x 128x128' in done.stdout
 
 
+def test_memory_of_an_evaluation(tmp_path):
+    pytest.importorskip('mmseg')
+    if sys.platform != 'linux':
+        pytest.skip('reads the counters of Linux')
+    out = tmp_path / 'memory.json'
+    done = warm.run(
+        [BENCHMARKS / 'evaluation_memory.py', '--json', out, '--tasks', 'test']
+        + ['--config', REPO / 'configs/upernet_vmamba_quickstart.py']
+        + ['--size', '700', '1000', '--images', '1']
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    whole, small = found['runs']
+    assert whole['logits'] and not small['logits']
+    assert found['map_bytes'] == 4 * 150 * 700 * 1000
+    # A block of the map, and maps of labels, are left.
+    assert small['peak'] < whole['peak'] - 0.3 * found['map_bytes']
+    assert 'one map of all logits at full size: 0.42 GB' in done.stdout
+
+
 def test_efficiency_by_hand(load):
     scaling = load('scaling_cpu')
     first = {'alone': [1.0, 1.0], 'side by side': [1.0, 1.5], 'together': [2.0, 2.0]}

@@ -78,7 +78,8 @@ def main(args: argparse.Namespace) -> None:
             write_model_contact_sheet as write_sheet,
         )
     dataset = runner.test_dataloader.dataset
-    sheet = write_sheet(work_dir / 'contact_sheet.png', runner.model, dataset)
+    with engine.labels_only(runner.model):
+        sheet = write_sheet(work_dir / 'contact_sheet.png', runner.model, dataset)
     checkpoint = os.path.relpath((work_dir / 'last_checkpoint').read_text().strip())
     config, python = os.path.relpath(args.config), os.path.relpath(sys.executable)
     images = 'val2017' if detects else 'images/validation'
