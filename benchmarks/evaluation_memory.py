@@ -160,7 +160,10 @@ def measure(settings: dict, task: str, logits: bool) -> dict:
     """:func:`run` in a new process."""
     from mmvssm.engine import UsageError
 
-    with ProcessPoolExecutor(1, get_context('spawn')) as pool:
+    # Forked from a process that has imported all, and done nothing.
+    context = get_context('forkserver')
+    context.set_forkserver_preload(['mmvssm.engine.inference.segment', 'mmseg.models'])
+    with ProcessPoolExecutor(1, context) as pool:
         try:
             return pool.submit(run, settings, task, logits).result()
         except BrokenProcessPool as error:
