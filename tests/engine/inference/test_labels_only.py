@@ -258,6 +258,22 @@ def scales():
     return {key: [form[key] for form in forms] for key in forms[0]}
 
 
+@pytest.fixture
+def one_thread():
+    """More of them share out the pixels, and round the ends of each share otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_parts_of_a_softmax_have_the_bits_of_the_whole(one_thread):
+    logits = 4 * torch.randn(19, 3 * module.MERGED_STEP + 77)
+    parts = [part.softmax(dim=0) for part in logits.split(module.MERGED_STEP, dim=1)]
+    assert torch.equal(torch.cat(parts, dim=1), logits.softmax(dim=0))
+
+
+@pytest.mark.usefixtures('one_thread')
 @pytest.mark.parametrize('classes', [45, 1])
 @pytest.mark.parametrize('mode', [None, SLIDE], ids=['whole', 'slide'])
 @pytest.mark.parametrize('merged', [2**30, 2**19], ids=['at once', 'in parts'])
@@ -267,13 +283,7 @@ def test_labels_of_several_scales_are_the_same(classes, mode, merged, monkeypatc
         segmentor = build(classes=2, mode=mode, out_channels=1, threshold=0.62)
     else:
         segmentor = build(mode=mode)
-    threads = torch.get_num_threads()
-    # More of them share out the pixels, and round the ends of their shares otherwise.
-    torch.set_num_threads(1)
-    try:
-        want = assert_same_labels(SegTTAModel(module=segmentor), scales())
-    finally:
-        torch.set_num_threads(threads)
+    want = assert_same_labels(SegTTAModel(module=segmentor), scales())
     assert len(want[0].pred_sem_seg.data.unique()) > (1 if classes == 1 else 2)
 
 
