@@ -10,7 +10,6 @@ from mmvssm.collect_env import collect_env
 from mmvssm.ops.cpu import library
 
 HERE = Path(__file__).resolve().parent
-# They change how the libraries compute, so they belong to a result.
 _VARIABLES = (
     *('ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA'),
     *('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'),
@@ -38,12 +37,17 @@ def results_file(benchmark: str) -> Path:
     return HERE / 'results' / benchmark / f'{name()}.json'
 
 
+def variables() -> dict[str, str]:
+    """Environment variables that change how libraries compute, where they are set."""
+    return {n: os.environ[n] for n in _VARIABLES if n in os.environ}
+
+
 def facts() -> dict:
     """The machine and the versions, to be kept with a result."""
     return dict(
         machine=name(),
         torch_instruction_set=torch.backends.cpu.get_cpu_capability(),
-        variables={n: os.environ[n] for n in _VARIABLES if n in os.environ},
+        variables=variables(),
         load_average=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
         environment=collect_env(),
     )

@@ -5,19 +5,19 @@
 measures images a second and peak memory of VMamba-T and -S, Vim-T and -S, Mamba®-S,
 MLLA-T, Swin-T (mmseg's), ConvNeXt-T and DeiT-S (plain torch), all with 1000 classes,
 random weights and no drop path. In each case, which is a size, a batch, a number of
-threads and a mode, all of them take turns in one process. So their ratios hold, whatever
-else slows the machine down.
+threads and a mode, all of them take turns in one process. So their ratios hold,
+whatever else slows the machine down.
 
 - inference: logits of a batch, in ``eval()``, without gradients.
-- training: the same in ``train()``, cross-entropy and all gradients. The optimizer's step
-  is not in it: it depends on the number of parameters alone.
+- training: the same in ``train()``, cross-entropy and all gradients. The step of the
+  optimizer is not in it: it depends on the number of parameters alone.
 - dtypes: ``bfloat16`` has weights and images in bfloat16, ``autocast`` casts float32
   weights. For both, the differences of the logits from those of float32 are stated.
 
-Peak memory is that of a step in a process of its own: weights, activations, gradients and
-work arrays, without the libraries. There it also shows whether a step fits into memory
-and takes less than ``--longest`` seconds. If not, that model is left out of the case, and
-a line says so.
+Peak memory is that of a step in a process of its own: weights, activations, gradients
+and work arrays, without the libraries. There it also shows whether a step fits into
+memory and takes less than ``--longest`` seconds. If not, that model is left out of the
+case, and a line says so.
 
 Rows are kept in the JSON file as soon as they are measured, by default in the file of
 this machine in ``benchmarks/results/models_cpu``. The same command goes on after an
@@ -73,7 +73,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         '--models',
         nargs='+',
         metavar='NAME',
-        help=f"{', '.join(PEERS)}, or a name of mmvssm.list_models() (default: "
+        help=f'{", ".join(PEERS)}, or a name of mmvssm.list_models() (default: '
         f'{" ".join(MODELS)})',
     )
     add(
@@ -104,9 +104,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         '--longest',
         type=float,
         default=20,
-        help='seconds of a step; who takes longer is left out (default: 20)',
+        help='of a step; a contender that takes longer is left out (default: 20)',
     )
-    add('--against', default='swin_t', metavar='NAME', help='who the others are held to')
+    add(
+        '--against', default='swin_t', metavar='NAME', help='who the others are held to'
+    )
     add('--json', type=Path, metavar='FILE', help='rows; those it has are kept')
     add('--plot', type=Path, metavar='FILE', help='draw a picture')
     add('--again', action='store_true', help='measure also rows that the file has')
@@ -181,9 +183,7 @@ def rows(
     return found
 
 
-def measure(
-    case: Case, who: list[Contender], effort: Effort, longest: float
-) -> dict:
+def measure(case: Case, who: list[Contender], effort: Effort, longest: float) -> dict:
     """One row: images a second and peak memory of all contenders."""
     torch.set_num_threads(case.threads)
     torch._dynamo.reset()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import matplotlib
-from models_cpu_report import FIRST_WAY, groups, models, speed, times
+from models_cpu_report import FIRST_WAY, baseline, groups, models, speed, times
 from scan_cpu_report import short
 
 matplotlib.use('Agg')
@@ -21,6 +21,7 @@ def plot(result: dict, against: str, path: Path) -> Path:
         ``path``.
     """
     timed = [row for row in result['rows'] if 'case' in row]
+    against = baseline(timed, against)
     most = max(row['case']['threads'] for row in timed)
     drawn = {
         mode: same for mode, threads, same in groups(result['rows']) if threads == most

@@ -1,6 +1,7 @@
 """The result of ``models_cpu.py`` as tables, which are Markdown."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from scan_cpu_report import short
 
@@ -28,6 +29,12 @@ def times(row: dict, model: str, way: str, against: str) -> float | None:
     return own / other if own and other else None
 
 
+def baseline(rows: list[dict], against: str) -> str:
+    """``against`` if it was measured, else the first model."""
+    known = models(rows)
+    return against if against in known else known[0]
+
+
 def groups(rows: list[dict]) -> Iterator[tuple[str, int, list[dict]]]:
     """Rows of one mode and number of threads, small images first."""
     timed = [row for row in rows if 'case' in row]
@@ -46,34 +53,24 @@ def summary(result: dict, against: str) -> str:
     rows = result['rows']
     timed = [row for row in rows if 'case' in row]
     found = [_machine(result)]
+    if timed:
+        against = baseline(timed, against)
+    # Of memory, only with the most threads: they hardly change it.
+    counted = set()
     for mode, threads, same in groups(rows):
         where = f'{mode}, {threads} thread{"s" * (threads > 1)}'
         for way in ways(timed):
-            found.append(
-                _table(
-                    f'{where}, {way}: images a second (times {against})',
-                    same,
-                    models(timed),
-                    lambda row, model, way=way: _speed_cell(row, model, way, against),
-                )
-            )
+            tables = {
+                f'images a second (times {against})': partial(_speed_cell, way, against)
+            }
             if way != FIRST_WAY:
-                found.append(
-                    _table(
-                        f'{where}, {way}: times its own speed in {FIRST_WAY}',
-                        same,
-                        models(timed),
-                        lambda row, model, way=way: _gain_cell(row, model, way),
-                    )
-                )
-            found.append(
-                _table(
-                    f'{where}, {way}: peak memory of a step, MB',
-                    same,
-                    models(timed),
-                    lambda row, model, way=way: _memory_cell(row, model, way),
-                )
-            )
+                tables[f'times its own speed in {FIRST_WAY}'] = partial(_gain_cell, way)
+            if (mode, way) not in counted:
+                tables['peak memory of a step, MB'] = partial(_memory_cell, way)
+            counted.add((mode, way))
+            for what, cell in tables.items():
+                title = f'{where}, {way}: {what}'
+                found.append(_table(title, same, models(timed), cell))
     found += [_differences(row) for row in rows if 'case' not in row]
     missing = [
         f'- {row["name"]}: {name}: {why}'
@@ -92,9 +89,8 @@ def _machine(result: dict) -> str:
         run['environment']['Packages']['torch'].partition(',')[0]
         for run in result['runs']
     )
-    return (
-        f'{machine["CPU"]} ({machine["CPU model"]}), torch {" and ".join(torch)}'
-        + (' - tiny images, the figures say nothing' if last['quick'] else '')
+    return f'{machine["CPU"]} ({machine["CPU model"]}), torch {" and ".join(torch)}' + (
+        ' - tiny images, the figures say nothing' if last['quick'] else ''
     )
 
 
@@ -120,19 +116,19 @@ def _markdown(lines: list[list[str]]) -> str:
     return '\n'.join([rendered[0], rule, *rendered[1:]])
 
 
-def _speed_cell(row: dict, model: str, way: str, against: str) -> str:
+def _speed_cell(way: str, against: str, row: dict, model: str) -> str:
     own, ratio = speed(row, model, way), times(row, model, way, against)
     if own is None:
         return ''
     return short(own) if ratio is None else f'{short(own)} ({ratio:.2f})'
 
 
-def _gain_cell(row: dict, model: str, way: str) -> str:
+def _gain_cell(way: str, row: dict, model: str) -> str:
     own, first = speed(row, model, way), speed(row, model, FIRST_WAY)
     return f'{own / first:.2f}' if own and first else ''
 
 
-def _memory_cell(row: dict, model: str, way: str) -> str:
+def _memory_cell(way: str, row: dict, model: str) -> str:
     size = row['contenders'].get(f'{model}, {way}', {}).get('peak_bytes')
     return f'{size / 1e6:.0f}' if size else ''
 

@@ -81,9 +81,7 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def make_step(
-    model: nn.Module, case: Case, contender: Contender
-) -> Callable[[], None]:
+def make_step(model: nn.Module, case: Case, contender: Contender) -> Callable[[], None]:
     """What is timed.
 
     Inference makes logits of a batch. Training also takes their cross-entropy and makes
@@ -154,5 +152,3 @@ def difference(
         same_class=(classes == got.argmax(1)).double().mean().item(),
         classes=classes.unique().numel(),
     )
-
-
