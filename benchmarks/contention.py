@@ -14,8 +14,8 @@ third kind of block: ``twin_ratio``, at best 2 on cores that are all used.
 as it is, ``passive`` and ``active`` set ``OMP_WAIT_POLICY``, and ``NAME=VALUE``, or
 several with commas, sets any variables. The libraries read them as they are loaded, so
 each setting trains in a process of its own. The blocks of all of them take turns, and
-processes whose turn it is not are stopped. The column ``/ first`` is the time alone over
-that of the first setting:
+processes whose turn it is not are stopped. The column ``/ first`` is the time alone
+over that of the first setting:
 
     python benchmarks/contention.py --settings default passive GOMP_SPINCOUNT=1000
 """
@@ -91,11 +91,24 @@ def environment(setting: str) -> dict[str, str]:
 
 
 class Process:
-    """A process that is stopped but where it runs inside ``running``."""
+    """A process of ``contention_worker.py``, stopped but where it is ``running``.
 
-    def __init__(self, *arguments: str, **kwargs):
-        command = [sys.executable, str(WORKER), *arguments]
-        self._process = subprocess.Popen(command, **kwargs)
+    Attributes:
+        ready: What it says of itself when it can begin.
+    """
+
+    def __init__(self, setting: str, *arguments: str, task: dict):
+        self.setting = setting
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER), *arguments],
+            env=environment(setting),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        # Not before it is ready: until then it does not know when to end.
+        self.ready = self.ask(task)
+        self.stop()
 
     def __enter__(self):
         return self
@@ -103,7 +116,7 @@ class Process:
     def __exit__(self, *_):
         # This also ends what is stopped.
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGSTOP)
@@ -111,39 +124,12 @@ class Process:
     def go_on(self) -> None:
         self._process.send_signal(signal.SIGCONT)
 
+    def ask(self, question: dict) -> dict:
+        """Its answer.
 
-class Hog(Process):
-    """A process that only loops."""
-
-    def __init__(self):
-        super().__init__('hog')
-        self.stop()
-
-
-class Training(Process):
-    """A process with a model, which trains when it is told to.
-
-    Attributes:
-        ready: What it says of itself when its model has taken a first step.
-    """
-
-    def __init__(self, args: argparse.Namespace, setting: str, forever: bool):
-        self.setting = setting
-        super().__init__(
-            env=environment(setting),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        task = dict(config=args.config, options=args.cfg_options, threads=args.threads)
-        self.ready = self._ask(dict(task, forever=forever))
-        self.stop()
-
-    def steps(self, count: int) -> list[float]:
-        """Seconds of steps that it takes now."""
-        return self._ask(dict(steps=count))['seconds']
-
-    def _ask(self, question: dict) -> dict:
+        Raises:
+            UsageError: It has ended.
+        """
         try:
             self._process.stdin.write(json.dumps(question) + '\n')
             self._process.stdin.flush()
@@ -154,10 +140,29 @@ class Training(Process):
             from mmvssm.engine import UsageError
 
             raise UsageError(
-                f"the training with the setting '{self.setting}' ended with code "
+                f"the process with the setting '{self.setting}' ended with code "
                 f'{self._process.wait()}; what it printed is above'
             )
         return json.loads(answer)
+
+
+class Hog(Process):
+    """A process that only loops."""
+
+    def __init__(self):
+        super().__init__('default', 'hog', task={})
+
+
+class Training(Process):
+    """A process with a model, which trains for ever or when it is told to."""
+
+    def __init__(self, args: argparse.Namespace, setting: str, forever: bool):
+        task = dict(config=args.config, options=args.cfg_options, threads=args.threads)
+        super().__init__(setting, task=dict(task, forever=forever))
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds of steps that it takes now."""
+        return self.ask(dict(steps=count))['seconds']
 
 
 @contextmanager
@@ -176,7 +181,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     """Seconds of all steps, round by round, for each setting.
 
     Returns:
-        For each setting its name, ``ready`` (see :class:`Training`) and ``rounds``,
+        For each setting its name, ``ready`` (see :class:`Process`) and ``rounds``,
         each with the seconds of its steps ``alone``, beside ``hogs`` and beside a
         ``twin``.
     """

@@ -20,6 +20,8 @@ _PR_SET_PDEATHSIG = 1
 def hog() -> None:
     """Keep a processor busy."""
     parent = os.getppid()
+    sys.stdin.readline()
+    _say(sys.stdout, {})
     while os.getppid() == parent:
         for _ in range(1_000_000):
             pass

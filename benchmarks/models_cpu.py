@@ -186,7 +186,9 @@ def rows(
 def measure(case: Case, who: list[Contender], effort: Effort, longest: float) -> dict:
     """One row: images a second and peak memory of all contenders."""
     torch.set_num_threads(case.threads)
-    torch._dynamo.reset()
+    if any(contender.compiled for contender in who):
+        # Code for other sizes and threads.
+        torch._dynamo.reset()
     found, left_out, steps = {}, {}, {}
     models = {}
     for contender in who:

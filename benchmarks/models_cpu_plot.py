@@ -3,15 +3,17 @@
 from pathlib import Path
 
 import matplotlib
-from models_cpu_report import FIRST_WAY, baseline, groups, models, speed, times
+from models_cpu_report import FIRST_WAY, baseline, groups, models, speed, times, ways
 from scan_cpu_report import short
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-# Of Okabe and Ito: told apart by colour-blind readers, and in grey.
-COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7')
+# Of Okabe and Ito: told apart by colour-blind readers, and neighbours in grey, too.
+# Black text can be read on all of them.
+COLOURS = ('#56B4E9', '#D55E00', '#F0E442', '#009E73')
+COMPILED = FIRST_WAY.replace('eager', 'compiled')
 
 
 def plot(result: dict, against: str, path: Path) -> Path:
@@ -42,9 +44,20 @@ def plot(result: dict, against: str, path: Path) -> Path:
             panel.set_title(f'{mode}, {size[1]}x{size[0]}', fontweight='bold')
             panel.set_xlabel(f'speed / speed of {against}')
     machine = result['runs'][-1]['environment']['Machine']
+    diamonds = '. Diamonds: both by torch.compile' if COMPILED in ways(timed) else ''
     figure.suptitle(
         f'{FIRST_WAY.partition(",")[0]}, {most} thread{"s" * (most > 1)}, '
-        f'{machine["CPU"]}.\nNumbers: images a second. Diamonds: both by torch.compile'
+        f'{machine["CPU"]}.\nNumbers: images a second{diamonds}'
+    )
+    handles = {}
+    for panel in panels.flat:
+        handles |= dict(zip(*panel.get_legend_handles_labels()[::-1]))
+    figure.legend(
+        handles.values(),
+        handles,
+        loc='outside lower center',
+        ncols=len(handles),
+        frameon=False,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
@@ -54,26 +67,25 @@ def plot(result: dict, against: str, path: Path) -> Path:
 
 def _panel(panel: Axes, rows: list[dict], names: list[str], against: str) -> None:
     height = 0.8 / max(1, len(rows))
-    compiled = FIRST_WAY.replace('eager', 'compiled')
     for index, row in enumerate(rows):
         colour = COLOURS[index % len(COLOURS)]
         label = f'batch {row["case"]["batch"]}'
         for place, name in enumerate(names):
             at = place + (index - (len(rows) - 1) / 2) * height
             ratio = times(row, name, FIRST_WAY, against)
-            other = times(row, name, compiled, against)
+            other = times(row, name, COMPILED, against)
             if ratio is None:
-                panel.text(0.02, at, 'not measured', va='center', fontsize=8)
+                panel.text(0, at, ' not measured', va='center', fontsize=8)
                 continue
             panel.barh(at, ratio, 0.92 * height, color=colour, label=label)
-            label = '_'
+            label = None
             if other is not None:
                 panel.plot(other, at, 'D', mfc='white', mec='black', ms=5)
-            panel.annotate(
+            panel.text(
+                0.01,
+                at,
                 short(speed(row, name, FIRST_WAY)),
-                (max(ratio, other or 0), at),
-                xytext=(6, 0),
-                textcoords='offset points',
+                transform=panel.get_yaxis_transform(),
                 va='center',
                 fontsize=8,
             )
@@ -81,11 +93,8 @@ def _panel(panel: Axes, rows: list[dict], names: list[str], against: str) -> Non
     panel.set_yticks(range(len(names)), names)
     if not panel.yaxis_inverted():
         panel.invert_yaxis()
-    panel.margins(x=0.15)
     panel.set_xlim(left=0)
     panel.spines[['top', 'right']].set_visible(False)
-    if len(rows) > 1:
-        panel.legend(loc='lower right', fontsize=8)
 
 
 def _size(row: dict) -> tuple[int, int]:
