@@ -91,7 +91,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f'of torch (default: {" ".join(map(str, sorted({cores, 1})))})',
     )
     add('--train', action='store_true', help='training, too')
-    add('--compile', action='store_true', help='torch.compile, too: takes hours')
+    add('--compile', action='store_true', help='torch.compile, too: takes long')
     add('--dtypes', nargs='+', choices=DTYPES, default=['float32'])
     add(
         '--seconds',

@@ -329,8 +329,8 @@ def test_probe(load, steps, monkeypatch):
         probing.probe(wrong, case, longest=600)
     if not load('process_memory').possible():
         pytest.skip('reads the counters of Linux')
-    # Weights and gradients, and hardly any activations.
-    assert 2 <= found['peak_bytes'] / (4 * found['parameters']) < 2.5
+    # Weights and gradients, but for the smallest ones, and hardly any activations.
+    assert 1.8 < found['peak_bytes'] / (4 * found['parameters']) < 2.5
     monkeypatch.setattr(probing.process_memory, 'available', lambda: 50_000_000)
     with pytest.raises(probing.Unfit, match='needs more than 0.0 GB of memory'):
         probing.probe(vim, case, longest=600)
