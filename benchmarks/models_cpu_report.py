@@ -89,9 +89,15 @@ def _machine(result: dict) -> str:
         run['environment']['Packages']['torch'].partition(',')[0]
         for run in result['runs']
     )
-    return f'{machine["CPU"]} ({machine["CPU model"]}), torch {" and ".join(torch)}' + (
-        ' - tiny images, the figures say nothing' if last['quick'] else ''
-    )
+    known = machine['instruction sets'].split()
+    bfloat16 = [name for name in known if 'bf16' in name] or ['none']
+    lines = [
+        f'{machine["CPU"]} ({machine["CPU model"]}), torch {" and ".join(torch)}.',
+        f'Instructions for bfloat16: {", ".join(bfloat16)}.',
+    ]
+    if last['quick']:
+        lines.append('Tiny images: the figures say nothing.')
+    return '\n'.join(lines)
 
 
 def _table(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -133,14 +134,16 @@ def test_no_process_outlives_the_benchmark(contention):
     )
     env = {**os.environ, 'PYTHONPATH': str(REPO / 'benchmarks')}
     done = subprocess.run(
-        [sys.executable, '-c', code], env=env, capture_output=True, text=True
+        [sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, timeout=60
     )
-    stat = Path(f'/proc/{int(done.stdout)}/stat')
+    pid = int(done.stdout)
+    stat = Path(f'/proc/{pid}/stat')
     for _ in range(1000):
         if not stat.exists() or ') Z ' in stat.read_text():
             return
         time.sleep(0.01)
-    pytest.fail('the hog still runs')
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail('the hog is still there')
 
 
 def test_training_that_ends_is_one_sentence(contention, workers):

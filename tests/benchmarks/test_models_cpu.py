@@ -270,6 +270,8 @@ def result(load, models_cpu, steps):
         )
     )
     facts = dict(load('machines').facts(), quick=False)
+    sets = 'avx2 avx512_bf16 amx_bf16'
+    facts['environment']['Machine']['instruction sets'] = sets
     return dict(runs=[facts], rows=rows)
 
 
@@ -305,6 +307,10 @@ def test_tables(load, result):
     assert difference['vim_t'] == ['0.5', '2', '75 %', '3', '4']
     missing = '- inference, 64x64, batch 1, 1 thread: deit_s, float32, eager: slow'
     assert missing in text.splitlines()
+    assert 'Instructions for bfloat16: avx512_bf16, amx_bf16.' in text
+    result['runs'][0]['environment']['Machine']['instruction sets'] = 'avx2'
+    text = load('models_cpu_report').summary(result, 'swin_t')
+    assert 'Instructions for bfloat16: none.' in text
     # Without Swin the first model takes its place.
     assert '(times vim_t)' in load('models_cpu_report').summary(result, 'mlla_t')
 
