@@ -30,7 +30,8 @@ class Unfit(Exception):
 
 def start(models: list[str]) -> None:
     """Let probes of these models find their modules imported (not on Windows)."""
-    modules = ['models_cpu_probe', *['mmseg.models.backbones'] * ('swin_t' in models)]
+    # Those that are installed: the server does not look into this folder.
+    modules = ['mmvssm.engine', *['mmseg.models.backbones'] * ('swin_t' in models)]
     if hasattr(_context(), 'set_forkserver_preload'):
         _context().set_forkserver_preload(modules)
 
