@@ -15,6 +15,7 @@ import gpu_peers
 import torch
 import torch.nn.functional as F
 from gpu_device import Device, reason, turns
+from model_peers import MMSEG, swin
 from timing import Effort
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ import mmvssm
 from mmvssm.ops import backend_status, use_backend
 
 CLASSES = 1000
-# timm's names, and the arguments of mmseg's Swin where timm is not installed.
+# timm's names.
 TIMM = {
     'deit_t': 'deit_tiny_patch16_224',
     'deit_s': 'deit_small_patch16_224',
@@ -30,7 +31,6 @@ TIMM = {
     'swin_t': 'swin_tiny_patch4_window7_224',
     'swin_s': 'swin_small_patch4_window7_224',
 }
-MMSEG = {'swin_t': dict(depths=(2, 2, 6, 2)), 'swin_s': dict(depths=(2, 2, 18, 2))}
 
 
 @dataclass(frozen=True)
@@ -233,22 +233,8 @@ def _timm(name: str, size: tuple[int, int], fused: bool) -> nn.Module:
         set_fused_attn(*map(bool, before))
 
 
-class _Pooled(nn.Module):
-    """A classifier of a backbone's last map."""
-
-    def __init__(self, backbone: nn.Module, channels: int):
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(channels, CLASSES)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images)[-1].mean((2, 3)))
-
-
 def _mmseg(name: str) -> nn.Module:
     try:
-        from mmseg.models.backbones import SwinTransformer
+        return swin(name, CLASSES)
     except ImportError as error:
         raise ImportError(f'neither timm nor mmseg is installed ({error})') from error
-    backbone = SwinTransformer(out_indices=(3,), **MMSEG[name])
-    return _Pooled(backbone, 768)
