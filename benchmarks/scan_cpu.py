@@ -22,8 +22,9 @@ A peer of the op counts with the time on tensors as its published code has
 them: channels-first for the loop, channels-last for the parallel scan. The
 times on both are in the table and in the result.
 
-A complete run writes ``benchmarks/results/scan_cpu.json`` and a plot beside
-it; with ``--quick`` or ``--only`` nothing is written unless ``--out`` says
+A complete run writes the result of this machine to ``benchmarks/results/scan_cpu``
+and a plot beside it. The kernels run on the best instruction set of the machine;
+``MMVSSM_CPU_ISA=avx2`` measures another, and the floor with it. With ``--quick`` or ``--only`` nothing is written unless ``--out`` says
 where to.
 """
 
@@ -37,6 +38,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
+import machines
 import process_memory
 import scan_cpu_memory
 import scan_cpu_peers as peers
@@ -49,7 +51,6 @@ from torch import Tensor
 from unfused import unfused
 
 from mmvssm.backbones import VSSM
-from mmvssm.collect_env import collect_env
 from mmvssm.engine import UsageError, run_tool
 from mmvssm.engine.launching.memory import keep_freed_memory
 from mmvssm.heads import ClassificationHead, ImageClassifier
@@ -62,7 +63,6 @@ from mmvssm.ops import (
     use_backend,
 )
 
-HERE = Path(__file__).resolve().parent
 # Longest sequence on which the backward pass of the loop, whose time grows
 # with the square of the length, is measured.
 LOOP_BACKWARD = 256
@@ -337,7 +337,7 @@ def parse_args() -> argparse.Namespace:
     if unknown:
         parser.error(f'--only: no part {unknown}, there are {list(PARTS)}')
     if args.out is None and not args.quick and not args.only:
-        args.out = str(HERE / 'results/scan_cpu.json')
+        args.out = str(machines.results_file('scan_cpu'))
     return args
 
 
@@ -377,9 +377,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out:
         out = Path(args.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        result = dict(
-            environment=collect_env(), settings=settings, **parts, marks=marks
-        )
+        result = dict(**machines.facts(), settings=settings, **parts, marks=marks)
         out.write_text(json.dumps(result, indent=2) + '\n')
         picture = scan_cpu_plot.plot(result, out.with_suffix('.png'))
         print(f'written to {out} and {picture}')
