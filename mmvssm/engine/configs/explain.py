@@ -180,7 +180,10 @@ def _explain_arguments(
         return f'a part of the config must be a dict with a type: {built["cfg"]!r:.80}.'
     if found := _UNEXPECTED.search(message):
         return _explain_unexpected(*found.groups(), built, names, nodes)
-    if inner and (found := _MISSING.search(message)):
+    classes = getattr(built.get('obj_cls'), '__mro__', ())
+    names_of_it = {kind.__name__ for kind in classes}
+    found = _MISSING.search(message)
+    if found and (inner or found[1].partition('.')[0] in names_of_it):
         path = _path_of(built['cfg'], kind, nodes)
         what = message[found.start() :].partition('() ')[2]
         return f'{path or "a part of the config"}: {_shown(kind)} is {what}.'

@@ -124,7 +124,8 @@ def _check_key(cfg: Config, key: str, path: str) -> Iterator[str]:
                 )
             )
         here = children[parent]
-    if isinstance(here, (Config, dict)) and last not in here and last != '_delete_':
+    is_new = isinstance(here, (Config, dict)) and last not in here
+    if parents and is_new and last != '_delete_':
         close = near(last, here, 1)
         yield f'--cfg-options adds {key} to the config' + (
             f', which has {".".join([*parents, close[0]])}, too' if close else ''
