@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, DictAction
 from mmengine.logging import print_log
 from mmengine.runner import FlexibleRunner, Runner
 
@@ -41,12 +41,14 @@ def merge_options(cfg: Config, options: Sequence[str], path: str) -> None:
     """
     given: dict[str, Any] = {}
     notes = []
+    # What gets a type is a part of its own, and may be new.
+    parts = {o.partition('.type=')[0] for o in options if '.type=' in o}
     for option in options:
         key, equals, text = option.partition('=')
         if not (equals and all(key.split('.'))):
             raise UsageError(f'--cfg-options {option}: write KEY.SUBKEY=VALUE.')
         if not any(key.startswith(f'{other}.') for other in given):
-            notes += _check_key(cfg, key, path)
+            notes += _check_key(cfg, key, path, parts)
         given[key] = _parse(option, text)
     try:
         cfg.merge_from_dict(given)
@@ -91,7 +93,7 @@ class _WithoutCalls(ast.NodeTransformer):
         return ast.Dict(keys, [keyword.value for keyword in node.keywords])
 
 
-def _check_key(cfg: Config, key: str, path: str) -> Iterator[str]:
+def _check_key(cfg: Config, key: str, path: str, parts: set[str]) -> Iterator[str]:
     """Refuse a key whose parent is not there; yields what to log about another."""
     *parents, last = key.split('.')
     top = key.partition('.')[0]
@@ -108,20 +110,18 @@ def _check_key(cfg: Config, key: str, path: str) -> Iterator[str]:
     here: Any = cfg
     for number, parent in enumerate(parents):
         children = _children(here)
-        if children is None or parent not in children:
-            before = '.'.join(parents[:number])
-            whole, inner = (
-                '.'.join(parents[: number + 1]),
-                '.'.join(key.split('.')[number + 1 :]),
-            )
+        if parent not in children:
+            meant = near(parent, children)
+            whole = '.'.join(parents[: number + 1])
+            if isinstance(here, dict) and not meant and whole in parts:
+                yield f'--cfg-options adds {key} to the config'
+                return
+            inner = key.removeprefix(f'{whole}.')
+            simple = isinstance(here, dict) and '.' not in inner
+            add = f'. To add it: {whole}="dict({inner}=...)".' if simple else '.'
             raise UsageError(
-                f'--cfg-options {key}: {before} of {path} has no {parent!r}'
-                + did_you_mean(
-                    near(parent, children or ()),
-                    f'. To add it: {whole}="dict({inner}=...)".'
-                    if isinstance(here, dict) and '.' not in inner
-                    else '.',
-                )
+                f'--cfg-options {key}: {".".join(parents[:number])} of {path} has no '
+                f'{parent!r}{did_you_mean(meant, add)}'
             )
         here = children[parent]
     is_new = isinstance(here, (Config, dict)) and last not in here
@@ -134,12 +134,10 @@ def _check_key(cfg: Config, key: str, path: str) -> Iterator[str]:
         yield f'--cfg-options {key}: what {path} made of {top} keeps its value'
 
 
-def _children(node: Any) -> dict | None:
-    if isinstance(node, (Config, ConfigDict, dict)):
-        return dict(node.items())
+def _children(node: Any) -> dict[str, Any]:
     if isinstance(node, (list, tuple)):
         return {str(index): child for index, child in enumerate(node)}
-    return None
+    return dict(node.items()) if isinstance(node, (Config, dict)) else {}
 
 
 def _read_by_name() -> set[str]:

@@ -44,8 +44,9 @@ def test_values_that_cannot_be_read(path, text):
         ('train_dataloder.batch_size=4', "'train_dataloder'.*mean 'train_dataloader'"),
         ('resum=True', "did you mean 'resume'"),
         ('model.bakbone.arch=x', "model of .* no 'bakbone'; did you mean 'backbone'"),
+        ('model.bakbone.type=x', "did you mean 'backbone'"),
         ('train_dataloader.dataset.pipeline.99.type=X', "no '99'"),
-        ('model.neck.type=X', r'To add it: model.neck="dict\(type=...\)"'),
+        ('model.neck.out=8', r'To add it: model.neck="dict\(out=...\)"'),
         ('model.type.x=1', 'does not fit|model.type of'),
         ('no-equals-sign', 'write KEY.SUBKEY=VALUE'),
         ('model..x=1', 'write KEY.SUBKEY=VALUE'),
@@ -65,6 +66,8 @@ def test_what_is_added_is_said(path, monkeypatch):
     options = [
         'optim_wrapper.clip_grad=dict(max_norm=1)',
         'optim_wrapper.clip_grad.norm_type=2',
+        'model.decode_head.init_cfg.checkpoint=a.pth',
+        'model.decode_head.init_cfg.type=Pretrained',
         'model.test_cfg.mod=slide',
         'randomness.seed=3',
         'sync_bn=torch',
@@ -80,6 +83,8 @@ def test_what_is_added_is_said(path, monkeypatch):
     assert cfg.randomness.seed == 3 and cfg.model.backbone == dict(type='X')
     assert [line.removeprefix('--cfg-options ') for line in said] == [
         'adds optim_wrapper.clip_grad to the config',
+        'adds model.decode_head.init_cfg.checkpoint to the config',
+        'adds model.decode_head.init_cfg.type to the config',
         'adds model.test_cfg.mod to the config, which has model.test_cfg.mode, too',
         f'crop_size: what {path} made of crop_size keeps its value',
         f'data_preprocessor.size: what {path} made of data_preprocessor keeps its '
