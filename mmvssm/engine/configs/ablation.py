@@ -19,6 +19,7 @@ from mmvssm.engine.labels.check import check_labels
 
 from .config import enable_resume, load_config
 from .data import check_datasets, leaves
+from .explain import explain
 from .options import merge_options
 
 _HEADS = ('decode_head', 'auxiliary_head')
@@ -135,7 +136,8 @@ def _fit_heads(cfg: Config, name: str) -> None:
         with torch.device('meta'):
             channels = MODELS.build(cfg.model.backbone).out_channels
     except (TypeError, ValueError) as error:
-        raise UsageError(f'the backbone of row {name}: {error}') from error
+        said = explain(error, cfg) or error
+        raise UsageError(f'the backbone of row {name}: {said}') from error
     classes = _number_of_classes(cfg.train_dataloader.dataset)
     for key in _HEADS:
         head = cfg.model.get(key)

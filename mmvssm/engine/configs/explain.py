@@ -27,6 +27,8 @@ _UNSEEN = (
     ('collate_fn', 'collate_fn_type', FUNCTIONS),
     ('worker_init_fn', 'worker_init_fn_type', FUNCTIONS),
 )
+# Where mmengine hands entries of a config to something that is in no registry.
+_CALLERS = ('mmengine.runner.runner', 'mmengine.runner._flexible_runner')
 _UNEXPECTED = re.compile(r"([\w.]+)\(\) got an unexpected keyword argument '(\w+)'")
 _MISSING = re.compile(r'([\w.]+)\(\) missing \d+ required .*argument')
 
@@ -43,6 +45,8 @@ def explain(error: BaseException, cfg: Config | None = None) -> str | None:
         lacks. None if the error is of another kind.
     """
     frames = [frame.f_locals for frame, _ in walk_tb(error.__traceback__)]
+    if not frames:
+        return None
     if cfg is None:
         values = (value for frame in frames for value in frame.values())
         cfg = next((value for value in values if isinstance(value, Config)), None)
@@ -198,8 +202,10 @@ def _explain_unexpected(
     path = None
     if isinstance(node, dict) and key in node:
         path = _path_of(node, built.get('obj_type'), nodes)
+    elif names.get('__name__') not in _CALLERS:
+        return None
     else:
-        # Called by mmengine itself, such as DataLoader.
+        # Such as DataLoader.
         places = [
             path for path, value in nodes if isinstance(value, dict) and key in value
         ]
@@ -211,6 +217,8 @@ def _explain_unexpected(
             called = getattr(called, function.rpartition('.')[2], called)
         who = function.removesuffix('.__init__').rpartition('.')[2]
     known = _parameters(called) if callable(called) else []
+    if key in known:
+        return None  # It does not hand it on as it should.
     listed = f'. It takes {", ".join(known)}.' if known else '.'
     place = f'{path}: ' if path else ''
     return f'{place}{who} takes no {key!r}{did_you_mean(near(key, known), listed)}'

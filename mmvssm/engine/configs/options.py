@@ -20,7 +20,8 @@ from .explain import did_you_mean, near
 _READ_BY_NAME = (
     *('activation_checkpointing', 'compile', 'custom_imports', 'data_preprocessor'),
     *('efficient_conv_bn_eval', 'find_unused_parameters', 'model_wrapper_cfg'),
-    *('sync_bn', 'tta_model', 'tta_pipeline', 'generator'),
+    *('sync_bn', 'tta_model', 'tta_pipeline'),
+    *('generator', 'schedules', 'training_seconds'),
 )
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -74,8 +75,10 @@ def _describe(error: Exception) -> tuple[int, str]:
     """The exit code, and the sentence."""
     if isinstance(error, (UsageError, CheckpointError)):
         return 2, _message(error)
-    if said := explain(error):
-        return 2, said
+    # The error itself must not be lost to another one.
+    with suppress(Exception):
+        if said := explain(error):
+            return 2, said
     said = _message(error) or traceback.extract_tb(error.__traceback__)[-1].line
     text = f'{type(error).__name__}: {said}'.rstrip('.: ')
     if isinstance(error, torch.OutOfMemoryError):

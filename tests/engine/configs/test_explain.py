@@ -5,6 +5,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, Registry, init_default_scope
 from mmengine.runner import Runner
+from torch import nn
 
 from mmvssm.engine import UsageError, check_labels, is_detector, load_config
 from mmvssm.engine.configs.explain import explain
@@ -162,6 +163,21 @@ def test_the_look_at_the_data_says_so_too(path, key, tmp_path):
         check_labels(cfg)
 
 
+class Careless(nn.Module):
+    """Does not hand on what it takes."""
+
+    def __init__(self, channels):
+        super().__init__()
+        nn.Linear(2, 2, channels=channels)
+
+
+def test_a_fault_of_a_part_is_not_the_configs():
+    cfg = Config(dict(model=dict(type=Careless, channels=3)))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'channels'") as no:
+        MODELS.build(cfg.model)
+    assert explain(no.value, cfg) is None
+
+
 def test_other_errors_are_not_explained(path):
     def fail(error):
         cfg = load_config(path)
@@ -171,6 +187,8 @@ def test_other_errors_are_not_explained(path):
     for error in (
         KeyError('VSSM is not in the model registry'),
         TypeError("f() got an unexpected keyword argument 'nothing_of_the_config'"),
+        # test_cfg has it, and means another.
+        TypeError("forward() got an unexpected keyword argument 'mode'"),
         TypeError('unsupported operand'),
         ValueError('no'),
     ):
