@@ -259,6 +259,30 @@ def test_mistakes_end_in_one_message(args, said, work, monkeypatch, capsys):
     assert said in fail(monkeypatch, capsys, 'train.py', *args)
 
 
+def test_a_crash_leaves_its_traceback_beside_the_log(work):
+    (work / 'faulty.py').write_text(
+        'from mmengine.hooks import Hook\n'
+        'from mmengine.registry import HOOKS\n'
+        '@HOOKS.register_module()\n'
+        'class Faulty(Hook):\n'
+        '    def after_train_iter(self, runner, **_):\n'
+        "        raise LookupError('in the hook')\n"
+    )
+    more = (
+        "custom_imports = dict(imports=['faulty'])\n"
+        "custom_hooks = [dict(type='Faulty')]"
+    )
+    write_config(work / 'crashes.py', work / 'ade', more)
+    options = ('crashes.py', '--work-dir', 'crashed')
+    output = run('train.py', *options, cwd=work, code=1, PYTHONPATH=str(work))
+    said = output.splitlines()[-1]
+    (file,) = (work / 'crashed').glob('*/error.txt')
+    assert said.startswith('error: LookupError: in the hook (unexpected: ')
+    assert str(file) in said and 'Traceback' not in output
+    assert list(file.parent.glob('*.log'))
+    assert 'faulty.py", line 6, in after_train_iter' in file.read_text()
+
+
 _WEIGHTS = ('--checkpoint', 'out/iter_2.pth')
 
 
