@@ -70,6 +70,7 @@ def parse_args() -> argparse.Namespace:
 def family_config(args: argparse.Namespace, name: str):
     """The quickstart's detector with the backbone of a family."""
     from mmvssm import engine
+    from mmvssm.engine.configs.options import merge_options
 
     work_dir = str(Path(args.work_dir, name.strip('®').lower()))
     cfg = engine.load_config(str(CONFIG), None, work_dir)
@@ -98,7 +99,7 @@ def family_config(args: argparse.Namespace, name: str):
     warm_up.end = fall.begin = max(1, args.iters // 10)
     fall.end = args.iters
     if args.cfg_options:
-        engine.config.merge_options(cfg, args.cfg_options, str(CONFIG))
+        merge_options(cfg, args.cfg_options, str(CONFIG))
     engine.check_datasets(cfg)
     return cfg
 

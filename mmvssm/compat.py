@@ -6,7 +6,9 @@ were not found are found, and files that were refused are read. If a function of
 mmengine is wrapped for this, it passes on all names that are not of this package.
 """
 
+import logging
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.utils import is_installed
 
 if TYPE_CHECKING:
@@ -237,6 +239,34 @@ def start_behind_seen(loop: 'IterBasedTrainLoop') -> bool:
 
     loop.dataloader_iterator = batches()
     return moves
+
+
+def drop_messages(unwanted: re.Pattern) -> None:
+    """Keep mmengine from logging or printing some messages in this process.
+
+    Its ``print_log`` prints what it is given no logger for, whatever the level is.
+
+    Args:
+        unwanted: Matches the start of these messages. A later call replaces it.
+    """
+    from mmengine import logging as mm_logging
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return not unwanted.match(record.getMessage())
+
+    # An override: MMLogger has the method of logging.Logger.
+    MMLogger.filter = lambda self, record: (
+        is_wanted(record) and logging.Logger.filter(self, record)
+    )
+    say = getattr(mm_logging.print_log, 'before', mm_logging.print_log)
+
+    def print_log(msg: Any, logger: Any = None, level: int = logging.INFO) -> None:
+        if logger is not None or not unwanted.match(str(msg)):
+            say(msg, logger, level)
+
+    print_log.before = say
+    # Who imported it earlier keeps mmengine's.
+    mm_logging.print_log = print_log
 
 
 def apply() -> None:

@@ -40,6 +40,8 @@ _OPTIONS = (
     *('train_dataloader=[]', 'train_dataloader.dataset=3', 'val_evaluator=3'),
     *('train_dataloader.dataset.data_root=3', 'train_dataloader.dataset.data_prefix=3'),
     *('custom_hooks=3', 'model.type=3', 'model.backbone.type=None', '_delete_=True'),
+    *('train_dataloder.batch_size=4', 'model.backbone.arch=dict(depths=3)', 'x.type=X'),
+    *('model.neck.type=X', 'model.neck=[dict(', 'model.x={{{', 'randomness.seed=x'),
     *('model._delete_=True', 'model.backbone._delete_=True', '_base_=3', 'x=\0'),
 )
 

@@ -1,6 +1,7 @@
 """Checkpoints whose pickle would run code, given to every tool."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -126,7 +127,22 @@ def test_every_tool_refuses_it(tool, evil, trace, monkeypatch, capsys):
     code, said = run(monkeypatch, capsys, *TOOLS[tool])
     assert code and not trace.exists()
     assert 'evil.pth is refused: reading it would call' in said
-    assert '--trust-checkpoint' in said
+    assert '--trust-checkpoint' in said and 'weights_only' not in said
+
+
+@pytest.mark.parametrize('tool', ['pretrained', 'resume', 'test', 'convert'])
+def test_torchs_advice_to_run_the_file_does_not_show(
+    tool, evil, trace, monkeypatch, capfd
+):
+    """torch cannot read this protocol, and says to read the file in full."""
+    content = dict(meta=dict(epoch=0, iter=1), state_dict=VSSM(ARCH).state_dict())
+    torch.save(content, evil, pickle_protocol=4)
+    monkeypatch.setattr(sys, 'argv', list(TOOLS[tool]))
+    with pytest.raises(SystemExit, match='^2$'):
+        runpy.run_path(str(REPO / 'tools' / TOOLS[tool][0]), run_name='__main__')
+    out, err = capfd.readouterr()
+    assert 'error: evil.pth' in err and 'Unsupported operand' in err
+    assert not re.search('weights.only', out + err, re.IGNORECASE)
 
 
 def test_resume_passes_over_it(evil, trace, monkeypatch, capsys):

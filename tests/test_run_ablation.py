@@ -16,6 +16,7 @@ def test_rows_in_one_table(tmp_path):
     options = ('--rows', 'shortcut', 'baseline', '--data', 'data.py')
     output = run('run_ablation.py', *options, '--work-dir', 'out', cwd=tmp_path)
     assert 'baseline, seed 0: mIoU ' in output
+    assert output.count('This training starts from random weights') == 2
     table = (tmp_path / 'out' / 'ablation.md').read_text()
     assert table in output
     assert [line.split('|')[1].strip() for line in table.splitlines()[2:]] == [

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 
+import mmengine.runner.runner
 import numpy as np
 import pytest
 import torch
@@ -256,6 +257,72 @@ def test_mistakes_end_in_one_message(args, said, work, monkeypatch, capsys):
     monkeypatch.delenv('RANK', raising=False)
     (work / 'broken.py').write_text('model = undefined_name')
     assert said in fail(monkeypatch, capsys, 'train.py', *args)
+
+
+def test_a_crash_leaves_its_traceback_beside_the_log(work):
+    (work / 'faulty.py').write_text(
+        'from mmengine.hooks import Hook\n'
+        'from mmengine.registry import HOOKS\n'
+        '@HOOKS.register_module()\n'
+        'class Faulty(Hook):\n'
+        '    def after_train_iter(self, runner, **_):\n'
+        "        raise LookupError('in the hook')\n"
+    )
+    more = (
+        "custom_imports = dict(imports=['faulty'])\n"
+        "custom_hooks = [dict(type='Faulty')]"
+    )
+    write_config(work / 'crashes.py', work / 'ade', more)
+    options = ('crashes.py', '--work-dir', 'crashed')
+    output = run('train.py', *options, cwd=work, code=1, PYTHONPATH=str(work))
+    said = output.splitlines()[-1]
+    (file,) = (work / 'crashed').glob('*/error.txt')
+    assert said.startswith('error: LookupError: in the hook (unexpected: ')
+    assert str(file) in said and 'Traceback' not in output
+    assert list(file.parent.glob('*.log'))
+    assert 'faulty.py", line 6, in after_train_iter' in file.read_text()
+
+
+_WEIGHTS = ('--checkpoint', 'out/iter_2.pth')
+
+
+@pytest.mark.parametrize(
+    'tool, args, key, name',
+    [
+        ('train.py', ('tiny.py',), 'model.backbone.type', 'VSSM'),
+        ('test.py', ('tiny.py', 'out/iter_2.pth'), 'model.backbone.type', 'VSSM'),
+        ('get_flops.py', ('tiny.py',), 'model.backbone.type', 'VSSM'),
+        (
+            'infer.py',
+            ('ade/images', '--config', 'tiny.py', *_WEIGHTS),
+            'test_dataloader.dataset.pipeline.1.type',
+            'mmvssm.Resize',
+        ),
+        (
+            'check_data.py',
+            ('tiny.py',),
+            'val_dataloader.dataset.pipeline.1.type',
+            'mmvssm.Resize',
+        ),
+        (
+            'run_ablation.py',
+            ('--count', '--rows', 'baseline'),
+            'model.backbone.type',
+            'VSSM',
+        ),
+    ],
+)
+@pytest.mark.usefixtures('trained')
+def test_an_unknown_type_is_one_sentence(
+    tool, args, key, name, work, monkeypatch, capsys
+):
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(mmengine.runner.runner, 'collect_env', dict)
+    said = fail(monkeypatch, capsys, tool, *args, '--cfg-options', f'{key}={name}')
+    last = said.splitlines()[-1]
+    assert last.startswith(f"error: {key}: '{name}' is not in mm")
+    meant = {'VSSM': 'mmvssm.VSSM', 'mmvssm.Resize': 'Resize'}[name]
+    assert f"did you mean '{meant}'" in last
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='float16 runs here')

@@ -5,10 +5,9 @@ Example: python tools/convert_checkpoint.py vssmtiny.pth vmamba_t_v0.safetensors
 
 import argparse
 
-from mmvssm.checkpoints import CheckpointError, convert, save_checkpoint, trust
-
 
 def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description='Recognise a checkpoint by its keys, convert it and write '
         'it as .pth or .safetensors.'
@@ -33,18 +32,24 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    """Convert."""
+    from mmvssm.checkpoints import convert, save_checkpoint, trust
+    from mmvssm.engine import UsageError
+
     if args.trust_checkpoint:
         trust(args.src)
     try:
         checkpoint = convert(args.src, args.prefix, args.weights)
         save_checkpoint(checkpoint, args.dst)
-    except (CheckpointError, OSError, ValueError) as error:
-        raise SystemExit(f'error: {error}') from None
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
     print(checkpoint)
     print(f'written to {args.dst}')
 
 
 if __name__ == '__main__':
-    main()
+    arguments = parse_args()
+    from mmvssm.engine import run_tool
+
+    run_tool(lambda: main(arguments))

@@ -12,6 +12,7 @@ ROOTS = {'ade20k': 'data/quickstart', 'coco': 'data/quickstart_coco'}
 
 
 def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -40,8 +41,10 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    """Make the data set, and say where it is."""
+    from mmvssm.engine import UsageError
+
     try:
         root = make_quickstart_dataset(
             args.root or ROOTS[args.layout],
@@ -54,7 +57,7 @@ def main() -> None:
             layout=args.layout,
         )
     except (ValueError, FileExistsError, ImportError) as error:
-        raise SystemExit(f'error: {error}') from error
+        raise UsageError(str(error)) from error
     layout = LAYOUTS[args.layout]
     print(
         f'{args.num_train} training and {args.num_val} validation images '
@@ -66,4 +69,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    arguments = parse_args()
+    from mmvssm.engine import run_tool
+
+    run_tool(lambda: main(arguments))

@@ -1,6 +1,7 @@
 """Read the tensors of a checkpoint without running code that it contains."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ _NUMBERS = {
 }
 # What torch writes, behind some advice, before the reason why it refuses a pickle.
 _TORCHS_REASON = 'WeightsUnpickler error:'
+_ADVICE = re.compile('weights.only', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ def _reason(error: Exception) -> str:
     """One line of an error, without torch's advice to read the file in full."""
     text = str(error)
     text = text.partition(_TORCHS_REASON)[2].strip() or text.strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    lines = [line for line in text.splitlines() if not _ADVICE.search(line)]
+    return lines[0] if lines else type(error).__name__
 
 
 def _read_safetensors(path: Path, map_location: Any) -> dict:

@@ -59,7 +59,9 @@ def main() -> int:
         else:
             path, digest = verify(args.name)
             print(f'{path} {digest}')
-    except ZooError as error:
+    except KeyboardInterrupt:
+        return 130
+    except (ZooError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     return 0

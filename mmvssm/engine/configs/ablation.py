@@ -13,11 +13,14 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
 
+from mmvssm.engine.checkpoints.start import announce_start, choose_start
 from mmvssm.engine.errors import UsageError
 from mmvssm.engine.labels.check import check_labels
 
-from .config import enable_resume, load_config, merge_options
+from .config import enable_resume, load_config
 from .data import check_datasets, leaves
+from .explain import explain
+from .options import merge_options
 
 _HEADS = ('decode_head', 'auxiliary_head')
 # What belongs to one row, or to one start of the tool.
@@ -133,7 +136,8 @@ def _fit_heads(cfg: Config, name: str) -> None:
         with torch.device('meta'):
             channels = MODELS.build(cfg.model.backbone).out_channels
     except (TypeError, ValueError) as error:
-        raise UsageError(f'the backbone of row {name}: {error}') from error
+        said = explain(error, cfg) or error
+        raise UsageError(f'the backbone of row {name}: {said}') from error
     classes = _number_of_classes(cfg.train_dataloader.dataset)
     for key in _HEADS:
         head = cfg.model.get(key)
@@ -233,10 +237,12 @@ def train_row(
     cfg = deepcopy(cfg)
     cfg.work_dir = str(folder)
     cfg.randomness = dict(seed=seed)
+    weights = choose_start(cfg, resume='auto')
     enable_resume(cfg)
     # Runners that share a name would share their logs.
     cfg.experiment_name = f'{row.name}_{seed}_{time.time_ns()}'
     runner = Runner.from_cfg(cfg)
+    announce_start(cfg, weights)
     check_labels(cfg, splits=('train', 'test'))
     runner.train()
     metrics = runner.test()

@@ -1,15 +1,18 @@
 """Read a config for a tool, and switch on what its flags ask for."""
 
-import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmengine.registry import MODELS
 
 from mmvssm.compat import why_no_detection
 from mmvssm.engine.errors import UsageError
 from mmvssm.engine.labels.metric import count_nan_classes
+
+from .explain import TOOLBOXES, is_scope
+from .options import merge_options
 
 # Entries that the tools look into, and what they must be where they are given.
 _DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -42,13 +45,14 @@ def load_config(
 
     Raises:
         UsageError: No such file, a file that is not a config, a key that is
-            missing, an option that does not fit, or a detector where what
-            detectors need is not installed.
+            missing, an option that does not fit, a default scope that is none, or
+            a detector where what detectors need is not installed.
     """
     cfg = _read(path)
     if options:
         merge_options(cfg, options, path)
     _check_types(cfg, path)
+    _check_scope(cfg, path)
     missing = [key for key in required if cfg.get(key) is None]
     if missing:
         raise UsageError(
@@ -95,31 +99,37 @@ def _check_types(cfg: Config, path: str) -> None:
                 raise UsageError(f'{path}: {key} must be {what}, not {value!r:.80}.')
 
 
-def merge_options(cfg: Config, options: Sequence[str], path: str) -> None:
-    """Override entries of a config.
-
-    Args:
-        cfg: Changed in place.
-        options: ``'key.subkey=value'`` strings of ``--cfg-options``.
-        path: What the message of an error calls the config.
-
-    Raises:
-        UsageError: An option does not fit.
-    """
-    try:
-        cfg.merge_from_dict(_parse_options(options))
-    except Exception as error:
-        # mmengine's own check fails in whichever way the wrong entry makes it.
-        raise UsageError(
-            f'--cfg-options {" ".join(options)} does not fit {path}: '
-            f'{error}. Write KEY.SUBKEY=VALUE.'
-        ) from error
-
-
 def is_detector(cfg: Config) -> bool:
     """Whether the config's model is mmdet's; else it is mmseg's."""
-    kind = str(cfg.get('model', {}).get('type', ''))
-    return cfg.get('default_scope') == 'mmdet' or kind.startswith('mmdet.')
+    scope = str(cfg.get('model', {}).get('type', '')).partition('.')[0]
+    if scope in ('mmdet', 'mmseg'):
+        return scope == 'mmdet'
+    return cfg.get('default_scope') == 'mmdet'
+
+
+def _check_scope(cfg: Config, path: str) -> None:
+    """Refuse a default scope that nobody has, or mmdet's for a model of mmseg's."""
+    scope, model = cfg.get('default_scope'), cfg.get('model') or {}
+    if scope not in (None, *TOOLBOXES) and not is_scope(scope):
+        # mmengine would go on in its own scope, and find none of mmseg's names.
+        raise UsageError(
+            f'{path}: default_scope={scope!r} is no package with registries that can '
+            "be imported; for a segmentor it is 'mmseg', for a detector 'mmdet'."
+        )
+    if scope == 'mmdet' and 'decode_head' in model and not _has_model('mmdet', model):
+        raise UsageError(
+            f"{path}: default_scope='mmdet', and mmdet has no model "
+            f"{model.get('type')!r}: for a segmentor set default_scope='mmseg'."
+        )
+
+
+def _has_model(scope: str, model: dict) -> bool:
+    kind = model.get('type')
+    if not isinstance(kind, str) or '.' in kind:
+        return True  # It says itself where it is.
+    if scope == 'mmdet' and why_no_detection():
+        return False
+    return MODELS.get(f'{scope}.{kind}') is not None
 
 
 def _read(path: str) -> Config:
@@ -137,12 +147,6 @@ def _read(path: str) -> Config:
         raise UsageError(
             f'cannot read the config {path}: {type(error).__name__}: {error}'
         ) from error
-
-
-def _parse_options(options: Sequence[str]) -> dict:
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--options', nargs='+', action=DictAction)
-    return parser.parse_args(['--options', *options]).options
 
 
 def enable_amp(cfg: Config, dtype: str = 'bfloat16') -> None:

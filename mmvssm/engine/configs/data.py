@@ -154,6 +154,8 @@ def check_categories(dataset: dict, scope: str | None) -> None:
     classes = (dataset.get('metainfo') or {}).get('classes')
     if classes is None:
         kind = DATASETS.get(f'{scope}.{dataset["type"]}' if scope else dataset['type'])
+        if kind is None:
+            return  # What builds it says so.
         classes = kind.METAINFO['classes']
     classes = (classes,) if isinstance(classes, str) else tuple(classes)
     for path in files:

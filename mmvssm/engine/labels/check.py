@@ -13,6 +13,7 @@ from mmengine.registry import DATASETS, DefaultScope
 
 from mmvssm.engine.configs.config import is_detector
 from mmvssm.engine.configs.data import check_categories, leaves
+from mmvssm.engine.configs.explain import explain
 from mmvssm.engine.errors import UsageError
 from mmvssm.engine.launching.ranks import Ranks
 
@@ -27,6 +28,10 @@ SAMPLE_IMAGES = 64
 SAMPLE_SECONDS = 5.0
 # An annotation file of more bytes takes too long to be read before each training.
 _LARGE_FILE = 64 * 1024**2
+
+
+class WrongPartError(UsageError):
+    """A part of the config cannot be built, which is nothing about the data."""
 
 
 class Inspected(NamedTuple):
@@ -131,17 +136,22 @@ def _inspect(
     seconds: float | None,
 ) -> Inspected:
     report = DatasetReport(split, _place(config))
+    kind = registered(DATASETS, config.get('type'))
+    if kind is None:
+        _make_reader(config, cfg)  # Says so.
     if text := _wrong_palette(config, is_detector(cfg)):
         report.add('error', f'{_name(cfg)}: {text}')
         return Inspected(report, None, [])
     if is_detector(cfg):
         return _inspect_objects(config, report, heads, cfg, images, seconds)
-    if not hasattr(registered(DATASETS, config.get('type')), 'get_label_map'):
+    if not hasattr(kind, 'get_label_map'):
         # It need not take what mmseg's data sets take.
         report.add('note', f'labels of {config.get("type")} are not looked into.')
         return Inspected(report, None, [])
     try:
-        reader = Reader(config)
+        reader = _make_reader(config, cfg)
+    except WrongPartError:
+        raise
     except Exception as error:
         # A data set of the user's can fail in any way.
         report.add('error', f'{report.labels}: the data set of {split}: {error}')
@@ -185,7 +195,9 @@ def _inspect_objects(
         inspect_annotations(path, report, classes, _loads_masks(config))
         if report.of('error'):
             return nothing
-        reader = Reader(config)
+        reader = _make_reader(config, cfg)
+    except WrongPartError:
+        raise
     except (UsageError, json.JSONDecodeError) as error:
         report.add('error', str(error))
         return nothing
@@ -214,6 +226,15 @@ def _wrong_palette(config: dict, detects: bool) -> str:
         'give it one colour for each class, or drop an inherited palette by '
         'metainfo=dict(_delete_=True, classes=...).'
     )
+
+
+def _make_reader(config: dict, cfg: Config) -> Reader:
+    try:
+        return Reader(config)
+    except Exception as error:
+        if said := explain(error, cfg):
+            raise WrongPartError(said) from error
+        raise
 
 
 def _place(config: dict) -> str:

@@ -219,6 +219,8 @@ def _reading(pipeline: Any) -> Iterator[dict]:
 
 def _is_foreign(kind: Any) -> bool:
     found = registered(TRANSFORMS, kind)
+    if found is None:
+        return True  # Building it says that nothing has this name.
     package = getattr(found, '__module__', 'mmcv').partition('.')[0]
     return package not in _KNOWN_PACKAGES
 

@@ -1,7 +1,16 @@
 """What the processes of a training tell each other between iterations."""
 
+import os
+
 import torch
 import torch.distributed as dist
+
+_VARIABLES = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
+
+
+def rank_by_launcher() -> int:
+    """This process's rank, before the processes know each other, too; 0 if alone."""
+    return int(next((os.environ[key] for key in _VARIABLES if os.environ.get(key)), 0))
 
 
 class Ranks:
