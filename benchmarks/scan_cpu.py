@@ -24,8 +24,8 @@ times on both are in the table and in the result.
 
 A complete run writes the result of this machine to ``benchmarks/results/scan_cpu``
 and a plot beside it. The kernels run on the best instruction set of the machine;
-``MMVSSM_CPU_ISA=avx2`` measures another, and the floor with it. With ``--quick`` or ``--only`` nothing is written unless ``--out`` says
-where to.
+``MMVSSM_CPU_ISA=avx2`` measures another, and the floor with it. With ``--quick`` or
+``--only`` nothing is written unless ``--out`` says where to.
 """
 
 import argparse
