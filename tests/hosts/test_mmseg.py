@@ -1,0 +1,157 @@
+"""Every model of mmseg's ``_base_/models`` that takes our backbones, with each."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmvssm  # noqa: F401  registers the backbones
+
+from .swap import (
+    HIERARCHICAL,
+    ISOTROPIC,
+    Host,
+    build,
+    case_name,
+    cases,
+    without_gradient,
+)
+
+SIZE = (64, 96)
+HOSTS = [
+    Host('ann_r50-d8'),
+    Host('apcnet_r50-d8'),
+    Host(
+        'bisenetv1_r18-d32',
+        fits=HIERARCHICAL,
+        nested=True,
+        maps=(0, 1, 2, 3),
+        unread=True,
+        fit=lambda c: {
+            'backbone.context_channels': c[1:],
+            'backbone.spatial_channels': (8, 8, 8, c[1]),
+            'auxiliary_head.0.in_channels': c[1],
+            'auxiliary_head.1.in_channels': c[1],
+        },
+    ),
+    Host('bisenetv2', fits=()),
+    Host('ccnet_r50-d8'),
+    Host('cgnet', fits=()),
+    Host('danet_r50-d8'),
+    Host('deeplabv3_r50-d8'),
+    Host('deeplabv3_unet_s5-d16', fits=()),
+    Host('deeplabv3plus_r50-d8'),
+    Host('dmnet_r50-d8'),
+    Host('dnl_r50-d8'),
+    Host(
+        'dpt_vit-b16',
+        fits=ISOTROPIC,
+        changes={'decode_head.readout_type': 'ignore'},
+        fit=lambda c: {'backbone.return_tokens': True, 'decode_head.embed_dims': c[0]},
+    ),
+    Host('emanet_r50-d8'),
+    # Without add_lateral the head reads the last map alone.
+    Host('encnet_r50-d8', changes={'decode_head.in_index': (2, 3)}),
+    Host('erfnet_fcn', fits=()),
+    Host('fast_scnn', fits=()),
+    # The neck passes a map of the backbone on.
+    Host('fastfcn_r50-d32_jpu_psp', fit=lambda c: {'auxiliary_head.in_channels': c[1]}),
+    Host('fcn_hr18'),
+    Host('fcn_r50-d8'),
+    Host('fcn_unet_s5-d16', fits=()),
+    Host('fpn_poolformer_s12'),
+    Host('fpn_r50'),
+    Host('gcnet_r50-d8'),
+    Host('icnet_r50-d8', fits=()),
+    Host('isanet_r50-d8'),
+    Host('lraspp_m-v3-d8', fits=()),
+    Host('nonlocal_r50-d8'),
+    Host('ocrnet_hr18'),
+    # The second head needs a map of the size that the first one has.
+    Host('ocrnet_r50-d8', changes={'decode_head.0.in_index': 3}),
+    Host('pointrend_r50', compiled=True, tiny={'train_cfg.num_points': 32}),
+    Host('psanet_r50-d8', compiled=True, tiny={'decode_head.mask_size': (9, 9)}),
+    Host('pspnet_r50-d8'),
+    Host('pspnet_unet_s5-d16', fits=()),
+    Host('san_vit-b16', fits=()),
+    Host('segformer_mit-b0'),
+    Host('segmenter_vit-b16_mask'),
+    Host('setr_mla', fits=ISOTROPIC),
+    Host('setr_naive'),
+    Host('setr_pup'),
+    Host(
+        'stdc',
+        nested=True,
+        maps=(1, 2, 3),
+        fit=lambda c: {
+            'backbone.last_in_channels': c[:0:-1],
+            'backbone.ffm_cfg.in_channels': c[0] + 16,
+            'auxiliary_head.2.in_channels': c[0],
+        },
+    ),
+    Host('twins_pcpvt-s_fpn'),
+    Host('twins_pcpvt-s_upernet'),
+    Host('upernet_beit', fit=lambda c: of_upernet(c)),
+    Host('upernet_convnext'),
+    Host('upernet_mae', fit=lambda c: of_upernet(c)),
+    Host('upernet_r50'),
+    Host('upernet_swin'),
+    Host('upernet_vit-b16_ln_mln'),
+    Host('vpd_sd', fits=()),
+]
+
+
+def of_upernet(channels):
+    """The pyramid of these hosts keeps the channels; their heads read it."""
+    if len(set(channels)) > 1:
+        return {}
+    return {
+        'decode_head.in_channels': channels,
+        'auxiliary_head.in_channels': channels[0],
+    }
+
+
+def folder():
+    mmseg = pytest.importorskip('mmseg')
+    return Path(mmseg.__file__).parent / '.mim' / 'configs' / '_base_' / 'models'
+
+
+def batch(number):
+    """Random images and labels."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    meta = dict(img_shape=SIZE, ori_shape=SIZE, pad_shape=SIZE, scale_factor=(1, 1))
+    labels = [PixelData(data=torch.randint(0, 2, (1, *SIZE))) for _ in range(number)]
+    return dict(
+        inputs=[torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)] * number,
+        data_samples=[SegDataSample(metainfo=meta, gt_sem_seg=x) for x in labels],
+    )
+
+
+def built(host, family):
+    if host.compiled:
+        pytest.importorskip('mmcv._ext')
+    path = folder() / f'{host.file}.py'
+    return build(path, 'mmseg', host, family, size=SIZE)
+
+
+@pytest.mark.parametrize('host, family', cases(HOSTS), ids=case_name)
+def test_trained_and_tested(host, family):
+    model = built(host, family)
+    losses = model(**model.data_preprocessor(batch(2), True), mode='loss')
+    loss, _ = model.parse_losses(losses)
+    assert loss.isfinite()
+    loss.backward()
+    assert not without_gradient(model)
+    with torch.no_grad():
+        (sample,) = model.eval().test_step(batch(1))
+    labels = sample.pred_sem_seg.data
+    assert labels.shape == (1, *SIZE)
+    assert 0 <= labels.min() and labels.max() < model.num_classes
+    assert sample.seg_logits.data.isfinite().all()
+
+
+def test_every_model_is_named():
+    found = {path.stem for path in folder().glob('*.py')}
+    assert found <= {host.file for host in HOSTS}
