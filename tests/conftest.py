@@ -15,6 +15,7 @@ LONG_FILES = (
     'test_benchmarks.py',
     'benchmarks/test_gpu_suite.py',
     'test_detection_configs.py',
+    'hosts/test_mmdet.py',
     'test_parity.py',
     'engine/hooks/test_recovery.py',
     'test_builders.py',

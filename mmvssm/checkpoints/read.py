@@ -35,6 +35,11 @@ _NUMBERS = {
 # What torch writes, behind some advice, before the reason why it refuses a pickle.
 _TORCHS_REASON = 'WeightsUnpickler error:'
 _ADVICE = re.compile('weights.only', re.IGNORECASE)
+# How to say what is read.
+_GIVE = (
+    'give a .pth or .safetensors file, an http(s) or hf:// address, or a name of the '
+    'zoo (mmvssm://NAME, see `python -m mmvssm.zoo list`)'
+)
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,12 @@ def _local(source: str | Path) -> Path:
     """Path of the file; it is downloaded if ``source`` is an address."""
     if zoo.is_address(source):
         return zoo.fetch(str(source))
+    if re.match(r'[\w+-]+://', str(source)):
+        raise MissingCheckpointError(
+            f'no checkpoint at {source}, an address of no known kind; {_GIVE}. If '
+            'these are weights of a backbone that you have replaced, set '
+            'pretrained=None in the model'
+        )
     path = Path(source).expanduser()
     # A folder that mmvssm.save_pretrained wrote.
     whole = path / 'model.safetensors'
@@ -141,11 +152,7 @@ def _local(source: str | Path) -> Path:
 
 def _read(path: Path, map_location: Any, trusted: bool) -> Any:
     if not path.exists():
-        raise MissingCheckpointError(
-            f'no checkpoint at {path.absolute()}; give a .pth or .safetensors '
-            'file, an http(s) or hf:// address, or a name of the zoo (mmvssm://NAME, '
-            'see `python -m mmvssm.zoo list`)'
-        )
+        raise MissingCheckpointError(f'no checkpoint at {path.absolute()}; {_GIVE}')
     try:
         if path.suffix == '.safetensors':
             return _read_safetensors(path, map_location)

@@ -9,6 +9,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from safetensors.torch import save_file
 
+from mmvssm.backbones import VSSM
 from mmvssm.checkpoints import CheckpointError
 from mmvssm.checkpoints import read as module
 from mmvssm.checkpoints.read import read_state_dict, read_weights
@@ -112,6 +113,13 @@ def test_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match='no checkpoint at .*none.pth') as error:
         read_state_dict(tmp_path / 'none.pth')
     assert isinstance(error.value, FileNotFoundError)
+
+
+def test_address_of_another_package():
+    """Base configs of mmseg have one, for the backbone that they have."""
+    net = VSSM(dict(depths=(1,), dims=8), out_indices=(0,), pretrained='open-mmlab://r')
+    with pytest.raises(CheckpointError, match='open-mmlab://r, .* set pretrained=None'):
+        net.init_weights()
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])

@@ -67,11 +67,12 @@ class Host:
 
 
 def without_gradient(model: nn.Module) -> list[str]:
-    """Names of the parameters that DDP's default flags would complain about."""
+    """Names of the parameters with no gradient, which DDP refuses, or no finite one."""
     return [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.grad is None
+        if parameter.requires_grad
+        and (parameter.grad is None or not parameter.grad.isfinite().all())
     ]
 
 

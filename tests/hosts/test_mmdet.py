@@ -17,7 +17,7 @@ SIZE = (128, 192)
 BOXES = ((8, 8, 60, 56), (40, 30, 130, 120))
 # Heads that take their width from no other setting.
 WIDE = {'bbox_head.embed_dims': 32}
-GRIDS = {'mask_head.num_grids': [8, 6, 4, 3, 2]}
+GRIDS = {'mask_head.num_grids': [8, 6, 4, 3, 2], 'test_cfg.mask_thr': 0.0}
 # The boxes of untrained stages stay within the image.
 NEAR = {f'roi_head.bbox_head.{i}.bbox_coder.target_stds': (0.01,) * 4 for i in range(6)}
 BOX_HOSTS = [
@@ -142,7 +142,10 @@ def data(host, number):
     return found
 
 
-@pytest.mark.parametrize('host, family', cases(HOSTS), ids=case_name)
+# The maps of LinearAttentionStudy are like those of MLLA.
+@pytest.mark.parametrize(
+    'host, family', cases(HOSTS, long=['LinearAttentionStudy']), ids=case_name
+)
 def test_trained_and_tested(host, family):
     model = built(host, family)
     given = model.data_preprocessor(data(host, 2), True)

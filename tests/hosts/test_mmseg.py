@@ -8,6 +8,7 @@ import torch
 import mmvssm  # noqa: F401  registers the backbones
 
 from .swap import (
+    FAMILIES,
     HIERARCHICAL,
     ISOTROPIC,
     Host,
@@ -18,6 +19,11 @@ from .swap import (
 )
 
 SIZE = (64, 96)
+
+# Their heads read four maps, of a neck that keeps the channels or of the backbone.
+FOUR_MAPS = dict(
+    fit=lambda c: {'decode_head.in_channels': c, 'auxiliary_head.in_channels': c[2]}
+)
 HOSTS = [
     Host('ann_r50-d8'),
     Host('apcnet_r50-d8'),
@@ -62,7 +68,7 @@ HOSTS = [
     Host('fpn_poolformer_s12'),
     Host('fpn_r50'),
     Host('gcnet_r50-d8'),
-    Host('icnet_r50-d8', fits=()),
+    Host('icnet_r50-d8', fits=(), nested=True, maps=(0, 1, 2, 3)),
     Host('isanet_r50-d8'),
     Host('lraspp_m-v3-d8', fits=()),
     Host('nonlocal_r50-d8'),
@@ -91,24 +97,14 @@ HOSTS = [
     ),
     Host('twins_pcpvt-s_fpn'),
     Host('twins_pcpvt-s_upernet'),
-    Host('upernet_beit', fit=lambda c: of_upernet(c)),
+    Host('upernet_beit', **FOUR_MAPS),
     Host('upernet_convnext'),
-    Host('upernet_mae', fit=lambda c: of_upernet(c)),
+    Host('upernet_mae', **FOUR_MAPS),
     Host('upernet_r50'),
     Host('upernet_swin'),
     Host('upernet_vit-b16_ln_mln'),
     Host('vpd_sd', fits=()),
 ]
-
-
-def of_upernet(channels):
-    """The pyramid of these hosts keeps the channels; their heads read it."""
-    if len(set(channels)) > 1:
-        return {}
-    return {
-        'decode_head.in_channels': channels,
-        'auxiliary_head.in_channels': channels[0],
-    }
 
 
 def folder():
@@ -136,13 +132,18 @@ def built(host, family):
     return build(path, 'mmseg', host, family, size=SIZE)
 
 
+def train(model):
+    losses = model(**model.data_preprocessor(batch(2), True), mode='loss')
+    loss, _ = model.parse_losses(losses)
+    loss.backward()
+    return loss
+
+
 @pytest.mark.parametrize('host, family', cases(HOSTS), ids=case_name)
 def test_trained_and_tested(host, family):
     model = built(host, family)
-    losses = model(**model.data_preprocessor(batch(2), True), mode='loss')
-    loss, _ = model.parse_losses(losses)
+    loss = train(model)
     assert loss.isfinite()
-    loss.backward()
     assert not without_gradient(model)
     with torch.no_grad():
         (sample,) = model.eval().test_step(batch(1))
@@ -150,6 +151,23 @@ def test_trained_and_tested(host, family):
     assert labels.shape == (1, *SIZE)
     assert 0 <= labels.min() and labels.max() < model.num_classes
     assert sample.seg_logits.data.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    'host, family',
+    [
+        pytest.param(host, family)
+        for host in HOSTS
+        # All others are a backbone, and its heads.
+        if host.fits or host.file in ('icnet_r50-d8', 'lraspp_m-v3-d8')
+        for family in FAMILIES
+        if family not in host.fits
+    ],
+    ids=case_name,
+)
+def test_what_does_not_fit(host, family):
+    with pytest.raises((AssertionError, AttributeError, RuntimeError, TypeError)):
+        train(built(host, family))
 
 
 def test_every_model_is_named():
