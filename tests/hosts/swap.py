@@ -50,8 +50,9 @@ class Host:
         unread: It takes a map that it then does not read.
         nested: The backbone is inside another one, under ``backbone_cfg``.
         tiny: What to change for the size of the model alone.
+        size: Height and width of its images, where it does not take any size.
         by: Its widths are divided by this number.
-        compiled: It needs mmcv's compiled ops.
+        detection: It needs mmdet, or the compiled ops of mmcv, which mmdet needs too.
     """
 
     file: str
@@ -62,8 +63,9 @@ class Host:
     unread: bool = False
     nested: bool = False
     tiny: Mapping[str, Any] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
     by: int = 8
-    compiled: bool = False
+    detection: bool = False
 
 
 def without_gradient(model: nn.Module) -> list[str]:
@@ -135,8 +137,10 @@ def swap(model: ConfigDict, host: Host, family: str) -> None:
         # It makes maps of several sizes. The stages have them already.
         model.neck = None
     necks = as_list(model.get('neck'))
-    readers = necks[:1] or [head for name in HEADS for head in as_list(model.get(name))]
-    readers = [] if host.maps else readers
+    heads = [head for name in HEADS for head in as_list(model.get(name))]
+    # K-Net has the head that reads the maps inside another one.
+    heads = [head.get('kernel_generate_head', head) for head in heads]
+    readers = [] if host.maps else necks[:1] or heads
     maps = host.maps or sorted({i for reader in readers for i in maps_of(reader)})
 
     place[key], channels = backbone(family, maps)

@@ -12,9 +12,15 @@ from tiny_det import batch, needs_detection
 from .swap import Host, build, case_name, cases, without_gradient
 
 pytestmark = needs_detection
-# P7, at stride 128, has two positions: one image in a group norm needs that.
-SIZE = (128, 192)
-BOXES = ((8, 8, 60, 56), (40, 30, 130, 120))
+# The maps have odd sizes, and the last one, at stride 128, two positions: a group norm
+# needs that of one image.
+SIZE = (97, 131)
+BOXES = ((8, 8, 60, 56), (40, 30, 125, 90))
+# Images of these are multiples of the last stride: their necks double sizes.
+WHOLE = {
+    'data_preprocessor.pad_size_divisor': 32,
+    'data_preprocessor.pad_mask': True,
+}
 # Heads that take their width from no other setting.
 WIDE = {'bbox_head.embed_dims': 32}
 GRIDS = {'mask_head.num_grids': [8, 6, 4, 3, 2], 'test_cfg.mask_thr': 0.0}
@@ -69,7 +75,7 @@ BOX_HOSTS = [
     Host('centernet/centernet_r18_8xb16-crop512-140e_coco'),
     Host('centernet/centernet-update_r50_fpn_8xb8-amp-lsj-200e_coco'),
     Host('yolox/yolox_s_8xb8-300e_coco'),
-    Host('rtmdet/rtmdet_s_8xb32-300e_coco'),
+    Host('rtmdet/rtmdet_s_8xb32-300e_coco', tiny=WHOLE),
     # Queries
     Host('detr/detr_r50_8xb2-150e_coco'),
     Host('conditional_detr/conditional-detr_r50_8xb2-50e_coco', by=1),
@@ -105,7 +111,7 @@ MASK_HOSTS = [
         },
     ),
     Host('yolact/yolact_r50_1xb8-55e_coco'),
-    Host('rtmdet/rtmdet-ins_s_8xb32-300e_coco'),
+    Host('rtmdet/rtmdet-ins_s_8xb32-300e_coco', tiny=WHOLE),
     Host('mask2former/mask2former_r50_8xb2-lsj-50e_coco'),
 ]
 PANOPTIC_HOSTS = [
