@@ -96,6 +96,7 @@ def test_example(tmp_path, number):
     assert loss.isfinite()
     loss.backward()
     assert not without_gradient(model)
+    assert cfg.optim_wrapper.optimizer.keys() == {'type', 'lr', 'weight_decay'}
     # Weights of the new backbone.
     name = cfg.model.backbone.init_cfg.checkpoint
     assert name.removeprefix('mmvssm://') in mmvssm.list_models()
