@@ -18,6 +18,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmvssm.backbones.hierarchical import HierarchicalBackbone
+from mmvssm.engine.model_check.probe import look, lost_parameters, without_traces
 from mmvssm.families import families
 
 FAMILIES = {family.backbone.__name__: family.backbone for family in families()}
@@ -76,6 +77,20 @@ def without_gradient(model: nn.Module) -> list[str]:
         if parameter.requires_grad
         and (parameter.grad is None or not parameter.grad.isfinite().all())
     ]
+
+
+def complaints(model: nn.Module, sample: Any) -> list[str]:
+    """What tools/train.py would say of a model before its training.
+
+    Args:
+        model: As built.
+        sample: A made-up data sample, with its size.
+    """
+    with without_traces():
+        seen = look(model, sample.img_shape, sample)
+        if seen.all_used:
+            return seen.idle
+        return seen.idle + lost_parameters(model.backbone, sample.img_shape, seen.used)
 
 
 def cases(hosts: Sequence[Host], long: Collection[str] = ()) -> list:

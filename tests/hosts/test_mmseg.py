@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mmvssm  # noqa: F401  registers the backbones
+from mmvssm.engine.model_check.samples import segmentation_sample
 from tiny_det import NO_DETECTION
 
 from .swap import (
@@ -16,6 +17,7 @@ from .swap import (
     build,
     case_name,
     cases,
+    complaints,
     without_gradient,
 )
 
@@ -168,6 +170,13 @@ def test_trained_and_tested(host, family):
     assert labels.shape == (1, *size)
     assert 0 <= labels.min() and labels.max() < model.num_classes
     assert sample.seg_logits.data.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    'host', [x for x in HOSTS + MORE_HOSTS if 'VSSM' in x.fits], ids=case_name
+)
+def test_nothing_to_complain_of(host):
+    assert not complaints(built(host, 'VSSM'), segmentation_sample(host.size or SIZE))
 
 
 @pytest.mark.parametrize(
