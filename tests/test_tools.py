@@ -353,6 +353,7 @@ def options_of_srun(tmp_path, script, *arguments, **environment):
         ('train', ['my work'], ['--work-dir', 'my work']),
         ('train', [], []),
         ('test', ['w.pth'], ['w.pth']),
+        ('test', [], []),
     ],
 )
 def test_slurm_scripts_hand_everything_on(script, fourth, given, tmp_path):

@@ -373,7 +373,7 @@ def train_ranks(folder, *options, event='', **variables):
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, **environment(event, PORT=free_port(), **variables)},
+        env={**os.environ, **environment(event, **variables)},
     )
     return done.returncode, done.stdout + done.stderr
 

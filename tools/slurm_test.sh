@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# usage: tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [options]
-# The options are those of test.py; the environment: see slurm_run.sh.
-if [ $# -lt 4 ]; then
-    echo "usage: $0 PARTITION JOB_NAME CONFIG CHECKPOINT [options]" >&2
+# usage: tools/slurm_test.sh PARTITION JOB_NAME CONFIG [CHECKPOINT] [options]
+# Without CHECKPOINT what was published for the config is tested. The options are
+# those of test.py; the environment: see slurm_run.sh.
+if [ $# -lt 3 ]; then
+    echo "usage: $0 PARTITION JOB_NAME CONFIG [CHECKPOINT] [options]" >&2
     exit 2
 fi
 TOOLS=$(dirname "$0")

@@ -12,7 +12,7 @@ from mmengine.device import get_device
 
 from mmvssm.engine.errors import UsageError
 
-from .slurm import set_rendezvous
+from .slurm import set_mpi_rendezvous, set_rendezvous
 
 # Where a launcher leaves (rank, number of processes, rank on this machine, what
 # else shows that it was at work: a batch script has the first three as well).
@@ -35,8 +35,8 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
     instead (mmengine leaves a process group alone that is already there) and
     sets ``model_wrapper_cfg`` for the CPU. SyncBN, which exists only for
     CUDA, becomes BN with a warning, and the config's ``sync_bn`` is dropped. Under
-    Slurm, with accelerators or without,
-    :func:`mmvssm.engine.launching.slurm.set_rendezvous` says where to meet.
+    Slurm and mpirun, with accelerators or without,
+    :mod:`mmvssm.engine.launching.slurm` says where to meet.
 
     Args:
         cfg: Changed in place.
@@ -63,6 +63,8 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
         )
     if launcher == 'slurm':
         set_rendezvous()
+    elif launcher == 'mpi':
+        set_mpi_rendezvous()
     if get_device() != 'cpu':
         return
     _init_gloo(cfg, launcher)
@@ -83,11 +85,11 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
 def _init_gloo(cfg: Config, launcher: str) -> None:
     rank, size, local_rank, *_ = (os.environ[k] for k in _VARIABLES[launcher])
     os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local_rank)
-    os.environ.setdefault('MASTER_PORT', '29500')
-    if 'MASTER_ADDR' not in os.environ:
+    absent = [key for key in ('MASTER_ADDR', 'MASTER_PORT') if key not in os.environ]
+    if absent:
         raise UsageError(
-            'MASTER_ADDR is not set: export the address of the '
-            'machine that rank 0 runs on.'
+            f'{", ".join(absent)} is not set: export the address of the machine that '
+            'rank 0 runs on, and a port that is free there.'
         )
     dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
     timeout = dist_cfg.get('timeout')

@@ -1,9 +1,10 @@
-"""Where the tasks of a Slurm job find each other."""
+"""Where the tasks of a Slurm job, or of mpirun, find each other."""
 
 import os
 import socket
 import subprocess
 import time
+import zlib
 
 from torch.distributed import TCPStore
 
@@ -37,7 +38,47 @@ def set_rendezvous(seconds: float = 1800) -> None:
     if 'MASTER_ADDR' not in os.environ:
         os.environ['MASTER_ADDR'] = _first_address()
     if 'MASTER_PORT' not in os.environ:
-        os.environ['MASTER_PORT'] = str(_agree_on_port(seconds))
+        task, tasks = (int(os.environ[k]) for k in ('SLURM_PROCID', 'SLURM_NTASKS'))
+        job, step = (int(os.environ[k]) for k in ('SLURM_JOB_ID', 'SLURM_STEP_ID'))
+        name = f'mmvssm {job}.{step}.{os.environ.get("SLURM_RESTART_COUNT", "0")}'
+        port = _agree_on_port(name, job, task, tasks, seconds)
+        os.environ['MASTER_PORT'] = str(port)
+
+
+def set_mpi_rendezvous(seconds: float = 1800) -> None:
+    """Do for the processes of one mpirun what :func:`set_rendezvous` does for Slurm's.
+
+    The ports to try follow from the name that Open MPI gives to the run. Where it
+    gives none, the port is the one that torch takes, 29500.
+
+    Args:
+        seconds: How long the processes wait for each other.
+
+    Raises:
+        UsageError: They run on several machines and ``MASTER_ADDR`` is not set, or do
+            not find each other.
+    """
+    world = {
+        key: os.environ.get(f'OMPI_COMM_WORLD_{key}')
+        for key in ('RANK', 'SIZE', 'LOCAL_SIZE')
+    }
+    if 'MASTER_ADDR' not in os.environ:
+        if world['LOCAL_SIZE'] != world['SIZE']:
+            raise UsageError(
+                'MASTER_ADDR is not set: export the address of the machine that rank 0 '
+                'runs on (mpirun -x MASTER_ADDR=ADDRESS).'
+            )
+        os.environ['MASTER_ADDR'] = '127.0.0.1'
+    if 'MASTER_PORT' in os.environ:
+        return
+    run = os.environ.get('PMIX_NAMESPACE')
+    port = 29500
+    if run:
+        # Names of other runs may have blanks, which separate words of a question.
+        name = f'mmvssm-mpi {run.replace(" ", "_")}'
+        task, tasks = int(world['RANK'] or 0), int(world['SIZE'] or 1)
+        port = _agree_on_port(name, zlib.crc32(run.encode()), task, tasks, seconds)
+    os.environ['MASTER_PORT'] = str(port)
 
 
 def _first_address() -> str:
@@ -68,15 +109,21 @@ def _scontrol(*words: str) -> str:
     return done.stdout
 
 
-def _agree_on_port(seconds: float) -> int:
-    """The port of task 0's store, the same for all tasks."""
-    task, tasks = (int(os.environ[k]) for k in ('SLURM_PROCID', 'SLURM_NTASKS'))
-    job, step = (int(os.environ[k]) for k in ('SLURM_JOB_ID', 'SLURM_STEP_ID'))
-    restart = os.environ.get('SLURM_RESTART_COUNT', '0')
-    first = _FIRST_PORT + job % _JOBS * _PORTS_PER_JOB
+def _agree_on_port(
+    name: str, number: int, task: int, tasks: int, seconds: float
+) -> int:
+    """The port of task 0's store, the same for all tasks.
+
+    Args:
+        name: By which tasks of the same step know each other.
+        number: Of the job; the ports to try follow from it.
+        task: Which of them this is, from 0.
+        tasks: How many there are.
+        seconds: How long they wait for each other.
+    """
+    first = _FIRST_PORT + number % _JOBS * _PORTS_PER_JOB
     middle = first + _PORTS_PER_JOB // 2
     doors = range(first, middle)
-    name = f'mmvssm {job}.{step}.{restart}'
     if task:
         return _ask_for_port(doors, f'{name} {task}', seconds)
     port = _open_store(range(middle, first + _PORTS_PER_JOB))

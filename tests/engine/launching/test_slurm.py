@@ -1,4 +1,7 @@
-"""Without Slurm; tests/slurm has it."""
+"""Without Slurm; tests/slurm has it.
+
+The tests that fork come first: those behind them leave threads in this process.
+"""
 
 import multiprocessing
 import os
@@ -10,7 +13,7 @@ import torch.distributed as dist
 from mmengine.dist import init_dist
 
 from mmvssm.engine import UsageError
-from mmvssm.engine.launching.slurm import set_rendezvous
+from mmvssm.engine.launching.slurm import set_mpi_rendezvous, set_rendezvous
 
 # Of this run of the tests alone; and the next job with the same ports.
 JOB = 40_000 + os.getpid() % 1000
@@ -73,6 +76,45 @@ def test_steps_on_one_node_meet_on_ports_of_their_own():
     assert all(port in range(DOOR + 9, DOOR + 16) for port in steps.values())
 
 
+def in_mpirun(monkeypatch, run, rank=0, size=2, here=2):
+    for name in ('MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.setenv(name, '')
+        monkeypatch.delenv(name)
+    monkeypatch.setenv('PMIX_NAMESPACE', run)
+    for name, value in dict(RANK=rank, SIZE=size, LOCAL_SIZE=here).items():
+        monkeypatch.setenv(f'OMPI_COMM_WORLD_{name}', str(value))
+
+
+def meet_in_mpirun(run, rank, results):
+    with pytest.MonkeyPatch.context() as patch:
+        in_mpirun(patch, run, rank)
+        set_mpi_rendezvous(60)
+        dist.init_process_group('gloo', rank=rank, world_size=2)
+        number = torch.tensor(1 + rank)
+        dist.all_reduce(number)
+        dist.destroy_process_group()
+        results.put((run, int(os.environ['MASTER_PORT']), int(number)))
+
+
+def test_runs_of_mpirun_on_one_machine_meet_on_ports_of_their_own():
+    context = multiprocessing.get_context('fork')
+    results = context.Queue()
+    runs = [f'prterun-host-{os.getpid()}@{i}' for i in range(2)]
+    processes = [
+        context.Process(target=meet_in_mpirun, args=(run, rank, results))
+        for run in runs
+        for rank in (1, 0)
+    ]
+    for process in processes:
+        process.start()
+    found = {results.get(timeout=100) for _ in processes}
+    for process in processes:
+        process.join()
+    assert {run for run, _, _ in found} == set(runs)
+    assert [total for _, _, total in found] == [3, 3]
+    assert len({port for _, port, _ in found} - {29500}) == 2
+
+
 def test_what_is_set_stays(monkeypatch):
     in_step(monkeypatch, task=1)
     monkeypatch.setenv('MASTER_PORT', '1234')
@@ -126,3 +168,9 @@ def test_without_scontrol_the_address_must_be_given(monkeypatch, tmp_path):
     monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(UsageError, match='export MASTER_ADDR'):
         set_rendezvous()
+
+
+def test_mpirun_on_several_machines_needs_an_address(monkeypatch):
+    in_mpirun(monkeypatch, 'run', here=1)
+    with pytest.raises(UsageError, match='MASTER_ADDR is not set.*rank 0'):
+        set_mpi_rendezvous()
