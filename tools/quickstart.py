@@ -43,7 +43,6 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Make the data, train, evaluate, draw."""
     from mmengine.fileio import dump
-    from mmengine.runner import Runner
 
     from mmvssm import engine
 
@@ -59,11 +58,12 @@ def main(args: argparse.Namespace) -> None:
     data_root = cfg.train_dataloader.dataset.data_root
     make_data(data_root, cfg.generator)
     weights = engine.choose_start(cfg, resume='auto')
+    engine.lock_work_dir(cfg)
     set_schedule(cfg, args.iterations)
     # So that it can be interrupted and started again.
     engine.enable_resume(cfg)
     engine.check_inputs(cfg, weights)
-    runner = Runner.from_cfg(cfg)
+    runner = engine.build_runner(cfg)
     engine.announce_start(cfg, weights)
     runner.train()
     metrics = runner.test()

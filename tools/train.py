@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import sys
 
 
 def parse_args() -> argparse.Namespace:
@@ -76,9 +77,16 @@ def exit_when_told_to_stop() -> None:
     A training may need minutes to start. Until then there is nothing to save, and the
     training should be started again.
     """
+
+    def leave(*_: object) -> None:
+        work_dir = sys.modules.get('mmvssm.engine.launching.work_dir')
+        if hasattr(work_dir, 'release_work_dirs'):
+            work_dir.release_work_dirs()
+        # No other clean-up, which could wait for processes that have ended.
+        os._exit(75)
+
     for name in {'SIGTERM', 'SIGUSR1'} & set(dir(signal)):
-        # No clean-up, which could wait for processes that have ended.
-        signal.signal(getattr(signal, name), lambda *_: os._exit(75))
+        signal.signal(getattr(signal, name), leave)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -104,6 +112,7 @@ def main(args: argparse.Namespace) -> None:
         engine.require_file(cfg.load_from, 'checkpoint')
     engine.check_inputs(cfg, weights)
     engine.prepare_launch(cfg, args.launcher)
+    engine.lock_work_dir(cfg)
     runner = engine.build_runner(cfg)
     engine.announce_start(cfg, weights)
     engine.probe_model(runner)

@@ -33,6 +33,7 @@ from .labels.check import check_labels
 from .launching.gpu_check import check_gpu
 from .launching.launch import prepare_launch
 from .launching.tool import run_tool
+from .launching.work_dir import lock_work_dir
 from .model_check.check import probe_model
 from .runner import build_runner
 from .training.epoch_loop import ResumableEpochLoop
@@ -72,6 +73,7 @@ __all__ = [
     'labels_only',
     'load_config',
     'load_weights',
+    'lock_work_dir',
     'measure_iteration',
     'prepare_launch',
     'probe_model',

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import Runner
 
 from mmvssm.engine.checkpoints.start import announce_start, choose_start
 from mmvssm.engine.errors import UsageError
 from mmvssm.engine.labels.check import check_labels
+from mmvssm.engine.launching.work_dir import lock_work_dir
+from mmvssm.engine.runner import build_runner
 
 from .config import enable_resume, load_config
 from .data import check_datasets, leaves
@@ -232,8 +233,6 @@ def train_row(
     if result.exists():
         return json.loads(result.read_text())
     check_datasets(cfg, splits=('train', 'test'))
-    folder.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(backbone))
     cfg = deepcopy(cfg)
     cfg.work_dir = str(folder)
     cfg.randomness = dict(seed=seed)
@@ -241,28 +240,30 @@ def train_row(
     enable_resume(cfg)
     # Runners that share a name would share their logs.
     cfg.experiment_name = f'{row.name}_{seed}_{time.time_ns()}'
-    runner = Runner.from_cfg(cfg)
-    announce_start(cfg, weights)
-    check_labels(cfg, splits=('train', 'test'))
-    runner.train()
-    metrics = runner.test()
-    if metric not in metrics:
-        raise UsageError(f'no metric {metric}; there are {", ".join(metrics)}.')
-    times = runner.message_hub.log_scalars.get('train/time')
-    found = dict(
-        row=row.name,
-        seed=seed,
-        metric=metric,
-        value=float(metrics[metric]),
-        metrics={key: float(value) for key, value in metrics.items()},
-        seconds_per_iteration=None if times is None else float(times.mean()),
-        backbone=backbone,
-    )
-    # All of it or nothing: the file says that the row is finished.
-    unfinished = result.with_suffix('.tmp')
-    unfinished.write_text(json.dumps(found, indent=1))
-    unfinished.replace(result)
-    return found
+    with lock_work_dir(cfg):
+        begun.write_text(json.dumps(backbone))
+        runner = build_runner(cfg)
+        announce_start(cfg, weights)
+        check_labels(cfg, splits=('train', 'test'))
+        runner.train()
+        metrics = runner.test()
+        if metric not in metrics:
+            raise UsageError(f'no metric {metric}; there are {", ".join(metrics)}.')
+        times = runner.message_hub.log_scalars.get('train/time')
+        found = dict(
+            row=row.name,
+            seed=seed,
+            metric=metric,
+            value=float(metrics[metric]),
+            metrics={key: float(value) for key, value in metrics.items()},
+            seconds_per_iteration=None if times is None else float(times.mean()),
+            backbone=backbone,
+        )
+        # All of it or nothing: the file says that the row is finished.
+        unfinished = result.with_suffix('.tmp')
+        unfinished.write_text(json.dumps(found, indent=1))
+        unfinished.replace(result)
+        return found
 
 
 def finished(rows: Sequence[Row], work_dir: str | Path) -> Iterator[dict]:

@@ -21,6 +21,7 @@ from mmvssm.engine.errors import UsageError
 from .memory import keep_freed_memory
 from .quiet import silence_noise
 from .ranks import rank_by_launcher
+from .work_dir import release_work_dirs
 
 # When rank 0 has ended, its launcher ends all others well within this time.
 _SECONDS_TO_BE_ENDED = 10
@@ -59,6 +60,8 @@ def run_tool(main: Callable[[], int | None]) -> None:
         if _debugs():
             traceback.print_exception(error)
         _say(text)
+    finally:
+        release_work_dirs()
     if code != 1 and distributed.is_available() and distributed.is_initialized():
         # Left to the end of the interpreter, the threads of a process group may
         # abort the process there, after all is done. After a crash, others may

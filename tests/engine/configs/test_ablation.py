@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from mmengine.runner import Runner
 
 pytest.importorskip('mmseg')
 
@@ -89,7 +90,7 @@ def test_train_skip_and_go_on(data, tmp_path, monkeypatch):
         return ablation.train_row(rope, cfg, seed, tmp_path)
 
     # Interrupted after the last iteration, before the test.
-    monkeypatch.setattr(ablation.Runner, 'test', lambda self: 1 / 0)
+    monkeypatch.setattr(Runner, 'test', lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train()
     monkeypatch.undo()
@@ -104,7 +105,7 @@ def test_train_skip_and_go_on(data, tmp_path, monkeypatch):
     assert first['seconds_per_iteration'] > 0
 
     # Finished: nothing is built.
-    monkeypatch.setattr(ablation.Runner, 'from_cfg', None)
+    monkeypatch.setattr(ablation, 'build_runner', None)
     assert train() == first == json.loads((folder / 'result.json').read_text())
     monkeypatch.undo()
 
