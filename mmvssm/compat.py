@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, repeat
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -204,41 +204,50 @@ def why_no_detection() -> str | None:
     return None
 
 
-def start_behind_seen(loop: 'IterBasedTrainLoop') -> bool:
-    """Let a training loop continue after the images it has seen, without loading them.
+def renew_sampler(loop: 'IterBasedTrainLoop') -> bool:
+    """Let an endless sampler begin with its first image again.
 
     The loops of mmengine up to 0.10.7 make their iterator, and so the workers, before a
-    hook can change the loader. They load the batches that they skip.
+    hook can change the loader. The workers have then taken images of the sampler.
 
     Args:
         loop: A loop that has run no iteration in this process.
 
     Returns:
-        Whether the loop does so. If not, it loads the batches again and drops them.
+        Whether the sampler gives its first image next.
     """
     from mmengine.dataset import InfiniteSampler
 
+    if _makes_iterator_late(loop):
+        return True
     loader, sampler = loop.dataloader, loop.dataloader.sampler
-    iterator = type(loop.dataloader_iterator)
-    if hasattr(iterator, 'skip_iter'):
-        return hasattr(sampler, 'skip')
-    moves = isinstance(sampler, InfiniteSampler) and loader.batch_size is not None
-    seen = loop.iter if moves else 0
-    if moves:
-        # Workers have already taken indices from the stream, so make a new one.
-        again = InfiniteSampler(sampler.dataset, sampler.shuffle, sampler.seed)
-        sampler.indices = islice(again.indices, seen * loader.batch_size, None)
+    if not isinstance(sampler, InfiniteSampler) or loader.batch_size is None:
+        return False
+    again = InfiniteSampler(sampler.dataset, sampler.shuffle, sampler.seed)
+    sampler.indices = again.indices
+    return True
 
+
+def _makes_iterator_late(loop: 'IterBasedTrainLoop') -> bool:
+    return hasattr(type(loop.dataloader_iterator), 'skip_iter')
+
+
+def take_batches_from(loop: 'IterBasedTrainLoop', batches: Iterator) -> None:
+    """Let a training loop take its batches from another iterator than its own.
+
+    The loops of mmengine up to 0.10.7 ask for the batches that were seen, one by one,
+    where newer ones call ``skip_iter``.
+
+    Args:
+        loop: A loop that has run no iteration in this process.
+        batches: Begins behind the batches that were seen. Its ``skip_iter`` does
+            nothing.
+    """
     # Private attribute of torch. Persistent workers would be kept otherwise.
-    loader._iterator = None
-
-    def batches() -> Iterator:
-        for _ in range(seen):
-            yield None
-        yield from iterator(loader)
-
-    loop.dataloader_iterator = batches()
-    return moves
+    loop.dataloader._iterator = None
+    if not _makes_iterator_late(loop):
+        batches = chain(repeat(None, loop.iter), batches)
+    loop.dataloader_iterator = batches
 
 
 def drop_messages(unwanted: re.Pattern) -> None:

@@ -74,15 +74,27 @@ default_hooks['checkpoint'].update(by_epoch=True, interval=1)
 log_processor = dict(by_epoch=True, window_size=1)
 """
 
+# The same epochs for a loop that counts iterations.
+EPOCHS_OF_ITERATIONS = """
+train_dataloader.update(
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    batch_sampler=dict(type='ToyBatches', drop_last=False))
+"""
+
 
 @DATASETS.register_module()
 class ToyDataset(torch.utils.data.Dataset):
     """Images that Python's, NumPy's and torch's generators change."""
 
+    stuck = False
+
     def __len__(self):
         return 11
 
     def __getitem__(self, index):
+        if self.stuck:
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait(lambda: False, 60)
         image = torch.full((3, 4, 4), index / 11) + random.random()
         image = image + float(np.random.rand()) + torch.rand(3, 4, 4)
         return dict(inputs=image, img_path=f'image_{index}.png')
@@ -168,6 +180,8 @@ class ToyEvent(Hook):
     ``nan@N``: an image of iteration N is not finite; ``weight@N``: a weight;
     ``module:NAME@N``: what that module gives.
     ``validation@N``: it is killed as the one after iteration N begins.
+    ``stuck@N``: the process is told to stop while it waits in vain for the first
+    image after iteration N. ``val-SIGTERM@N``: it is in the validation after that.
     ``hold@N``: iteration N lasts until the training is told to stop. ``lose@N``: in
     iteration N rank 1 is killed, and no other goes on. With TOY_RANK only in that
     rank.
@@ -210,6 +224,8 @@ class ToyEvent(Hook):
             Path(runner.work_dir, f'holds_{runner.rank}').touch()
             (stopper,) = (h for h in runner.hooks if isinstance(h, PreemptionHook))
             wait(lambda: stopper.reason)
+        elif self.what == 'stuck':
+            ToyDataset.stuck = True
         elif self.what == 'lose':
             if runner.rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -227,7 +243,13 @@ class ToyEvent(Hook):
         if self.what == 'validation' and runner.iter == self.number:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        if self.what == 'val-SIGTERM' and runner.iter == self.number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def before_train(self, runner):
+        if self.what == 'stuck' and not self.number:
+            ToyDataset.stuck = True
         if 'MASTER_PORT' in os.environ:
             path = Path(runner.work_dir, f'port_{runner.rank}')
             path.write_text(os.environ['MASTER_PORT'])

@@ -10,19 +10,23 @@ from mmengine.fileio import join_path
 from mmengine.runner import FlexibleRunner, Runner, save_checkpoint
 
 from .errors import UsageError
+from .training.epoch_loop import resume_within_epochs
 from .training.sharding import WholeWeightsHook
 
 
 def build_runner(cfg: Config) -> 'Runner | ShardedRunner':
     """mmengine's runner, or the one that shards if the config has a ``strategy``.
 
+    In both, :class:`ResumableEpochLoop` takes the place of ``EpochBasedTrainLoop``.
+
     Args:
-        cfg: After :func:`prepare_launch`.
+        cfg: After :func:`prepare_launch`. Its ``train_cfg`` is changed in place.
 
     Raises:
         UsageError: The strategy is another than :class:`FSDPStrategy`, there is no
             launcher, or the config has what cannot be sharded.
     """
+    resume_within_epochs(cfg)
     strategy = cfg.get('strategy')
     if strategy is None:
         return Runner.from_cfg(cfg)

@@ -6,7 +6,12 @@ from pathlib import Path
 from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 from mmengine.fileio import join_path
 from mmengine.hooks import CheckpointHook
-from mmengine.runner import IterBasedTrainLoop, Runner, find_latest_checkpoint
+from mmengine.runner import (
+    EpochBasedTrainLoop,
+    IterBasedTrainLoop,
+    Runner,
+    find_latest_checkpoint,
+)
 
 from mmvssm import compat
 from mmvssm.checkpoints import CheckpointError
@@ -21,7 +26,13 @@ from mmvssm.engine.checkpoints.files import (
 )
 from mmvssm.engine.checkpoints.loaders import safely
 from mmvssm.engine.checkpoints.weights import check_resumed, check_start, unwrap
-from mmvssm.engine.training.epoch_loop import ResumableEpochLoop
+from mmvssm.engine.training.epoch_loop import (
+    BatchesBehind,
+    ResumableEpochLoop,
+    has_epochs,
+    is_endless,
+    sampler_of,
+)
 from mmvssm.engine.training.rng import (
     BatchSeeds,
     get_rng_state,
@@ -47,8 +58,8 @@ class SafeCheckpointHook(CheckpointHook):
       latest falls back to the newest that can be read.
     - What mmengine's ``Runner`` resumes or starts from (``load_from``) is read
       without running anything the file holds.
-    - With ``IterBasedTrainLoop`` and ``InfiniteSampler``, or with
-      :class:`ResumableEpochLoop`, a resumed training goes on with the same
+    - With ``IterBasedTrainLoop`` and ``InfiniteSampler`` or ``DefaultSampler``, or
+      with :class:`ResumableEpochLoop`, a resumed training goes on with the same
       bits as one that never stopped: the states of the generators of random
       numbers of every rank are in the checkpoint (under ``rng``), and the
       sampler goes on behind the images seen.
@@ -145,13 +156,19 @@ class SafeCheckpointHook(CheckpointHook):
         isolate_loader(loader, runner.seed)
         if runner.val_loop is not None:
             isolate_loader(runner.val_dataloader, runner.seed)
-        if isinstance(runner.train_loop, IterBasedTrainLoop):
-            skips = compat.start_behind_seen(runner.train_loop)
-            seeds = BatchSeeds(loader, runner.seed, runner.rank)
-            seeds.begin(runner.iter if skips else 0)
-        elif isinstance(runner.train_loop, ResumableEpochLoop):
+        loop = runner.train_loop
+        if isinstance(loop, IterBasedTrainLoop):
+            _start_behind_seen(runner)
+        elif isinstance(loop, ResumableEpochLoop):
             self._batch_seeds = BatchSeeds(
                 loader, runner.seed, runner.rank, len(loader)
+            )
+        elif isinstance(loop, EpochBasedTrainLoop):
+            runner.logger.warning(
+                f'{type(loop).__name__} repeats an epoch from its start if the '
+                'training is stopped within it and resumed: set '
+                "train_cfg.type='mmvssm.ResumableEpochLoop' to go on behind the images "
+                'seen.'
             )
         counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
         if not self.by_epoch and self.interval % counts:
@@ -217,14 +234,14 @@ class SafeCheckpointHook(CheckpointHook):
                 f'{self.last_ckpt or "the start"}.'
             )
 
-    def save_now(self, runner: Runner) -> None:
-        """Save at the end of an iteration, unless this has been done already.
+    def save_now(self, runner: Runner, step: int) -> None:
+        """Save after so many iterations, unless this has been done already.
 
-        All ranks must call it, in ``after_train_iter``.
+        All ranks must call it: in ``after_train_iter`` with ``runner.iter + 1``, in
+        validation with ``runner.iter``.
         """
-        if self.has_saved(runner.iter + 1):
+        if self.has_saved(step):
             return
-        step = runner.iter + 1
         meta = dict(epoch=runner.epoch, iter=step)
         if self.by_epoch:
             step = f'{runner.epoch}_iter_{step}'
@@ -240,8 +257,12 @@ class SafeCheckpointHook(CheckpointHook):
             checkpoint['rng'] = self._rng_states
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int | str, meta: dict):
-        self._rng_states = all_gather_object(self._rng_before_val or get_rng_state())
+        self._write(runner, step, meta)
+        # Not before: a signal may end the process where all is saved.
         self._saved_iter = meta['iter']
+
+    def _write(self, runner: Runner, step: int | str, meta: dict) -> None:
+        self._rng_states = all_gather_object(self._rng_before_val or get_rng_state())
         previous = self.last_ckpt
         name = self.filename_tmpl.format(step)
         self.last_ckpt = join_path(self.out_dir, name)
@@ -347,6 +368,24 @@ def _give_seed(runner: Runner) -> None:
     if hasattr(sampler, 'seed') and 'seed' not in options:
         by_rank = (runner.cfg.get('randomness') or {}).get('diff_rank_seed', False)
         sampler.seed = runner.seed - (runner.rank if by_rank else 0)
+
+
+def _start_behind_seen(runner: Runner) -> None:
+    """Let iterations go on behind the batches seen, without making these again."""
+    loop, loader = runner.train_loop, runner.train_dataloader
+    endless = is_endless(loader)
+    if has_epochs(loader) or (endless and compat.renew_sampler(loop)):
+        length = None if endless else len(loader)
+        seeds = BatchSeeds(loader, runner.seed, runner.rank, length)
+        batches = BatchesBehind(loader, runner.iter, seeds.begin)
+        compat.take_batches_from(loop, batches)
+    else:
+        runner.logger.warning(
+            f'{type(sampler_of(loader)).__name__} cannot begin behind the images seen: '
+            'a resumed training first makes all earlier batches again, as slowly as it '
+            'loads them. Take train_dataloader.sampler.type=InfiniteSampler or '
+            'DefaultSampler, or a sampler with the attribute epoch and set_epoch.'
+        )
 
 
 def _on_main(work: Callable):

@@ -1,16 +1,21 @@
 """Stop a training that a cluster wants the machine of, and lose nothing."""
 
+import logging
 import os
 import signal
+import sys
+import threading
 import time
 
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from mmvssm.engine.errors import UsageError
 from mmvssm.engine.launching.ranks import Ranks
+from mmvssm.engine.launching.work_dir import release_work_dirs
 from mmvssm.engine.training.epoch_loop import ResumableEpochLoop
+from mmvssm.engine.training.sharding import WholeWeightsHook
 from mmvssm.registry import HOOKS
 
 from .checkpoint import SafeCheckpointHook
@@ -19,6 +24,8 @@ from .checkpoint import SafeCheckpointHook
 # and tools/train.py ends with it while it starts.
 PREEMPTED = 75
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# How long one of several ranks waits for the next iteration, if it has nothing to lose.
+_PATIENCE = 10.0
 
 
 @HOOKS.register_module()
@@ -33,10 +40,16 @@ class PreemptionHook(Hook):
     ``default_hooks.checkpoint``), and the process exits with code 75. ``tools/
     train.py --resume auto`` goes on from there, with the same bits.
 
-    During validation a signal takes effect at once if the iteration before it
-    has been saved, else after the next iteration. With ``EpochBasedTrainLoop``
-    nothing is saved within an epoch: the process ends after the iteration, and
-    resuming repeats the epoch. :class:`ResumableEpochLoop` has no such loss.
+    Where no iteration was done since the last checkpoint, or since the start, there
+    is nothing to save or to finish: while a process waits for data, starts workers,
+    passes over what was seen, or validates, it ends at once, and one of several ranks
+    after 10 seconds in which they could not agree. A validation that follows
+    iterations which are not saved is left after the image in progress, and done again
+    on resuming.
+
+    With ``EpochBasedTrainLoop`` nothing is saved within an epoch: the process ends
+    after the iteration, and resuming repeats the epoch. :class:`ResumableEpochLoop` has
+    no such loss.
 
     Args:
         minutes_before_end: Also stop so many minutes before the time in the
@@ -54,19 +67,12 @@ class PreemptionHook(Hook):
         if minutes_before_end is not None and end is not None:
             self.deadline = float(end) - 60 * minutes_before_end
         self._replaced = {}
-
-    def before_run(self, runner: Runner) -> None:
-        """Listen for signals from here on."""
-        for number in _SIGNALS:
-            self._replaced[number] = signal.signal(number, self._note)
-
-    def after_run(self, runner: Runner) -> None:
-        """Give signals back their former meaning."""
-        for number, handler in self._replaced.items():
-            signal.signal(number, handler)
+        self._busy = False
 
     def before_train(self, runner: Runner) -> None:
-        """Look for the hook that saves.
+        """Look for the hook that saves; listen for signals from here on.
+
+        Before, and in a test, they mean what they meant: there is nothing to save.
 
         Raises:
             UsageError: There is none.
@@ -79,27 +85,80 @@ class PreemptionHook(Hook):
                 "default_hooks=dict(checkpoint=dict(type='mmvssm.SafeCheckpointHook', "
                 '...)) in the config.'
             )
-        self.saver = savers[0]
+        self.saver, self.runner, self._pid = savers[0], runner, os.getpid()
+        self._done = runner.iter
+        for number in _SIGNALS:
+            self._replaced[number] = signal.signal(number, self._note)
+
+    def after_run(self, runner: Runner) -> None:
+        """Give signals back their former meaning."""
+        for number, handler in self._replaced.items():
+            signal.signal(number, handler)
+        self._replaced.clear()
+
+    def before_train_iter(self, runner: Runner, *args, **kwargs) -> None:
+        """There is something to finish."""
+        self._busy = True
 
     def after_train_iter(self, runner: Runner, *args, **kwargs) -> None:
         """Stop here if any rank is to stop."""
-        if not self._asked_to_stop():
-            return
         # Within a sum of gradients its first part would be lost.
-        if not runner.optim_wrapper.should_update():
-            return
-        if isinstance(runner.train_loop, (IterBasedTrainLoop, ResumableEpochLoop)):
-            self.saver.save_now(runner)
-        self._stop(runner, runner.iter + 1)
+        if self._asked_to_stop() and runner.optim_wrapper.should_update():
+            if self._can_save(runner):
+                self.saver.save_now(runner, runner.iter + 1)
+            self._stop(runner, runner.iter + 1)
+        self._done, self._busy = runner.iter + 1, False
+
+    def before_val(self, runner: Runner) -> None:
+        """Several ranks agree after an image."""
+        self._busy = bool(self._replaced) and self.ranks.group is not None
+
+    def after_val(self, runner: Runner) -> None:
+        """Nothing is left to finish."""
+        self._busy = False
 
     def after_val_iter(self, runner: Runner, *args, **kwargs) -> None:
         """Stop here if any rank is to, and nothing would be lost."""
-        in_training = hasattr(self, 'saver')
-        if in_training and self.saver.has_saved(runner.iter) and self._asked_to_stop():
-            self._stop(runner, runner.iter)
+        in_training = bool(self._replaced)
+        if not in_training or not self._asked_to_stop():
+            return
+        if not self.saver.has_saved(runner.iter):
+            if not self._can_save(runner):
+                return
+            for hook in runner.hooks:
+                # They put back the weights that are trained.
+                if isinstance(hook, (EMAHook, WholeWeightsHook)):
+                    hook.after_val_epoch(runner)
+            self.saver.save_now(runner, runner.iter)
+        self._stop(runner, runner.iter)
+
+    def _can_save(self, runner: Runner) -> bool:
+        """Whether resuming goes on from where a checkpoint is made."""
+        return isinstance(runner.train_loop, (IterBasedTrainLoop, ResumableEpochLoop))
 
     def _note(self, number: int, frame: object) -> None:
+        if os.getpid() != self._pid:
+            return  # A worker that has just been forked.
         self.reason = signal.Signals(number).name
+        if self.ranks.group is None:
+            self._end_if_idle()
+        else:
+            timer = threading.Timer(_PATIENCE, self._end_if_idle)
+            timer.daemon = True
+            timer.start()
+
+    def _end_if_idle(self) -> None:
+        """End at once if nothing is to be finished or saved.
+
+        Not by an exception, which whatever is at work could catch.
+        """
+        if self._busy or not self.saver.has_saved(self._done):
+            return
+        self._announce_end(self.runner, self._done)
+        logging.shutdown()
+        sys.stdout.flush()
+        release_work_dirs()
+        os._exit(PREEMPTED)
 
     def _asked_to_stop(self) -> bool:
         if not self.reason and time.time() >= self.deadline:
@@ -110,10 +169,13 @@ class PreemptionHook(Hook):
         # Launchers end all processes when the first has ended: rank 0 first
         # finishes writing.
         self.ranks.wait()
+        self._announce_end(runner, iteration)
+        raise SystemExit(PREEMPTED)
+
+    def _announce_end(self, runner: Runner, iteration: int) -> None:
         if is_main_process():
             reason = self.reason or 'another rank was told to'
             runner.logger.warning(
                 f'stopped after iteration {iteration}: {reason}. The latest '
                 f'checkpoint is {self.saver.last_ckpt}; go on with --resume.'
             )
-        raise SystemExit(PREEMPTED)

@@ -1,12 +1,14 @@
 """Epochs that go on where a training was stopped."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
+from mmengine.config import Config
 from mmengine.runner import EpochBasedTrainLoop
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
+from mmvssm.engine.errors import UsageError
 from mmvssm.registry import LOOPS
 
 _INFO = 'position_in_epoch'
@@ -41,7 +43,14 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
 
     def _saved_position(self) -> int:
         hub = self.runner.message_hub
-        if self.iter == 0 or _INFO not in hub.runtime_info:
+        if self.iter == 0:
+            return 0
+        if _INFO not in hub.runtime_info:
+            if self.iter != self.epoch * len(self.dataloader):
+                self.runner.logger.warning(
+                    f'the checkpoint of iteration {self.iter} does not say how far '
+                    f'epoch {self.epoch + 1} was: it begins at its start'
+                )
             return 0
         position, batches = hub.get_info(_INFO)
         if position and batches != len(self.dataloader):
@@ -70,6 +79,108 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         self.position = position
         info = [position, len(self.dataloader)]
         self.runner.message_hub.update_info(_INFO, info)
+
+
+def resume_within_epochs(cfg: Config) -> bool:
+    """Put :class:`ResumableEpochLoop` in the place of ``EpochBasedTrainLoop``.
+
+    Args:
+        cfg: Changed in place.
+
+    Returns:
+        Whether it had that loop.
+    """
+    loop = cfg.get('train_cfg') or {}
+    if loop.get('type') is None and not loop.get('by_epoch'):
+        return False
+    names = ('EpochBasedTrainLoop', 'mmengine.EpochBasedTrainLoop')
+    if loop.get('type') not in (None, *names, EpochBasedTrainLoop):
+        return False
+    loop.pop('by_epoch', None)
+    loop['type'] = 'mmvssm.ResumableEpochLoop'
+    return True
+
+
+class BatchesBehind:
+    """The batches behind those seen for ``IterBasedTrainLoop``, without end.
+
+    The same as mmengine's iterator gives, which starts an epoch anew when one has
+    ended. But it does not begin with the first batch of the first, and does not wait
+    for two seconds between epochs.
+
+    Args:
+        loader: One whose sampler :func:`has_epochs` or :func:`is_endless`. No iterator
+            of it has been made.
+        seen: How many batches were trained on.
+        begin: Called as ``begin(position, epoch)`` before each epoch's first batch,
+            which has the number ``position``.
+
+    Raises:
+        UsageError: The loader has no batches.
+    """
+
+    def __init__(
+        self, loader: DataLoader, seen: int, begin: Callable[[int, int], None]
+    ):
+        self.loader, self.begin = loader, begin
+        self.epoch, self.position = 0, seen
+        self.iterator: Iterator | None = None
+        if is_endless(loader):
+            return
+        if not len(loader):
+            raise UsageError(
+                'train_dataloader has no batch: the data set is empty, or has fewer '
+                'images than batch_size while drop_last is on.'
+            )
+        self.epoch, self.position = divmod(seen, len(loader))
+
+    def __iter__(self) -> 'BatchesBehind':
+        return self
+
+    def __next__(self) -> Any:
+        # Not before: hooks may yet set another epoch.
+        if self.iterator is None:
+            self._start()
+        try:
+            return next(self.iterator)
+        except StopIteration:
+            self.epoch, self.position = self.epoch + 1, 0
+            self._start()
+            return next(self.iterator)
+
+    def _start(self) -> None:
+        sampler = sampler_of(self.loader)
+        if hasattr(sampler, 'set_epoch'):
+            sampler.set_epoch(self.epoch)
+        self.begin(self.position, self.epoch)
+        if self.position:
+            pass_over(self.loader, self.position)
+        self.iterator = iter(self.loader)
+
+    def skip_iter(self, batches: int) -> None:
+        """What the loop of mmengine calls to pass over batches: it has been done."""
+
+
+def has_epochs(loader: DataLoader) -> bool:
+    """Whether the number of an epoch alone decides what a loader gives in it."""
+    sampler = sampler_of(loader)
+    if isinstance(sampler, SequentialSampler):
+        return True
+    return hasattr(sampler, 'set_epoch') and hasattr(sampler, 'epoch')
+
+
+def is_endless(loader: DataLoader) -> bool:
+    """Whether a loader never comes to the end of its only epoch.
+
+    Samplers without end have a ``set_epoch`` that does nothing, as mmengine's have.
+    """
+    sampler = sampler_of(loader)
+    return hasattr(sampler, 'set_epoch') and not hasattr(sampler, 'epoch')
+
+
+def sampler_of(loader: DataLoader) -> Any:
+    """What gives single numbers of images."""
+    return getattr(loader.batch_sampler, 'sampler', None)
 
 
 def pass_over(loader: DataLoader, batches: int) -> None:

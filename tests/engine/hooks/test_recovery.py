@@ -9,6 +9,7 @@ import torch
 from mmvssm.engine.checkpoints.files import newest_training_state
 from toy import (
     EPOCHS,
+    EPOCHS_OF_ITERATIONS,
     environment,
     final_weights,
     same_bits,
@@ -72,6 +73,64 @@ def test_stopped_within_epochs_ends_with_the_same_bits(workers, tmp_path):
     # The weights moved up to the end.
     before = torch.load(tmp_path / 'out/epoch_4.pth')['state_dict']
     assert not same_bits(final_weights(tmp_path), before)
+
+
+@pytest.mark.parametrize(
+    'workers',
+    ['', WORKERS, WORKERS.replace('True', 'False')],
+    ids=['alone', 'workers', 'new workers'],
+)
+def test_iterations_over_epochs_end_with_the_same_bits(workers, tmp_path):
+    write_toy(tmp_path, EPOCHS_OF_ITERATIONS + workers)
+    # Within the first epoch of six batches, and at the end of the third.
+    events = ('SIGTERM@4', 'SIGUSR1@18', '')
+    _, *parts = train_each(tmp_path, WHOLE, *[(event, *RESUME) for event in events])
+    assert [code for code, _ in parts] == [75, 75, 0], parts[-1][1]
+    assert 'resumed epoch: 0, iter: 18' in parts[-1][1]
+    assert same_bits(final_weights(tmp_path), final_weights(tmp_path, 'whole'))
+
+
+def test_told_to_stop_while_it_waits_for_data(tmp_path):
+    write_toy(tmp_path, iters=7)
+    first, second, third, whole = train_each(
+        tmp_path, ('stuck@0', *RESUME), ('stuck@5', *RESUME), ('', *RESUME), WHOLE
+    )
+    for step, (code, log) in zip((0, 5), (first, second)):
+        assert code == 75, log
+        assert f'stopped after iteration {step}: SIGTERM' in log
+    assert third[0] == 0, third[1]
+    assert same_bits(final_weights(tmp_path), final_weights(tmp_path, 'whole'))
+
+
+_AVERAGED = """
+custom_hooks += [dict(type='EMAHook', momentum=0.3)]
+train_cfg.update(val_interval=7)
+"""
+
+
+def test_told_to_stop_in_a_validation_saves_what_it_follows(tmp_path):
+    write_toy(tmp_path, _AVERAGED, iters=9)
+    whole, stopped, resumed = train_each(
+        tmp_path, WHOLE, ('val-SIGTERM@7', *RESUME), ('', *RESUME)
+    )
+    assert (whole[0], stopped[0], resumed[0]) == (0, 75, 0), stopped[1] + resumed[1]
+    assert 'stopped after iteration 7: SIGTERM' in stopped[1]
+    assert 'iter_7.pth; go on with --resume' in stopped[1]
+    assert 'mean:' not in stopped[1]
+    assert resumed[1].index('mean:') < resumed[1].index('Iter(train) [8/9]')
+    assert same_bits(final_weights(tmp_path), final_weights(tmp_path, 'whole'))
+
+
+def test_told_to_stop_at_the_loop_that_cannot_go_on_says_so(tmp_path):
+    write_toy(
+        tmp_path, EPOCHS + "train_cfg['type'] = 'EpochBasedTrainLoop'\n", iters=30
+    )
+    # The tool takes the loop that can.
+    _, *parts = train_each(tmp_path, WHOLE, ('SIGTERM@9', *RESUME), ('', *RESUME))
+    assert [code for code, _ in parts] == [75, 0], parts[-1][1]
+    assert 'epoch_1_iter_9.pth' in parts[0][1]
+    assert 'repeats an epoch' not in parts[0][1]
+    assert same_bits(final_weights(tmp_path), final_weights(tmp_path, 'whole'))
 
 
 def test_epoch_of_another_length_is_repeated(tmp_path):
