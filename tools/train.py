@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 
 
 def parse_args() -> argparse.Namespace:
@@ -87,6 +88,19 @@ def exit_when_told_to_stop() -> None:
 
     for name in {'SIGTERM', 'SIGUSR1'} & set(dir(signal)):
         signal.signal(getattr(signal, name), leave)
+
+    def watch() -> None:
+        while number := os.read(told, 1):
+            if signal.getsignal(number[0]) is leave:
+                leave()
+
+    # Python calls a handler between two steps of its own. Where it waits in compiled
+    # code, such as for another process, only a thread can end it.
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main(args: argparse.Namespace) -> None:

@@ -2,20 +2,25 @@
 
 import os
 import signal
+import socket
 
 import pytest
 import torch
 
+import warm
 from mmvssm.engine.checkpoints.files import newest_training_state
+from tiny import REPO
 from toy import (
     EPOCHS,
     EPOCHS_OF_ITERATIONS,
     environment,
     final_weights,
+    free_port,
     same_bits,
     train_each,
     train_pair,
     train_ranks,
+    wait,
     write_toy,
 )
 
@@ -247,6 +252,30 @@ def test_told_to_stop_while_starting(name, tmp_path):
     write_toy(tmp_path, f"__import__('signal').raise_signal({signal.Signals[name]:d})")
     ((code, log),) = train_each(tmp_path, ('', *RESUME))
     assert (code, log) == (75, '')
+
+
+def test_told_to_stop_while_it_waits_for_the_other_rank(tmp_path):
+    write_toy(tmp_path)
+    port = free_port()
+    meeting = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, RANK='0', LOCAL_RANK='0')
+    log = tmp_path / 'log.txt'
+    process = warm.start(
+        [REPO / 'tools/train.py', 'toy_config.py', '--launcher', 'pytorch'],
+        *(log, log),
+        cwd=tmp_path,
+        env={**os.environ, **environment(), **meeting, 'WORLD_SIZE': '2'},
+    )
+    try:
+        wait(lambda: answers(int(port)))
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 75, log.read_text()
+    finally:
+        warm.kill(process)
+
+
+def answers(port):
+    with socket.socket() as client:
+        return client.connect_ex(('127.0.0.1', port)) == 0
 
 
 def test_stops_before_the_time_of_the_job_is_up(tmp_path):
