@@ -70,6 +70,9 @@ class SafeCheckpointHook(CheckpointHook):
             there is no checkpoint yet. (``load_from`` beside ``resume=True`` is what
             to resume from.) Must have the whole backbone of the model.
         kwargs: Of ``CheckpointHook``.
+
+    Attributes:
+        writing: Whether a checkpoint is being written.
     """
 
     def __init__(self, *args, start_from: str | None = None, **kwargs):
@@ -78,6 +81,7 @@ class SafeCheckpointHook(CheckpointHook):
         self._failures = WholeFileBackend.failures
         self._unwritten = ''
         self._saved_iter = -1
+        self.writing = False
         self._rng_states: list[dict] = []
         self._rng_to_restore: dict | None = None
         self._rng_before_val: dict | None = None
@@ -257,8 +261,10 @@ class SafeCheckpointHook(CheckpointHook):
             checkpoint['rng'] = self._rng_states
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int | str, meta: dict):
+        # A signal may end the process where all is saved, and not before.
+        self.writing = True
         self._write(runner, step, meta)
-        # Not before: a signal may end the process where all is saved.
+        self.writing = False
         self._saved_iter = meta['iter']
 
     def _write(self, runner: Runner, step: int | str, meta: dict) -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook, Hook
@@ -26,6 +27,8 @@ PREEMPTED = 75
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # How long one of several ranks waits for the next iteration, if it has nothing to lose.
 _PATIENCE = 10.0
+# How long a process that has something to lose waits for the data of the next.
+_PATIENCE_WITH_DATA = 120.0
 
 
 @HOOKS.register_module()
@@ -43,7 +46,8 @@ class PreemptionHook(Hook):
     Where no iteration was done since the last checkpoint, or since the start, there
     is nothing to save or to finish: while a process waits for data, starts workers,
     passes over what was seen, or validates, it ends at once, and one of several ranks
-    after 10 seconds in which they could not agree. A validation that follows
+    after 10 seconds in which they could not agree. Where data does not come, it ends
+    after two minutes in any case. A validation that follows
     iterations which are not saved is left after the image in progress, and done again
     on resuming.
 
@@ -143,17 +147,28 @@ class PreemptionHook(Hook):
         if self.ranks.group is None:
             self._end_if_idle()
         else:
-            timer = threading.Timer(_PATIENCE, self._end_if_idle)
-            timer.daemon = True
-            timer.start()
+            self._later(_PATIENCE, self._end_if_idle)
+        self._later(_PATIENCE_WITH_DATA, self._end_if_stuck, self._done)
+
+    def _later(self, seconds: float, work: Callable, *arguments: int) -> None:
+        timer = threading.Timer(seconds, work, arguments)
+        timer.daemon = True
+        timer.start()
 
     def _end_if_idle(self) -> None:
-        """End at once if nothing is to be finished or saved.
+        """End at once if nothing is to be finished or saved."""
+        if not self._busy and self.saver.has_saved(self._done):
+            self._end()
 
-        Not by an exception, which whatever is at work could catch.
-        """
-        if self._busy or not self.saver.has_saved(self._done):
-            return
+    def _end_if_stuck(self, done: int) -> None:
+        """End if no data came since so many iterations were done, whatever is lost."""
+        idle = not self._busy and not self.saver.writing
+        if idle and self._done == done:
+            self.reason += f', and no data in {_PATIENCE_WITH_DATA:.0f} seconds'
+            self._end()
+
+    def _end(self) -> None:
+        # Not by an exception, which whatever is at work could catch.
         self._announce_end(self.runner, self._done)
         logging.shutdown()
         sys.stdout.flush()
