@@ -75,6 +75,24 @@ def test_a_process_has_its_own_lock_twice(tmp_path):
         pass
 
 
+def test_ranks_join_as_the_runner_would_let_them(tmp_path, monkeypatch):
+    joined = []
+    monkeypatch.setattr(
+        work_dir, 'init_dist', lambda *args, **kwargs: joined.append((args, kwargs))
+    )
+    cfg = Config(
+        dict(
+            work_dir=str(tmp_path),
+            launcher='pytorch',
+            env_cfg=dict(dist_cfg=dict(backend='nccl', timeout=9)),
+        )
+    )
+    lock_work_dir(cfg).release()
+    cfg.launcher = 'none'
+    lock_work_dir(cfg).release()
+    assert joined == [(('pytorch',), dict(backend='nccl', timeout=9))]
+
+
 @pytest.mark.parametrize(
     'changes',
     [
