@@ -151,6 +151,31 @@ def test_sampler_that_cannot_is_named_with_the_remedy(caplog):
     assert vars(loop) == dict(dataloader=loader, iter=0)
 
 
+class EarlyIterator:
+    """As mmengine up to 0.10.7 has it: it takes images before a hook is asked."""
+
+    def __init__(self, loader):
+        self.taken = iter(loader)
+        next(self.taken)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('sampler', ['shuffled', 'endless'])
+def test_loop_that_makes_its_iterator_early(sampler, workers, hurried):
+    whole = numbers(_InfiniteDataloaderIterator(make_loader(sampler)), 0, 15)
+    loader = make_loader(sampler, num_workers=workers, persistent_workers=workers > 0)
+    loop = SimpleNamespace(dataloader=loader, iter=7)
+    loop.dataloader_iterator = EarlyIterator(loader)
+    checkpoint._start_behind_seen(
+        SimpleNamespace(
+            train_loop=loop, train_dataloader=loader, iter=7, seed=3, rank=0
+        )
+    )
+    # It asks for every batch that was seen, and drops it.
+    assert [next(loop.dataloader_iterator) for _ in range(7)] == [None] * 7
+    assert numbers(loop.dataloader_iterator, 0, 5) == whole[7:12]
+
+
 @pytest.mark.parametrize(
     ('loop', 'changed'),
     [
