@@ -280,6 +280,7 @@ def test_all_ranks_hear_what_rank_0_finds(taken, tmp_path):
 def held_training(folder):
     """A training that waits in its third iteration until it is told to stop."""
     log = folder / 'held.txt'
+    log.touch()
     process = warm.start(
         [REPO / 'tools/train.py', 'toy_config.py', *OUT],
         *(log, log),
