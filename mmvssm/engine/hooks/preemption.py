@@ -72,6 +72,7 @@ class PreemptionHook(Hook):
             self.deadline = float(end) - 60 * minutes_before_end
         self._replaced = {}
         self._busy = False
+        self._timers: list[threading.Timer] = []
 
     def before_train(self, runner: Runner) -> None:
         """Look for the hook that saves; listen for signals from here on.
@@ -99,6 +100,8 @@ class PreemptionHook(Hook):
         for number, handler in self._replaced.items():
             signal.signal(number, handler)
         self._replaced.clear()
+        for timer in self._timers:
+            timer.cancel()
 
     def before_train_iter(self, runner: Runner, *args, **kwargs) -> None:
         """There is something to finish."""
@@ -154,6 +157,7 @@ class PreemptionHook(Hook):
         timer = threading.Timer(seconds, work, arguments)
         timer.daemon = True
         timer.start()
+        self._timers.append(timer)
 
     def _end_if_idle(self) -> None:
         """End at once if nothing is to be finished or saved."""

@@ -37,6 +37,8 @@ def in_training():
     yield hook, runner
     hook.after_run(runner)
     assert signal.getsignal(TERM) is before
+    # Nothing of it ends a process that goes on to something else.
+    wait(lambda: not any(isinstance(t, threading.Timer) for t in threading.enumerate()))
 
 
 def of_several_ranks(hook):

@@ -126,7 +126,7 @@ def test_told_to_stop_in_a_validation_saves_what_it_follows(tmp_path):
     assert same_bits(final_weights(tmp_path), final_weights(tmp_path, 'whole'))
 
 
-def test_told_to_stop_at_the_loop_that_cannot_go_on_says_so(tmp_path):
+def test_tools_take_the_epoch_loop_that_can_go_on(tmp_path):
     write_toy(
         tmp_path, EPOCHS + "train_cfg['type'] = 'EpochBasedTrainLoop'\n", iters=30
     )

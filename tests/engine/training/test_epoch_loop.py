@@ -19,7 +19,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from mmvssm.engine import UsageError
+from mmvssm.engine import SafeCheckpointHook, UsageError
 from mmvssm.engine.hooks import checkpoint
 from mmvssm.engine.training.epoch_loop import (
     BatchesBehind,
@@ -149,6 +149,18 @@ def test_sampler_that_cannot_is_named_with_the_remedy(caplog):
     assert 'train_dataloader.sampler.type=InfiniteSampler' in caplog.text
     # It is left to mmengine.
     assert vars(loop) == dict(dataloader=loader, iter=0)
+
+
+def test_other_tools_are_told_of_the_loop_that_repeats_epochs(caplog):
+    runner = SimpleNamespace(
+        train_loop=object.__new__(EpochBasedTrainLoop),
+        train_dataloader=make_loader('shuffled'),
+        **dict(val_loop=None, optim_wrapper=None, logger=logging.getLogger()),
+        **dict(cfg={}, seed=0, rank=0),
+    )
+    SafeCheckpointHook()._prepare_loaders(runner)
+    assert 'EpochBasedTrainLoop repeats an epoch from its start' in caplog.text
+    assert "train_cfg.type='mmvssm.ResumableEpochLoop'" in caplog.text
 
 
 class EarlyIterator:
