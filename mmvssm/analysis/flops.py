@@ -90,8 +90,9 @@ def count_flops(
                 name: fake.from_tensor(tensor)
                 for name, tensor in (*model.named_parameters(), *model.named_buffers())
             }
-            device = next(iter(state.values())).device if state else 'cpu'
-            image = torch.empty(tuple(input_shape), device=device)
+            floats = [x for x in state.values() if x.is_floating_point()]
+            like = floats[0] if floats else torch.empty(0)
+            image = like.new_empty(tuple(input_shape))
             set_img_shapes(image, [input_shape[2:]] * input_shape[0])
             with counter, _WholeOps(counter):
                 functional_call(model, state, (image,))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mmvssm.backbones.padding import masked_maps
 from mmvssm.errors import CheckpointError
 from mmvssm.layers import resize_position
+from mmvssm.ops import autocast
 
 # Loads a checkpoint into a module and returns a report. mmvssm.checkpoints imports this
 # file and sets this function.
@@ -32,11 +34,18 @@ class Backbone(BaseModule):
     """An mmengine module that loads published checkpoints without conversion.
 
     A subclass computes maps in :meth:`compute_maps`, and tells their sizes by
-    :meth:`whole_size` and :meth:`map_sizes`.
+    :meth:`whole_size` and :meth:`map_sizes`. It sets ``in_channels``, ``min_size`` and
+    ``patch_embed``.
 
     Args:
         init_cfg, mask_padding: See :class:`VSSM`.
     """
+
+    in_channels: int
+    # Height and width of the smallest image, in pixels.
+    min_size: int
+    # The stem, which begins with a convolution.
+    patch_embed: nn.Module
 
     def __init__(
         self, init_cfg: dict | list[dict] | None = None, mask_padding: bool = False
@@ -50,7 +59,7 @@ class Backbone(BaseModule):
         """Compute the maps of ``out_indices``.
 
         Args:
-            x: Images (B, in_channels, H, W).
+            x: Images (B, in_channels, H, W), of the dtype of the weights.
             img_shapes: With ``mask_padding``, height and width of each image in
                 pixels; what is below and to the right is padding. None: those that
                 the data preprocessor ``mmvssm.DetDataPreprocessor``, or
@@ -62,7 +71,8 @@ class Backbone(BaseModule):
             are filled up with zeros rather than left out.
 
         Raises:
-            ValueError: ``img_shapes`` does not fit, is missing, or is given without
+            ValueError: ``x`` is no batch of such images or of another dtype, or
+                ``img_shapes`` does not fit, is missing, or is given without
                 ``mask_padding``.
             RuntimeError: Masked images in a backbone that is sharded or has
                 synchronised batch norms in training.
@@ -79,6 +89,21 @@ class Backbone(BaseModule):
     def compute_maps(self, x: Tensor) -> tuple:
         """Compute the maps of images that fill the batch."""
         raise NotImplementedError
+
+    def check_images(self, x: Tensor) -> None:
+        """Raise ValueError unless ``x`` is a batch that :meth:`compute_maps` takes."""
+        name, size = type(self).__name__, self.min_size
+        if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < size:
+            raise ValueError(
+                f'{name} takes images (B, {self.in_channels}, H, W) of at least '
+                f'{size}x{size} pixels, got a tensor of shape {tuple(x.shape)}'
+            )
+        weight = next(self.patch_embed.parameters(), x)
+        if x.dtype != weight.dtype and not _is_cast(x, weight):
+            raise ValueError(
+                f'the weights of {name} are {weight.dtype} and the images {x.dtype}: '
+                f'pass images.to({weight.dtype}), normalised as in the training'
+            )
 
     def whole_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The least image size of whole patches in which another one has room."""
@@ -110,6 +135,16 @@ class Backbone(BaseModule):
             options = {key: cfg[key] for key in ('prefix', 'weights') if key in cfg}
             report = _load_pretrained(self, cfg['checkpoint'], **options)
             print_log(str(report), logger='current')
+
+
+def _is_cast(x: Tensor, weight: Tensor) -> bool:
+    """Whether images and the weights of a convolution get one dtype before it runs."""
+    if not x.is_floating_point():
+        return False
+    # Weights in shards may get another dtype when they are gathered.
+    if weight.ndim != 4 or hasattr(weight, 'placements'):
+        return True
+    return autocast.is_enabled(x) and torch.float64 not in (x.dtype, weight.dtype)
 
 
 def with_pretrained(

@@ -130,7 +130,7 @@ class HierarchicalBackbone(Backbone):
             halving rounds the size up. Only the patch embedding of VMamba's v0 drops
             rows and columns that do not fill a patch.
         """
-        self._check_input(x)
+        self.check_images(x)
         x = self.patch_embed(channels_last(x))
         outs = []
         for i, stage in enumerate(self.layers):
@@ -182,15 +182,6 @@ class HierarchicalBackbone(Backbone):
             return
         for module in (self.patch_embed, *self.layers[: self.frozen_stages]):
             module.eval().requires_grad_(False)
-
-    def _check_input(self, x: torch.Tensor) -> None:
-        size = self.min_size
-        if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < size:
-            raise ValueError(
-                f'{type(self).__name__} takes images (B, {self.in_channels}, H, W) '
-                f'of at least {size}x{size} pixels, got a tensor of shape '
-                f'{tuple(x.shape)}'
-            )
 
 
 def resolve_arch(

@@ -123,6 +123,7 @@ class IsotropicMamba(Backbone):
         self.return_tokens = return_tokens or classification
         self.out_channels = (channels,) * len(self.out_indices)
         self.patch_size, self.stride = arch['patch_size'], arch['stride']
+        self.min_size = self.patch_size
         self.rope = None
         self.rope_residual = False
         self.grid = self._grid_of(img_size)
@@ -175,7 +176,7 @@ class IsotropicMamba(Backbone):
             One (B, C, H', W') map for each entry of ``out_indices``, contiguous, all of
             one size. With ``return_tokens``, pairs of a map and the tokens (B, n, C).
         """
-        self._check_input(x)
+        self.check_images(x)
         x = self.patch_embed(x)
         size = tuple(x.shape[2:])
         positions = self.token_positions(size[0] * size[1])
@@ -276,15 +277,6 @@ class IsotropicMamba(Backbone):
     def _grid_of(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
         sides = parse_img_size(img_size, self.patch_size)
         return tuple((side - self.patch_size) // self.stride + 1 for side in sides)
-
-    def _check_input(self, x: torch.Tensor) -> None:
-        size = self.patch_size
-        if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < size:
-            raise ValueError(
-                f'{type(self).__name__} takes images (B, {self.in_channels}, H, W) of '
-                f'at least {size}x{size} pixels, one patch, got a tensor of shape '
-                f'{tuple(x.shape)}'
-            )
 
     @torch.no_grad()
     def _init_mixers(self, depth: int, as_published: bool) -> None:
