@@ -3,8 +3,9 @@
 For every image this writes NAME_overlay.png, the image with the prediction painted over
 it. A segmentor also writes NAME_labels.png, whose pixel values are class numbers
 counted from 0. A detector also writes NAME_objects.json with categories, scores, boxes
-and masks. Files that cannot be read are skipped and listed at the end. The exit code is
-then 1.
+and masks. Images are read as the config's test reads them. Those that cannot be read,
+or that the model refuses, are skipped and listed at the end with the reason. The exit
+code is then 1.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Predict every image. Returns 1 if some could not be read."""
+    """Predict every image. Returns 1 if some were skipped."""
     from mmengine.utils import track_iter_progress
 
     from mmvssm import engine
@@ -67,13 +68,11 @@ def main(args: argparse.Namespace) -> int:
     taken, skipped = set(), []
     for path in track_iter_progress(images):
         try:
-            image = infer.read_image(path)
-            prediction = task.predict(model, image)
-        except OSError as error:
+            prediction = infer.predict(model, path)
+        except infer.ImageError as error:
             skipped.append(f'{path}: {error}')
             continue
-        name = infer.free_name(path, taken)
-        task.save(model, image, prediction, out_dir / name)
+        task.save(model, *prediction, out_dir / infer.free_name(path, taken))
     print(
         f'\n{len(images) - len(skipped)} of {len(images)} images {task.VERB}, '
         f'results in {out_dir}'

@@ -9,7 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from mmengine.dataset import pseudo_collate
-from PIL import Image
+
+from mmvssm.analysis.pictures import load_picture
 
 IGNORED = 255
 IGNORED_COLOUR = (255, 255, 255)
@@ -110,7 +111,7 @@ def write_model_contact_sheet(
     with torch.no_grad():
         for index in evenly_spaced(len(dataset), max_rows):
             (sample,) = model.test_step(pseudo_collate([dataset[int(index)]]))
-            images.append(np.asarray(Image.open(sample.img_path).convert('RGB')))
+            images.append(load_picture(sample.img_path, dataset))
             truths.append(_label_map(sample.gt_sem_seg))
             predictions.append(_label_map(sample.pred_sem_seg))
     model.train(was_training)

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from mmengine.dataset import pseudo_collate
-from PIL import Image
 
 from mmvssm.analysis.contact_sheet import PANEL_INCHES, evenly_spaced
+from mmvssm.analysis.pictures import load_picture
 
 MASK_OPACITY = 0.45
 
@@ -129,7 +129,7 @@ def write_detector_sheet(
     with torch.no_grad():
         for index in evenly_spaced(len(dataset), max_rows):
             (sample,) = model.test_step(pseudo_collate([dataset[int(index)]]))
-            images.append(np.asarray(Image.open(sample.img_path).convert('RGB')))
+            images.append(load_picture(sample.img_path, dataset))
             found = sample.pred_instances
             # The best ones are drawn last, over others of the same object.
             found = found[found.scores.argsort()]

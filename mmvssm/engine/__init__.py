@@ -27,6 +27,7 @@ from .hooks.checkpoint import SafeCheckpointHook
 from .hooks.float32_regions import Float32RegionsHook
 from .hooks.labels_only import LabelsOnlyHook
 from .hooks.non_finite import NonFiniteLossError, NonFiniteLossHook
+from .hooks.painting import PaintingHook
 from .hooks.preemption import PreemptionHook
 from .inference.labels_only import labels_only
 from .labels.check import check_labels
@@ -51,6 +52,7 @@ __all__ = [
     'LayerDecayOptimWrapperConstructor',
     'NonFiniteLossError',
     'NonFiniteLossHook',
+    'PaintingHook',
     'PreemptionHook',
     'ResumableEpochLoop',
     'SafeCheckpointHook',

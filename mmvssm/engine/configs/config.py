@@ -24,6 +24,8 @@ _DICTS = (
 )
 _LISTS_OR_DICTS = ('val_evaluator', 'test_evaluator')
 _LISTS = ('custom_hooks', 'tta_pipeline')
+# In their place comes one that reads images as the test does.
+_VISUALIZATION_HOOKS = ('SegVisualizationHook', 'DetVisualizationHook')
 _STRINGS = ('work_dir', 'default_scope', 'load_from', 'model.type')
 
 
@@ -280,6 +282,11 @@ def enable_painting(
             '--show and --show-dir need a visualizer and the hook '
             "default_hooks.visualization=dict(type='SegVisualizationHook')."
         )
-    hook.update(draw=True, interval=1, show=show, wait_time=wait_time)
+    settings = dict(show=show, wait_time=wait_time)
+    if str(hook.get('type')).rpartition('.')[2] in _VISUALIZATION_HOOKS:
+        hook = dict(type='mmvssm.PaintingHook', **settings)
+        cfg.default_hooks.visualization = hook
+    else:
+        hook.update(draw=True, interval=1, **settings)
     if show_dir:
         cfg.visualizer.save_dir = show_dir

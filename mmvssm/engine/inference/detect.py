@@ -1,12 +1,10 @@
-"""Detect objects in images, and write what was found."""
+"""Write the objects that were detected in an image."""
 
 import json
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-from mmdet.apis import inference_detector
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import encode_mask_results
 from mmdet.visualization import DetLocalVisualizer
@@ -17,38 +15,23 @@ VERB = 'searched'
 PAINTED_SCORE = 0.3
 
 
-def predict(model: nn.Module, image: np.ndarray) -> DetDataSample:
-    """Find the objects in an image (H, W, 3), BGR, in its own pixels.
-
-    Raises:
-        OSError: The image cannot be resized to what the model takes.
-    """
-    try:
-        return inference_detector(model, image)
-    except cv2.error as error:
-        height, width = image.shape[:2]
-        raise OSError(
-            f'an image of {width}x{height} pixels cannot be resized as the config asks'
-        ) from error
-
-
 def save(
-    model: nn.Module, image: np.ndarray, prediction: DetDataSample, path: Path
+    model: nn.Module, picture: np.ndarray, prediction: DetDataSample, path: Path
 ) -> None:
     """Write ``path`` + ``_overlay.png`` and ``path`` + ``_objects.json``."""
-    save_overlay(model, image, prediction, Path(f'{path}_overlay.png'))
+    save_overlay(model, picture, prediction, Path(f'{path}_overlay.png'))
     save_objects(model, prediction, Path(f'{path}_objects.json'))
 
 
 def save_overlay(
-    model: nn.Module, image: np.ndarray, prediction: DetDataSample, path: Path
+    model: nn.Module, picture: np.ndarray, prediction: DetDataSample, path: Path
 ) -> None:
-    """Write the image with boxes and masks painted over it."""
+    """Write the picture with boxes and masks painted over it."""
     painter = DetLocalVisualizer()
     painter.dataset_meta = model.dataset_meta
     painter.add_datasample(
         path.stem,
-        image[..., ::-1],
+        picture,
         prediction.cpu(),
         draw_gt=False,
         pred_score_thr=PAINTED_SCORE,

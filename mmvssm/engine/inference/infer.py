@@ -2,26 +2,51 @@
 
 import copy
 import glob
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
-import mmcv
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import nn
 
+from mmvssm.analysis.pictures import loads_bgr, to_picture, transforms_of
 from mmvssm.engine.checkpoints.weights import load_weights
 from mmvssm.engine.configs.config import is_detector
 from mmvssm.engine.errors import UsageError
 from mmvssm.engine.inference.labels_only import leave_out_logits
 
+# What a transform or a model raises of an image that it cannot take. Anything else is a
+# bug, and not of the image.
+_OF_THE_IMAGE = (
+    *(OSError, ValueError, RuntimeError, AssertionError, MemoryError, cv2.error),
+)
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+
+
+class ImageError(Exception):
+    """One image cannot be predicted; the message says why, in one line."""
+
+
+class Prediction(NamedTuple):
+    """What a model says of an image.
+
+    Attributes:
+        picture (numpy.ndarray): The image to paint over, RGB, uint8 (H, W, 3).
+        sample: mmseg's or mmdet's data sample, for the image's own pixels.
+    """
+
+    picture: np.ndarray
+    sample: Any
 
 
 def find_images(patterns: Iterable[str]) -> list[Path]:
@@ -68,8 +93,8 @@ def choose_task(cfg: Config) -> ModuleType:
 
     Returns:
         The module ``detect`` or ``segment`` of this folder: each has
-        ``predict(model, image)``, ``save(model, image, prediction, path)`` and
-        ``VERB``. Only the toolbox of the task is imported.
+        ``save(model, picture, sample, path)`` and ``VERB``. Only the toolbox of the
+        task is imported.
     """
     if is_detector(cfg):
         from . import detect as task
@@ -94,8 +119,9 @@ def load_model(
 
     Returns:
         The model in eval mode, with ``cfg`` and ``dataset_meta`` attached as
-        the toolboxes' functions for inference expect. A segmentor of mmseg's kinds
-        predicts labels without logits, see :func:`mmvssm.engine.labels_only`.
+        the toolboxes' functions for inference expect, and ``transforms``, with which
+        the config's test reads images. A segmentor of mmseg's kinds predicts labels
+        without logits, see :func:`mmvssm.engine.labels_only`.
 
     Raises:
         UsageError: There is no such device, or the checkpoint does not belong to
@@ -114,23 +140,89 @@ def load_model(
     cfg.model.backbone.pop('init_cfg', None)
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).to(device)
     load_weights(model, checkpoint, weights)
-    # Knows classes and palette without a look at its files.
+    # Knows classes, palette and transforms without a look at its files.
     dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
     model.cfg, model.dataset_meta = cfg, dataset.metainfo
+    model.transforms = [x for x in transforms_of(dataset) if not _loads_labels(x)]
     leave_out_logits(model)
     return model.eval()
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read an image (H, W, 3), BGR, whatever its mode is.
+def _loads_labels(transform: Any) -> bool:
+    name = type(transform).__name__
+    return name.startswith('Load') and name.endswith('Annotations')
+
+
+def predict(model: nn.Module, path: Path) -> Prediction:
+    """Predict an image file, read and prepared as the config's test does it.
+
+    Args:
+        model: Of :func:`load_model`.
+        path: The file.
 
     Raises:
-        OSError: The file is missing, cut short or not an image.
+        ImageError: It is missing, cut short or no image, or a transform or the model
+            does not take it. What is not the image's fault is raised as it is.
     """
-    with Image.open(path) as picture:
-        # OpenCV would take a file that is cut short, and fill up with grey.
-        picture.load()
-    image = mmcv.imread(str(path))
-    if image is None:
-        raise OSError(f'{path} is not an image that OpenCV reads')
-    return image
+    load, *others = model.transforms
+    results = _load(load, path)
+    image = np.array(results['img'])
+    for transform in others:
+        results = _transform(transform, results, image)
+    try:
+        with torch.no_grad():
+            (sample,) = model.test_step(pseudo_collate([results]))
+    except _OF_THE_IMAGE as error:
+        raise ImageError(_first_line(error)) from error
+    return Prediction(to_picture(image, loads_bgr(load)), sample)
+
+
+def _load(load: Callable[[dict], dict | None], path: Path) -> dict:
+    """What the transform that loads images makes of a file."""
+    try:
+        if getattr(load, 'imdecode_backend', None) != 'tifffile':
+            _refuse_cut_file(path)
+        results = load(dict(img_path=str(path), img_id=0))
+    except Exception as error:
+        # Decoders fail in any way.
+        raise ImageError(_first_line(error)) from error
+    if results is None or results.get('img') is None:
+        raise ImageError('it cannot be read as an image')
+    return results
+
+
+def _transform(
+    transform: Callable[[dict], dict | None], results: dict, image: np.ndarray
+) -> dict:
+    try:
+        found = transform(results)
+    except _OF_THE_IMAGE as error:
+        height, width, *channels = image.shape
+        raise ImageError(
+            f'{type(transform).__name__} cannot take an image of {width}x{height} '
+            f'pixels, {channels[0] if channels else 1} channels and {image.dtype}: '
+            f'{_first_line(error)}'
+        ) from error
+    if found is None:
+        raise ImageError(f'{type(transform).__name__} leaves it out')
+    return found
+
+
+def _refuse_cut_file(path: Path) -> None:
+    """Raise OSError for a file that is cut short, where Pillow knows its format.
+
+    OpenCV would take it, and fill up with grey.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+        except (UnidentifiedImageError, Image.DecompressionBombError):
+            # Another one may read it.
+            return
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,9 +1,8 @@
-"""Segment images, and write what was found."""
+"""Write the classes that were predicted for an image."""
 
 from pathlib import Path
 
 import numpy as np
-from mmseg.apis import inference_model
 from mmseg.structures import SegDataSample
 from mmseg.visualization import SegLocalVisualizer
 from PIL import Image
@@ -12,27 +11,22 @@ from torch import nn
 VERB = 'segmented'
 
 
-def predict(model: nn.Module, image: np.ndarray) -> SegDataSample:
-    """Segment an image (H, W, 3), BGR, at its own size."""
-    return inference_model(model, image)
-
-
 def save(
-    model: nn.Module, image: np.ndarray, prediction: SegDataSample, path: Path
+    model: nn.Module, picture: np.ndarray, prediction: SegDataSample, path: Path
 ) -> None:
     """Write ``path`` + ``_overlay.png`` and ``path`` + ``_labels.png``."""
-    save_overlay(model, image, prediction, Path(f'{path}_overlay.png'))
+    save_overlay(model, picture, prediction, Path(f'{path}_overlay.png'))
     save_label_map(model, prediction, Path(f'{path}_labels.png'))
 
 
 def save_overlay(
-    model: nn.Module, image: np.ndarray, prediction: SegDataSample, path: Path
+    model: nn.Module, picture: np.ndarray, prediction: SegDataSample, path: Path
 ) -> None:
-    """Write the image with the predicted classes painted over it."""
+    """Write the picture with the predicted classes painted over it."""
     painter = SegLocalVisualizer(alpha=0.6)
     painter.dataset_meta = model.dataset_meta
     painter.add_datasample(
-        path.stem, image[..., ::-1], prediction, draw_gt=False, out_file=str(path)
+        path.stem, picture, prediction, draw_gt=False, out_file=str(path)
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from mmvssm.analysis.contact_sheet import evenly_spaced
 from mmvssm.analysis.detection_sheet import Objects
 from mmvssm.analysis.label_sheet import write_mask_sheet, write_object_sheet
+from mmvssm.analysis.pictures import loads_bgr, to_picture
 from mmvssm.engine.errors import UsageError
 
 from .check import Inspected
@@ -70,8 +71,6 @@ def _samples(reader: Reader, first: Sequence[int], rows: int) -> list[Sample]:
 
 
 def _is_drawable(sample: Sample) -> bool:
-    if sample.image.ndim == 3 and sample.image.shape[2] not in (1, 3, 4):
-        return False
     if sample.labels is not None:
         return sample.labels.shape == sample.image.shape[:2]
     return 'gt_bboxes' in sample.results
@@ -84,7 +83,8 @@ def _write(
     classes: Sequence[str],
     ignored: int | None,
 ) -> Path:
-    images = [_picture(sample.image) for sample in samples]
+    bgr = loads_bgr(reader.transforms[0])
+    images = [to_picture(sample.image, bgr) for sample in samples]
     palette = list(reader.dataset.metainfo.get('palette') or [])
     rng = np.random.default_rng(0)
     while len(palette) < len(classes):
@@ -111,18 +111,6 @@ def _title(sample: Sample, classes: Sequence[str], ignored: int | None) -> str:
             name = classes[label]
         parts.append(f'{name} {count / sample.labels.size:.0%}')
     return f'{os.path.basename(sample.path)}: {", ".join(parts)}'
-
-
-def _picture(image: np.ndarray) -> np.ndarray:
-    """RGB of an image as mmcv loads it, blue first."""
-    if image.ndim == 2:
-        image = image[..., None]
-    if image.shape[2] == 1:
-        image = image.repeat(3, 2)
-    image = image[..., 2::-1].astype(np.float32)
-    if image.max() > 255:
-        image = image * (255 / image.max())
-    return image.astype(np.uint8)
 
 
 def _objects(sample: Sample) -> Objects:

@@ -94,8 +94,11 @@ def test_tta_and_painting_need_their_parts(path):
     assert cfg.model.type == 'SegTTAModel'
     assert cfg.model.module.type == 'EncoderDecoder'
     enable_painting(cfg, 'pictures')
-    assert cfg.default_hooks.visualization.draw
+    assert cfg.default_hooks.visualization.type == 'mmvssm.PaintingHook'
     assert cfg.visualizer.save_dir == 'pictures'
+    cfg.default_hooks.visualization = dict(type='OwnHook')
+    enable_painting(cfg, 'pictures')
+    assert cfg.default_hooks.visualization.draw
     bare = Config(dict(model={}))
     with pytest.raises(UsageError, match='tta_model and tta_pipeline'):
         enable_tta(bare)
