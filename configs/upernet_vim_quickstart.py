@@ -15,7 +15,7 @@ model = dict(
     ),
     # Strides of 4 to 32 pixels, as from patches of 16.
     neck=dict(
-        type='Feature2Pyramid',
+        type='mmvssm.Feature2Pyramid',
         embed_dim=96,
         rescales=[2, 1, 0.5, 0.25],
         norm_cfg={{_base_.norm_cfg}},

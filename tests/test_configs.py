@@ -47,24 +47,23 @@ def build(cfg):
     return revert_sync_batchnorm(MODELS.build(cfg.model))
 
 
-def batch(cfg, number=2):
+def batch(cfg, number=2, size=(64, 96)):
     samples = []
     for _ in range(number):
         sample = SegDataSample(
             metainfo=dict(
-                img_shape=(64, 96),
-                ori_shape=(64, 96),
-                pad_shape=(64, 96),
+                img_shape=size,
+                ori_shape=size,
+                pad_shape=size,
                 img_path='',
                 flip=False,
             )
         )
-        labels = torch.randint(0, cfg.model.decode_head.num_classes, (1, 64, 96))
+        labels = torch.randint(0, cfg.model.decode_head.num_classes, (1, *size))
         sample.set_data(dict(gt_sem_seg=_pixels(labels)))
         samples.append(sample)
-    images = [
-        torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8) for _ in range(number)
-    ]
+    shape = (cfg.model.backbone.get('in_channels', 3), *size)
+    images = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(number)]
     return dict(inputs=images, data_samples=samples)
 
 
@@ -90,6 +89,24 @@ def test_loss_and_prediction(path):
     labels = predictions[0].pred_sem_seg.data
     assert labels.shape == (1, 64, 96)
     assert 0 <= labels.min() and labels.max() < cfg.model.decode_head.num_classes
+    predict_small_images(cfg, model)
+
+
+@torch.no_grad()
+def predict_small_images(cfg, model):
+    """Images of any size are predicted, or refused in one sentence."""
+    least = model.backbone.min_size
+    # In patches, which the smallest size of a hierarchical backbone need not be.
+    needed = {'mmvssm.Feature2Pyramid': 4 if least == 8 else 2}
+    needed = least * needed.get(cfg.model.get('neck', {}).get('type'), 1)
+    for side in {1, least, least + 1, needed - 1, needed}:
+        data = batch(cfg, 1, (side, 2 * side))
+        if side < needed:
+            with pytest.raises(ValueError, match=r'takes images .*of at least'):
+                model.test_step(data)
+        else:
+            (sample,) = model.test_step(data)
+            assert sample.pred_sem_seg.data.shape == (1, side, 2 * side)
 
 
 @pytest.mark.parametrize('path', SEGMENTORS, ids=names)
@@ -214,7 +231,7 @@ def test_published_settings_of_vim(name, backbone, width, head, rate, parameters
         init_cfg=dict(type='Pretrained', checkpoint=f'mmvssm://{name}'),
     )
     assert dict(model.backbone) == common | backbone
-    assert model.neck.type == 'Feature2Pyramid' and model.neck.embed_dim == width
+    assert model.neck.type == 'mmvssm.Feature2Pyramid' and model.neck.embed_dim == width
     assert (model.decode_head.type, model.decode_head.channels) == ('UPerHead', head)
     assert model.decode_head.in_channels == [width] * 4
     assert model.auxiliary_head.in_channels == width

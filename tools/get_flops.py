@@ -27,13 +27,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace):
-    """Build the model. Returns it with the default size of its image."""
+    """Build the model. Returns it with the channels and default size of its image."""
     import mmvssm
     from mmvssm import engine
     from mmvssm.analysis.detectors import CountableDetector
+    from mmvssm.engine.configs.model import image_channels
 
     if args.model in mmvssm.list_models():
-        return mmvssm.build_classifier(args.model), [224]
+        return mmvssm.build_classifier(args.model), 3, [224]
     if not args.model.endswith('.py'):
         raise engine.UsageError(
             f'{args.model} is neither a config (NAME.py) nor one of '
@@ -45,10 +46,11 @@ def build(args: argparse.Namespace):
 
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    channels = image_channels(cfg)
     if not engine.is_detector(cfg):
-        return model, [512, 2048]
+        return model, channels, [512, 2048]
     try:
-        return CountableDetector(model), [800, 1280]
+        return CountableDetector(model), channels, [800, 1280]
     except ValueError as error:
         raise engine.UsageError(f'{args.model}: {error}.') from error
 
@@ -58,13 +60,13 @@ def main(args: argparse.Namespace) -> None:
     from mmvssm.analysis.flops import count_flops
     from mmvssm.engine import UsageError
 
-    model, size = build(args)
+    model, channels, size = build(args)
     size = args.shape or size
     if len(size) > 2 or min(size) < 1:
         raise UsageError(f'--shape takes HEIGHT WIDTH, got {size}.')
     height, width = size[0], size[-1]
     try:
-        result = count_flops(model, (1, 3, height, width))
+        result = count_flops(model, (1, channels, height, width))
     except ValueError as error:
         raise UsageError(f'{args.model} at {height}x{width}: {error}') from error
     print(f'{args.model} at {height}x{width}')

@@ -1,6 +1,11 @@
-"""Maps of several sizes from the maps of an isotropic backbone."""
+"""Maps of several sizes from the maps of an isotropic backbone.
+
+This file can be imported without mmseg; only building its ``Feature2Pyramid`` needs it.
+"""
 
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,3 +95,41 @@ class PlainPyramid(BaseModule):
 
 def _twice(channels: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(channels, channels, 2, stride=2)
+
+
+@MODELS.register_module(name='Feature2Pyramid')
+def feature2pyramid(*args: Any, **options: Any) -> nn.Module:
+    """Build mmseg's ``Feature2Pyramid`` that says which maps are too small for it.
+
+    Its pooling drops rows and columns that do not fill a window, so a map must be as
+    high and wide as the largest window: 2 patches for ``rescales=[4, 2, 1, 0.5]``, 4
+    for ``[2, 1, 0.5, 0.25]``. :class:`PlainPyramid` takes maps of any size, and the
+    same weights.
+
+    Args:
+        *args, **options: Of mmseg's class.
+
+    Raises:
+        ValueError: When it is called: a map is too small.
+    """
+    return _feature2pyramid()(*args, **options)
+
+
+@cache
+def _feature2pyramid() -> type[nn.Module]:
+    from mmseg.models.necks import Feature2Pyramid as Published
+
+    class Feature2Pyramid(Published):
+        def forward(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            least = round(1 / min(*self.rescales, 1))
+            height, width = inputs[0].shape[2:]
+            if min(height, width) < least:
+                raise ValueError(
+                    f'Feature2Pyramid with rescales={list(self.rescales)} takes images '
+                    f'of at least {least}x{least} patches, got {height}x{width}: '
+                    f"resize the image, or set type='mmvssm.PlainPyramid', which takes "
+                    f'any size'
+                )
+            return super().forward(inputs)
+
+    return Feature2Pyramid

@@ -72,3 +72,22 @@ def test_registry():
         dict(type='mmvssm.PlainPyramid', channels=8, learned=False)
     )
     assert isinstance(neck, PlainPyramid) and not neck.learned
+
+
+@pytest.mark.parametrize('scales, least', [((4, 2, 1, 0.5), 2), ((2, 1, 0.5, 0.25), 4)])
+def test_mmsegs_pyramid_says_what_is_too_small(scales, least):
+    pytest.importorskip('mmseg')
+    from mmseg.models.necks import Feature2Pyramid
+
+    options = dict(embed_dim=8, rescales=list(scales), norm_cfg=dict(type='BN'))
+    own = MMENGINE_MODELS.build(dict(options, type='mmvssm.Feature2Pyramid')).eval()
+    theirs = Feature2Pyramid(**options).eval()
+    theirs.load_state_dict(own.state_dict())
+    maps = [torch.randn(1, 8, least, least + 1)] * 4
+    assert isinstance(own, Feature2Pyramid)
+    assert all(map(torch.equal, own(maps), theirs(maps)))
+    for size in ((least - 1, 9), (9, least - 1)):
+        with pytest.raises(
+            ValueError, match=rf'{least}x{least} patches, got {size[0]}x'
+        ):
+            own([torch.randn(1, 8, *size)] * 4)

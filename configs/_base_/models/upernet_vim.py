@@ -7,7 +7,9 @@ model = dict(
         out_indices=(5, 11, 17, 23),
         drop_path_rate=0.1,
     ),
-    neck=dict(type='Feature2Pyramid', embed_dim=192, norm_cfg={{_base_.norm_cfg}}),
+    neck=dict(
+        type='mmvssm.Feature2Pyramid', embed_dim=192, norm_cfg={{_base_.norm_cfg}}
+    ),
     decode_head=dict(in_channels=[192, 192, 192, 192], channels=192),
     auxiliary_head=dict(in_channels=192),
     # Windows of the size for which positions are learned.

@@ -12,6 +12,7 @@ from mmvssm.engine.errors import UsageError
 from mmvssm.engine.labels.metric import count_nan_classes
 
 from .explain import TOOLBOXES, is_scope
+from .model import check_channels, explain_small_images
 from .options import merge_options
 
 # Entries that the tools look into, and what they must be where they are given.
@@ -47,8 +48,9 @@ def load_config(
 
     Raises:
         UsageError: No such file, a file that is not a config, a key that is
-            missing, an option that does not fit, a default scope that is none, or
-            a detector where what detectors need is not installed.
+            missing, an option that does not fit, a default scope that is none, parts
+            that are for different numbers of image channels, or images or a detector
+            that need what is not installed.
     """
     cfg = _read(path)
     if options:
@@ -69,6 +71,8 @@ def load_config(
         )
     name = Path(path.split('::')[-1]).stem
     cfg.work_dir = work_dir or cfg.get('work_dir') or f'./work_dirs/{name}'
+    check_channels(cfg, path)
+    explain_small_images(cfg)
     count_nan_classes(cfg)
     leave_out_logits(cfg)
     return cfg

@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmvssm.backbones import set_img_shapes
+from mmvssm.backbones.base import Backbone
 from mmvssm.engine.checkpoints.weights import unwrap
 from mmvssm.engine.configs.image_sizes import Batch, inference_batches, training_batches
 from mmvssm.ops.backends import (
@@ -107,6 +108,7 @@ def calls_of(
         dtype: Of autocast, None without.
     """
     backbone = getattr(model, 'backbone', model)
+    channels = backbone.in_channels if isinstance(backbone, Backbone) else 3
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     with mode, Recorder() as recorder, torch.no_grad(), autocast:
@@ -115,7 +117,7 @@ def calls_of(
             for name, x in [*backbone.named_parameters(), *backbone.named_buffers()]
         }
         for number, *size in batches:
-            images = torch.empty(number, 3, *size, device=device)
+            images = torch.empty(number, channels, *size, device=device)
             set_img_shapes(images, [size] * number)
             torch.func.functional_call(backbone, state, (images,))
     return recorder.calls

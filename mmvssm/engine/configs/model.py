@@ -1,0 +1,77 @@
+"""Look at the model of a config before it is built."""
+
+from typing import Any
+
+from mmengine.config import Config
+
+from mmvssm.engine.errors import UsageError
+
+# Of mmseg and mmdet; they take means of 1 or 3 channels.
+_PREPROCESSORS = {
+    'SegDataPreProcessor': 'mmvssm.SegDataPreProcessor',
+    'DetDataPreprocessor': 'mmvssm.DetDataPreprocessor',
+}
+_PYRAMIDS = ('Feature2Pyramid', 'mmseg.Feature2Pyramid')
+
+
+def check_channels(cfg: Config, path: str) -> None:
+    """Refuse a model whose parts are for different numbers of image channels.
+
+    Args:
+        cfg: The config.
+        path: What messages call it.
+
+    Raises:
+        UsageError: ``in_channels`` and ``mean`` contradict each other, or the data
+            preprocessor takes no such number.
+    """
+    model = cfg.get('model') or {}
+    mean = _mean(model)
+    if mean is None:
+        return
+    kind = str(model.data_preprocessor.get('type')).rpartition('.')
+    if kind[0] != 'mmvssm' and kind[2] in _PREPROCESSORS and len(mean) not in (1, 3):
+        raise UsageError(
+            f'{path}: {kind[2]} takes images of 1 or 3 channels, and mean of '
+            f'data_preprocessor has {len(mean)} numbers: set type='
+            f'{_PREPROCESSORS[kind[2]]!r}, which takes any number.'
+        )
+    channels = _in_channels(model)
+    if channels is not None and len(mean) not in (1, channels):
+        raise UsageError(
+            f'{path}: in_channels of the backbone is {channels}, and mean of '
+            f'data_preprocessor has {len(mean)} numbers: both are the number of '
+            f'channels of the images.'
+        )
+
+
+def image_channels(cfg: Config) -> int:
+    """Number of channels of the images that a config's model takes."""
+    channels, mean = _in_channels(cfg.model), _mean(cfg.model) or ()
+    return channels or (len(mean) if len(mean) > 1 else 3)
+
+
+def explain_small_images(cfg: Config) -> None:
+    """Put ``mmvssm.Feature2Pyramid`` in the place of mmseg's.
+
+    Args:
+        cfg: Changed in place.
+    """
+    necks = (cfg.get('model') or {}).get('neck') or []
+    for neck in necks if isinstance(necks, (list, tuple)) else [necks]:
+        if isinstance(neck, dict) and neck.get('type') in _PYRAMIDS:
+            neck['type'] = 'mmvssm.Feature2Pyramid'
+
+
+def _mean(model: dict) -> list | None:
+    settings = model.get('data_preprocessor')
+    mean = settings.get('mean') if isinstance(settings, dict) else None
+    return list(mean) if isinstance(mean, (list, tuple)) and mean else None
+
+
+def _in_channels(model: dict) -> int | None:
+    """Those of the backbone; None if the config does not tell."""
+    backbone: Any = model.get('backbone') or {}
+    own = str(backbone.get('type')).startswith('mmvssm.')
+    channels = backbone.get('in_channels', 3 if own else None)
+    return channels if isinstance(channels, int) else None
