@@ -6,9 +6,10 @@ from functools import partial
 from tqdm import tqdm
 
 from mmvssm.datasets import make_quickstart_dataset
-from mmvssm.datasets.layouts import LAYOUTS
+from mmvssm.datasets.layouts import LAYOUTS, SUFFIXES
 
 ROOTS = {'ade20k': 'data/quickstart', 'coco': 'data/quickstart_coco'}
+FOUR_BANDS = '_four_bands'
 
 
 def parse_args() -> argparse.Namespace:
@@ -21,7 +22,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--root',
-        help='folder to make (default: data/quickstart or data/quickstart_coco)',
+        help='folder to make (default: data/quickstart or data/quickstart_coco, with '
+        f'{FOUR_BANDS} at the end where there are four)',
     )
     parser.add_argument(
         '--num-train', type=int, default=480, help='number of training images'
@@ -31,6 +33,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--size', type=int, default=128, help='shorter side of the images in pixels'
+    )
+    parser.add_argument(
+        '--bands',
+        type=int,
+        default=3,
+        choices=tuple(SUFFIXES),
+        help='3: JPEG photos; 4: TIFF files with a band of heights',
     )
     parser.add_argument('--seed', type=int, default=0, help='seed of the generator')
     parser.add_argument(
@@ -45,9 +54,10 @@ def main(args: argparse.Namespace) -> None:
     """Make the data set, and say where it is."""
     from mmvssm.engine import UsageError
 
+    default = ROOTS[args.layout] + (FOUR_BANDS if args.bands == 4 else '')
     try:
         root = make_quickstart_dataset(
-            args.root or ROOTS[args.layout],
+            args.root or default,
             args.num_train,
             args.num_val,
             args.size,
@@ -55,6 +65,7 @@ def main(args: argparse.Namespace) -> None:
             args.overwrite,
             progress=partial(tqdm, desc='making images', unit='image'),
             layout=args.layout,
+            bands=args.bands,
         )
     except (ValueError, FileExistsError, ImportError) as error:
         raise UsageError(str(error)) from error

@@ -13,6 +13,7 @@ from mmvssm.datasets.scenes import (
     OBJECT_CLASSES,
     Scene,
     random_crowded_scene,
+    random_heights,
     random_scene,
 )
 
@@ -28,6 +29,8 @@ OBJECT_PALETTE = (
 )
 # A pixel belongs to an object that covers at least this share of it.
 MASK_SHARE = 0.5
+# How names of images end, by the number of their bands.
+SUFFIXES = {3: '.jpg', 4: '.tif'}
 
 
 class Ade20kLayout:
@@ -36,8 +39,12 @@ class Ade20kLayout:
     ::
 
         root/
-          images/{training,validation}/*.jpg
+          images/{training,validation}/*.jpg        *.tif with four bands
           annotations/{training,validation}/*.png   0 unlabelled, 1..K classes
+
+    Args:
+        bands (int): 3 for colour photos, 4 for these and a band of heights. Defaults to
+            3.
     """
 
     generator = 'mmvssm quickstart data'
@@ -47,6 +54,9 @@ class Ade20kLayout:
     palette = ([70, 75, 85], *OBJECT_PALETTE)
     images = 'images/{training,validation}'
     labels = 'annotations/{training,validation}'
+
+    def __init__(self, bands: int = 3):
+        self.bands = bands
 
     def start(self, root: Path) -> None:
         """Make the folders."""
@@ -63,10 +73,10 @@ class Ade20kLayout:
         size: int,
         rng: np.random.Generator,
     ) -> None:
-        """Write one image as JPEG, with sensor noise, and its labels as PNG."""
+        """Write one image, with sensor noise, and its labels as PNG."""
         scene = random_scene(regions, *random_canvas(index, size, rng), rng)
         name = f'{split}_{index:05d}'
-        save_photo(scene, root / 'images' / split / f'{name}.jpg', rng)
+        save_image(scene, root / 'images' / split / name, rng, self.bands)
         Image.fromarray(scene.label_map()).save(
             root / 'annotations' / split / f'{name}.png'
         )
@@ -92,9 +102,15 @@ class CocoLayout:
           train2017/*.jpg  annotations/instances_train2017.json
           val2017/*.jpg    annotations/instances_val2017.json
 
+    (or ``*.tif`` with four bands)
+
     Besides objects of usual size there are tiny ones, crowds of tiny ones (each crowd
     is one ``iscrowd`` region), and images without objects. A mask has the pixels of
     which the visible part of an object covers at least half, as run lengths.
+
+    Args:
+        bands (int): 3 for colour photos, 4 for these and a band of heights. Defaults to
+            3.
     """
 
     generator = 'mmvssm quickstart data, COCO'
@@ -106,6 +122,9 @@ class CocoLayout:
     folders = dict(zip(SPLITS, ('train2017', 'val2017')))
     # One of this many images has no object.
     empty_every = 16
+
+    def __init__(self, bands: int = 3):
+        self.bands = bands
 
     def start(self, root: Path) -> None:
         """Make the folders.
@@ -135,15 +154,15 @@ class CocoLayout:
         size: int,
         rng: np.random.Generator,
     ) -> None:
-        """Write one image as JPEG, with sensor noise, and remember its objects."""
+        """Write one image, with sensor noise, and remember its objects."""
         height, width = random_canvas(index, size, rng)
         scene, instances = random_crowded_scene(regions, height, width, rng)
         if index % self.empty_every == self.empty_every - 1:
             scene, instances = Scene(scene.background, ()), ()
-        name = f'{index + 1:012d}.jpg'
-        save_photo(scene, root / self.folders[split] / name, rng)
+        name = root / self.folders[split] / f'{index + 1:012d}'
+        path = save_image(scene, name, rng, self.bands)
         self._images[split].append(
-            dict(id=index + 1, file_name=name, width=width, height=height)
+            dict(id=index + 1, file_name=path.name, width=width, height=height)
         )
         visible = scene.visible_coverage()[1:]
         for members in instances:
@@ -189,7 +208,7 @@ class CocoLayout:
     def is_whole(self, root: Path, counts: Mapping[str, int]) -> bool:
         """Whether no file is missing."""
         return all(
-            len(list(root.glob(f'{folder}/*.jpg'))) == counts[split]
+            len(list(root.glob(f'{folder}/*{SUFFIXES[self.bands]}'))) == counts[split]
             and root.joinpath(f'annotations/instances_{folder}.json').is_file()
             for split, folder in self.folders.items()
         )
@@ -206,9 +225,42 @@ def random_canvas(index: int, size: int, rng: np.random.Generator) -> tuple[int,
     return (size, longer) if rng.random() < 0.5 else (longer, size)
 
 
-def save_photo(scene: Scene, path: Path, rng: np.random.Generator) -> None:
-    """Write a scene as JPEG, with sensor noise."""
-    pixels = scene.image()
-    pixels = pixels + rng.normal(0, rng.uniform(0.005, 0.03), pixels.shape)
-    pixels = np.clip(pixels * 255 + 0.5, 0, 255).astype(np.uint8)
-    Image.fromarray(pixels).save(path, quality=int(rng.integers(75, 96)))
+def save_image(
+    scene: Scene, name: Path, rng: np.random.Generator, bands: int = 3
+) -> Path:
+    """Write a scene with sensor noise.
+
+    Args:
+        scene (Scene): What to write.
+        name (pathlib.Path): The file, without the end of its name.
+        rng (numpy.random.Generator): The only source of randomness.
+        bands (int): 3 writes a JPEG. 4 writes a TIFF, uint8 (H, W, 4): red, green,
+            blue and height, without the losses of JPEG. Defaults to 3.
+
+    Returns:
+        pathlib.Path: The file.
+    """
+    path = name.with_name(name.name + SUFFIXES[bands])
+    pixels = _to_bytes(_with_noise(scene.image(), rng))
+    if bands == 3:
+        Image.fromarray(pixels).save(path, quality=int(rng.integers(75, 96)))
+        return path
+    import tifffile  # scikit-image needs it, too.
+
+    heights = _to_bytes(_with_noise(random_heights(scene, rng), rng))
+    tifffile.imwrite(
+        path,
+        np.dstack([pixels, heights]),
+        photometric='rgb',
+        extrasamples=['unspecified'],
+        planarconfig='contig',
+    )
+    return path
+
+
+def _with_noise(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return values + rng.normal(0, rng.uniform(0.005, 0.03), values.shape)
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    return np.clip(values * 255 + 0.5, 0, 255).astype(np.uint8)

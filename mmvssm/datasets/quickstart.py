@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmvssm.datasets.layouts import LAYOUTS, Ade20kLayout
+from mmvssm.datasets.layouts import LAYOUTS, SUFFIXES, Ade20kLayout
 from mmvssm.datasets.photos import SPLITS, load_regions
 
 QUICKSTART_CLASSES = Ade20kLayout.classes
@@ -27,15 +27,16 @@ def make_quickstart_dataset(
     overwrite: bool = False,
     progress: Callable[[list], Iterable] = iter,
     layout: str = 'ade20k',
+    bands: int = 3,
 ) -> Path:
     """Make the data set, if it does not exist yet.
 
     The images are textured shapes over photographs from scikit-image. A class has one
     shape and one texture. Colours, light, pose and scale are drawn in the same way for
     all classes. The two splits use different parts of the photographs. The same
-    settings (and the same versions of Pillow and scikit-image) give the same bytes. The
-    folder gets its name only when it is complete, so an interrupted run leaves nothing
-    incomplete.
+    settings (and the same versions of Pillow, scikit-image and tifffile) give the same
+    bytes. The folder gets its name only when it is complete, so an interrupted run
+    leaves nothing incomplete.
 
     Args:
         root (str | os.PathLike): The folder to make. num_train (int): Number of
@@ -53,6 +54,10 @@ def make_quickstart_dataset(
             :class:`~mmvssm.datasets.layouts.Ade20kLayout`. ``'coco'``: images and
             objects, see :class:`~mmvssm.datasets.layouts.CocoLayout`. Both also have
             ``meta.json`` with classes, palette and settings. Defaults to 'ade20k'.
+        bands (int): 3 for JPEG photos. 4 for TIFF files with a fourth band after red,
+            green and blue: how high things are, see
+            :func:`~mmvssm.datasets.scenes.random_heights`. The scenes are the same.
+            Defaults to 3.
 
     Returns:
         pathlib.Path: The folder.
@@ -66,7 +71,9 @@ def make_quickstart_dataset(
     """
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be one of {tuple(LAYOUTS)}, got {layout!r}.')
-    layout = LAYOUTS[layout]()
+    if bands not in SUFFIXES:
+        raise ValueError(f'bands must be one of {tuple(SUFFIXES)}, got {bands!r}.')
+    layout = LAYOUTS[layout](bands)
     counts = dict(zip(SPLITS, (num_train, num_val)))
     _check_settings(
         num_train=(num_train, 1),
@@ -85,6 +92,7 @@ def make_quickstart_dataset(
             'num_val': int(num_val),
             'size': int(size),
             'seed': int(seed),
+            **({} if bands == 3 else {'bands': bands}),
         },
     }
     if not overwrite and _read_meta(root) == meta and layout.is_whole(root, counts):

@@ -428,6 +428,28 @@ def random_crowded_scene(
     return Scene(background, tuple(objects)), tuple(instances)
 
 
+def random_heights(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """How high things are above the lowest point, as a laser scanner sees them.
+
+    The background is a slope. Every object is flat and stands out of it; how high says
+    nothing of its class.
+
+    Args:
+        scene (Scene): The scene.
+        rng (numpy.random.Generator): The only source of randomness.
+
+    Returns:
+        numpy.ndarray: float32 (H, W), in [0, 1].
+    """
+    height, width = scene.background.shape[:2]
+    y, x = np.mgrid[:height, :width] / (max(height, width) - 1)
+    across, down = rng.uniform(0, 0.15, size=2)
+    canvas = across * x + down * y
+    for item in scene.objects:
+        canvas = canvas * (1 - item.coverage) + rng.uniform(0.4, 1) * item.coverage
+    return canvas.astype(np.float32)
+
+
 def _free_spots(
     places: list[tuple[np.ndarray, float]],
     height: int,

@@ -1,5 +1,6 @@
 """Look at the model of a config before it is built."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from mmengine.config import Config
@@ -11,11 +12,13 @@ _PREPROCESSORS = {
     'SegDataPreProcessor': 'mmvssm.SegDataPreProcessor',
     'DetDataPreprocessor': 'mmvssm.DetDataPreprocessor',
 }
+# They change colours by hue, and drop a fourth channel without a word.
+_THREE_CHANNELS = ('PhotoMetricDistortion', 'YOLOXHSVRandomAug')
 _PYRAMIDS = ('Feature2Pyramid', 'mmseg.Feature2Pyramid')
 
 
 def check_channels(cfg: Config, path: str) -> None:
-    """Refuse a model whose parts are for different numbers of image channels.
+    """Refuse a config whose parts are for different numbers of image channels.
 
     Args:
         cfg: The config.
@@ -23,9 +26,16 @@ def check_channels(cfg: Config, path: str) -> None:
 
     Raises:
         UsageError: ``in_channels`` and ``mean`` contradict each other, or the data
-            preprocessor takes no such number.
+            preprocessor or a transform takes no such number.
     """
     model = cfg.get('model') or {}
+    if model and image_channels(cfg) != 3:
+        for name in _THREE_CHANNELS:
+            if name in _types(cfg.get('train_dataloader')):
+                raise UsageError(
+                    f'{path}: {name} takes images of 3 channels, and those of this '
+                    f'config have {image_channels(cfg)}: leave it out of the pipeline.'
+                )
     mean = _mean(model)
     if mean is None:
         return
@@ -61,6 +71,16 @@ def explain_small_images(cfg: Config) -> None:
     for neck in necks if isinstance(necks, (list, tuple)) else [necks]:
         if isinstance(neck, dict) and neck.get('type') in _PYRAMIDS:
             neck['type'] = 'mmvssm.Feature2Pyramid'
+
+
+def _types(part: Any) -> Iterator[str]:
+    """Names of all that a part of a config builds."""
+    if isinstance(part, dict):
+        yield str(part.get('type')).rpartition('.')[2]
+        part = list(part.values())
+    if isinstance(part, (list, tuple)):
+        for value in part:
+            yield from _types(value)
 
 
 def _mean(model: dict) -> list | None:
