@@ -15,7 +15,10 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 SEGMENTORS = sorted((REPO / 'configs').glob('upernet_*.py'))
-QUICKSTARTS = [path for path in SEGMENTORS if 'quickstart' in path.stem]
+FOUR_BANDS = REPO / 'configs/upernet_vmamba_four_bands_quickstart.py'
+QUICKSTARTS = [
+    path for path in SEGMENTORS if 'quickstart' in path.stem and path != FOUR_BANDS
+]
 PUBLISHED = {
     # arch, drop path, channels
     'upernet_vmamba_t': ('t_s1l8', 0.2, 96),
@@ -342,6 +345,23 @@ def test_quickstarts_differ_in_the_backbone_alone():
             mine, its = dict(other.model[head]), dict(base.model[head])
             del mine['in_channels'], its['in_channels']
             assert mine == its
+
+
+def test_four_bands_differ_from_three_in_the_images_alone():
+    four, three = (Config.fromfile(p) for p in (FOUR_BANDS, QUICKSTARTS[-1]))
+    backbone = dict(four.model.backbone)
+    assert backbone.pop('in_channels') == 4
+    assert backbone == three.model.backbone
+    for head in ('decode_head', 'auxiliary_head'):
+        assert four.model[head] == three.model[head]
+    assert four.optim_wrapper == three.optim_wrapper
+    assert four.train_cfg == three.train_cfg
+    pipelines = ('train_pipeline', 'test_pipeline')
+    for key in pipelines:
+        load, *others = four[key]
+        assert load.imdecode_backend == 'tifffile' and others == three[key][1:]
+    assert four.tta_pipeline[1:] == three.tta_pipeline[1:]
+    assert dict(four.generator, bands=3) == dict(three.generator, bands=3)
 
 
 def test_weight_decay_spares_what_was_published():

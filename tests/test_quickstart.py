@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 from mmengine.config import Config
 from PIL import Image
@@ -15,6 +16,7 @@ from tiny_det import needs_detection
 pytest.importorskip('skimage')
 CONFIG = REPO / 'configs/upernet_vmamba_quickstart.py'
 DETECTOR = REPO / 'configs/mask_rcnn_vmamba_quickstart.py'
+FOUR_BANDS = REPO / 'configs/upernet_vmamba_four_bands_quickstart.py'
 SMALL = [
     'generator.num_train=4',
     'generator.num_val=2',
@@ -32,6 +34,7 @@ def quickstart(folder, *options, iterations=2, arguments=('--work-dir', 'work'))
         os.environ,
         MMVSSM_QUICKSTART_ROOT=str(folder / 'data'),
         MMVSSM_QUICKSTART_COCO_ROOT=str(folder / 'data'),
+        MMVSSM_QUICKSTART_FOUR_BANDS_ROOT=str(folder / 'four_bands'),
     )
     if iterations:
         arguments = (*arguments, '--iterations', str(iterations))
@@ -92,6 +95,52 @@ def test_its_next_step_works(finished):
     done = warm.run([REPO / command[0], *command[1:]], cwd=folder)
     assert done.returncode == 0, done.stderr
     assert list((folder / command[-1]).rglob('*.png'))
+
+
+def test_four_bands(finished, monkeypatch):
+    """From the weights for three; then all tools, on TIFF files."""
+    folder, _ = finished
+    monkeypatch.setenv('MMVSSM_QUICKSTART_FOUR_BANDS_ROOT', str(folder / 'four_bands'))
+    done = quickstart(
+        folder,
+        'model.backbone.init_cfg.type=Pretrained',
+        f'model.backbone.init_cfg.checkpoint={folder}/work/iter_2.pth',
+        arguments=('--config', FOUR_BANDS, '--work-dir', 'four'),
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert 'was repeated from 3 image channels to 4, and rescaled' in said
+    assert min(Image.open(folder / 'four/contact_sheet.png').size) > 100
+
+    def run(tool, *arguments, code=0):
+        done = warm.run([REPO / 'tools' / tool, *arguments], cwd=folder)
+        assert done.returncode == code, done.stderr
+        return done.stdout
+
+    checkpoint = folder / 'four/iter_2.pth'
+    # Two images do not have all classes.
+    sheet = ('--images', 2, '--sheet', 'four/labels.png')
+    assert 'channels  4 (2)' in run('check_data.py', FOUR_BANDS, *sheet, code=1)
+    assert Image.open(folder / 'four/labels_train.png').format == 'PNG'
+    said = run(
+        *('test.py', FOUR_BANDS, checkpoint, '--work-dir', 'four/tested'),
+        *('--out', 'four/maps', '--show-dir', 'four/shown'),
+    )
+    pictures = list(folder.glob('four/shown/**/*.png'))
+    assert len(pictures) == 2 and 'mIoU' in said
+    images = 'four_bands/images/validation'
+    said = run(
+        *('infer.py', images, 'data/images/validation', '--config', FOUR_BANDS),
+        *('--checkpoint', checkpoint, '--out-dir', 'four/seen'),
+        code=1,
+    )
+    assert '2 of 4 images segmented' in said and said.count('not a TIFF file') == 2
+    for path in (folder / images).iterdir():
+        tested = np.asarray(Image.open(folder / f'four/maps/{path.stem}.png'))
+        seen = np.asarray(Image.open(folder / f'four/seen/{path.stem}_labels.png'))
+        # Files of the test are numbered as ADE20K is, from 1.
+        np.testing.assert_array_equal(seen + 1, tested)
+    assert 'FLOPs' in run('get_flops.py', FOUR_BANDS, '--shape', 64)
 
 
 def test_again_goes_on_from_what_is_there(finished):

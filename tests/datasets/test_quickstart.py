@@ -94,6 +94,44 @@ def test_same_seed_same_bytes(tmp_path):
     assert len(set(first.values())) == len(first), 'no image comes twice'
 
 
+@pytest.mark.parametrize('layout', ['ade20k', 'coco'])
+def test_four_bands(tmp_path, layout):
+    """The same scenes as with three, and heights that show the objects."""
+    tifffile = pytest.importorskip('tifffile')
+    if layout == 'coco':
+        pytest.importorskip('pycocotools')
+    make = make_quickstart_dataset
+    photos = make(tmp_path / 'a', 4, 2, 64, seed=5, layout=layout)
+    root = make(tmp_path / 'b', 4, 2, 64, seed=5, layout=layout, bands=4)
+    again = make(tmp_path / 'c', 4, 2, 64, seed=5, layout=layout, bands=4)
+    assert files(root) == files(again)
+    assert make(root, 4, 2, 64, seed=5, layout=layout, bands=4) == root
+    assert json.loads((root / 'meta.json').read_text())['settings']['bands'] == 4
+    paths = sorted(root.rglob('*.tif'))
+    assert len(paths) == 6
+    for path in paths:
+        image = tifffile.imread(path)
+        photo = photos / path.relative_to(root).with_suffix('.jpg')
+        photo = np.asarray(Image.open(photo), float)
+        assert image.shape == (*photo.shape[:2], 4) and image.dtype == np.uint8
+        # But for the losses of JPEG.
+        pair = [x.mean(2).ravel() for x in (image[..., :3], photo)]
+        assert np.corrcoef(*pair)[0, 1] > 0.97
+        if layout == 'ade20k':
+            name = path.relative_to(root / 'images').with_suffix('.png')
+            labels = np.asarray(Image.open(root / 'annotations' / name))
+            ground, objects = (
+                image[..., 3][kind] for kind in (labels == 1, labels > 1)
+            )
+            assert ground.max() < 110 and np.median(objects) > 90
+    with pytest.raises(FileExistsError, match="'bands': 4"):
+        make(root, 4, 2, 64, seed=5, layout=layout)
+    if layout == 'coco':
+        content = (root / 'annotations/instances_val2017.json').read_text()
+        names = {image['file_name'] for image in json.loads(content)['images']}
+        assert names == {path.name for path in (root / 'val2017').iterdir()}
+
+
 def test_the_splits_have_seeds_of_their_own(tmp_path, monkeypatch):
     """Even with the same photographs no scene would be in both splits."""
     regions = load_regions('training')
@@ -151,6 +189,7 @@ def test_foreign_folder_is_left_alone(tmp_path, overwrite):
         dict(size=128.0),
         dict(seed=-1),
         dict(num_train=True),
+        dict(bands=1),
     ],
 )
 def test_bad_settings(tmp_path, bad):
