@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from PIL import Image
 
 import mmvssm
@@ -140,6 +141,35 @@ def test_own_masks(tmp_path):
         [{'of the pixels': 0.75, 'images': n}, {'of the pixels': 0.25, 'images': n}]
         for n in (2, 1)
     ]
+
+
+def test_four_bands(tmp_path):
+    """Stacked on the config of one's own masks."""
+    tifffile = pytest.importorskip('tifffile')
+    own_data('docs/segmentation.md', 'Your own masks', tmp_path, 1)
+    (tmp_path / 'own.py').rename(tmp_path / 'roads.py')
+    section = 'Images with more or fewer channels'
+    cfg = own_data('docs/segmentation.md', section, tmp_path, 1)
+    write_masks(tmp_path / 'roads')
+    for path in (tmp_path / 'roads').glob('images/*/*.jpg'):
+        bands = np.random.default_rng(0).integers(0, 4000, (64, 80, 4), np.uint16)
+        tifffile.imwrite(path.with_suffix('.tif'), bands, photometric='minisblack')
+        path.unlink()
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset.data_root = str(tmp_path / 'roads')
+    found = inspect_data(cfg)
+    assert not list(findings(found))
+    assert [dict(report.channels) for report, *_ in found] == [{4: 2}, {4: 1}]
+
+    init_default_scope('mmseg')
+    cfg.model.backbone.init_cfg = None
+    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    data = model.data_preprocessor(pseudo_collate([dataset[0]]))
+    image = data['inputs'][..., :64, :64]
+    assert image.dtype == torch.float32 and image.shape[1] == 4
+    with torch.no_grad():
+        assert model.decode_head(model.extract_feat(image)).isfinite().all()
 
 
 def write_masks(root):

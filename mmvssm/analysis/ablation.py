@@ -33,7 +33,8 @@ def count_row(cfg: Config) -> tuple[Complexity, Complexity]:
     # Nothing is computed, so the weights need neither memory nor values.
     with torch.device('meta'):
         segmentor = revert_sync_batchnorm(MODELS.build(cfg.model))
-    return count_classifier(cfg), count_flops(segmentor, (1, 3, *SEGMENTOR_SIZE))
+    shape = (1, segmentor.backbone.in_channels, *SEGMENTOR_SIZE)
+    return count_classifier(cfg), count_flops(segmentor, shape)
 
 
 def count_classifier(cfg: Config) -> Complexity:
@@ -46,7 +47,8 @@ def count_classifier(cfg: Config) -> Complexity:
         backbone = MODELS.build({**cfg.model.backbone, **arguments})
         head = ClassificationHead(backbone.out_channels[-1])
         classifier = ImageClassifier(backbone, head)
-    return count_flops(classifier, (1, 3, CLASSIFIER_SIZE, CLASSIFIER_SIZE))
+    shape = (1, backbone.in_channels, CLASSIFIER_SIZE, CLASSIFIER_SIZE)
+    return count_flops(classifier, shape)
 
 
 def complexity_table(

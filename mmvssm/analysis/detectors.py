@@ -39,7 +39,7 @@ class CountableDetector(nn.Module):
         """Run all layers once.
 
         Args:
-            image: (B, 3, H, W).
+            image: (B, in_channels, H, W).
 
         Returns:
             Outputs of RPN, box heads and mask heads.

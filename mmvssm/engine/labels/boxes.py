@@ -10,9 +10,9 @@ from .reading import (
     Reader,
     Sample,
     UnreadableError,
-    is_rotated,
     missing_files,
     sample_order,
+    size_remedy,
 )
 from .report import DatasetReport, shorten
 
@@ -253,13 +253,8 @@ def _check_sample(sample: Sample, report: DatasetReport) -> None:
     report.channels[channels[0] if channels else 1] += 1
     said = int(sample.results['height']), int(sample.results['width'])
     if said != (height, width):
-        turned = said == (width, height) and is_rotated(sample.path)
-        remedy = (
-            'the image says in its EXIF data that it is to be turned: set '
-            "color_type='color_ignore_orientation' of LoadImageFromFile, in every "
-            'pipeline.'
-            if turned
-            else 'boxes and masks are for another size, so export both anew.'
+        remedy = size_remedy(
+            sample, said, 'boxes and masks are for another size, so export both anew.'
         )
         raise UnreadableError(
             f'{sample.path} is {height}x{width} (height x width), but '

@@ -11,9 +11,9 @@ from .reading import (
     Reader,
     Sample,
     UnreadableError,
-    is_rotated,
     missing_files,
     sample_order,
+    size_remedy,
     unused_images,
 )
 from .report import DatasetReport, shorten
@@ -216,14 +216,7 @@ def _check_sample(sample: Sample, report: DatasetReport) -> None:
             'the classes (0, 1, 2 ...).'
         )
     if labels.shape != (height, width):
-        turned = labels.shape == (width, height) and is_rotated(sample.path)
-        remedy = (
-            'the image says in its EXIF data that it is to be turned: set '
-            "color_type='color_ignore_orientation' of LoadImageFromFile, in every "
-            'pipeline.'
-            if turned
-            else 'make them equal.'
-        )
+        remedy = size_remedy(sample, labels.shape, 'make them equal.')
         raise UnreadableError(
             f'{mask} is {_size(labels)} (height x width), but its image '
             f'{sample.path} is {height}x{width}: {remedy}'

@@ -170,6 +170,25 @@ def unused_images(folder: str, suffix: str) -> list[str]:
     ]
 
 
+def size_remedy(sample: Sample, size: tuple[int, ...], otherwise: str) -> str:
+    """What to do where an image has another size than its labels.
+
+    Args:
+        sample: With the image.
+        size: Height and width of the labels.
+        otherwise: What to do if no reason is found.
+    """
+    if sample.image.shape[1:] == size:
+        return 'its bands come first, so write the image anew with the bands last.'
+    if size == sample.image.shape[1::-1] and is_rotated(sample.path):
+        return (
+            'the image says in its EXIF data that it is to be turned: set '
+            "color_type='color_ignore_orientation' of LoadImageFromFile, in every "
+            'pipeline.'
+        )
+    return otherwise
+
+
 def is_rotated(path: str) -> bool:
     """Whether an image file says that it is to be turned before it is looked at."""
     try:

@@ -361,6 +361,18 @@ def test_images_of_four_channels(data):
     refusal(cfg, '3 and 4 channels', 'data_preprocessor.mean')
 
 
+def test_images_whose_bands_come_first(data):
+    tifffile = pytest.importorskip('tifffile')
+    folder = data.paint(0, 1).root / 'images/training'
+    for path in folder.iterdir():
+        bands = np.zeros((4, 64, 80), np.uint16)
+        tifffile.imwrite(path, bands, photometric='minisblack', planarconfig='separate')
+    cfg = data.cfg()
+    for step in cfg.train_dataloader.dataset.pipeline[:1]:
+        step.imdecode_backend = 'tifffile'
+    refusal(cfg, 'is 4x64', 'its bands come first')
+
+
 def test_counts(data):
     cfg = data.paint(0, 1, 1, 255).cfg()
     train = inspect_data(cfg)[0].report
