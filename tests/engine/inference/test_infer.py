@@ -14,6 +14,8 @@ from torch import nn
 
 pytest.importorskip('mmseg')
 
+from mmcv.transforms import LoadImageFromFile
+
 from mmvssm.analysis.pictures import transforms_of
 from mmvssm.engine import UsageError
 from mmvssm.engine.inference.infer import (
@@ -143,6 +145,24 @@ def test_reads_as_the_test_does(folder, name, options):
     ignored = options.get('color_type') in ('color_ignore_orientation', 'unchanged')
     size = (30, 20, 3) if name == 'turned.jpg' and not ignored else (20, 30, 3)
     assert picture.shape == size and picture.dtype == np.uint8 and picture.std() > 20
+
+
+@pytest.mark.parametrize(
+    'name, options',
+    [
+        ('bands.tif', dict(imdecode_backend='tifffile')),
+        ('alpha.png', dict(color_type='unchanged')),
+        ('alpha.png', dict()),
+    ],
+    ids=str,
+)
+def test_the_picture_has_its_colours(folder, name, options):
+    load = LoadImageFromFile(**options)
+    picture, _ = predict(Seen([load, lambda found: dict(inputs=0)]), folder / name)
+    wanted = np.asarray(Image.open(folder / 'alpha.png'))
+    for channel in range(3):
+        pair = (picture[..., channel].ravel(), wanted[..., channel].ravel())
+        assert np.corrcoef(*pair)[0, 1] > 0.99
 
 
 # --------------------------------------------------------- what is the image's fault
