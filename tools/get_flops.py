@@ -31,7 +31,7 @@ def build(args: argparse.Namespace):
     import mmvssm
     from mmvssm import engine
     from mmvssm.analysis.detectors import CountableDetector
-    from mmvssm.engine.configs.model import image_channels
+    from mmvssm.engine.configs.images import image_channels
 
     if args.model in mmvssm.list_models():
         return mmvssm.build_classifier(args.model), 3, [224]

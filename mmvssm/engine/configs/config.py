@@ -12,7 +12,7 @@ from mmvssm.engine.errors import UsageError
 from mmvssm.engine.labels.metric import count_nan_classes
 
 from .explain import TOOLBOXES, is_scope
-from .model import check_channels, explain_small_images
+from .images import check_channels, check_readers, explain_small_images
 from .options import merge_options
 
 # Entries that the tools look into, and what they must be where they are given.
@@ -72,6 +72,7 @@ def load_config(
     name = Path(path.split('::')[-1]).stem
     cfg.work_dir = work_dir or cfg.get('work_dir') or f'./work_dirs/{name}'
     check_channels(cfg, path)
+    check_readers(cfg, path)
     explain_small_images(cfg)
     count_nan_classes(cfg)
     leave_out_logits(cfg)

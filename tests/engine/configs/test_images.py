@@ -1,10 +1,11 @@
-"""What is said of a model before it is built."""
+"""What is said of a config whose parts do not agree on what an image is."""
 
 import pytest
 from mmengine.config import Config
 
 from mmvssm.engine import UsageError, load_config
-from mmvssm.engine.configs.model import check_channels, image_channels
+from mmvssm.engine.configs import images
+from mmvssm.engine.configs.images import check_channels, image_channels
 from tiny import REPO
 
 FOUR_BANDS = REPO / 'configs/upernet_vmamba_four_bands_quickstart.py'
@@ -76,6 +77,14 @@ def test_transforms_of_three_channels(name):
     for number in (1, 4):
         said = refusal(config(number, number, steps=[step]))
         assert f'{name.rpartition(".")[2]} takes images of 3 channels' in said
+
+
+def test_without_tifffile(monkeypatch):
+    load_config(str(FOUR_BANDS))
+    monkeypatch.setattr(images, 'find_spec', lambda name: None)
+    with pytest.raises(UsageError, match='run `pip install tifffile`'):
+        load_config(str(FOUR_BANDS))
+    load_config(str(REPO / 'configs/upernet_vmamba_quickstart.py'))
 
 
 def test_tools_look_at_it():

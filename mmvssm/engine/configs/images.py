@@ -1,6 +1,7 @@
-"""Look at the model of a config before it is built."""
+"""What the parts of a config say of images, before anything is built."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from mmengine.config import Config
@@ -30,8 +31,10 @@ def check_channels(cfg: Config, path: str) -> None:
     """
     model = cfg.get('model') or {}
     if model and image_channels(cfg) != 3:
+        parts = _parts(cfg.get('train_dataloader'))
+        types = [str(part.get('type')).rpartition('.')[2] for part in parts]
         for name in _THREE_CHANNELS:
-            if name in _types(cfg.get('train_dataloader')):
+            if name in types:
                 raise UsageError(
                     f'{path}: {name} takes images of 3 channels, and those of this '
                     f'config have {image_channels(cfg)}: leave it out of the pipeline.'
@@ -55,6 +58,21 @@ def check_channels(cfg: Config, path: str) -> None:
         )
 
 
+def check_readers(cfg: Config, path: str) -> None:
+    """Refuse a pipeline that reads with a package that is not installed.
+
+    Raises:
+        UsageError: It reads with tifffile, and there is none.
+    """
+    loaders = [cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test')]
+    readers = {part.get('imdecode_backend') for part in _parts(loaders)}
+    if 'tifffile' in readers and find_spec('tifffile') is None:
+        raise UsageError(
+            f'{path} reads images with tifffile, which is not installed: run `pip '
+            'install tifffile`.'
+        )
+
+
 def image_channels(cfg: Config) -> int:
     """Number of channels of the images that a config's model takes."""
     channels, mean = _in_channels(cfg.model), _mean(cfg.model) or ()
@@ -73,14 +91,14 @@ def explain_small_images(cfg: Config) -> None:
             neck['type'] = 'mmvssm.Feature2Pyramid'
 
 
-def _types(part: Any) -> Iterator[str]:
-    """Names of all that a part of a config builds."""
+def _parts(part: Any) -> Iterator[dict]:
+    """All dicts in a part of a config."""
     if isinstance(part, dict):
-        yield str(part.get('type')).rpartition('.')[2]
+        yield part
         part = list(part.values())
     if isinstance(part, (list, tuple)):
         for value in part:
-            yield from _types(value)
+            yield from _parts(value)
 
 
 def _mean(model: dict) -> list | None:
