@@ -1,8 +1,11 @@
 """What dist_train.sh and dist_test.sh give to torch, and what they refuse."""
 
 import os
+import signal
 import socket
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -48,7 +51,7 @@ def call(tmp_path, script, *arguments, **environment):
 def test_on_one_machine_torch_finds_a_port(script, arguments, given, tmp_path):
     done = call(tmp_path, f'dist_{script}.sh', *arguments)
     assert done.stdout.splitlines() == [
-        *('-m', 'torch.distributed.run', *ONE_MACHINE, '--nproc_per_node=8'),
+        *(str(TOOLS / 'torchrun.py'), *ONE_MACHINE, '--nproc_per_node=8'),
         *(str(TOOLS / f'{script}.py'), *given),
     ]
 
@@ -72,7 +75,7 @@ def test_what_is_given_is_taken(environment, where, tmp_path):
     environment = {key: value.format(free=free) for key, value in environment.items()}
     done = call(tmp_path, 'dist_train.sh', 'c.py', '4', **environment)
     names = ('nnodes', 'node_rank', 'master_addr', 'master_port')
-    assert done.stdout.splitlines()[2:6] == [
+    assert done.stdout.splitlines()[1:5] == [
         f'--{name}={value.format(free=free)}' for name, value in zip(names, where)
     ]
 
@@ -112,3 +115,45 @@ def test_mistakes_are_one_sentence(script, arguments, environment, said, tmp_pat
     assert (done.returncode, done.stdout) == (2, '')
     (message,) = done.stderr.splitlines()
     assert said in message
+
+
+_RANKS = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+if sys.argv[1] == 'wait':
+    open(f'{sys.argv[2]}/{os.environ["RANK"]}', 'w').close()
+elif os.environ['RANK'] == '1':
+    sys.exit(int(sys.argv[1]))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize('code', [2, 75])
+def test_exit_code_of_the_first_that_failed(code, tmp_path):
+    script = tmp_path / 'ranks.py'
+    script.write_text(_RANKS)
+    done = subprocess.run(
+        [sys.executable, TOOLS / 'torchrun.py', *ONE_MACHINE, '--nproc_per_node=2']
+        + [script, str(code)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_stopped_processes_are_to_be_started_again(tmp_path):
+    script = tmp_path / 'ranks.py'
+    script.write_text(_RANKS)
+    process = subprocess.Popen(
+        [sys.executable, TOOLS / 'torchrun.py', *ONE_MACHINE, '--nproc_per_node=2']
+        + [script, 'wait', tmp_path],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not all((tmp_path / rank).exists() for rank in '01'):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75 and 'Traceback' not in said

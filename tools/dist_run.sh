@@ -51,7 +51,7 @@ except (OSError, OverflowError, ValueError):
         fail "port $PORT cannot be opened on this machine, perhaps because another job has it: $ADVICE."
     fi
 fi
-exec "$PYTHON" -m torch.distributed.run \
+exec "$PYTHON" "$(dirname "$0")/torchrun.py" \
     "${WHERE[@]}" \
     --nproc_per_node="$1" \
     "${@:2}"

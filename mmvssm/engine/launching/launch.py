@@ -74,7 +74,7 @@ def prepare_launch(cfg: Config, launcher: str) -> None:
         **cfg.get('model_wrapper_cfg', {}),
     }
     asked = [node.pop('sync_bn', None) for node in (cfg, cfg.get('strategy') or {})]
-    if _replace_sync_bn(cfg.model) or any(asked):
+    if (_replace_sync_bn(cfg.model) or any(asked)) and dist.get_rank() == 0:
         warnings.warn(
             'SyncBN needs CUDA: the processes use BN, each with '
             'the statistics of its own part of the batch.',
