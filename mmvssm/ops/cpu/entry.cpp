@@ -66,12 +66,20 @@ MMVSSM_EXPORT int64_t mmvssm_pair_args_size() { return sizeof(mmvssm::PairArgs);
 MMVSSM_EXPORT int64_t mmvssm_conv_args_size() { return sizeof(mmvssm::ConvArgs); }
 MMVSSM_EXPORT int64_t mmvssm_gate_args_size() { return sizeof(mmvssm::GateArgs); }
 MMVSSM_EXPORT int64_t mmvssm_norm_args_size() { return sizeof(mmvssm::NormArgs); }
+MMVSSM_EXPORT int64_t mmvssm_attention_args_size() {
+  return sizeof(mmvssm::AttentionArgs);
+}
 
 MMVSSM_EXPORT int64_t mmvssm_norm_rows() { return mmvssm::kNormRows; }
 MMVSSM_EXPORT int64_t mmvssm_chunk_length() { return mmvssm::kChunk; }
 
 MMVSSM_EXPORT int64_t mmvssm_channel_blocks(int32_t isa, int64_t channels) {
   return mmvssm::find(isa)->channel_blocks(channels);
+}
+
+MMVSSM_EXPORT int64_t mmvssm_attention_sums(int64_t keys,
+                                            int64_t values) {
+  return mmvssm::find(0)->attention_sums(keys, values);
 }
 
 #define MMVSSM_ENTRY(function, Args)                                             \
@@ -93,3 +101,5 @@ MMVSSM_ENTRY(gate_forward, GateArgs)
 MMVSSM_ENTRY(gate_backward, GateArgs)
 MMVSSM_ENTRY(norm_forward, NormArgs)
 MMVSSM_ENTRY(norm_backward, NormArgs)
+MMVSSM_ENTRY(attention_forward, AttentionArgs)
+MMVSSM_ENTRY(attention_backward, AttentionArgs)

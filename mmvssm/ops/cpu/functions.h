@@ -63,12 +63,22 @@ static inline vfloat expm1_small(vfloat r) {
   return ((high * r2 + middle) * r2 + low) * r;
 }
 
+// exp(-x) for x in [0, 104]; exp(-104) is zero in float32.
+static inline vfloat exp_of_minus(vfloat x) {
+  const vfloat k = round_nearest(x * -kLog2e);
+  const vfloat r = ((-x - k * kLn2) - k * kLn2Rest);
+  return scale_by_power(expm1_small(r) + 1.0f, k);
+}
+
+// elu(x) + 1 = max(x, 0) + exp(min(x, 0)).
+static inline vfloat elu_plus_one(vfloat x) {
+  const vfloat below = smaller(broadcast(104.0f), larger(vfloat{}, -x));
+  return larger(vfloat{}, x) + exp_of_minus(below);
+}
+
 // log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)).
 static inline vfloat softplus(vfloat x) {
-  const vfloat y = smaller(broadcast(104.0f), absolute(x));
-  const vfloat k = round_nearest(y * -kLog2e);
-  const vfloat r = ((-y - k * kLn2) - k * kLn2Rest);
-  const vfloat e = scale_by_power(expm1_small(r) + 1.0f, k);
+  const vfloat e = exp_of_minus(smaller(broadcast(104.0f), absolute(x)));
   const vfloat e2 = e * e, e4 = e2 * e2;
   const vfloat p01 = -0.499994934f * e + 0.99999994f;
   const vfloat p23 = -0.24842982f * e + 0.333190978f;

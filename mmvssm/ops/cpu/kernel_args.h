@@ -97,6 +97,18 @@ struct NormArgs {
   float* grad_weight;  // (row block, channel)
 };
 
+// linear_attention and its gradients. Channels are contiguous, and `keys` and `values`
+// are those of a head. A head has attention_sums of `sums`.
+struct AttentionArgs {
+  int64_t batch, heads, length, keys, values, normalise;
+  float eps;
+  Array q, k, v, out;          // (batch, position, channel)
+  const float *cosine, *sine;  // (position, pair of key channels) or null
+  float *sums, *grad_sums;     // (batch, head, sum)
+  Array grad_out, grad_q, grad_k, grad_v;
+  float* parts;  // (split, batch, head, sum), the kernel's own
+};
+
 // parallel_for of torch's stable C interface.
 typedef void (*RangeFunction)(int64_t begin, int64_t end, void* context);
 typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain,
@@ -120,6 +132,9 @@ struct Kernels {
   int32_t (*gate_backward)(const GateArgs&, ParallelFor);
   int32_t (*norm_forward)(const NormArgs&, ParallelFor);
   int32_t (*norm_backward)(const NormArgs&, ParallelFor);
+  int64_t (*attention_sums)(int64_t keys, int64_t values);
+  int32_t (*attention_forward)(const AttentionArgs&, ParallelFor);
+  int32_t (*attention_backward)(const AttentionArgs&, ParallelFor);
 };
 
 // Positions of a chunk: a kernel works on one chunk at a time, and the states between

@@ -127,6 +127,19 @@ class NormArgs(ctypes.Structure):
     )
 
 
+class AttentionArgs(ctypes.Structure):
+    """Args of linear attention and of its backward pass."""
+
+    _fields_ = fields(
+        (c_int64, 'batch heads length keys values normalise'),
+        (c_float, 'eps'),
+        (Array, 'q k v out'),
+        (c_void_p, 'cosine sine sums grad_sums'),
+        (Array, 'grad_out grad_q grad_k grad_v'),
+        (c_void_p, 'parts'),
+    )
+
+
 @cache
 def _library() -> ctypes.CDLL:
     path = os.environ.get(LIBRARY_VARIABLE)
@@ -148,6 +161,7 @@ def _library() -> ctypes.CDLL:
         'conv': ConvArgs,
         'gate': GateArgs,
         'norm': NormArgs,
+        'attention': AttentionArgs,
     }
     for name, expected in by_name.items():
         size = getattr(library, f'mmvssm_{name}_args_size', lambda: None)
@@ -260,6 +274,17 @@ def norm_rows() -> int:
     return int(_library().mmvssm_norm_rows())
 
 
+@cache
+def attention_sums(keys: int, values: int) -> int:
+    """How many numbers the sums of a head of linear attention are.
+
+    Args:
+        keys, values: Channels of the head.
+    """
+    _library().mmvssm_attention_sums.restype = c_int64
+    return int(_library().mmvssm_attention_sums(c_int64(keys), c_int64(values)))
+
+
 def channel_blocks(channels: int) -> int:
     """How many channel blocks the kernels cut channels into; we sum over them."""
     _library().mmvssm_channel_blocks.restype = c_int64
@@ -290,5 +315,5 @@ def _kernel(function: str) -> Any:
 
 def _found_nan(status: int, function: Any, arguments: tuple[Any, ...]) -> bool:
     if status == _OUT_OF_MEMORY:
-        raise MemoryError('the scan found no memory for its buffers')
+        raise MemoryError('the compiled kernel found no memory for its buffers')
     return status == _FOUND_NAN

@@ -170,6 +170,16 @@ static inline vfloat zip_high(vfloat a, vfloat b) {
   return MMVSSM_SHUFFLE(a, b, 2, 6, 3, 7);
 #endif
 }
+// a1 a0 a3 a2 ...
+static inline vfloat swap_pairs(vfloat a) {
+#if defined(__AVX512F__)
+  return MMVSSM_SHUFFLE(a, a, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif defined(__AVX2__)
+  return MMVSSM_SHUFFLE(a, a, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+  return MMVSSM_SHUFFLE(a, a, 1, 0, 3, 2);
+#endif
+}
 #undef MMVSSM_SHUFFLE
 
 // Transposes kLanes rows of kLanes numbers. Each round zips row i with row i + half.

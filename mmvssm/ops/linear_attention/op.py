@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mmvssm.ops import autocast, backends
 from mmvssm.ops.contract import Call
+from mmvssm.ops.linear_attention.cpu_backend import CpuAttention
 from mmvssm.ops.linear_attention.cuda_backend import CudaAttention
 from mmvssm.ops.linear_attention.declaration import (
     LINEAR_ATTENTION,
@@ -15,6 +16,7 @@ from mmvssm.ops.linear_attention.linear_form import LinearForm
 from mmvssm.ops.linear_attention.reference import ReferenceAttention
 
 LINEAR_ATTENTION.supply(
+    CpuAttention(),
     CudaAttention(),
     LinearForm(backends.TORCH),
     ReferenceAttention(),
