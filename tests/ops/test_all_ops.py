@@ -13,6 +13,7 @@ from compare import relative_error
 from mmvssm.ops.add_norm.cpu_backend import CpuNorm
 from mmvssm.ops.bidirectional_scan.cpu_backend import CpuBidirectional
 from mmvssm.ops.cpu import library
+from mmvssm.ops.linear_attention.cpu_backend import CpuAttention
 from mmvssm.ops.operator import all_ops, public_ops
 from mmvssm.ops.selective_scan.cpu_backend import CpuScan
 from mmvssm.ops.ss2d_scan.cpu_backend import CpuSs2d
@@ -31,7 +32,7 @@ every = pytest.mark.parametrize(
 )
 every_op = pytest.mark.parametrize('make', OPS, ids=case_name)
 CODE = str(Path(mmvssm.__file__).parent)
-COMPILED = (CpuScan, CpuSs2d, CpuBidirectional, CpuNorm)
+COMPILED = (CpuScan, CpuSs2d, CpuBidirectional, CpuNorm, CpuAttention)
 
 
 def make_case(make, backend, **options):

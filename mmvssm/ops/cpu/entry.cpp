@@ -71,15 +71,11 @@ MMVSSM_EXPORT int64_t mmvssm_attention_args_size() {
 }
 
 MMVSSM_EXPORT int64_t mmvssm_norm_rows() { return mmvssm::kNormRows; }
+MMVSSM_EXPORT int64_t mmvssm_panel_columns() { return mmvssm::kPanel; }
 MMVSSM_EXPORT int64_t mmvssm_chunk_length() { return mmvssm::kChunk; }
 
 MMVSSM_EXPORT int64_t mmvssm_channel_blocks(int32_t isa, int64_t channels) {
   return mmvssm::find(isa)->channel_blocks(channels);
-}
-
-MMVSSM_EXPORT int64_t mmvssm_attention_sums(int64_t keys,
-                                            int64_t values) {
-  return mmvssm::find(0)->attention_sums(keys, values);
 }
 
 #define MMVSSM_ENTRY(function, Args)                                             \

@@ -98,13 +98,13 @@ struct NormArgs {
 };
 
 // linear_attention and its gradients. Channels are contiguous, and `keys` and `values`
-// are those of a head. A head has attention_sums of `sums`.
+// are those of a head.
 struct AttentionArgs {
   int64_t batch, heads, length, keys, values, normalise;
   float eps;
   Array q, k, v, out;          // (batch, position, channel)
   const float *cosine, *sine;  // (position, pair of key channels) or null
-  float *sums, *grad_sums;     // (batch, head, sum)
+  float *sums, *grad_sums;     // (batch, head, 1 + value channel, key channel), in panels
   Array grad_out, grad_q, grad_k, grad_v;
   float* parts;  // (split, batch, head, sum), the kernel's own
 };
@@ -132,7 +132,6 @@ struct Kernels {
   int32_t (*gate_backward)(const GateArgs&, ParallelFor);
   int32_t (*norm_forward)(const NormArgs&, ParallelFor);
   int32_t (*norm_backward)(const NormArgs&, ParallelFor);
-  int64_t (*attention_sums)(int64_t keys, int64_t values);
   int32_t (*attention_forward)(const AttentionArgs&, ParallelFor);
   int32_t (*attention_backward)(const AttentionArgs&, ParallelFor);
 };
@@ -143,5 +142,8 @@ constexpr int64_t kChunk = 32;
 
 // Rows of a row block of add_rms_norm: one item of its work.
 constexpr int64_t kNormRows = 32;
+
+// Columns of a panel, of which linear_attention makes its matrices.
+constexpr int64_t kPanel = 32;
 
 }  // namespace mmvssm

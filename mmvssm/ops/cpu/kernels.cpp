@@ -13,8 +13,7 @@ const Kernels kernels = {
     kLanes,         channel_blocks_of, scan_forward,      scan_backward,
     ss2d_forward,   ss2d_backward,     pair_forward,      pair_backward,
     conv_forward,   conv_backward,     gate_forward,      gate_backward,
-    norm_forward,   norm_backward,     attention_sums,    attention_forward,
-    attention_backward};
+    norm_forward,   norm_backward,     attention_forward, attention_backward};
 
 }  // namespace MMVSSM_ISA
 }  // namespace mmvssm

@@ -275,14 +275,10 @@ def norm_rows() -> int:
 
 
 @cache
-def attention_sums(keys: int, values: int) -> int:
-    """How many numbers the sums of a head of linear attention are.
-
-    Args:
-        keys, values: Channels of the head.
-    """
-    _library().mmvssm_attention_sums.restype = c_int64
-    return int(_library().mmvssm_attention_sums(c_int64(keys), c_int64(values)))
+def panel_columns() -> int:
+    """Columns of a panel, of which linear attention makes its matrices."""
+    _library().mmvssm_panel_columns.restype = c_int64
+    return int(_library().mmvssm_panel_columns())
 
 
 def channel_blocks(channels: int) -> int:

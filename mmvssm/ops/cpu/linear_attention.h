@@ -17,8 +17,6 @@
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-static inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // How many numbers the sums of a head are, and those of all heads.
 static int64_t sums_of(const AttentionArgs& p) {
   return in_panels(p.keys) * (1 + in_panels(p.values));
@@ -38,21 +36,21 @@ static int64_t splits_of(const AttentionArgs& p) {
   return (p.length + split_length(p) - 1) / split_length(p);
 }
 
-// Turns pairs of neighbouring channels of one row of a panel by angles with these
-// cosines and sines, or back. `turned` may be x.
-template <bool back>
-static inline void turn_row(const float* x, const float* cosine, const float* sine,
-                            float* turned) {
-  for (int64_t c = 0; c < kPanel; c += 2 * kLanes) {
-    const vfloat cosines = load(cosine + c / 2);
-    const vfloat sines = back ? -load(sine + c / 2) : load(sine + c / 2);
-    const vfloat low = load(x + c), high = load(x + c + kLanes);
-    store(turned + c, low * zip_low(cosines, cosines) +
-                          swap_pairs(low) * zip_low(-sines, sines));
-    store(turned + c + kLanes, high * zip_high(cosines, cosines) +
-                                   swap_pairs(high) * zip_high(-sines, sines));
+// Cosines and sines for two vectors of channels; neighbouring channels are a pair.
+struct Angles {
+  vfloat turn_low(vfloat x) const {
+    return x * zip_low(cosines, cosines) + swap_pairs(x) * zip_low(-sines, sines);
   }
-}
+  vfloat turn_high(vfloat x) const {
+    return x * zip_high(cosines, cosines) + swap_pairs(x) * zip_high(-sines, sines);
+  }
+  const vfloat cosines, sines;
+};
+
+// Of a block, one for each position.
+alignas(64) static const float kOnes[kBlock] = {
+    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 // A split of the positions of a head, and the block of it that is worked on.
 class AttentionItem {
@@ -71,15 +69,17 @@ class AttentionItem {
         grad(arena->take(keys * kBlock)),
         read(arena->take(values * kBlock)),
         written(arena->take(values * kBlock)),
-        factors(arena->take(kBlock)),
-        others(arena->take(kBlock)),
+        inverse(arena->take(kBlock)),
+        by_normaliser(arena->take(kBlock)),
         transposed(arena->take(keys * values)),
         head_(item % p.heads),
         split_(item / p.heads % splits_of(p)),
         batch_(item / p.heads / splits_of(p)),
         end_(smaller_of((split_ + 1) * split_length(p), p.length)) {
-    // The rows that a block lacks are multiplied, too.
-    __builtin_memset(features, 0, (char*)transposed - (char*)features);
+    // The rows that the last block lacks are multiplied, too.
+    if (p.length % kBlock)
+      __builtin_memset(features, 0, (char*)transposed - (char*)features);
+    __builtin_memset(by_normaliser, 0, kBlock * 4);
   }
 
   // Loops over the blocks.
@@ -96,48 +96,40 @@ class AttentionItem {
 
   // Reads queries or keys as features, and turns these.
   void read_features(const Array& x) const {
-    // The feature of what a panel has too much is zero.
-    const float filling = -__builtin_inff();
-    read_block(head_of(x, batch_, head_, p.keys), begin_, rows(), p.keys, filling,
-               features);
-    for (int64_t first = 0; first < keys; first += kPanel) {
-      float* panel = features + first * kBlock;
-      for (int64_t i = 0; i < rows() * kPanel; i += kLanes)
-        store(panel + i, elu_plus_one(load(panel + i)));
-    }
-    turn<false>(features, turned);
+    const Array rows = head_of(x, batch_, head_, p.keys);
+    x.dtype == kFloat32 ? read_features_as<float>(rows)
+                        : read_features_as<bfloat16>(rows);
   }
 
-  void read_values(const Array& x) const {
-    read_block(head_of(x, batch_, head_, p.values), begin_, rows(), p.values, 0, read);
-  }
-  void write_values(const Array& x) const {
-    write_block(written, begin_, rows(), p.values, head_of(x, batch_, head_, p.values));
-  }
-
-  // factors = 1 / (features mean + eps).
-  void invert_normalisers(const float* mean) const {
-    inner_products<true>(features, mean, keys, factors);
-    for (int64_t i = 0; i < kBlock; i += kLanes)
-      store(factors + i, 1.0f / (load(factors + i) + p.eps));
-  }
-
-  // Gradients of queries or keys, from `grad`, that of the turned features, and from
-  // what each position adds to it: its factor times `mean`.
+  // Writes gradients of queries or keys, from `grad`, that of the turned features, and
+  // from what each position adds to it: its factor times `mean`.
   void write_gradient(const float* mean, const float* by_position,
                       const Array& x) const {
-    turn<true>(grad, grad);
-    for (int64_t first = 0; first < keys; first += kPanel) {
-      for (int64_t i = 0; i < rows(); ++i) {
-        for (int64_t c = 0; c < kPanel; c += kLanes) {
-          const int64_t at = first * kBlock + i * kPanel + c;
-          const vfloat sum = load(grad + at) + by_position[i] * load(mean + first + c);
-          // The derivative of a feature is 1 above 0, and below it the feature.
-          store(grad + at, sum * smaller(broadcast(1.0f), load(features + at)));
-        }
-      }
-    }
-    write_block(grad, begin_, rows(), p.keys, head_of(x, batch_, head_, p.keys));
+    const Array rows = head_of(x, batch_, head_, p.keys);
+    x.dtype == kFloat32 ? write_gradient_as<float>(mean, by_position, rows)
+                        : write_gradient_as<bfloat16>(mean, by_position, rows);
+  }
+
+  // Reads and writes values, each position times its factor.
+  void read_values(const Array& x, const float* by_position) const {
+    const auto read_as =
+        x.dtype == kFloat32 ? read_block<float> : read_block<bfloat16>;
+    read_as(head_of(x, batch_, head_, p.values), begin_, rows(), p.values, by_position,
+            read);
+  }
+  void write_values(const Array& x, const float* by_position) const {
+    const auto write_as =
+        x.dtype == kFloat32 ? write_block<float> : write_block<bfloat16>;
+    write_as(written, begin_, rows(), p.values, by_position,
+             head_of(x, batch_, head_, p.values));
+  }
+
+  // inverse = 1 / (features mean + eps), or 1.
+  void invert_normalisers(const float* mean) const {
+    if (p.normalise) inner_products<true>(features, mean, keys, inverse);
+    for (int64_t i = 0; i < kBlock; i += kLanes)
+      store(inverse + i, p.normalise ? 1.0f / (load(inverse + i) + p.eps)
+                                     : broadcast(1.0f));
   }
 
   // mean += the sum of the features of all positions, times their factors.
@@ -155,39 +147,85 @@ class AttentionItem {
   const int64_t keys, values;  // in panels
   float *const features, *const turned, *const grad;  // of queries or keys
   float *const read, *const written;                  // of values
-  float *const factors, *const others;                // one for each position
+  float *const inverse, *const by_normaliser;         // of normalisers
   float* const transposed;                            // (value channel, key channel)
 
  private:
-  template <bool back>
-  void turn(const float* x, float* to) const {
-    if (p.cosine == nullptr) return;
-    const int64_t pairs = p.keys / 2, width = p.heads * pairs;
-    float few[2][kPanel / 2] = {};
-    for (int64_t first = 0; first < pairs; first += kPanel / 2) {
-      const int64_t left = pairs - first;
+  // Cosines and sines of a row of a panel, filled up in `few`.
+  void find_tables(int64_t first, int64_t row, float (&few)[2][kPanel],
+                   const float** cosine, const float** sine) const {
+    const int64_t pairs = p.keys / 2, pair = first / 2;
+    const int64_t at = ((begin_ + row) * p.heads + head_) * pairs + pair;
+    *cosine = p.cosine + at, *sine = p.sine + at;
+    if (pairs - pair >= kPanel / 2) return;
+    __builtin_memcpy(few[0], *cosine, (pairs - pair) * 4);
+    __builtin_memcpy(few[1], *sine, (pairs - pair) * 4);
+    *cosine = few[0], *sine = few[1];
+  }
+
+  template <class T>
+  void read_features_as(const Array& x) const {
+    T few[kPanel];
+    float tables[2][kPanel] = {};
+    const float *cosine = nullptr, *sine = nullptr;
+    for (int64_t first = 0; first < p.keys; first += kPanel) {
       for (int64_t i = 0; i < rows(); ++i) {
-        const int64_t at = (begin_ + i) * width + head_ * pairs + first;
-        const float *cosine = p.cosine + at, *sine = p.sine + at;
-        if (left < kPanel / 2) {
-          __builtin_memcpy(few[0], cosine, left * 4);
-          __builtin_memcpy(few[1], sine, left * 4);
-          cosine = few[0], sine = few[1];
+        // What fills up a row has the feature zero.
+        const T* row = whole_row((const T*)x.data + (begin_ + i) * x.stride[0] + first,
+                                 p.keys - first, -__builtin_inff(), few);
+        const int64_t at = first * kBlock + i * kPanel;
+        if (p.cosine != nullptr) find_tables(first, i, tables, &cosine, &sine);
+        for (int64_t c = 0; c < kPanel; c += 2 * kLanes) {
+          const vfloat low = elu_plus_one(load(row + c));
+          const vfloat high = elu_plus_one(load(row + c + kLanes));
+          store(features + at + c, low);
+          store(features + at + c + kLanes, high);
+          if (p.cosine == nullptr) continue;
+          const Angles angles = {load(cosine + c / 2), load(sine + c / 2)};
+          store(turned + at + c, angles.turn_low(low));
+          store(turned + at + c + kLanes, angles.turn_high(high));
         }
-        const int64_t row = 2 * first * kBlock + i * kPanel;
-        turn_row<back>(x + row, cosine, sine, to + row);
       }
     }
+  }
+
+  template <class T>
+  void write_gradient_as(const float* mean, const float* by_position,
+                         const Array& x) const {
+    T few[kPanel];
+    float tables[2][kPanel] = {};
+    const float *cosine = nullptr, *sine = nullptr;
+    for (int64_t first = 0; first < p.keys; first += kPanel) {
+      const int64_t left = p.keys - first;
+      for (int64_t i = 0; i < rows(); ++i) {
+        T* to = (T*)x.data + (begin_ + i) * x.stride[0] + first;
+        T* row = left < kPanel ? few : to;
+        const int64_t at = first * kBlock + i * kPanel;
+        if (p.cosine != nullptr) find_tables(first, i, tables, &cosine, &sine);
+        for (int64_t c = 0; c < kPanel; c += 2 * kLanes) {
+          vfloat low = load(grad + at + c), high = load(grad + at + c + kLanes);
+          if (p.cosine != nullptr) {
+            const Angles angles = {load(cosine + c / 2), -load(sine + c / 2)};
+            low = angles.turn_low(low), high = angles.turn_high(high);
+          }
+          low += by_position[i] * load(mean + first + c);
+          high += by_position[i] * load(mean + first + c + kLanes);
+          store(row + c, low * slope(features + at + c));
+          store(row + c + kLanes, high * slope(features + at + c + kLanes));
+        }
+        if (left < kPanel) __builtin_memcpy(to, few, left * sizeof(T));
+      }
+    }
+  }
+
+  // The derivative of a feature: 1 above 0, and below it the feature.
+  static vfloat slope(const float* features) {
+    return smaller(broadcast(1.0f), load(features));
   }
 
   const int64_t head_, split_, batch_, end_;
   int64_t begin_ = 0;
 };
-
-// Of a block, one for each position.
-alignas(64) static const float kOnes[kBlock] = {
-    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 // What is done with an item.
 typedef void (*AttentionPass)(AttentionItem&);
@@ -199,7 +237,7 @@ static void sum_keys(AttentionItem& item) {
   __builtin_memset(sums, 0, sums_of(p) * 4);
   for (item.start(); !item.done(); item.next()) {
     item.read_features(p.k);
-    item.read_values(p.v);
+    item.read_values(p.v, kOnes);
     item.add_features(kOnes, sums);
     add_products(item.turned, item.read, item.rows(), p.keys, p.values,
                  sums + item.keys);
@@ -214,11 +252,8 @@ static void read_sums(AttentionItem& item) {
     item.read_features(p.q);
     multiply(item.turned, sums + item.keys, item.rows(), p.keys, item.keys, p.values,
              item.written);
-    if (p.normalise) {
-      item.invert_normalisers(sums);
-      scale_rows(item.written, item.rows(), p.values, item.factors);
-    }
-    item.write_values(p.out);
+    item.invert_normalisers(sums);
+    item.write_values(p.out, item.inverse);
   }
 }
 
@@ -233,22 +268,19 @@ static void differentiate_queries(AttentionItem& item) {
   transpose_panels(sums + item.keys, item.keys, item.values, item.transposed);
   for (item.start(); !item.done(); item.next()) {
     item.read_features(p.q);
-    item.read_values(p.grad_out);
-    if (p.normalise) {
-      item.invert_normalisers(sums);
-      scale_rows(item.read, item.rows(), p.values, item.factors);
-    }
+    item.invert_normalisers(sums);
+    item.read_values(p.grad_out, item.inverse);
     add_products(item.turned, item.read, item.rows(), p.keys, p.values,
                  grad_sums + item.keys);
     multiply(item.read, item.transposed, item.rows(), p.values, item.values, p.keys,
              item.grad);
     if (p.normalise) {
-      inner_products<false>(item.turned, item.grad, item.keys, item.others);
+      inner_products<false>(item.turned, item.grad, item.keys, item.by_normaliser);
       for (int64_t i = 0; i < kBlock; i += kLanes)
-        store(item.others + i, -load(item.others + i) * load(item.factors + i));
-      item.add_features(item.others, grad_sums);
+        store(item.by_normaliser + i, -load(item.by_normaliser + i) * load(item.inverse + i));
+      item.add_features(item.by_normaliser, grad_sums);
     }
-    item.write_gradient(sums, item.others, p.grad_q);
+    item.write_gradient(sums, item.by_normaliser, p.grad_q);
   }
 }
 
@@ -259,10 +291,10 @@ static void differentiate_keys(AttentionItem& item) {
   transpose_panels(grad_sums + item.keys, item.keys, item.values, item.transposed);
   for (item.start(); !item.done(); item.next()) {
     item.read_features(p.k);
-    item.read_values(p.v);
+    item.read_values(p.v, kOnes);
     multiply(item.turned, grad_sums + item.keys, item.rows(), p.keys, item.keys,
              p.values, item.written);
-    item.write_values(p.grad_v);
+    item.write_values(p.grad_v, kOnes);
     multiply(item.read, item.transposed, item.rows(), p.values, item.values, p.keys,
              item.grad);
     item.write_gradient(grad_sums, kOnes, p.grad_k);
@@ -321,10 +353,6 @@ static int32_t run_passes(AttentionArgs p, ParallelFor parallel_for) {
   if (status == kDone)
     status = run_items(p, items, floats, run_pass<second>, parallel_for);
   return status;
-}
-
-static int64_t attention_sums(int64_t keys, int64_t values) {
-  return in_panels(keys) * (1 + in_panels(values));
 }
 
 static int32_t attention_forward(const AttentionArgs& p, ParallelFor parallel_for) {

@@ -11,11 +11,15 @@
 namespace mmvssm {
 namespace MMVSSM_ISA {
 
-constexpr int64_t kPanel = 32;
 constexpr int64_t kBlock = 32;
 // A tile of a product, in registers: so many rows, and vectors of a row.
 constexpr int kTileRows = kLanes == 16 ? 8 : 4;
 constexpr int kTileVectors = 2;
+
+// Without it compilers keep a tile in memory.
+#define MMVSSM_UNROLL _Pragma("GCC unroll 8")
+
+static inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The columns of all panels of a matrix.
 static inline int64_t in_panels(int64_t columns) {
@@ -24,54 +28,59 @@ static inline int64_t in_panels(int64_t columns) {
 
 // c = A b, or c += A b: kTileRows rows of as many columns as a tile has. A and b have
 // `terms` columns and rows.
-template <int64_t kRowStride, int64_t kTermStride>
-static inline void multiply_tile(const float* a, const float* b, int64_t terms, float* c,
-                                 bool add) {
-  vfloat sums[kTileRows][kTileVectors] = {};
+template <int64_t kRowStride, int64_t kTermStride, bool kAdd>
+static inline void multiply_tile(const float* a, const float* b, int64_t terms,
+                                 float* c) {
+  vfloat sums[kTileRows][kTileVectors];
+  MMVSSM_UNROLL for (int r = 0; r < kTileRows; ++r)
+    MMVSSM_UNROLL for (int v = 0; v < kTileVectors; ++v) sums[r][v] = vfloat{};
   for (int64_t t = 0; t < terms; ++t) {
     vfloat right[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) right[v] = load(b + t * kPanel + v * kLanes);
-    for (int r = 0; r < kTileRows; ++r) {
+    MMVSSM_UNROLL for (int v = 0; v < kTileVectors; ++v)
+      right[v] = load(b + t * kPanel + v * kLanes);
+    MMVSSM_UNROLL for (int r = 0; r < kTileRows; ++r) {
       const vfloat left = broadcast(a[r * kRowStride + t * kTermStride]);
-      for (int v = 0; v < kTileVectors; ++v) sums[r][v] += left * right[v];
+      MMVSSM_UNROLL for (int v = 0; v < kTileVectors; ++v) sums[r][v] += left * right[v];
     }
   }
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) {
+  MMVSSM_UNROLL for (int r = 0; r < kTileRows; ++r) {
+    MMVSSM_UNROLL for (int v = 0; v < kTileVectors; ++v) {
       float* to = c + r * kPanel + v * kLanes;
-      store(to, add ? load(to) + sums[r][v] : sums[r][v]);
+      store(to, kAdd ? load(to) + sums[r][v] : sums[r][v]);
     }
   }
 }
 
-// C = A B for some rows of a block; A has `terms` columns. A and C have kBlock rows in
-// a panel, B has `b_rows`.
+// C = A B for some rows of a block; A has `terms` columns, and B `b_rows` rows.
 static void multiply(const float* a, const float* b, int64_t rows, int64_t terms,
                      int64_t b_rows, int64_t columns, float* c) {
   for (int64_t n = 0; n < in_panels(columns); n += kTileVectors * kLanes) {
-    const int64_t panel = n / kPanel, inside = n % kPanel;
+    const int64_t panel = n / kPanel * kPanel, inside = n % kPanel;
     for (int64_t i = 0; i < rows; i += kTileRows) {
+      const float* right = b + panel * b_rows + inside;
+      float* to = c + panel * kBlock + i * kPanel + inside;
       for (int64_t t = 0; t < terms; t += kPanel) {
-        const int64_t some = t + kPanel < terms ? kPanel : terms - t;
-        multiply_tile<kPanel, 1>(
-            a + t * kBlock + i * kPanel, b + (panel * b_rows + t) * kPanel + inside,
-            some, c + (panel * kBlock + i) * kPanel + inside, t > 0);
+        const int64_t some = smaller_of(kPanel, terms - t);
+        const float* left = a + t * kBlock + i * kPanel;
+        if (t == 0)
+          multiply_tile<kPanel, 1, false>(left, right, some, to);
+        else
+          multiply_tile<kPanel, 1, true>(left, right + t * kPanel, some, to);
       }
     }
   }
 }
 
-// C += transposed A times B for A and B with `rows` rows of a block; A has `a_columns`
-// columns, and C has all columns of A's panels as its rows.
+// C += transposed A times B, for `rows` rows of two blocks. C has a row for each column
+// of A's panels.
 static void add_products(const float* a, const float* b, int64_t rows,
                          int64_t a_columns, int64_t b_columns, float* c) {
-  const int64_t width = in_panels(a_columns);
   for (int64_t n = 0; n < in_panels(b_columns); n += kTileVectors * kLanes) {
-    const int64_t panel = n / kPanel, inside = n % kPanel;
-    for (int64_t i = 0; i < width; i += kTileRows) {
-      multiply_tile<1, kPanel>(a + i / kPanel * kBlock * kPanel + i % kPanel,
-                               b + panel * kBlock * kPanel + inside, rows,
-                               c + (panel * width + i) * kPanel + inside, true);
+    const int64_t panel = n / kPanel * kPanel, inside = n % kPanel;
+    for (int64_t i = 0; i < in_panels(a_columns); i += kTileRows) {
+      multiply_tile<1, kPanel, true>(
+          a + i / kPanel * kPanel * kBlock + i % kPanel, b + panel * kBlock + inside,
+          rows, c + panel * in_panels(a_columns) + i * kPanel + inside);
     }
   }
 }
@@ -116,64 +125,52 @@ static inline Array head_of(const Array& x, int64_t batch, int64_t head,
   return {data, x.dtype, {x.stride[1]}};
 }
 
+// A whole row of a panel, from an array that has `columns` more columns: there, or filled
+// up in `few`.
 template <class T>
-static inline void read_panel_row(const T* from, int64_t columns, float filling,
-                                  float* to) {
-  if (columns >= kPanel) {
-    for (int64_t c = 0; c < kPanel; c += kLanes) store(to + c, load(from + c));
-  } else {
-    for (int64_t c = 0; c < kPanel; ++c)
-      to[c] = c < columns ? to_float(from[c]) : filling;
+static inline const T* whole_row(const T* from, int64_t columns, float filling, T* few) {
+  if (columns >= kPanel) return from;
+  for (int64_t c = 0; c < kPanel; ++c) {
+    if (c < columns)
+      few[c] = from[c];
+    else
+      assign(few + c, filling);
   }
+  return few;
 }
 
+// Reads `rows` positions of an array (position, channel), from `begin` on, each times
+// its factor.
 template <class T>
-static inline void write_panel_row(const float* from, int64_t columns, T* to) {
-  if (columns >= kPanel) {
-    for (int64_t c = 0; c < kPanel; c += kLanes) store(to + c, load(from + c));
-  } else {
-    for (int64_t c = 0; c < columns; ++c) assign(to + c, from[c]);
-  }
-}
-
-// Reads `rows` positions of an array (position, channel), from `begin` on.
-static void read_block(const Array& from, int64_t begin, int64_t rows, int64_t columns,
-                       float filling, float* to) {
-  for (int64_t first = 0; first < columns; first += kPanel, to += kBlock * kPanel) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t at = (begin + i) * from.stride[0] + first, left = columns - first;
-      float* row = to + i * kPanel;
-      if (from.dtype == kFloat32)
-        read_panel_row((const float*)from.data + at, left, filling, row);
-      else
-        read_panel_row((const bfloat16*)from.data + at, left, filling, row);
+static void read_block(const Array& x, int64_t begin, int64_t rows, int64_t columns,
+                       const float* factors, float* to) {
+  T few[kPanel];
+  for (int64_t first = 0; first < columns; first += kPanel) {
+    const T* from = (const T*)x.data + begin * x.stride[0] + first;
+    for (int64_t i = 0; i < rows; ++i, from += x.stride[0], to += kPanel) {
+      const T* row = whole_row(from, columns - first, 0, few);
+      for (int64_t c = 0; c < kPanel; c += kLanes)
+        store(to + c, load(row + c) * factors[i]);
     }
+    to += (kBlock - rows) * kPanel;
   }
 }
 
+// Writes them.
+template <class T>
 static void write_block(const float* from, int64_t begin, int64_t rows, int64_t columns,
-                        const Array& to) {
-  for (int64_t first = 0; first < columns; first += kPanel, from += kBlock * kPanel) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t at = (begin + i) * to.stride[0] + first, left = columns - first;
-      const float* row = from + i * kPanel;
-      if (to.dtype == kFloat32)
-        write_panel_row(row, left, (float*)to.data + at);
-      else
-        write_panel_row(row, left, (bfloat16*)to.data + at);
+                        const float* factors, const Array& x) {
+  T few[kPanel];
+  for (int64_t first = 0; first < columns; first += kPanel) {
+    const int64_t left = columns - first;
+    T* to = (T*)x.data + begin * x.stride[0] + first;
+    for (int64_t i = 0; i < rows; ++i, to += x.stride[0], from += kPanel) {
+      T* row = left < kPanel ? few : to;
+      for (int64_t c = 0; c < kPanel; c += kLanes)
+        store(row + c, load(from + c) * factors[i]);
+      if (left < kPanel) __builtin_memcpy(to, few, left * sizeof(T));
     }
-  }
-}
-
-// Multiplies each row of a block by its factor.
-static void scale_rows(float* x, int64_t rows, int64_t columns, const float* factors) {
-  for (int64_t first = 0; first < columns; first += kPanel, x += kBlock * kPanel) {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t c = 0; c < kPanel; c += kLanes) {
-        float* at = x + i * kPanel + c;
-        store(at, load(at) * factors[i]);
-      }
-    }
+    from += (kBlock - rows) * kPanel;
   }
 }
 

@@ -46,10 +46,10 @@ class CpuAttention(KernelBackend):
         return Result((y,), saved if keep else (), has_nan=False)
 
     def saved_like(self, inputs: AttentionInputs, options: AttentionOptions) -> Outputs:
-        """Memory for the sums over the keys of all heads."""
+        """Memory for mean keys, and mean products of values and keys, of each head."""
         q, _, v, *_ = inputs
-        keys, values = (x.shape[2] // options.heads for x in (q, v))
-        shape = q.shape[0], options.heads, library.attention_sums(keys, values)
+        keys, values = (_in_panels(x.shape[2] // options.heads) for x in (q, v))
+        shape = q.shape[0], options.heads, 1 + values, keys
         return (q.new_empty(shape, dtype=torch.float32),)
 
     def backward(
@@ -77,6 +77,11 @@ class CpuAttention(KernelBackend):
         )
         library.kernel('attention_backward')(byref(args), library.parallel_for())
         return AttentionInputs(q, k, v)
+
+
+def _in_panels(channels: int) -> int:
+    """The columns of all panels that the channels fill."""
+    return -(-channels // library.panel_columns()) * library.panel_columns()
 
 
 def _read(inputs: AttentionInputs) -> AttentionInputs:
