@@ -119,7 +119,7 @@ def test_best_instruction_set_comes_first(backend):
 SCRIPT = """
 import sys
 import torch
-from mmvssm.ops import selective_scan, ss2d_scan
+from mmvssm.ops import linear_attention, selective_scan, ss2d_scan
 from mmvssm.ops.cpu import library
 from ops.scan_inputs import gradients, scan_inputs, ss2d_inputs
 
@@ -134,6 +134,9 @@ for isa in library.available_isas():
             results += [out, last, *gradients((out, last), inputs).values()]
             inputs = ss2d_inputs(*shape[:2], 5, 8, shape[3], 3, dtype=torch.float32)
             y = ss2d_scan(**inputs, backend='cpu')
+            results += [y, *gradients((y,), inputs).values()]
+            inputs = dict.fromkeys('qkv', inputs['x'].flatten(2))
+            y = linear_attention(**inputs, normalise=shape[4] == 1, backend='cpu')
             results += [y, *gradients((y,), inputs).values()]
 torch.save([x.detach() if torch.is_tensor(x) else x for x in results], sys.argv[1])
 """

@@ -64,7 +64,9 @@ class CpuAttention(KernelBackend):
         grad, (sums,) = grads[0], saved
         assert grad is not None, 'there is one output'
         grad, read = _neighbours(grad), _read(inputs)
-        q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in read[:3])
+        q, k, v = (
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in read[:3]
+        )
         by_sums = torch.empty_like(sums)
         args = AttentionArgs(
             **_input_args(read, options),
@@ -96,7 +98,9 @@ def _neighbours(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _input_args(inputs: AttentionInputs, options: AttentionOptions) -> dict[str, object]:
+def _input_args(
+    inputs: AttentionInputs, options: AttentionOptions
+) -> dict[str, object]:
     """The kernel args that both passes have."""
     q, k, v, cosine, sine = inputs
     batch, length, channels = q.shape
