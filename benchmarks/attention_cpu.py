@@ -16,6 +16,16 @@ turns in one run, and figures are medians. What is to be met is the growth of
 the linear attention: per position, 16384 of them may cost at most 1.1 times as
 much as 4096.
 
+Then it measures the maps of MLLA-T's stages, for images of 224x224 and 512x512,
+batch 1 and 8, one thread and two:
+
+- ``compiled``: the same op by its compiled kernels, heads of 32 channels.
+- ``torch``: the same op by the backend ``torch``.
+- ``one head``: the compiled op with one query and one key of 32 channels for all
+  values, as in the ablation's row without several heads.
+- ``scan`` and ``scan, 1 state``: as above, at the same channels; VMamba's scans
+  have one state.
+
 A complete run writes ``benchmarks/results/attention_cpu.json`` and a plot
 beside it; with ``--quick`` nothing is written unless ``--out`` says where to.
 """
@@ -25,7 +35,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -36,10 +46,15 @@ from timing import Effort, interleaved
 from torch import Tensor
 
 from mmvssm.collect_env import collect_env
-from mmvssm.engine import run_tool
+from mmvssm.engine import UsageError, run_tool
 from mmvssm.engine.launching.memory import keep_freed_memory
 from mmvssm.layers import rotary_tables
-from mmvssm.ops import choose_backend, linear_attention, selective_scan
+from mmvssm.ops import (
+    backend_status,
+    choose_backend,
+    linear_attention,
+    selective_scan,
+)
 
 HERE = Path(__file__).resolve().parent
 PASSES = ('forward', 'both')
@@ -54,12 +69,54 @@ class Plan:
     channels: int = 384
     heads: int = 12
     states: int = 16
+    # MLLA-T's maps: side of the first stage and its channels; batches; threads.
+    sides: tuple[int, ...] = (56, 128)
+    first_channels: int = 64
+    batches: tuple[int, ...] = (1, 8)
+    thread_counts: tuple[int, ...] = (1, 2)
     # Turns so long that a first call that is not counted warms up the caches for
     # every length alike, but for the slowest of softmax.
     effort: Effort = Effort(rounds=6, turn=0.2, limit=1.2)
 
+    stage_effort: Effort = Effort(rounds=5, turn=0.03, limit=0.3)
 
-QUICK = Plan((16, 36, 64), 16, 2, 4, Effort(rounds=2, turn=1e-4, limit=0.1))
+
+_BRIEF = Effort(rounds=2, turn=1e-4, limit=0.1)
+QUICK = Plan((16, 36, 64), 16, 2, 4, (8,), 32, (1,), (1,), _BRIEF, _BRIEF)
+HEAD = 32  # channels of a head of MLLA
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of MLLA-T: maps (batch, channels, side, side)."""
+
+    batch: int
+    side: int
+    channels: int
+
+    def attention(
+        self, backend: str = 'cpu', one_head: bool = False
+    ) -> tuple[Callable, list[Tensor]]:
+        """The op and its inputs, the values first, which are like the output."""
+        keys = HEAD if one_head else self.channels
+        generator = torch.Generator().manual_seed(0)
+        inputs = [
+            torch.randn(self.batch, self.side**2, width, generator=generator)
+            for width in (self.channels, keys, keys)
+        ]
+        for x in inputs:
+            x.requires_grad_()
+        rotary = rotary_tables(self.side, self.side, keys, like=inputs[0]).unbind()
+
+        def function(v: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return linear_attention(q, k, v, keys // HEAD, rotary, backend=backend)
+
+        return function, inputs
+
+    def scan(self, states: int) -> tuple[Callable, list[Tensor]]:
+        """A scan of as many channels, and its inputs."""
+        plan = Plan(channels=self.channels, states=states)
+        return scan(plan, self.side**2, self.batch)
 
 
 def linear(plan: Plan, length: int) -> tuple[Callable, list[Tensor]]:
@@ -78,9 +135,9 @@ def softmax(plan: Plan, length: int) -> tuple[Callable, list[Tensor]]:
     return F.scaled_dot_product_attention, inputs
 
 
-def scan(plan: Plan, length: int) -> tuple[Callable, list[Tensor]]:
+def scan(plan: Plan, length: int, batch: int = 1) -> tuple[Callable, list[Tensor]]:
     """The op and its inputs, with softplus and skip."""
-    inputs = op_inputs(1, 1, plan.channels, length, plan.states, channels_last=True)
+    inputs = op_inputs(batch, 1, plan.channels, length, plan.states, channels_last=True)
 
     def function(u, delta, A, B, C, D, bias):
         return selective_scan(u, delta, A, B, C, D, None, bias, True)
@@ -118,6 +175,60 @@ def measure(plan: Plan) -> list[dict]:
         )
         for length in plan.lengths
     ]
+
+
+def measure_stages(plan: Plan) -> list[dict]:
+    """Times at the stages of MLLA-T, in ``seconds[pass][who]``."""
+    stages = [
+        Stage(batch, max(1, side >> number), plan.first_channels << number)
+        for batch in plan.batches
+        for side in plan.sides
+        for number in range(4)
+    ]
+    threads_before, rows = torch.get_num_threads(), []
+    for threads in plan.thread_counts:
+        torch.set_num_threads(threads)
+        for stage in stages:
+            calls = {
+                'compiled': stage.attention(),
+                'torch': stage.attention('torch'),
+                'one head': stage.attention(one_head=True),
+                'scan': stage.scan(plan.states),
+                'scan, 1 state': stage.scan(1),
+            }
+            functions = {
+                (which, who): function
+                for who, call in calls.items()
+                for which, function in passes(*call).items()
+                if which in PASSES
+            }
+            times = interleaved(functions, plan.stage_effort)
+            seconds = {
+                which: {who: times[which, who] for who in calls} for which in PASSES
+            }
+            rows.append(dict(asdict(stage), threads=threads, seconds=seconds))
+    torch.set_num_threads(threads_before)
+    return rows
+
+
+def stages_table(rows: list[dict]) -> str:
+    """Milliseconds of the compiled attention, and of the others relative to it."""
+    others = [who for who in rows[0]['seconds'][PASSES[0]] if who != 'compiled']
+    columns = ('{:10}{:>8}{:>6}{:>18}{:>14}' + '{:>15}' * len(others)).format
+    lines = [
+        'MLLA-T, times relative to the compiled attention',
+        columns('pass', 'threads', 'batch', 'map', 'compiled, ms', *others),
+    ]
+    for which in PASSES:
+        for row in rows:
+            times = {who: t['median'] for who, t in row['seconds'][which].items()}
+            size = f'{row["side"]}x{row["side"]}x{row["channels"]}'
+            ratios = (f'{times[who] / times["compiled"]:.2f}' for who in others)
+            own = f'{1e3 * times["compiled"]:.3f}'
+            lines.append(
+                columns(which, row['threads'], row['batch'], size, own, *ratios)
+            )
+    return '\n'.join(lines)
 
 
 def growth(rows: list[dict]) -> dict[str, dict[str, float]]:
@@ -228,6 +339,9 @@ def main(args: argparse.Namespace) -> None:
     if args.out:
         # Now: without it the plot would fail when all is measured.
         import matplotlib  # noqa: F401
+    missing = backend_status()['cpu']
+    if missing:
+        raise UsageError(f'the cpu backend cannot run here: {missing}.')
     if args.threads:
         torch.set_num_threads(args.threads)
     plan = QUICK if args.quick else Plan()
@@ -243,11 +357,17 @@ def main(args: argparse.Namespace) -> None:
     rows = measure(plan)
     grown = growth(rows)
     print(table(rows, grown))
+    stages = measure_stages(plan)
+    print(f'\n{stages_table(stages)}')
     if args.out:
         out = Path(args.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         result = dict(
-            environment=collect_env(), settings=settings, rows=rows, growth=grown
+            environment=collect_env(),
+            settings=settings,
+            rows=rows,
+            growth=grown,
+            stages=stages,
         )
         out.write_text(json.dumps(result, indent=2) + '\n')
         print(f'written to {out} and {plot(result, out.with_suffix(".png"))}')

@@ -230,6 +230,9 @@ def test_only_a_complete_run_of_blocks_replaces_the_result(load, monkeypatch):
 
 def test_quick_run_of_attention(load, tmp_path):
     pytest.importorskip('matplotlib')
+    reason = ops.backend_status()['cpu']
+    if reason:
+        pytest.skip(reason)
     out = tmp_path / 'new' / 'attention.json'
     result = run_benchmark('attention_cpu.py', out, '--quick', '--threads', '1')
     assert result['settings']['threads'] == 1
@@ -239,6 +242,12 @@ def test_quick_run_of_attention(load, tmp_path):
             times = row['seconds'][which]
             assert set(times) == {'linear', 'softmax', 'scan'}
             assert all(found['median'] > 0 for found in times.values())
+    for row in result['stages']:
+        assert row['channels'] * row['side'] == 32 * 8 and row['batch'] == 1
+        for times in row['seconds'].values():
+            assert {'compiled', 'torch', 'one head', 'scan'} < set(times)
+            assert all(found['median'] > 0 for found in times.values())
+    assert len(result['stages']) == 4
     assert Image.open(out.with_suffix('.png')).width > 1000
 
 

@@ -7,7 +7,7 @@ from mmvssm.ops import linear_attention
 from mmvssm.ops.cpu import library
 
 from .backends_under_test import on_every_isa, precision
-from .scan_inputs import as_double, gradients, relative_error
+from .scan_inputs import as_double, relative_error
 
 _, TOLERANCE = precision('cpu')
 NAN = float('nan')

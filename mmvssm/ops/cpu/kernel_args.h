@@ -104,9 +104,9 @@ struct AttentionArgs {
   float eps;
   Array q, k, v, out;          // (batch, position, channel)
   const float *cosine, *sine;  // (position, pair of key channels) or null
-  float *sums, *grad_sums;     // (batch, head, 1 + value channel, key channel), in panels
+  float *sums, *grad_sums;     // (batch, head, ...), see linear_attention.h
   Array grad_out, grad_q, grad_k, grad_v;
-  float* parts;  // (split, batch, head, sum), the kernel's own
+  float* parts;  // (split, batch, head, ...), memory of the kernel itself
 };
 
 // parallel_for of torch's stable C interface.

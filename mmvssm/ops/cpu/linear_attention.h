@@ -47,17 +47,12 @@ struct Angles {
   const vfloat cosines, sines;
 };
 
-// Of a block, one for each position.
-alignas(64) static const float kOnes[kBlock] = {
-    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-
 // A split of the positions of a head, and the block of it that is worked on.
 class AttentionItem {
  public:
   static int64_t floats(const AttentionArgs& p) {
     const int64_t keys = in_panels(p.keys), values = in_panels(p.values);
-    return (3 * keys + 2 * values + 2) * kBlock + keys * values;
+    return (3 * keys + 2 * values + 3) * kBlock + keys * values;
   }
 
   AttentionItem(const AttentionArgs& p, int64_t item, Arena* arena)
@@ -69,6 +64,7 @@ class AttentionItem {
         grad(arena->take(keys * kBlock)),
         read(arena->take(values * kBlock)),
         written(arena->take(values * kBlock)),
+        ones(arena->take(kBlock)),
         inverse(arena->take(kBlock)),
         by_normaliser(arena->take(kBlock)),
         transposed(arena->take(keys * values)),
@@ -80,6 +76,7 @@ class AttentionItem {
     if (p.length % kBlock)
       __builtin_memset(features, 0, (char*)transposed - (char*)features);
     __builtin_memset(by_normaliser, 0, kBlock * 4);
+    for (int64_t i = 0; i < kBlock; ++i) ones[i] = 1;
   }
 
   // Loops over the blocks.
@@ -90,9 +87,7 @@ class AttentionItem {
 
   // The sums of this head, and of this split of it.
   int64_t first_sum() const { return (batch_ * p.heads + head_) * sums_of(p); }
-  float* part() const {
-    return p.parts + split_ * all_sums(p) + first_sum();
-  }
+  float* part() const { return p.parts + split_ * all_sums(p) + first_sum(); }
 
   // Reads queries or keys as features, and turns these.
   void read_features(const Array& x) const {
@@ -147,7 +142,8 @@ class AttentionItem {
   const int64_t keys, values;  // in panels
   float *const features, *const turned, *const grad;  // of queries or keys
   float *const read, *const written;                  // of values
-  float *const inverse, *const by_normaliser;         // of normalisers
+  // A number for each position: 1, 1 / normaliser, and the normaliser's gradient.
+  float *const ones, *const inverse, *const by_normaliser;
   float* const transposed;                            // (value channel, key channel)
 
  private:
@@ -237,8 +233,8 @@ static void sum_keys(AttentionItem& item) {
   __builtin_memset(sums, 0, sums_of(p) * 4);
   for (item.start(); !item.done(); item.next()) {
     item.read_features(p.k);
-    item.read_values(p.v, kOnes);
-    item.add_features(kOnes, sums);
+    item.read_values(p.v, item.ones);
+    item.add_features(item.ones, sums);
     add_products(item.turned, item.read, item.rows(), p.keys, p.values,
                  sums + item.keys);
   }
@@ -257,9 +253,9 @@ static void read_sums(AttentionItem& item) {
   }
 }
 
-// The gradients of a split of the queries, and what it adds to those of the sums. With t
-// a turned query, S the mean products, n the normaliser and g the gradient of y = t S / n:
-// the gradient of t is S g / n, and that of n is -<t, S g / n> / n.
+// The gradients of a split of the queries, and what it adds to those of the sums. With
+// t a turned query, S the mean products, n the normaliser and g the gradient of
+// y = t S / n, the gradient of t is S g / n, and that of n is -<t, S g / n> / n.
 static void differentiate_queries(AttentionItem& item) {
   const AttentionArgs& p = item.p;
   const float* sums = p.sums + item.first_sum();
@@ -276,8 +272,10 @@ static void differentiate_queries(AttentionItem& item) {
              item.grad);
     if (p.normalise) {
       inner_products<false>(item.turned, item.grad, item.keys, item.by_normaliser);
-      for (int64_t i = 0; i < kBlock; i += kLanes)
-        store(item.by_normaliser + i, -load(item.by_normaliser + i) * load(item.inverse + i));
+      for (int64_t i = 0; i < kBlock; i += kLanes) {
+        float* at = item.by_normaliser + i;
+        store(at, -load(at) * load(item.inverse + i));
+      }
       item.add_features(item.by_normaliser, grad_sums);
     }
     item.write_gradient(sums, item.by_normaliser, p.grad_q);
@@ -291,18 +289,19 @@ static void differentiate_keys(AttentionItem& item) {
   transpose_panels(grad_sums + item.keys, item.keys, item.values, item.transposed);
   for (item.start(); !item.done(); item.next()) {
     item.read_features(p.k);
-    item.read_values(p.v, kOnes);
+    item.read_values(p.v, item.ones);
     multiply(item.turned, grad_sums + item.keys, item.rows(), p.keys, item.keys,
              p.values, item.written);
-    item.write_values(p.grad_v, kOnes);
+    item.write_values(p.grad_v, item.ones);
     multiply(item.read, item.transposed, item.rows(), p.values, item.values, p.keys,
              item.grad);
-    item.write_gradient(grad_sums, kOnes, p.grad_k);
+    item.write_gradient(grad_sums, item.ones, p.grad_k);
   }
 }
 
 // Sums as means over all positions, from those of the splits.
-static void add_splits(const AttentionArgs& p, int64_t begin, int64_t end, float* sums) {
+static void add_splits(const AttentionArgs& p, int64_t begin, int64_t end,
+                       float* sums) {
   for (int64_t i = begin; i < end; i += kLanes) {
     vfloat sum = {};
     for (int64_t split = 0; split < splits_of(p); ++split)

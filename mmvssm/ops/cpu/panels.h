@@ -1,8 +1,8 @@
 // Matrices of a few positions, their products, and how they are read and written.
 //
 // A matrix is in panels of 32 columns, one panel behind the other. A row of a panel is
-// contiguous. What the last panel has too much is filled up. The matrix of a block of
-// positions has a row for each of kBlock positions.
+// contiguous, and rows of the last panel are filled up. A block is a matrix with a row
+// for each of kBlock positions, of which it may use fewer.
 #pragma once
 
 #include "kernel_args.h"
@@ -16,8 +16,12 @@ constexpr int64_t kBlock = 32;
 constexpr int kTileRows = kLanes == 16 ? 8 : 4;
 constexpr int kTileVectors = 2;
 
-// Without it compilers keep a tile in memory.
+// GCC keeps a tile in memory unless it unrolls the loops over it; Clang does so itself.
+#if defined(__clang__)
+#define MMVSSM_UNROLL
+#else
 #define MMVSSM_UNROLL _Pragma("GCC unroll 8")
+#endif
 
 static inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -40,7 +44,8 @@ static inline void multiply_tile(const float* a, const float* b, int64_t terms,
       right[v] = load(b + t * kPanel + v * kLanes);
     MMVSSM_UNROLL for (int r = 0; r < kTileRows; ++r) {
       const vfloat left = broadcast(a[r * kRowStride + t * kTermStride]);
-      MMVSSM_UNROLL for (int v = 0; v < kTileVectors; ++v) sums[r][v] += left * right[v];
+      MMVSSM_UNROLL for (int v = 0; v < kTileVectors; ++v)
+        sums[r][v] += left * right[v];
     }
   }
   MMVSSM_UNROLL for (int r = 0; r < kTileRows; ++r) {
@@ -51,7 +56,8 @@ static inline void multiply_tile(const float* a, const float* b, int64_t terms,
   }
 }
 
-// C = A B for some rows of a block; A has `terms` columns, and B `b_rows` rows.
+// C = A B for the first rows of blocks A and C. A has `terms` columns, B has `b_rows`
+// rows.
 static void multiply(const float* a, const float* b, int64_t rows, int64_t terms,
                      int64_t b_rows, int64_t columns, float* c) {
   for (int64_t n = 0; n < in_panels(columns); n += kTileVectors * kLanes) {
@@ -71,8 +77,8 @@ static void multiply(const float* a, const float* b, int64_t rows, int64_t terms
   }
 }
 
-// C += transposed A times B, for `rows` rows of two blocks. C has a row for each column
-// of A's panels.
+// C += transposed A times B, for the first rows of blocks A and B. C has a row for each
+// column of A's panels.
 static void add_products(const float* a, const float* b, int64_t rows,
                          int64_t a_columns, int64_t b_columns, float* c) {
   for (int64_t n = 0; n < in_panels(b_columns); n += kTileVectors * kLanes) {
@@ -86,7 +92,8 @@ static void add_products(const float* a, const float* b, int64_t rows,
 }
 
 // Transposes a matrix of whole panels.
-static void transpose_panels(const float* from, int64_t rows, int64_t columns, float* to) {
+static void transpose_panels(const float* from, int64_t rows, int64_t columns,
+                             float* to) {
   for (int64_t i = 0; i < rows; i += kLanes) {
     for (int64_t n = 0; n < columns; n += kLanes) {
       vfloat square[kLanes];
@@ -99,17 +106,18 @@ static void transpose_panels(const float* from, int64_t rows, int64_t columns, f
   }
 }
 
-// sums[i] = the inner product of row i of `a` with row i of `b`, for matrices of a block;
-// with `same` all rows of `b` are one, its panels without other rows between them.
-template <bool same>
-static void inner_products(const float* a, const float* b, int64_t columns, float* sums) {
+// sums[i] = the inner product of rows i of two blocks. With kOneRow `b` is a single
+// row, which counts for all.
+template <bool kOneRow>
+static void inner_products(const float* a, const float* b, int64_t columns,
+                           float* sums) {
   for (int64_t i = 0; i < kBlock; i += 4) {
     vfloat products[4] = {};
     for (int64_t c = 0; c < columns; c += kLanes) {
       const int64_t panel = c / kPanel * kPanel, inside = c % kPanel;
       for (int r = 0; r < 4; ++r) {
         const int64_t at = panel * kBlock + (i + r) * kPanel + inside;
-        products[r] += load(a + at) * load(same ? b + c : b + at);
+        products[r] += load(a + at) * load(kOneRow ? b + c : b + at);
       }
     }
     for (int r = 0; r < 4; ++r) sums[i + r] = 0;
@@ -125,10 +133,11 @@ static inline Array head_of(const Array& x, int64_t batch, int64_t head,
   return {data, x.dtype, {x.stride[1]}};
 }
 
-// A whole row of a panel, from an array that has `columns` more columns: there, or filled
-// up in `few`.
+// A whole row of a panel, from an array that has `columns` more columns: in place, or
+// copied to `few` and filled up.
 template <class T>
-static inline const T* whole_row(const T* from, int64_t columns, float filling, T* few) {
+static inline const T* whole_row(const T* from, int64_t columns, float filling,
+                                 T* few) {
   if (columns >= kPanel) return from;
   for (int64_t c = 0; c < kPanel; ++c) {
     if (c < columns)

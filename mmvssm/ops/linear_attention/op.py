@@ -69,9 +69,9 @@ def linear_attention(
             still a mean over j.
         eps: :math:`\epsilon`.
         backend: ``'reference'``: the definition with the L x L matrix of weights.
-            ``'cuda'``: our kernels, for heads of up to 64 channels. Any other of
-            :func:`mmvssm.ops.list_backends`: the same tensor code for all of them. See
-            :func:`mmvssm.ops.selective_scan`.
+            ``'cpu'``: compiled kernels. ``'cuda'``: our kernels, for heads of up to 64
+            channels. Any other of :func:`mmvssm.ops.list_backends`: the same tensor
+            code for all of them. See :func:`mmvssm.ops.selective_scan`.
 
     Returns:
         (B, L, C') in v's dtype, under autocast in float32. Everything is
