@@ -17,7 +17,8 @@ the linear attention: per position, 16384 of them may cost at most 1.1 times as
 much as 4096.
 
 Then it measures the maps of MLLA-T's stages, for images of 224x224 and 512x512,
-batch 1 and 8, one thread and two:
+batch 1 and 8, one thread and two. With one thread that is processor time, which
+other work on the machine changes little:
 
 - ``compiled``: the same op by its compiled kernels, heads of 32 channels.
 - ``torch``: the same op by the backend ``torch``.
@@ -34,6 +35,7 @@ import argparse
 import functools
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -202,6 +204,11 @@ def measure_stages(plan: Plan) -> list[dict]:
                 for which, function in passes(*call).items()
                 if which in PASSES
             }
+            if threads == 1:
+                functions = {
+                    name: functools.partial(processor_seconds, function)
+                    for name, function in functions.items()
+                }
             times = interleaved(functions, plan.stage_effort)
             seconds = {
                 which: {who: times[which, who] for who in calls} for which in PASSES
@@ -209,6 +216,13 @@ def measure_stages(plan: Plan) -> list[dict]:
             rows.append(dict(asdict(stage), threads=threads, seconds=seconds))
     torch.set_num_threads(threads_before)
     return rows
+
+
+def processor_seconds(function: Callable[[], object]) -> float:
+    """Processor time of one call."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
 
 
 def stages_table(rows: list[dict]) -> str:
