@@ -6,6 +6,7 @@ import torch
 from mmvssm.ops import linear_attention
 from mmvssm.ops.cpu import library
 
+from .attention_inputs import make_inputs, make_tables
 from .backends_under_test import on_every_isa, precision
 from .scan_inputs import as_double, relative_error
 
@@ -19,25 +20,6 @@ def use_isa(request):
     """Each test here runs on the instruction set of its parameter."""
     with library.use_isa(request.getfixturevalue('isa')):
         yield
-
-
-def make_inputs(batch, length, heads, keys, values, *, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    channels = dict(q=heads * keys, k=heads * keys, v=heads * values)
-    return {
-        name: torch.randn(batch, length, count, generator=generator)
-        .to(dtype)
-        .requires_grad_()
-        for name, count in channels.items()
-    }
-
-
-def make_tables(inputs):
-    """Cosines and sines of angles of every size."""
-    _, length, channels = inputs['q'].shape
-    generator = torch.Generator().manual_seed(1)
-    angles = 40 * torch.rand(length, channels // 2, generator=generator)
-    return angles.cos(), angles.sin()
 
 
 def results(inputs, rotary, backend='cpu', *, by=None, **options):

@@ -21,6 +21,7 @@ from mmvssm.ops.linear_attention.declaration import (
 )
 
 from . import ops_under_test
+from .attention_inputs import make_inputs, make_tables
 from .cuda_emulation import AVAILABLE, SEED_VARIABLE, Emulator
 from .scan_inputs import as_double, gradients, relative_error
 
@@ -45,27 +46,6 @@ def passes(request, monkeypatch):
     """Whether a launch makes the sums and reads them, or one does each."""
     if request.param == 'one by one':
         monkeypatch.setattr(cuda_backend, '_SHORT', 0)
-
-
-def make_inputs(
-    batch, length, heads, keys, values=None, *, dtype=torch.float32, seed=0
-):
-    generator = torch.Generator().manual_seed(seed)
-    channels = dict(q=heads * keys, k=heads * keys, v=heads * (values or keys))
-    return {
-        name: torch.randn(batch, length, count, generator=generator)
-        .to(dtype)
-        .requires_grad_()
-        for name, count in channels.items()
-    }
-
-
-def make_tables(inputs):
-    """Cosines and sines of angles of every size."""
-    _, length, channels = inputs['q'].shape
-    generator = torch.Generator().manual_seed(1)
-    angles = 40 * torch.rand(length, channels // 2, generator=generator)
-    return angles.cos(), angles.sin()
 
 
 def outputs_of(inputs, rotary, backend, **options):
