@@ -1,7 +1,8 @@
 # Everything from a bare clone: `make quickstart`, `make test`.
 #
 # Variables: PYTHON (3.10 to 3.12) makes the virtual environment VENV. CONFIG is
-# another quickstart, such as configs/upernet_vim_quickstart.py. DETECTION=0 makes
+# another quickstart, such as configs/upernet_vim_quickstart.py, and ITERATIONS fixes
+# for how long it trains, however fast the machine is. DETECTION=0 makes
 # `make test` do without mmdetection, whose tests are skipped. pip's own
 # settings are honoured: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...
 SHELL := /bin/bash
@@ -13,6 +14,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG :=
+ITERATIONS :=
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.mmvssm-installed
@@ -74,12 +76,14 @@ $(DET_STAMP): $(STAMP) requirements/det.txt requirements/mmdet.txt \
 
 .PHONY: quickstart
 quickstart: install ## Train, evaluate and draw a small VMamba-UperNet on the CPU.
-	@$(RUN) tools/quickstart.py $(if $(CONFIG),--config $(CONFIG))
+	@$(RUN) tools/quickstart.py $(if $(CONFIG),--config $(CONFIG)) \
+	    $(if $(ITERATIONS),--iterations $(ITERATIONS))
 
 .PHONY: quickstart-det
 quickstart-det: install-det ## Train, evaluate and draw a small VMamba Mask R-CNN on the CPU.
 	@$(RUN) tools/quickstart.py --config configs/mask_rcnn_vmamba_quickstart.py \
-	    --work-dir work_dirs/quickstart_det
+	    --work-dir work_dirs/quickstart_det \
+	    $(if $(ITERATIONS),--iterations $(ITERATIONS))
 
 .PHONY: test
 test: lint $(if $(filter 0,$(DETECTION)),install,install-det) ## Lint, then run every test.
