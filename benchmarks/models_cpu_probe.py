@@ -109,7 +109,9 @@ def _run(
         connection.send((True, f'needs more than {limit / 1e9:.1f} GB of memory'))
     except Exception as error:
         text = reason(error)
-        if limit and ('memory' in text or 'bad_alloc' in text):
+        # The last is oneDNN's, which found no room for the code of a product.
+        signs = ('memory', 'bad_alloc', 'could not create a primitive')
+        if limit and any(sign in text for sign in signs):
             text = f'needs more than {limit / 1e9:.1f} GB of memory'
         connection.send((True, text))
 

@@ -1,5 +1,10 @@
 """Visual state-space backbones for mmsegmentation and mmdetection."""
 
+from mmvssm import openmp
+
+# Before anything loads torch.
+openmp.shorten_wait()
+
 from mmvssm import backbones, compat, layers, ops
 from mmvssm.builders import build_backbone, build_classifier, list_models
 from mmvssm.checkpoints import load_checkpoint

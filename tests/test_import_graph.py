@@ -11,7 +11,17 @@ import mmvssm
 PACKAGE = Path(mmvssm.__file__).parent
 # A folder or file of the package imports only what stands before it here.
 LAYERS = (
-    *('registry', 'errors', 'compat', 'ops', 'layers', 'heads', 'necks', 'families'),
+    *(
+        'openmp',
+        'registry',
+        'errors',
+        'compat',
+        'ops',
+        'layers',
+        'heads',
+        'necks',
+        'families',
+    ),
     *('backbones', 'data_preprocessor', 'zoo', 'checkpoints', 'builders'),
     *('pretrained', 'datasets', 'analysis', 'engine', 'collect_env', 'check_gpu'),
 )

@@ -1,4 +1,6 @@
-"""torchrun with the exit code of what it runs: ``tools/torchrun.py OPTIONS SCRIPT ...``.
+"""torchrun with the exit code of what it runs.
+
+    tools/torchrun.py OPTIONS SCRIPT [arguments of SCRIPT]
 
 It takes the options of ``python -m torch.distributed.run``. Where a process fails, that
 command ends in a traceback of its own and exit code 1. This one ends with the exit code

@@ -40,7 +40,7 @@ def test_everything_is_a_call_that_the_ops_take():
     assert ops == {'linear_attention', *OPS}
     # What has kernels for a GPU is checked there.
     assert {op for op, known in all_ops.items() if 'cuda' in known.backends} <= ops
-    assert len(with_kernels(every, 'cpu')) < len(every)
+    assert 0 < len(with_kernels(every, 'mamba_ssm')) < len(every)
     lengths = {
         case.call.named()['u'].shape[2]
         for case in every
