@@ -1,10 +1,10 @@
 _base_ = './schedule_160k.py'
 max_iters = 2800
 # tools/quickstart.py takes the most iterations that this machine does in this time.
-schedules = [2800, 2000, 1400, 1000]
+schedules = [2800, 2200, 1600]
 training_seconds = 360
 optim_wrapper = dict(
-    optimizer=dict(lr=3e-3, fused=True),
+    optimizer=dict(lr=5e-3, fused=True),
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
@@ -12,7 +12,7 @@ param_scheduler = [
         type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, begin=30, end=max_iters
     ),
 ]
-train_cfg = dict(max_iters=max_iters, val_interval=700)
+train_cfg = dict(max_iters=max_iters, val_interval=1400)
 default_hooks = dict(
     checkpoint=dict(
         _delete_=True,
