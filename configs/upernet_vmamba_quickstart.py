@@ -13,6 +13,6 @@ model = dict(
         out_indices=(0, 1, 2, 3),
         drop_path_rate=0.0,
     ),
-    decode_head=dict(in_channels=[32, 64, 128, 256], channels=48),
+    decode_head=dict(in_channels=[32, 64, 128, 256]),
     auxiliary_head=dict(in_channels=128),
 )

@@ -5,7 +5,7 @@ norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
     data_preprocessor=dict(size=(128, 128)),
     decode_head=dict(
-        channels=64, dropout_ratio=0.0, num_classes=num_classes, norm_cfg=norm_cfg
+        channels=48, dropout_ratio=0.0, num_classes=num_classes, norm_cfg=norm_cfg
     ),
     auxiliary_head=dict(
         channels=32, dropout_ratio=0.0, num_classes=num_classes, norm_cfg=norm_cfg
