@@ -17,19 +17,6 @@ pytest.importorskip('mmseg')
 NAMES = ('ground', 'thing', 'third', 'fourth', 'fifth', 'sixth', 'seventh', 'eighth')
 
 
-@pytest.fixture(autouse=True)
-def no_way_out(monkeypatch):
-    monkeypatch.delenv('MMVSSM_DATA_CHECK', raising=False)
-
-
-@pytest.fixture
-def said(monkeypatch):
-    """What is logged."""
-    texts = []
-    monkeypatch.setattr(check, 'print_log', lambda text, *_, **__: texts.append(text))
-    return texts
-
-
 class Data:
     """A data set whose masks are blocks of some numbers, and its config."""
 

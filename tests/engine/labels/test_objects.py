@@ -7,24 +7,10 @@ from mmengine.config import Config
 from PIL import Image
 
 from mmvssm.engine import UsageError, check_labels
-from mmvssm.engine.labels import check
 from mmvssm.engine.labels.check import inspect_data
 from tiny_det import needs_detection, write_coco, write_config
 
 pytestmark = needs_detection
-
-
-@pytest.fixture(autouse=True)
-def no_way_out(monkeypatch):
-    monkeypatch.delenv('MMVSSM_DATA_CHECK', raising=False)
-
-
-@pytest.fixture
-def said(monkeypatch):
-    """What is logged."""
-    texts = []
-    monkeypatch.setattr(check, 'print_log', lambda text, *_, **__: texts.append(text))
-    return texts
 
 
 @pytest.fixture
