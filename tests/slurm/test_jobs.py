@@ -85,7 +85,9 @@ class Job:
         return re.search(rf'\b{name}=(\S+)', said)[1]
 
     def log(self):
-        return (self.work / f'{self.name}.txt').read_text()
+        """What its tasks printed, and the tracebacks of unexpected errors."""
+        files = [self.work / f'{self.name}.txt', *self.folder.glob('*/error*.txt')]
+        return '\n'.join(file.read_text() for file in files)
 
     def port(self):
         """Where the tasks met, which both must name."""

@@ -1,6 +1,7 @@
 """What the processes of a training tell each other between iterations."""
 
 import os
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,11 @@ def rank_by_launcher() -> int:
     return int(next((os.environ[key] for key in _VARIABLES if os.environ.get(key)), 0))
 
 
+# The group of each world that this process has joined and not left. One for all uses:
+# each new group opens connections between all ranks.
+_groups: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
 class Ranks:
     """Talk among all ranks over the CPU, or nothing where there is one only.
 
@@ -23,7 +29,7 @@ class Ranks:
     def __init__(self):
         several = dist.is_available() and dist.is_initialized()
         several = several and dist.get_world_size() > 1
-        self.group = dist.new_group(backend='gloo') if several else None
+        self.group = _shared_group() if several else None
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true on any rank; every rank must ask."""
@@ -45,3 +51,10 @@ class Ranks:
         """Wait for all ranks to come here."""
         if self.group is not None:
             dist.barrier(group=self.group)
+
+
+def _shared_group() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    if world not in _groups:
+        _groups[world] = dist.new_group(backend='gloo')
+    return _groups[world]
