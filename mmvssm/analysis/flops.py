@@ -191,7 +191,7 @@ def _handle(op: Op) -> Callable[[list, list], int]:
 
     def count(inputs: list, outputs: list) -> int:
         shapes = [get_shape(x) for x in inputs[: len(op.names)]]
-        values = [x.toIValue() for x in inputs[len(op.names) : -1]]
+        values = [x.toIValue() for x in inputs[len(op.names) : -2]]
         return _cost(op, shapes, values)
 
     return count
@@ -203,7 +203,7 @@ def _dispatch_handle(op: Op) -> Callable[[Sequence, Any], int]:
     def count(args: Sequence, outputs: Any) -> int:
         tensors = args[: len(op.names)]
         shapes = [None if x is None else tuple(x.shape) for x in tensors]
-        return _cost(op, shapes, args[len(op.names) : -1])
+        return _cost(op, shapes, args[len(op.names) : -2])
 
     return count
 

@@ -4,7 +4,9 @@ A declaration has the inputs (a NamedTuple of tensors), the options (a NamedTupl
 plain values), the outputs and the cost. Backends compute the op. This module makes the
 rest, in the same way for all ops:
 
-- the op of ``torch.library`` with its fake kernel, and gradients of any order;
+- the op of ``torch.library`` with its fake kernel, and gradients of any order. Its
+  arguments are the inputs, the options, ``keep`` and the backend's name. Without
+  ``keep`` nothing is saved for a backward pass, and there is none;
 - the bypass of torch's dispatcher for calls that need nothing but the result;
 - the autocast rule: a backend never runs under autocast, and the options have the
   dtypes that autocast asks for;
@@ -229,9 +231,10 @@ class Op(Generic[I, O]):
             # torch can transform the operations of the reference.
             chosen = self.backends['reference']
         elif not chosen.differentiable:
+            keep = bypass.wanted(*tensors)
             if not unobserved:
-                return self.torch_op, (*tensors, *options, name)
-            if bypass.wanted(*tensors):
+                return self.torch_op, (*tensors, *options, keep, name)
+            if keep:
                 return _Bypass.apply, (self, options, name, *tensors)
         return chosen.forward, (inputs, options, False)
 
@@ -275,7 +278,7 @@ class Op(Generic[I, O]):
             self._forward,
             mutates_args=(),
             schema=_schema(
-                *(*tensors, *options, 'str backend'),
+                *(*tensors, *options, 'bool keep', 'str backend'),
                 returns=len(self.returns) + self._saves,
             ),
         )
@@ -308,16 +311,16 @@ class Op(Generic[I, O]):
         """Inputs and options from the arguments of torch's op, in order."""
         return pack(self._inputs, iter(tensors)), self._options(*options)
 
-    def _unpack(self, arguments: Sequence[Any]) -> tuple[I, O, str]:
-        """Inputs, options and the backend's name from the arguments of torch's op."""
+    def _unpack(self, arguments: Sequence[Any]) -> tuple[I, O, bool, str]:
+        """Inputs, options, keep and the backend's name: the arguments of torch's op."""
         width = len(self.names)
-        *options, name = arguments[width:]
-        return (*self.pack(arguments[:width], options), name)
+        *options, keep, name = arguments[width:]
+        return (*self.pack(arguments[:width], options), keep, name)
 
     def _forward(self, *arguments: Any) -> Tensor | Outputs:
-        inputs, options, name = self._unpack(arguments)
+        inputs, options, keep, name = self._unpack(arguments)
         with autocast.disabled(inputs[0]):
-            result = self.backend(name, inputs, options).forward(inputs, options, True)
+            result = self.backend(name, inputs, options).forward(inputs, options, keep)
         self.refuse_nan(inputs, result)
         found = self.returned(result.outputs, result.saved)
         return found if len(found) > 1 else found[0]
@@ -334,16 +337,20 @@ class Op(Generic[I, O]):
         return (*outputs, *saved, *(x.new_empty(0) for _ in range(missing)))
 
     def _forward_fake(self, *arguments: Any) -> Tensor | Outputs:
-        inputs, options, name = self._unpack(arguments)
+        inputs, options, keep, name = self._unpack(arguments)
         backend = self.backend(name, inputs, options)
         outputs = self.outputs_like(inputs, options)
-        found = self.returned(outputs, backend.saved_like(inputs, options))
+        saved = backend.saved_like(inputs, options) if keep else ()
+        found = self.returned(outputs, saved)
         return found if len(found) > 1 else found[0]
 
     def _remember(
         self, ctx: Any, inputs: Sequence[Any], output: Tensor | Outputs
     ) -> None:
-        taken, options, name = self._unpack(inputs)
+        taken, options, keep, name = self._unpack(inputs)
+        ctx.keep = keep
+        if not keep:
+            return
         output = (output,) if isinstance(output, Tensor) else output
         count = len(self.returns)
         self.remember(ctx, taken, options, name, output[:count], output[count:])
@@ -365,12 +372,19 @@ class Op(Generic[I, O]):
         ctx.set_materialize_grads(False)
 
     def _gradient(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if not ctx.keep:
+            raise RuntimeError(
+                f'{self.name}: this call has no backward pass, because it was traced, '
+                'compiled or exported without gradients: do that without '
+                'torch.no_grad(), and with a weight or an input that requires '
+                'gradients; or run it under torch.no_grad()'
+            )
         width = len(self.names)
         needed = ctx.needs_input_grad[:width]
         found = self.gradients(
             self.torch_backward_op, ctx, grads[: len(self.returns)], needed
         )
-        return (*found, *(None,) * (len(ctx.options) + 1))
+        return (*found, *(None,) * (len(ctx.options) + 2))
 
     def gradients(
         self,
@@ -492,7 +506,7 @@ class Op(Generic[I, O]):
     # FLOPs, for torch.utils.flop_counter: a multiply-add is two
 
     def _forward_flops(self, *shapes: Any, **kwargs: Any) -> int:
-        inputs, options, _ = self._unpack(shapes)
+        inputs, options, _, _ = self._unpack(shapes)
         return _twice(self.flops(inputs, options))
 
     def _backward_flops(self, *shapes: Any, **kwargs: Any) -> int:

@@ -39,10 +39,10 @@ class Case:
         """The op's declaration."""
         return public_ops[self.function]
 
-    def arguments(self, backend: str) -> tuple:
+    def arguments(self, backend: str, keep: bool = True) -> tuple:
         """What torch's op takes for this call."""
         call = self.asked(backend)
-        return (*leaves_of(call.inputs), *call.options, backend)
+        return (*leaves_of(call.inputs), *call.options, keep, backend)
 
     def asked(self, backend: str) -> Call:
         """What the public function asks of its op."""

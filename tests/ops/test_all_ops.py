@@ -85,6 +85,28 @@ def test_opcheck(backend, make):
 
 
 @every
+def test_nothing_is_kept(backend, make):
+    """Without ``keep`` the outputs are the same, and there is no backward pass."""
+    case = make_case(make, backend)
+    if served(case, backend).differentiable:
+        pytest.skip('composed of other ops')
+    op, count = case.op, len(case.op.returns)
+    kept, bare = (
+        (found,) if isinstance(found, torch.Tensor) else found
+        for found in (op.torch_op(*case.arguments(backend, k)) for k in (True, False))
+    )
+    assert len(kept) == len(bare)
+    for got, want in zip(bare[:count], kept):
+        assert torch.equal(got, want) and got.stride() == want.stride()
+    assert all(x.shape == (0,) for x in bare[count:])
+    with pytest.raises(RuntimeError, match=f'{op.name}: .* no backward pass'):
+        bare[0].sum().backward()
+    # The fake kernel gives the same.
+    tests = ('test_schema', 'test_faketensor')
+    opcheck(op.torch_op, case.arguments(backend, False), test_utils=tests)
+
+
+@every
 def test_gradcheck(backend, make):
     if not takes(backend, torch.float64):
         pytest.skip('finite differences need float64')

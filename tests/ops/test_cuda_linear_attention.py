@@ -173,7 +173,7 @@ def test_gradients_of_a_projection_are_not_copied():
     q, k = torch.randn(1, 5, 32).chunk(2, 2)
     inputs = AttentionInputs(q, k, torch.randn(1, 5, 16))
     options = AttentionOptions(1, True, 1e-6, torch.float32, torch.float32)
-    y, saved = LINEAR_ATTENTION.torch_op(*inputs, *options, 'cuda')
+    y, saved = LINEAR_ATTENTION.torch_op(*inputs, *options, True, 'cuda')
     wanted = [True, True, True, False, False]
     seen = []
 

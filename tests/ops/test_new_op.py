@@ -108,7 +108,7 @@ def test_numbers_gradients_and_gradients_of_these(inputs):
 
 
 def test_what_torch_wants_of_an_op(inputs):
-    opcheck(DECAY.torch_op, (*inputs, 3, 'torch'))
+    opcheck(DECAY.torch_op, (*inputs, 3, True, 'torch'))
     torch._dynamo.reset()
     compiled = torch.compile(decay, fullgraph=True, backend='aot_eager')
     assert relative_error(compiled(*inputs, backend='torch'), decay(*inputs)) < 1e-12

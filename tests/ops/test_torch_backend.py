@@ -143,7 +143,7 @@ def test_tracing_knows_what_a_device_saves(size):
     def promised(device):
         with FakeTensorMode():
             inputs, options = arguments(device)
-            _, _, saved = SELECTIVE_SCAN.torch_op(*inputs, *options, 'torch')
+            _, _, saved = SELECTIVE_SCAN.torch_op(*inputs, *options, True, 'torch')
         return saved.shape
 
     inputs, options = arguments('meta')
