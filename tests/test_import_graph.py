@@ -23,7 +23,8 @@ LAYERS = (
         'families',
     ),
     *('backbones', 'data_preprocessor', 'zoo', 'checkpoints', 'builders'),
-    *('pretrained', 'datasets', 'analysis', 'engine', 'collect_env', 'check_gpu'),
+    *('pretrained', 'datasets', 'analysis', 'engine', 'export'),
+    *('collect_env', 'check_gpu'),
 )
 
 

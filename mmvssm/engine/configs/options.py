@@ -63,6 +63,21 @@ def merge_options(cfg: Config, options: Sequence[str], path: str) -> None:
         print_log(note, 'current')
 
 
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """``'key=value'`` strings of ``--cfg-options`` where there is no config.
+
+    Raises:
+        UsageError: An option is no such string, or its value cannot be read.
+    """
+    found = {}
+    for option in options:
+        key, equals, text = option.partition('=')
+        if not (equals and key.isidentifier()):
+            raise UsageError(f'--cfg-options {option}: write KEY=VALUE.')
+        found[key] = _parse(option, text)
+    return found
+
+
 def _parse(option: str, text: str) -> Any:
     value = text.strip().strip('\'"')
     bracketed = value.startswith(('(', '[')) and ('dict(' in value or '{' in value)

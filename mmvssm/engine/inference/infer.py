@@ -105,7 +105,7 @@ def choose_task(cfg: Config) -> ModuleType:
 
 def load_model(
     cfg: Config,
-    checkpoint: str,
+    checkpoint: str | None,
     device: str | None = None,
     weights: str | None = None,
 ) -> nn.Module:
@@ -113,7 +113,8 @@ def load_model(
 
     Args:
         cfg: A config of mmseg's or mmdet's.
-        checkpoint: Loaded by :func:`mmvssm.engine.load_weights`.
+        checkpoint: Loaded by :func:`mmvssm.engine.load_weights`. None leaves the random
+            weights that a new model has.
         device: By default the accelerator, if the machine has one.
         weights: ``'raw'`` or ``'ema'``, of a file with both.
 
@@ -139,7 +140,8 @@ def load_model(
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     cfg.model.backbone.pop('init_cfg', None)
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).to(device)
-    load_weights(model, checkpoint, weights)
+    if checkpoint is not None:
+        load_weights(model, checkpoint, weights)
     # Knows classes, palette and transforms without a look at its files.
     dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
     model.cfg, model.dataset_meta = cfg, dataset.metainfo

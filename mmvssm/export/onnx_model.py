@@ -1,0 +1,366 @@
+"""Writes a model as an ONNX file, and checks it."""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmvssm.export import verify as checks
+from mmvssm.export.errors import ExportError
+from mmvssm.export.wrappers import ImageModel, Normalisation, least_size, wrap
+
+FORMS = ('plain', 'function', 'unrolled')
+DYNAMIC = ('batch', 'size')
+# What the bodies of our ops are written in. onnx converts the file to a later one.
+OPSET = 18
+NEWEST_OPSET = 23
+DOMAIN = 'mmvssm'
+# Key of the entry that says how the file was made.
+METADATA = 'mmvssm'
+# protobuf's own limit.
+_MOST_BYTES = 2**31 - 2**24
+# A constant of more numbers is left to be computed.
+_FOLDED = 2**22
+
+
+def to_onnx(
+    model: nn.Module,
+    file: str | Path,
+    size: int | tuple[int, int] = 224,
+    dynamic: Sequence[str] = (),
+    form: str = 'plain',
+    *,
+    task: str | None = None,
+    normalise: bool = False,
+    normalisation: Normalisation | None = None,
+    opset: int = OPSET,
+    fp16: bool = False,
+    int8: Iterable[str | Path] = (),
+    images: Iterable[str | Path] = (),
+    bound: float = checks.BOUND,
+    runtimes: Sequence[str] | None = None,
+    rounds: int = 5,
+    metadata: Mapping[str, Any] | None = None,
+) -> checks.Report:
+    """Write a model as an ONNX file, run it, and compare it with PyTorch.
+
+    The file has the input ``image`` (B, C, H, W) float32 and the outputs ``logits`` (B,
+    K) of a classifier or (B, K, H, W) of a segmentor, ``labels`` (B, H, W) int64 of a
+    segmentor, or ``map0``, ``map1`` ... of a backbone. It takes the name ``file`` only
+    when the check has passed.
+
+    Args:
+        model: A classifier or backbone of this package, or a segmentor of mmseg, in
+            eval mode, on the CPU.
+        file: Where to write it.
+        size: Height and width of the image, or one number for both.
+        dynamic: Any of ``'batch'`` and ``'size'``; what is not named is 1, and
+            ``size``.
+        form: ``'plain'``: standard operators, with loops. ``'function'``: each of our
+            ops is a local function of standard operators, in whose place
+            :func:`mmvssm.onnx_library` puts our kernels. ``'unrolled'``: standard
+            operators without control flow, of one size.
+        task: ``'logits'``, ``'maps'`` or ``'seg'``; None: what the model is for. See
+            :func:`mmvssm.export.wrappers.wrap`.
+        normalise: Whether images shall be RGB of 0 to 255.
+        normalisation: What the model wants; None: as its data preprocessor says, else
+            ImageNet's.
+        opset: Version of the standard operators, 18 or later.
+        fp16: Whether linear layers and convolutions compute in float16. Then the
+            difference is reported, and has no bound.
+        int8: Image files to calibrate int8 linear layers and convolutions with. Then
+            the difference is reported, and has no bound.
+        images: Image files to check with, beside random images.
+        bound, runtimes, rounds: See :func:`mmvssm.export.verify.verify`.
+        metadata: More entries for the file's metadata, as JSON has them.
+
+    Returns:
+        What the check found; printed, it is a table.
+
+    Raises:
+        ExportError: The model cannot be exported so, or a package is missing.
+        DifferenceError: The file differs from PyTorch. There is no file then.
+    """
+    for module in ('onnx', 'onnxscript', 'onnxruntime'):
+        checks.require(module)
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    int8 = list(int8)
+    module = wrap(model, task, normalise, normalisation)
+    _check_options(module, size, dynamic, form, opset, fp16, int8)
+    proto = build_proto(module, size, dynamic, form, opset)
+    notes = dict(
+        task=module.task,
+        size=list(size),
+        dynamic=list(dynamic),
+        form=form,
+        normalised_inside=module.normalised_inside,
+        mean=list(module.normalisation.mean),
+        std=list(module.normalisation.std),
+        bgr=module.normalisation.bgr,
+        versions=_versions(),
+        **(metadata or {}),
+    )
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f'{file.name}.partial')
+    options = dict(images=list(images), runtimes=runtimes)
+    try:
+        _save(proto, partial)
+        exact = not (fp16 or int8)
+        report = checks.verify(
+            *(partial, module, size, dynamic),
+            **options,
+            bound=bound,
+            rounds=rounds if exact else 0,
+        )
+        notes['error'] = {name: report.error(name) for name in report.runtimes()}
+        if not exact:
+            from mmvssm.export import precision
+
+            proto = (
+                precision.to_float16(proto)
+                if fp16
+                else precision.to_int8(partial, module, size, int8)
+            )
+            _save(proto, partial)
+            options['images'] += int8
+            report = checks.verify(
+                *(partial, module, size, dynamic), **options, bound=None, rounds=rounds
+            )
+            notes['precision'] = 'float16' if fp16 else 'int8'
+            notes['error'] = {name: report.error(name) for name in report.runtimes()}
+        _set_metadata(proto, notes)
+        _save(proto, partial)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+    report.file = str(file)
+    return report
+
+
+def _check_options(
+    module: ImageModel,
+    size: tuple[int, ...],
+    dynamic: Sequence[str],
+    form: str,
+    opset: int,
+    fp16: bool,
+    int8: Sequence,
+) -> None:
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ExportError(f'size must be height and width in pixels, got {size}')
+    if unknown := sorted(set(dynamic) - set(DYNAMIC)):
+        raise ExportError(f'dynamic takes {DYNAMIC}, got {unknown}')
+    if form not in FORMS:
+        raise ExportError(f'form must be one of {FORMS}, got {form!r}')
+    if not OPSET <= opset <= NEWEST_OPSET:
+        raise ExportError(
+            f'opset must be {OPSET} to {NEWEST_OPSET}, got {opset}: the operators of '
+            f'the scan are those of {OPSET}'
+        )
+    if form == 'unrolled' and 'size' in dynamic:
+        raise ExportError(
+            "form='unrolled' has one size, because its steps are counted when it is "
+            "written: leave out 'size' of dynamic, or take form='plain'"
+        )
+    if form == 'function' and opset != OPSET:
+        raise ExportError(
+            f"form='function' has functions of opset {OPSET}: take opset={OPSET}, or "
+            "form='plain'"
+        )
+    if fp16 and int8:
+        raise ExportError('fp16 and int8 exclude each other: give one of them')
+    if form == 'function' and (fp16 or int8):
+        raise ExportError(
+            "form='function' is for our kernels, which take float32: take form='plain' "
+            'with fp16 or int8'
+        )
+    least = least_size(module.model)
+    if min(size) < least:
+        raise ExportError(f'the model takes {least}x{least} pixels or more, got {size}')
+    where = {x.device.type for x in module.model.parameters()}
+    if where - {'cpu'}:
+        raise ExportError("the model is not on the CPU: call model.to('cpu') before")
+    number = sum(x.numel() * x.element_size() for x in module.model.parameters())
+    if number > _MOST_BYTES:
+        raise ExportError(
+            f'the model has {number / 2**30:.1f} GiB of weights; an ONNX file takes '
+            'less than 2 GiB'
+        )
+    if 'size' in dynamic:
+        _refuse_fixed_orders(module)
+
+
+def _refuse_fixed_orders(module: ImageModel) -> None:
+    """Refuse a dynamic size where the scan order is a table for one size."""
+    for layer in module.modules():
+        orders = getattr(layer, 'orders', 'cross')
+        if orders not in ('cross', None):
+            raise ExportError(
+                f'the scan order {orders!r} is a table for one size of the map: leave '
+                "out 'size' of dynamic"
+            )
+
+
+def build_proto(
+    module: ImageModel,
+    size: tuple[int, int],
+    dynamic: Sequence[str] = (),
+    form: str = 'plain',
+    opset: int = OPSET,
+) -> Any:
+    """The ``onnx.ModelProto`` of a module, not checked against PyTorch.
+
+    Args:
+        module: Of :func:`mmvssm.export.wrappers.wrap`.
+        size, dynamic, form, opset: See :func:`to_onnx`.
+
+    Raises:
+        ExportError: torch cannot trace the model, or an operator has no translation.
+    """
+    import onnx
+
+    from mmvssm.export import aten, bodies
+    from mmvssm.export.program import to_exported_program
+
+    with _quiet():
+        program = to_exported_program(module, size, dynamic=dynamic)
+        try:
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                custom_translation_table={
+                    **aten.translations(),
+                    **bodies.translations(form),
+                },
+                input_names=['image'],
+                output_names=list(module.output_names),
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(
+                f'torch cannot write this model as ONNX: {_cause(error)}'
+            ) from error
+        proto = exported.model_proto
+        proto.functions.extend(bodies.functions(proto, form))
+        proto = _optimised(proto, inline=form != 'function')
+        if opset != OPSET:
+            proto = onnx.version_converter.convert_version(proto, opset)
+    _name_dimensions(proto, dynamic)
+    proto.producer_name = DOMAIN
+    proto.producer_version = _versions()['mmvssm']
+    onnx.checker.check_model(proto, full_check=True)
+    foreign = {node.domain for node in _all_nodes(proto.graph.node)} - {'', 'ai.onnx'}
+    if form != 'function' and foreign:
+        raise ExportError(f'there are operators of {sorted(foreign)} left in the file')
+    return proto
+
+
+def _optimised(proto: Any, inline: bool) -> Any:
+    """Inline functions, fold constants, and drop what only debuggers read."""
+    import onnx_ir
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
+    model = onnx_ir.from_proto(proto)
+    optimizer.optimize_ir(
+        model, input_size_limit=_FOLDED, output_size_limit=_FOLDED, inline=inline
+    )
+    common.ClearMetadataAndDocStringPass()(model)
+    return onnx_ir.to_proto(model)
+
+
+def _name_dimensions(proto: Any, dynamic: Sequence[str]) -> None:
+    """Call the free sizes of inputs and outputs by their names, not by torch's."""
+    shape = proto.graph.input[0].type.tensor_type.shape
+    names = ('batch' if 'batch' in dynamic else None, None)
+    names += ('height', 'width') if 'size' in dynamic else (None, None)
+    known = {
+        dim.dim_param: name
+        for dim, name in zip(shape.dim, names)
+        if name and dim.dim_param
+    }
+    values = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
+    for value in values:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(
+                    r'\w+', lambda word: known.get(word[0], word[0]), dim.dim_param
+                )
+
+
+def _all_nodes(nodes: Iterable) -> Iterator:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from _all_nodes(attribute.g.node)
+
+
+def _save(proto: Any, file: Path) -> None:
+    import onnx
+
+    onnx.save(proto, str(file))
+
+
+def _set_metadata(proto: Any, notes: Mapping[str, Any]) -> None:
+    import onnx
+
+    kept = {entry.key: entry.value for entry in proto.metadata_props}
+    kept[METADATA] = json.dumps(notes)
+    onnx.helper.set_model_props(proto, kept)
+
+
+def read_metadata(properties: Mapping[str, str], file: str | Path) -> dict[str, Any]:
+    """How a file was made, from the properties that ONNX keeps beside a graph.
+
+    Args:
+        properties: ``custom_metadata_map`` of onnxruntime's ``get_modelmeta()``.
+        file: Its name in messages.
+
+    Raises:
+        ExportError: It was not made by this package.
+    """
+    try:
+        notes = json.loads(properties[METADATA])
+    except (KeyError, ValueError) as error:
+        raise ExportError(
+            f'{file} does not say how it was made: it is not of tools/export.py'
+        ) from error
+    return dict(notes)
+
+
+def _versions() -> dict[str, str]:
+    import mmvssm
+
+    return dict(mmvssm=mmvssm.__version__, torch=torch.__version__)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what torch's exporter found at the bottom."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300].rstrip('.')
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporter says of packages that are not installed."""
+    logger = logging.getLogger('torch.onnx')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.setLevel(level)
