@@ -2,5 +2,6 @@
 
 from .errors import DifferenceError, ExportError
 from .onnx_model import to_onnx
+from .program import to_exported_program
 
-__all__ = ['DifferenceError', 'ExportError', 'to_onnx']
+__all__ = ['DifferenceError', 'ExportError', 'to_exported_program', 'to_onnx']
