@@ -1,9 +1,9 @@
 """Our ops in standard ONNX operators, opset 18.
 
 An exported program has calls of our ops. :func:`translations` makes one node of each,
-of the domain ``mmvssm``. :func:`functions` makes a local function for each kind of these
-nodes: its body has standard operators only. A runtime that knows the node (our kernel
-library) takes its kernel, and any other one inlines the body.
+of the domain ``mmvssm``. :func:`functions` makes a local function for each kind of
+these nodes: its body has standard operators only. A runtime that knows the node (our
+kernel library) takes its kernel, and any other one inlines the body.
 
 There is one file for each op. To add one, write a file with
 
@@ -42,12 +42,7 @@ _OPS: tuple[Any, ...] = (
     add_norm,
     linear,
 )
-_MAKERS = {
-    name: op
-    for op in _OPS
-    if hasattr(op, 'variant')
-    for name in op.NAMES
-}
+_MAKERS = {name: op for op in _OPS if hasattr(op, 'variant') for name in op.NAMES}
 
 
 def translations(form: str) -> dict[Callable[..., Any], Callable[..., Any]]:

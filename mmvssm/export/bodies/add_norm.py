@@ -22,7 +22,7 @@ def variant(form: str, node: Node) -> Variant:
     stream = 'Add(x, residual)' if 'residual' in node.inputs else 'Identity(x)'
     return Variant(
         ('y', 'stream'),
-        f'''
+        f"""
         {constants(two=2.0, channels=[-1])}
         eps = Constant <value_float: float = @eps> ()
         stream = {stream}
@@ -31,5 +31,5 @@ def variant(form: str, node: Node) -> Variant:
         more = Add(mean, eps)
         root = Sqrt(more)
         normalised = Div(stream, root)
-        y = Mul(normalised, weight)''',
+        y = Mul(normalised, weight)""",
     )

@@ -55,7 +55,11 @@ def translate(call: Call) -> tuple[Any, ...]:
 
 def variant(form: str, node: Node) -> Variant:
     """With the sum of the directions or their mean."""
-    half = '\ny = Mul(gated, half)' if node.attributes['average'] else '\ny = Identity(gated)'
+    half = (
+        '\ny = Mul(gated, half)'
+        if node.attributes['average']
+        else '\ny = Identity(gated)'
+    )
     return Variant(('y',), _TEXT + half)
 
 
@@ -67,7 +71,7 @@ def _both(*names: str) -> str:
     )
 
 
-_TEXT = f'''
+_TEXT = f"""
     {constants(zero=[0], one=[1], batch_axis=[1], both=[2], every=[-1], half=0.5)}
     {constants(from_last=[-1], beyond=[-(2**63)], state_axis=[3], last_axis=[4])}
     {SOFTPLUS_CONSTANTS}
@@ -114,7 +118,7 @@ _TEXT = f'''
     C_steps = Unsqueeze(C_first, state_axis)
     state_shape = Concat <axis = 0> (batch, both, states, channels)
     start = ConstantOfShape(state_shape)
-    {recursion('start', 'dt', 'du', 'decay_rate', 'B_steps', 'C_steps', 'ys')}
+    {recursion('start', 'dt', 'du', 'decay_rate', 'ys')}
 
     skip = Mul(u, skip_weight)
     with_skip = Add(ys, skip)
@@ -126,4 +130,4 @@ _TEXT = f'''
     y_batch = Transpose <perm = [1, 0, 2]> (y_positions)
     z_sigmoid = Sigmoid(z)
     gate = Mul(z, z_sigmoid)
-    gated = Mul(y_batch, gate)'''
+    gated = Mul(y_batch, gate)"""

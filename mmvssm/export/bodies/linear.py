@@ -8,7 +8,6 @@ from mmvssm.export.bodies.nodes import Call
 from mmvssm.ops.linear.declaration import LINEAR as OP  # noqa: F401
 
 
-
 def translate(call: Call) -> tuple[Any, ...]:
     """``Gemm`` for a matrix, otherwise ``MatMul`` and ``Add``."""
     x, weight, bias = call.inputs.values()

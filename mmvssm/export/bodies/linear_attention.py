@@ -29,7 +29,11 @@ def variant(form: str, node: Node) -> Variant:
     """With or without rotation and normaliser."""
     text = _SIZES + _features('q') + _features('k')
     for x in 'qk':
-        text += _rotate(x) if 'cos' in node.inputs else f'\n{x}_turned = Identity({x}_features)'
+        text += (
+            _rotate(x)
+            if 'cos' in node.inputs
+            else f'\n{x}_turned = Identity({x}_features)'
+        )
     text += _PRODUCTS
     if node.attributes['normalise']:
         text += _NORMALISE
@@ -38,7 +42,7 @@ def variant(form: str, node: Node) -> Variant:
     return Variant(('y',), text + '\ny = Reshape(y_heads, merged)')
 
 
-_SIZES = f'''
+_SIZES = f"""
     {constants(zero=0.0, one=[1], keys=[1], last=[3], every=[-1], same=[0, 0])}
     {constants(pairs=[0, 0, -1, 2], merged=[0, 0, -1], swap=[1, 0], pair_axis=[2])}
     eps = Constant <value_float: float = @eps> ()
@@ -46,21 +50,21 @@ _SIZES = f'''
     heads = Reshape(heads_number, one)
     by_head = Concat <axis = 0> (same, heads, every)
     length_number = Shape <start = 1, end = 2> (v)
-    length = Cast <to = 1> (length_number)'''
+    length = Cast <to = 1> (length_number)"""
 
 
 def _features(x: str) -> str:
     """elu + 1, accurate for very negative values, too."""
-    return f'''
+    return f"""
     {x}_below = Min({x}, zero)
     {x}_exp = Exp({x}_below)
     {x}_above = Relu({x})
-    {x}_features = Add({x}_exp, {x}_above)'''
+    {x}_features = Add({x}_exp, {x}_above)"""
 
 
 def _rotate(x: str) -> str:
     """a cos - b sin, b cos + a sin of each pair (a, b)."""
-    return f'''
+    return f"""
     {x}_cos = Unsqueeze(cos, pair_axis)
     {x}_sin = Unsqueeze(sin, pair_axis)
     {x}_minus = Neg({x}_sin)
@@ -69,10 +73,10 @@ def _rotate(x: str) -> str:
     {x}_swapped = Gather <axis = 3> ({x}_pairs, swap)
     {x}_by_cos = Mul({x}_pairs, {x}_cos)
     {x}_by_sin = Mul({x}_swapped, {x}_sins)
-    {x}_turned = Add({x}_by_cos, {x}_by_sin)'''
+    {x}_turned = Add({x}_by_cos, {x}_by_sin)"""
 
 
-_PRODUCTS = '''
+_PRODUCTS = """
     k_apart = Reshape(k_turned, by_head)
     k_heads = Transpose <perm = [0, 2, 3, 1]> (k_apart)
     v_apart = Reshape(v, by_head)
@@ -82,12 +86,12 @@ _PRODUCTS = '''
     q_apart = Reshape(q_turned, by_head)
     q_heads = Transpose <perm = [0, 2, 1, 3]> (q_apart)
     numerator_heads = MatMul(q_heads, state)
-    numerator = Transpose <perm = [0, 2, 1, 3]> (numerator_heads)'''
+    numerator = Transpose <perm = [0, 2, 1, 3]> (numerator_heads)"""
 
-_NORMALISE = '''
+_NORMALISE = """
     k_mean = ReduceMean <keepdims = 1> (k_features, keys)
     by_mean = Mul(q_features, k_mean)
     by_mean_heads = Reshape(by_mean, by_head)
     normaliser = ReduceSum <keepdims = 1> (by_mean_heads, last)
     with_eps = Add(normaliser, eps)
-    y_heads = Div(numerator, with_eps)'''
+    y_heads = Div(numerator, with_eps)"""

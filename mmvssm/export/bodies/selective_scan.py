@@ -35,9 +35,9 @@ def variant(form: str, node: Node) -> Variant:
     raw = 'delta'
     if 'delta_bias' in node.inputs:
         raw = 'raw'
-        text += '''
+        text += """
             bias = Unsqueeze(delta_bias, one)
-            raw = Add(delta, bias)'''
+            raw = Add(delta, bias)"""
     if node.attributes['delta_softplus']:
         text += softplus(raw, 'dt')
     else:
@@ -45,16 +45,16 @@ def variant(form: str, node: Node) -> Variant:
     text += _SCAN
     out = 'y'
     if 'D' in node.inputs:
-        text += f'''
+        text += f"""
             D_column = Unsqueeze(D, one)
             skip = Mul(D_column, u)
-            with_skip = Add({out}, skip)'''
+            with_skip = Add({out}, skip)"""
         out = 'with_skip'
     if 'z' in node.inputs:
-        text += f'''
+        text += f"""
             z_sigmoid = Sigmoid(z)
             gate = Mul(z, z_sigmoid)
-            gated = Mul({out}, gate)'''
+            gated = Mul({out}, gate)"""
         out = 'gated'
     text += f'\nout = Identity({out})'
     if node.outputs == 1:
@@ -62,7 +62,7 @@ def variant(form: str, node: Node) -> Variant:
     return Variant(('out', 'last_state'), text + _LAST)
 
 
-_SIZES = f'''
+_SIZES = f"""
     {constants(one=[1], two_axes=[3], last_axis=[4], every=[-1])}
     {SOFTPLUS_CONSTANTS}
     batch = Shape <start = 0, end = 1> (u)
@@ -70,9 +70,9 @@ _SIZES = f'''
     length = Shape <start = 2, end = 3> (u)
     groups = Shape <start = 1, end = 2> (B)
     states = Shape <start = 1, end = 2> (A)
-    each = Div(channels, groups)'''
+    each = Div(channels, groups)"""
 
-_SCAN = f'''
+_SCAN = f"""
     du = Mul(dt, u)
     grouped = Concat <axis = 0> (batch, groups, one, each, length)
     dt_groups = Reshape(dt, grouped)
@@ -88,12 +88,12 @@ _SCAN = f'''
     decay_rate = Transpose <perm = [0, 2, 1]> (A_groups)
     state_shape = Concat <axis = 0> (batch, groups, states, each)
     start = ConstantOfShape(state_shape)
-    {recursion('start', 'dt_steps', 'du_steps', 'decay_rate', 'B_steps', 'C_steps', 'ys')}
+    {recursion('start', 'dt_steps', 'du_steps', 'decay_rate', 'ys')}
     y_groups = Transpose <perm = [1, 2, 3, 4, 0]> (ys)
     y_shape = Shape(u)
-    y = Reshape(y_groups, y_shape)'''
+    y = Reshape(y_groups, y_shape)"""
 
-_LAST = '''
+_LAST = """
     last_groups = Transpose <perm = [0, 1, 3, 2]> (ys_last)
     last_shape = Concat <axis = 0> (batch, channels, states)
-    last_state = Reshape(last_groups, last_shape)'''
+    last_state = Reshape(last_groups, last_shape)"""

@@ -35,7 +35,7 @@ from mmvssm.export.bodies.text import (
     softplus,
 )
 from mmvssm.export.errors import ExportError
-from mmvssm.ops.scan_orders import NUM_ROUTES, is_cross, scan_order
+from mmvssm.ops.scan_orders import is_cross, scan_order
 from mmvssm.ops.scan_orders.tables import orders_of
 from mmvssm.ops.ss2d_scan.declaration import SS2D_SCAN as OP  # noqa: F401
 
@@ -106,7 +106,7 @@ def variant(form: str, node: Node) -> Variant:
     return Variant(('y',), text)
 
 
-_SIZES = f'''
+_SIZES = f"""
     {constants(zero=[0], one=[1], every=[-1], scan_axis=[0, 0, -1])}
     {SOFTPLUS_CONSTANTS}
     split = Constant <value_ints: ints = @split> ()
@@ -122,13 +122,13 @@ _SIZES = f'''
     x_positions = Transpose <perm = [1, 2, 0, 3]> (x)
     positions_shape = Concat <axis = 0> (every, batch, channels)
     x_places = Reshape(x_positions, positions_shape)
-'''
+"""
 
 # The place of a position is turned by 180 degrees for the scans from the end. A
 # column has ``height`` places, which are ``width`` apart.
-_CROSS = f'''
+_CROSS = f"""
     {constants(first=0, step=1, pair=[2])}
-    scan = Constant <value = int64[{NUM_ROUTES}, 1] {{{', '.join(map(str, range(NUM_ROUTES)))}}}> ()
+    scan = Constant <value = int64[4, 1] {{0, 1, 2, 3}}> ()
     read = Identity(x_places)
     end = Squeeze(places_count)
     last = Sub(places_count, one)
@@ -163,9 +163,9 @@ _CROSS = f'''
     scan_start = Mul(step_scan, lines)
     back_by_scan = Add(scan_start, position_line)
     back = Reshape(back_by_scan, every)
-'''
+"""
 
-_GIVEN = f'''
+_GIVEN = f"""
     {constants(a_row_of_zeros=[0, 0, 0, 1, 0, 0])}
     lines = Constant <value: tensor = @lines> ()
     steps = Constant <value: tensor = @steps> ()
@@ -173,10 +173,10 @@ _GIVEN = f'''
     rows = Constant <value: tensor = @rows> ()
     back = Constant <value: tensor = @back> ()
     read = Pad(x_places, a_row_of_zeros)
-'''
+"""
 
 # Of all scans at once: (K, L, B, R + 2N).
-_PROJECT = '''
+_PROJECT = """
     x_proj_shape = Concat <axis = 0> (every, channels)
     x_proj_rows = Reshape(x_proj_weight, x_proj_shape)
     x_proj = Transpose <perm = [1, 0]> (x_proj_rows)
@@ -186,9 +186,9 @@ _PROJECT = '''
     projected = Transpose <perm = [2, 0, 1, 3]> (projected_places)
     dt_weight = Transpose <perm = [0, 2, 1]> (dt_projs_weight)
     dt_bias = Unsqueeze(dt_projs_bias, one)
-'''
+"""
 
-_LINES = f'''
+_LINES = f"""
     {_PROJECT}
     rows_shape = Concat <axis = 0> (every, batch, columns)
     projected_flat = Reshape(projected, rows_shape)
@@ -237,20 +237,20 @@ _LINES = f'''
     before_state = Reshape(before_lines, state_shape)
     of_before = Mul(effect, before_state)
     ys = Add(y_lines, of_before)
-'''
+"""
 
 
 def _read(name: str, columns: str, *inner: str) -> str:
     """Read (K, L B, columns) along the scan orders, with other last axes."""
-    return f'''
+    return f"""
     {name}_rows_shape = Concat <axis = 0> (every, batch, {columns})
     {name}_flat = Reshape({name}, {name}_rows_shape)
     {name}_read = Gather <axis = 0> ({name}_flat, rows)
     {name}_steps_shape = Concat <axis = 0> (steps, count, batch, {', '.join(inner)})
-    {name}_steps = Reshape({name}_read, {name}_steps_shape)'''
+    {name}_steps = Reshape({name}_read, {name}_steps_shape)"""
 
 
-_POSITIONS = f'''
+_POSITIONS = f"""
     {_PROJECT}
     dt_low_rank, B, C = Split <axis = 3> (projected, split)
     dt_shape = Concat <axis = 0> (count, every, rank)
@@ -270,10 +270,10 @@ _POSITIONS = f'''
     decay_rate = Transpose <perm = [0, 1, 3, 2]> (A_scans)
     state_shape = Concat <axis = 0> (count, batch, states, channels)
     start = ConstantOfShape(state_shape)
-    {recursion('start', 'dt_steps', 'du_steps', 'decay_rate', 'B_steps', 'C_steps', 'ys')}
-'''
+    {recursion('start', 'dt_steps', 'du_steps', 'decay_rate', 'ys')}
+"""
 
-_MERGE = '''
+_MERGE = """
     y_flat = Reshape(ys, positions_shape)
     y_back = Gather <axis = 0> (y_flat, back)
     scans_shape = Concat <axis = 0> (count, every, batch, channels)
@@ -287,4 +287,4 @@ _MERGE = '''
     y_shape = Concat <axis = 0> (height, width, batch, channels)
     y_map = Reshape(y_places, y_shape)
     y = Transpose <perm = [2, 0, 1, 3]> (y_map)
-'''
+"""

@@ -1,8 +1,8 @@
 """Pieces of bodies in ONNX's text syntax, and functions made of them.
 
-Names are unique in a whole body, subgraphs included. A subgraph reads names of the graph
-around it; OpenVINO takes only constants so. Parameters become constants when they are
-folded.
+Names are unique in a whole body, subgraphs included. A subgraph reads names of the
+graph around it; OpenVINO takes only constants so. Parameters become constants when they
+are folded.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,12 @@ DOMAIN, VERSION = 'mmvssm', 1
 OPSET = 18
 
 # 2 atanh(s) / s as a polynomial of s squared, for s up to 1/3. Relative error 2e-7.
-_ATANH = (1.9999996802662272, 0.6667584866935254, 0.39593185675472586, 0.342036193656746)
+_ATANH = (
+    1.9999996802662272,
+    0.6667584866935254,
+    0.39593185675472586,
+    0.342036193656746,
+)
 
 
 class Node(NamedTuple):
@@ -89,7 +94,7 @@ def softplus(raw: str, out: str) -> str:
     accurate at any e, also where runtimes have a fast and coarse logarithm. It needs
     ``SOFTPLUS_CONSTANTS``.
     """
-    return f'''
+    return f"""
         {out}_size = Abs({raw})
         {out}_below = Neg({out}_size)
         {out}_e = Exp({out}_below)
@@ -104,24 +109,29 @@ def softplus(raw: str, out: str) -> str:
         {out}_0 = Add({out}_1s, atanh0)
         {out}_log = Mul({out}_0, {out}_s)
         {out}_above = Relu({raw})
-        {out} = Add({out}_above, {out}_log)'''
+        {out} = Add({out}_above, {out}_log)"""
 
 
-def recursion(state: str, dt: str, du: str, A: str, B: str, C: str, out: str) -> str:
+def recursion(state: str, dt: str, du: str, decay_rate: str, out: str) -> str:
     """The selective scan as one ``Scan`` over all positions, for any number of states.
 
-    With any axes in front (batch, group, ...), ``dt`` and ``du`` = dt u are
-    (L, ..., 1, D), ``A`` (..., N, D), ``B`` (L, ..., N, 1), ``C`` (L, ..., 1, N), and
-    ``state`` (..., N, D). ``out`` is (L, ..., 1, D), and ``{out}_last`` the last state.
+    With any axes in front (batch, groups, ...), it reads ``B_steps`` (L, ..., N, 1) and
+    ``C_steps`` (L, ..., 1, N).
+
+    Args:
+        state: The first state (..., N, D).
+        dt, du: Step sizes, and these times u, (L, ..., 1, D).
+        decay_rate: A (..., N, D).
+        out: Name of the output (L, ..., 1, D). ``{out}_last`` is the last state.
     """
-    return f'''
+    return f"""
         {out}_last, {out} = Scan <num_scan_inputs = 4, body = positions
             (float[] h, float[] dt_t, float[] du_t, float[] B_t, float[] C_t)
             => (float[] h_next, float[] y_t) {{
-                dt_A = Mul(dt_t, {A})
+                dt_A = Mul(dt_t, {decay_rate})
                 decay = Exp(dt_A)
                 kept = Mul(decay, h)
                 added = Mul(du_t, B_t)
                 h_next = Add(kept, added)
                 y_t = MatMul(C_t, h_next)
-            }}> ({state}, {dt}, {du}, {B}, {C})'''
+            }}> ({state}, {dt}, {du}, B_steps, C_steps)"""
