@@ -105,6 +105,17 @@ def linear_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return out.unflatten(0, x.shape[:-1]) if x.ndim != 2 else out
 
 
+def product_of_columns(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b for (L, M) and (L, N) of the same dtype, without gradients.
+
+    torch copies the first factor for oneDNN if it is transposed. So the smaller one
+    comes first, if that is worth the copy of the result.
+    """
+    if len(a) * a.shape[1] > len(b) * b.shape[1] + a.shape[1] * b.shape[1]:
+        return linear_product(b.t(), a.t()).t()
+    return linear_product(a.t(), b.t())
+
+
 def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if len(x) == 1:
         # A product with a single row uses another routine, which cuts shorter sums,

@@ -72,3 +72,12 @@ def test_derivatives_far_out_in_float32(name):
 def test_sum_rows(shape):
     x = torch.randn(shape, dtype=torch.float64)
     torch.testing.assert_close(deterministic_math.sum_rows(x), x.sum((0, 1)))
+
+
+@pytest.mark.parametrize('rows, columns, swapped', [(64, 2, True), (2, 64, False)])
+def test_product_of_columns_takes_the_smaller_factor_first(rows, columns, swapped):
+    a, b = torch.randn(100, rows), torch.randn(100, columns)
+    found = deterministic_math.product_of_columns(a, b)
+    wanted = a.double().T @ b.double()
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert found.T.is_contiguous() == swapped

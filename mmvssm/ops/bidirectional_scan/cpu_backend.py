@@ -31,7 +31,7 @@ from mmvssm.ops.cpu.library import (
     PairArgs,
     ScanArgs,
 )
-from mmvssm.ops.deterministic_math import linear_product
+from mmvssm.ops.deterministic_math import linear_product, product_of_columns
 from mmvssm.ops.kernel_args import pointer, readable
 from mmvssm.ops.selective_scan.cpu_backend import saved_states_shape
 
@@ -235,8 +235,8 @@ def _project_backward(
     u = u.to(projected.dtype).flatten(0, 1)
     dt_low_rank = projected[..., :rank].flatten(0, 1)
     return linear_product(grad, weights.x_proj_weight.t()), dict(
-        x_proj_weight=linear_product(grad.flatten(0, 1).t(), u.t()),
-        dt_proj_weight=linear_product(grad_delta.flatten(0, 1).t(), dt_low_rank.t()),
+        x_proj_weight=product_of_columns(grad.flatten(0, 1), u),
+        dt_proj_weight=product_of_columns(grad_delta.flatten(0, 1), dt_low_rank),
         dt_proj_bias=bias,
         A=A,
         D=D,

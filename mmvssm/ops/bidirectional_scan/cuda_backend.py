@@ -23,7 +23,7 @@ from mmvssm.ops.contract import Result
 from mmvssm.ops.cuda import many_states
 from mmvssm.ops.cuda.convolution import convolve, convolve_backward
 from mmvssm.ops.cuda.scan import Scan
-from mmvssm.ops.deterministic_math import linear_product
+from mmvssm.ops.deterministic_math import linear_product, product_of_columns
 from mmvssm.ops.typed import sole
 
 # Orders of the positions, see :class:`mmvssm.ops.cuda.scan.Scan`.
@@ -158,9 +158,9 @@ def _project_backward(
     rows = grad_delta.flatten(0, 1)
     by_dt = linear_product(rows, weight.to(dtype).t()).unflatten(0, u.shape[:2])
     grad = torch.cat([by_dt, *(x[:, 0].to(dtype) for x in (grad_B, grad_C))], dim=-1)
-    by_weight = linear_product(rows.t(), dt.t()).to(weight.dtype)
+    by_weight = product_of_columns(rows, dt).to(weight.dtype)
     inputs = u.to(dtype).flatten(0, 1)
     return linear_product(grad, weights.x_proj_weight.t()), dict(
-        x_proj_weight=linear_product(grad.flatten(0, 1).t(), inputs.t()),
+        x_proj_weight=product_of_columns(grad.flatten(0, 1), inputs),
         dt_proj_weight=by_weight,
     )

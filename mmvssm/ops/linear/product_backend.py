@@ -7,7 +7,11 @@ from torch import Tensor
 
 from mmvssm.ops.backends import Supplier
 from mmvssm.ops.contract import KernelBackend, Result
-from mmvssm.ops.deterministic_math import linear_product, sum_rows
+from mmvssm.ops.deterministic_math import (
+    linear_product,
+    product_of_columns,
+    sum_rows,
+)
 from mmvssm.ops.linear.declaration import LinearInputs, LinearOptions
 from mmvssm.ops.typed import sole
 
@@ -49,9 +53,7 @@ class ProductBackend(KernelBackend):
         return LinearInputs._make(
             (
                 linear_product(grad, weight.t()) if wanted.x else None,
-                linear_product(rows.t(), x.flatten(0, -2).t())
-                if wanted.weight
-                else None,
+                product_of_columns(rows, x.flatten(0, -2)) if wanted.weight else None,
                 sum_rows(rows.unsqueeze(0)) if wanted.bias else None,
             )
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmvssm.ops.contract import Flops, KernelBackend
-from mmvssm.ops.deterministic_math import linear_product
+from mmvssm.ops.deterministic_math import linear_product, product_of_columns
 from mmvssm.ops.operator import Op
 from mmvssm.ops.scan_orders import KernelOrders, kernel_orders
 from mmvssm.ops.scan_orders.tables import orders_of
@@ -176,7 +176,7 @@ def gradients_of(
     rows = grad_projected.flatten(0, 2).to(dtype)
     maps = inputs.x.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)
     through = linear_product(rows, weight.t()).view(grad_x.shape)
-    by_weight = linear_product(rows.t(), maps.t())
+    by_weight = product_of_columns(rows, maps)
     return Ss2dInputs(
         grad_x.add_(through).permute(0, 3, 1, 2),
         by_weight.reshape(inputs.x_proj_weight.shape),
