@@ -142,8 +142,8 @@ torch.save([x.detach() if torch.is_tensor(x) else x for x in results], sys.argv[
 """
 
 
-def run_script(path, **variables):
-    """Results of the script in a process of its own."""
+def run_script(path, script=SCRIPT, **variables):
+    """What a script saved in a process of its own."""
     tests = str(Path(__file__).parents[1])
     before = os.environ.get('PYTHONPATH')
     environment = {
@@ -152,7 +152,7 @@ def run_script(path, **variables):
         'PYTHONPATH': os.pathsep.join([tests, before] if before else [tests]),
     }
     subprocess.run(
-        [sys.executable, '-c', SCRIPT, str(path)], env=environment, check=True
+        [sys.executable, '-c', script, str(path)], env=environment, check=True
     )
     return torch.load(path)
 
@@ -201,3 +201,67 @@ def test_threads_of_python(isa, set_threads):
         assert len(runs) == 10
         for got in runs:
             assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+# Scans as a data set computes them, in the process itself and in workers of a loader
+# that are forked from a process with a pool of threads.
+WORKERS = """
+import sys
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mmvssm.ops import selective_scan
+from ops.scan_inputs import scan_inputs
+
+
+class Scans(Dataset):
+    def __init__(self):
+        self.inputs = [
+            scan_inputs(1, 256, 99, 2, dtype=torch.float32, seed=i, requires_grad=False)
+            for i in range(6)
+        ]
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        before = threads()
+        out = selective_scan(
+            **self.inputs[index], delta_softplus=True, backend='cpu')
+        return out, before, threads()
+
+
+def threads():
+    # Python's module counts its own threads only.
+    with open('/proc/self/status') as file:
+        return int(next(line for line in file if line.startswith('Threads:'))[8:])
+
+
+found = {}
+data = Scans()
+torch.set_num_threads(1)
+found['one'] = [data[i] for i in range(6)]
+torch.set_num_threads(3)
+found['three'] = [data[i] for i in range(6)]
+loader = DataLoader(
+    data, batch_size=None, num_workers=2, multiprocessing_context='fork', timeout=60)
+found['workers'] = list(loader)
+torch.save(found, sys.argv[1])
+"""
+
+
+@needs_kernels
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+def test_workers_and_one_thread_start_no_threads(backend, tmp_path):
+    """Where torch has one thread, a scan starts none that would compete for a core."""
+    found = run_script(tmp_path / 'found', WORKERS)
+    for name in ('one', 'workers'):
+        assert [after for _, _, after in found[name]] == [
+            before for _, before, _ in found[name]
+        ]
+    # That the number of threads can be seen.
+    assert found['three'][0][2] > found['one'][-1][2]
+    for scans in zip(*found.values()):
+        outputs = [out for out, *_ in scans]
+        assert all(torch.equal(out, outputs[0]) for out in outputs)
