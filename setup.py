@@ -131,8 +131,11 @@ class BuildKernels(build_ext):
         objects = Path(self.build_temp).resolve() / 'kernels'
         objects.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
-        entry, source = (f'{KERNELS}/{name}.cpp' for name in ('entry', 'kernels'))
-        compilations = [['-c', entry, '-o', str(objects / 'entry.o')]]
+        source = f'{KERNELS}/kernels.cpp'
+        compilations = [
+            ['-c', f'{KERNELS}/{name}.cpp', '-o', str(objects / f'{name}.o')]
+            for name in ('entry', 'onnx_library')
+        ]
         for isa, flags in isas(command).items():
             output = str(objects / f'{isa}.o')
             # The flags of the instruction set come last: -march=native among

@@ -146,14 +146,14 @@ static bool backward_norm(const NormArgs& p, int64_t item, Arena* arena) {
   return false;
 }
 
-static int32_t norm_forward(const NormArgs& p, ParallelFor parallel_for) {
+static int32_t norm_forward(const NormArgs& p, const Threads& threads) {
   return run_items(p, NormRows::items(p), NormRows::floats(p), forward_norm,
-                   parallel_for);
+                   threads);
 }
 
-static int32_t norm_backward(const NormArgs& p, ParallelFor parallel_for) {
+static int32_t norm_backward(const NormArgs& p, const Threads& threads) {
   return run_items(p, NormRows::items(p), NormRows::floats(p), backward_norm,
-                   parallel_for);
+                   threads);
 }
 
 }  // namespace MMVSSM_ISA

@@ -21,14 +21,14 @@ static bool backward_pair(const PairArgs& p, int64_t item, Arena* arena) {
   return backward_scan(p.directions[item / items], item % items, arena);
 }
 
-static int32_t pair_forward(const PairArgs& p, ParallelFor parallel_for) {
+static int32_t pair_forward(const PairArgs& p, const Threads& threads) {
   return run_items(p, 2 * ScanBlock::items(p.directions[0]),
-                   scan_floats(p.directions[0], false), forward_pair, parallel_for);
+                   scan_floats(p.directions[0], false), forward_pair, threads);
 }
 
-static int32_t pair_backward(const PairArgs& p, ParallelFor parallel_for) {
+static int32_t pair_backward(const PairArgs& p, const Threads& threads) {
   return run_items(p, 2 * ScanBlock::items(p.directions[0]),
-                   scan_floats(p.directions[0], true), backward_pair, parallel_for);
+                   scan_floats(p.directions[0], true), backward_pair, threads);
 }
 
 // One item: a channel block of one batch element of arrays (batch, channel, position).
@@ -260,15 +260,15 @@ static bool backward_conv(const ConvArgs& p, int64_t item, Arena* arena) {
   return false;
 }
 
-static int32_t conv_forward(const ConvArgs& p, ParallelFor parallel_for) {
+static int32_t conv_forward(const ConvArgs& p, const Threads& threads) {
   const int64_t rows = 2 * kChunk + 2 * (p.taps - 1) + 2 * (p.taps + 1);
   return run_items(p, p.batch * channel_blocks_of(p.channels),
-                   rows * kMaxVectors * kLanes + 4 * 16, forward_conv, parallel_for);
+                   rows * kMaxVectors * kLanes + 4 * 16, forward_conv, threads);
 }
 
-static int32_t conv_backward(const ConvArgs& p, ParallelFor parallel_for) {
+static int32_t conv_backward(const ConvArgs& p, const Threads& threads) {
   return run_items(p, p.batch * channel_blocks_of(p.channels), ConvGradients::floats(p),
-                   backward_conv, parallel_for);
+                   backward_conv, threads);
 }
 
 static bool forward_gate(const GateArgs& p, int64_t index, Arena* arena) {
@@ -335,17 +335,17 @@ static bool backward_gate(const GateArgs& p, int64_t index, Arena* arena) {
 
 static int32_t run_gate(const GateArgs& p,
                         bool (*work)(const GateArgs&, int64_t, Arena*),
-                        ParallelFor parallel_for) {
+                        const Threads& threads) {
   return run_items(p, p.batch * channel_blocks_of(p.channels),
-                   5 * kChunk * kMaxVectors * kLanes, work, parallel_for);
+                   5 * kChunk * kMaxVectors * kLanes, work, threads);
 }
 
-static int32_t gate_forward(const GateArgs& p, ParallelFor parallel_for) {
-  return run_gate(p, forward_gate, parallel_for);
+static int32_t gate_forward(const GateArgs& p, const Threads& threads) {
+  return run_gate(p, forward_gate, threads);
 }
 
-static int32_t gate_backward(const GateArgs& p, ParallelFor parallel_for) {
-  return run_gate(p, backward_gate, parallel_for);
+static int32_t gate_backward(const GateArgs& p, const Threads& threads) {
+  return run_gate(p, backward_gate, threads);
 }
 
 }  // namespace MMVSSM_ISA

@@ -21,7 +21,7 @@ extern const Kernels kernels;
 }
 #endif
 
-static const Kernels* find(int32_t isa) {
+const Kernels* find_kernels(int32_t isa) {
   switch (isa) {
     case 0:
       return &baseline::kernels;
@@ -42,11 +42,18 @@ static const Kernels* find(int32_t isa) {
   }
 }
 
-// Takes the place of torch's parallel_for where torch has none.
-static int32_t run_serially(int64_t begin, int64_t end, int64_t, RangeFunction function,
-                            void* context) {
-  function(begin, end, context);
-  return 0;
+// parallel_for of torch's stable C interface; null where torch has none.
+typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain,
+                               RangeFunction function, void* context);
+
+// `pool` is where the ParallelFor is.
+static void run_on_torch(void* pool, int64_t items, RangeFunction function,
+                         void* context) {
+  const ParallelFor parallel_for = *(const ParallelFor*)pool;
+  if (parallel_for == nullptr)
+    function(0, items, context);
+  else
+    parallel_for(0, items, 1, function, context);
 }
 
 }  // namespace mmvssm
@@ -54,7 +61,7 @@ static int32_t run_serially(int64_t begin, int64_t end, int64_t, RangeFunction f
 // Lanes of the instruction set (0 baseline, 1 AVX2, 2 AVX-512), or 0 if this machine
 // does not have it.
 MMVSSM_EXPORT int32_t mmvssm_lanes(int32_t isa) {
-  const mmvssm::Kernels* kernels = mmvssm::find(isa);
+  const mmvssm::Kernels* kernels = mmvssm::find_kernels(isa);
   return kernels == nullptr ? 0 : kernels->lanes;
 }
 
@@ -75,14 +82,14 @@ MMVSSM_EXPORT int64_t mmvssm_panel_columns() { return mmvssm::kPanel; }
 MMVSSM_EXPORT int64_t mmvssm_chunk_length() { return mmvssm::kChunk; }
 
 MMVSSM_EXPORT int64_t mmvssm_channel_blocks(int32_t isa, int64_t channels) {
-  return mmvssm::find(isa)->channel_blocks(channels);
+  return mmvssm::find_kernels(isa)->channel_blocks(channels);
 }
 
 #define MMVSSM_ENTRY(function, Args)                                             \
   MMVSSM_EXPORT int32_t mmvssm_##function(int32_t isa, const mmvssm::Args* args, \
                                           mmvssm::ParallelFor parallel_for) {    \
-    if (parallel_for == nullptr) parallel_for = mmvssm::run_serially;            \
-    return mmvssm::find(isa)->function(*args, parallel_for);                     \
+    return mmvssm::find_kernels(isa)->function(                                  \
+        *args, {mmvssm::run_on_torch, &parallel_for});                           \
   }
 
 MMVSSM_ENTRY(scan_forward, ScanArgs)

@@ -109,10 +109,31 @@ struct AttentionArgs {
   float* parts;  // (split, batch, head, ...), memory of the kernel itself
 };
 
-// parallel_for of torch's stable C interface.
+// y = x W^T for the channels of every position, and their copy in memory where they are
+// neighbours. Everything is float32.
+struct ProductArgs {
+  int64_t batch, channels, length, columns;
+  Array x;              // (batch, channel, position)
+  const float* weight;  // (column, channel)
+  float* rows;          // (batch, position, channel) or null
+  float* out;           // (batch, position, column)
+};
+
+// A copy in other strides: from (batch, position, channel), contiguous, to (batch,
+// channel, position).
+struct CopyArgs {
+  int64_t batch, channels, length;
+  const float* from;
+  float* to;
+};
+
+// The threads of a call. `run` calls the function for ranges that are [0, items)
+// together, and returns when all of them are done.
 typedef void (*RangeFunction)(int64_t begin, int64_t end, void* context);
-typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain,
-                               RangeFunction function, void* context);
+struct Threads {
+  void (*run)(void* pool, int64_t items, RangeFunction function, void* context);
+  void* pool;
+};
 
 enum Status : int32_t { kDone = 0, kFoundNaN = 1, kOutOfMemory = 2 };
 
@@ -120,21 +141,26 @@ enum Status : int32_t { kDone = 0, kFoundNaN = 1, kOutOfMemory = 2 };
 struct Kernels {
   int32_t lanes;
   int64_t (*channel_blocks)(int64_t channels);  // how many there are
-  int32_t (*scan_forward)(const ScanArgs&, ParallelFor);
-  int32_t (*scan_backward)(const ScanArgs&, ParallelFor);
-  int32_t (*ss2d_forward)(const Ss2dArgs&, ParallelFor);
-  int32_t (*ss2d_backward)(const Ss2dArgs&, ParallelFor);
-  int32_t (*pair_forward)(const PairArgs&, ParallelFor);
-  int32_t (*pair_backward)(const PairArgs&, ParallelFor);
-  int32_t (*conv_forward)(const ConvArgs&, ParallelFor);
-  int32_t (*conv_backward)(const ConvArgs&, ParallelFor);
-  int32_t (*gate_forward)(const GateArgs&, ParallelFor);
-  int32_t (*gate_backward)(const GateArgs&, ParallelFor);
-  int32_t (*norm_forward)(const NormArgs&, ParallelFor);
-  int32_t (*norm_backward)(const NormArgs&, ParallelFor);
-  int32_t (*attention_forward)(const AttentionArgs&, ParallelFor);
-  int32_t (*attention_backward)(const AttentionArgs&, ParallelFor);
+  int32_t (*scan_forward)(const ScanArgs&, const Threads&);
+  int32_t (*scan_backward)(const ScanArgs&, const Threads&);
+  int32_t (*ss2d_forward)(const Ss2dArgs&, const Threads&);
+  int32_t (*ss2d_backward)(const Ss2dArgs&, const Threads&);
+  int32_t (*pair_forward)(const PairArgs&, const Threads&);
+  int32_t (*pair_backward)(const PairArgs&, const Threads&);
+  int32_t (*conv_forward)(const ConvArgs&, const Threads&);
+  int32_t (*conv_backward)(const ConvArgs&, const Threads&);
+  int32_t (*gate_forward)(const GateArgs&, const Threads&);
+  int32_t (*gate_backward)(const GateArgs&, const Threads&);
+  int32_t (*norm_forward)(const NormArgs&, const Threads&);
+  int32_t (*norm_backward)(const NormArgs&, const Threads&);
+  int32_t (*attention_forward)(const AttentionArgs&, const Threads&);
+  int32_t (*attention_backward)(const AttentionArgs&, const Threads&);
+  int32_t (*product)(const ProductArgs&, const Threads&);
+  int32_t (*copy_to_columns)(const CopyArgs&, const Threads&);
 };
+
+// Those of 0 baseline, 1 AVX2, 2 AVX-512; null if this machine does not have it.
+const Kernels* find_kernels(int32_t isa);
 
 // Positions of a chunk: a kernel works on one chunk at a time, and the states between
 // chunks are saved for the backward pass.

@@ -2,6 +2,7 @@
 #include "add_norm.h"
 #include "bidirectional_scan.h"
 #include "linear_attention.h"
+#include "product.h"
 #include "selective_scan.h"
 #include "ss2d_scan.h"
 
@@ -13,7 +14,8 @@ const Kernels kernels = {
     kLanes,         channel_blocks_of, scan_forward,      scan_backward,
     ss2d_forward,   ss2d_backward,     pair_forward,      pair_backward,
     conv_forward,   conv_backward,     gate_forward,      gate_backward,
-    norm_forward,   norm_backward,     attention_forward, attention_backward};
+    norm_forward,   norm_backward,     attention_forward, attention_backward,
+    product,        copy_to_columns};
 
 }  // namespace MMVSSM_ISA
 }  // namespace mmvssm

@@ -338,29 +338,29 @@ static bool run_head(const AttentionArgs& p, int64_t index, Arena* arena) {
 }
 
 template <AttentionPass first, float* AttentionArgs::*sums, AttentionPass second>
-static int32_t run_passes(AttentionArgs p, ParallelFor parallel_for) {
+static int32_t run_passes(AttentionArgs p, const Threads& threads) {
   const int64_t splits = splits_of(p), items = p.batch * p.heads * splits;
   const int64_t floats = AttentionItem::floats(p);
   Arena parts(splits * all_sums(p));
   if (parts.failed()) return kOutOfMemory;
   p.parts = parts.take(splits * all_sums(p));
   if (splits == 1)
-    return run_items(p, items, floats, run_head<first, sums, second>, parallel_for);
+    return run_items(p, items, floats, run_head<first, sums, second>, threads);
   const int64_t groups = (all_sums(p) + kSumsOfItem - 1) / kSumsOfItem;
-  int32_t status = run_items(p, items, floats, run_pass<first>, parallel_for);
-  if (status == kDone) status = run_items(p, groups, 16, run_sums<sums>, parallel_for);
+  int32_t status = run_items(p, items, floats, run_pass<first>, threads);
+  if (status == kDone) status = run_items(p, groups, 16, run_sums<sums>, threads);
   if (status == kDone)
-    status = run_items(p, items, floats, run_pass<second>, parallel_for);
+    status = run_items(p, items, floats, run_pass<second>, threads);
   return status;
 }
 
-static int32_t attention_forward(const AttentionArgs& p, ParallelFor parallel_for) {
-  return run_passes<sum_keys, &AttentionArgs::sums, read_sums>(p, parallel_for);
+static int32_t attention_forward(const AttentionArgs& p, const Threads& threads) {
+  return run_passes<sum_keys, &AttentionArgs::sums, read_sums>(p, threads);
 }
 
-static int32_t attention_backward(const AttentionArgs& p, ParallelFor parallel_for) {
+static int32_t attention_backward(const AttentionArgs& p, const Threads& threads) {
   return run_passes<differentiate_queries, &AttentionArgs::grad_sums,
-                    differentiate_keys>(p, parallel_for);
+                    differentiate_keys>(p, threads);
 }
 
 }  // namespace MMVSSM_ISA

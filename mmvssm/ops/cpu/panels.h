@@ -31,10 +31,11 @@ static inline int64_t in_panels(int64_t columns) {
 }
 
 // c = A b, or c += A b: kTileRows rows of as many columns as a tile has. A and b have
-// `terms` columns and rows.
-template <int64_t kRowStride, int64_t kTermStride, bool kAdd>
-static inline void multiply_tile(const float* a, const float* b, int64_t terms,
-                                 float* c) {
+// `terms` columns and rows. (Inlined, so that strides that are constants stay so.)
+template <bool kAdd>
+__attribute__((always_inline)) static inline void multiply_tile(
+    const float* a, int64_t row_stride, int64_t term_stride, const float* b,
+    int64_t terms, float* c) {
   vfloat sums[kTileRows][kTileVectors];
   MMVSSM_UNROLL for (int r = 0; r < kTileRows; ++r)
     MMVSSM_UNROLL for (int v = 0; v < kTileVectors; ++v) sums[r][v] = vfloat{};
@@ -43,7 +44,7 @@ static inline void multiply_tile(const float* a, const float* b, int64_t terms,
     MMVSSM_UNROLL for (int v = 0; v < kTileVectors; ++v)
       right[v] = load(b + t * kPanel + v * kLanes);
     MMVSSM_UNROLL for (int r = 0; r < kTileRows; ++r) {
-      const vfloat left = broadcast(a[r * kRowStride + t * kTermStride]);
+      const vfloat left = broadcast(a[r * row_stride + t * term_stride]);
       MMVSSM_UNROLL for (int v = 0; v < kTileVectors; ++v)
         sums[r][v] += left * right[v];
     }
@@ -69,9 +70,9 @@ static void multiply(const float* a, const float* b, int64_t rows, int64_t terms
         const int64_t some = smaller_of(kPanel, terms - t);
         const float* left = a + t * kBlock + i * kPanel;
         if (t == 0)
-          multiply_tile<kPanel, 1, false>(left, right, some, to);
+          multiply_tile<false>(left, kPanel, 1, right, some, to);
         else
-          multiply_tile<kPanel, 1, true>(left, right + t * kPanel, some, to);
+          multiply_tile<true>(left, kPanel, 1, right + t * kPanel, some, to);
       }
     }
   }
@@ -84,9 +85,9 @@ static void add_products(const float* a, const float* b, int64_t rows,
   for (int64_t n = 0; n < in_panels(b_columns); n += kTileVectors * kLanes) {
     const int64_t panel = n / kPanel * kPanel, inside = n % kPanel;
     for (int64_t i = 0; i < in_panels(a_columns); i += kTileRows) {
-      multiply_tile<1, kPanel, true>(
-          a + i / kPanel * kPanel * kBlock + i % kPanel, b + panel * kBlock + inside,
-          rows, c + panel * in_panels(a_columns) + i * kPanel + inside);
+      multiply_tile<true>(a + i / kPanel * kPanel * kBlock + i % kPanel, 1, kPanel,
+                          b + panel * kBlock + inside, rows,
+                          c + panel * in_panels(a_columns) + i * kPanel + inside);
     }
   }
 }

@@ -1,4 +1,4 @@
-// How the items of a kernel call run on torch's threads, each with memory of its own.
+// How the items of a kernel call run on its threads, each with memory of its own.
 #pragma once
 
 #include <cstdlib>
@@ -31,12 +31,12 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Runs the items of a kernel call on torch's threads. `run_one` does one of them, with
-// an arena of `floats`, and returns whether it found NaN.
+// Runs the items of a kernel call. `run_one` does one of them, with an arena of `floats`,
+// and returns whether it found NaN.
 template <class Args>
 static int32_t run_items(const Args& args, int64_t items, int64_t floats,
                          bool (*run_one)(const Args&, int64_t, Arena*),
-                         ParallelFor parallel_for) {
+                         const Threads& threads) {
   struct Task {
     const Args& args;
     int64_t floats;
@@ -57,7 +57,7 @@ static int32_t run_items(const Args& args, int64_t items, int64_t floats,
                                     __ATOMIC_RELAXED, __ATOMIC_RELAXED);
     }
   };
-  parallel_for(0, items, 1, run, &task);
+  threads.run(threads.pool, items, run, &task);
   return task.status;
 }
 

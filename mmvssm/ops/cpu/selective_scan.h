@@ -282,14 +282,14 @@ static int64_t scan_floats(const ScanArgs& p, bool backward) {
          32 * 16;
 }
 
-static int32_t scan_forward(const ScanArgs& p, ParallelFor parallel_for) {
+static int32_t scan_forward(const ScanArgs& p, const Threads& threads) {
   return run_items(p, ScanBlock::items(p), scan_floats(p, false), forward_scan,
-                   parallel_for);
+                   threads);
 }
 
-static int32_t scan_backward(const ScanArgs& p, ParallelFor parallel_for) {
+static int32_t scan_backward(const ScanArgs& p, const Threads& threads) {
   return run_items(p, ScanBlock::items(p), scan_floats(p, true), backward_scan,
-                   parallel_for);
+                   threads);
 }
 
 }  // namespace MMVSSM_ISA

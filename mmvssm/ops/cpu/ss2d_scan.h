@@ -428,14 +428,14 @@ static bool backward_ss2d(const Ss2dArgs& p, int64_t item, Arena* arena) {
   return false;
 }
 
-static int32_t ss2d_forward(const Ss2dArgs& p, ParallelFor parallel_for) {
+static int32_t ss2d_forward(const Ss2dArgs& p, const Threads& threads) {
   return run_items(p, Ss2dBlock::items(p), Ss2dBlock::floats(p, false), forward_ss2d,
-                   parallel_for);
+                   threads);
 }
 
-static int32_t ss2d_backward(const Ss2dArgs& p, ParallelFor parallel_for) {
+static int32_t ss2d_backward(const Ss2dArgs& p, const Threads& threads) {
   return run_items(p, Ss2dBlock::items(p), Ss2dBlock::floats(p, true), backward_ss2d,
-                   parallel_for);
+                   threads);
 }
 
 }  // namespace MMVSSM_ISA
