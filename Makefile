@@ -131,7 +131,8 @@ sanitize: install ## Run the tests of the ops under ASan and UBSan (Linux, g++).
 	for isa in $$isas; do \
 	    echo "==> $$isa"; \
 	    MMVSSM_CPU_ISA=$$isa $(RUN_SANITIZED) -m pytest -n 2 -q -s \
-	        --max-worker-restart 0 tests/ops -k "($$isa or not (avx or baseline)) and \
+	        --max-worker-restart 0 tests/ops tests/export/test_library.py \
+	        -k "($$isa or not (avx or baseline)) and \
 	        (cpu or not (torch or reference))"; \
 	done
 

@@ -8,6 +8,7 @@ openmp.shorten_wait()
 from mmvssm import backbones, compat, layers, ops
 from mmvssm.builders import build_backbone, build_classifier, list_models
 from mmvssm.checkpoints import load_checkpoint
+from mmvssm.export.library import onnx_library
 from mmvssm.families import Family, register_family
 from mmvssm.pretrained import load_pretrained, save_pretrained
 
@@ -22,6 +23,7 @@ __all__ = [
     'layers',
     'load_checkpoint',
     'load_pretrained',
+    'onnx_library',
     'ops',
     'register_family',
     'save_pretrained',

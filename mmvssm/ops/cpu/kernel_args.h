@@ -109,22 +109,13 @@ struct AttentionArgs {
   float* parts;  // (split, batch, head, ...), memory of the kernel itself
 };
 
-// y = x W^T for the channels of every position, and their copy in memory where they are
-// neighbours. Everything is float32.
+// y = x W^T. Rows of x are as far apart as its stride says.
 struct ProductArgs {
-  int64_t batch, channels, length, columns;
-  Array x;              // (batch, channel, position)
-  const float* weight;  // (column, channel)
-  float* rows;          // (batch, position, channel) or null
-  float* out;           // (batch, position, column)
-};
-
-// A copy in other strides: from (batch, position, channel), contiguous, to (batch,
-// channel, position).
-struct CopyArgs {
-  int64_t batch, channels, length;
-  const float* from;
-  float* to;
+  int64_t rows, columns, terms;
+  const float* x;  // (row, term)
+  int64_t x_stride;
+  const float* weight;  // (column, term)
+  float* y;             // (row, column)
 };
 
 // The threads of a call. `run` calls the function for ranges that are [0, items)
@@ -156,7 +147,6 @@ struct Kernels {
   int32_t (*attention_forward)(const AttentionArgs&, const Threads&);
   int32_t (*attention_backward)(const AttentionArgs&, const Threads&);
   int32_t (*product)(const ProductArgs&, const Threads&);
-  int32_t (*copy_to_columns)(const CopyArgs&, const Threads&);
 };
 
 // Those of 0 baseline, 1 AVX2, 2 AVX-512; null if this machine does not have it.

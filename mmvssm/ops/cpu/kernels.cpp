@@ -15,7 +15,7 @@ const Kernels kernels = {
     ss2d_forward,   ss2d_backward,     pair_forward,      pair_backward,
     conv_forward,   conv_backward,     gate_forward,      gate_backward,
     norm_forward,   norm_backward,     attention_forward, attention_backward,
-    product,        copy_to_columns};
+    product};
 
 }  // namespace MMVSSM_ISA
 }  // namespace mmvssm

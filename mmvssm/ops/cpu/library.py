@@ -3,7 +3,8 @@
 The library does not use torch's C++ interface, so one build serves every version
 of torch and of Python. It only needs torch's thread pool: a function of torch's
 stable C interface, which each call passes on (torch >= 2.10; with older versions
-the kernels run on one thread).
+the kernels run on one thread). It is also a library of operators for onnxruntime:
+:func:`mmvssm.onnx_library`.
 
 Environment variables, read when the library is first used:
     MMVSSM_CPU_ISA: ``avx512``, ``avx2`` or ``baseline`` instead of the best
@@ -140,20 +141,28 @@ class AttentionArgs(ctypes.Structure):
     )
 
 
+def path() -> str:
+    """Path of the library.
+
+    Raises:
+        OSError: It was not compiled.
+    """
+    given = os.environ.get(LIBRARY_VARIABLE)
+    if given is not None:
+        return given
+    here = Path(__file__).parent
+    found = sorted(here.glob('_kernels*.so')) + sorted(here.glob('_kernels*.pyd'))
+    if not found:
+        raise OSError(
+            'it was not compiled when mmvssm was installed (there was no C++ compiler, '
+            'or it failed); put g++ or clang++ on the path and install mmvssm again'
+        )
+    return str(found[0])
+
+
 @cache
 def _library() -> ctypes.CDLL:
-    path = os.environ.get(LIBRARY_VARIABLE)
-    if path is None:
-        here = Path(__file__).parent
-        found = sorted(here.glob('_kernels*.so')) + sorted(here.glob('_kernels*.pyd'))
-        if not found:
-            raise OSError(
-                'it was not compiled when mmvssm was installed (there was no C++ '
-                'compiler, or it failed); put g++ or clang++ on the path and '
-                'install mmvssm again'
-            )
-        path = str(found[0])
-    library = ctypes.CDLL(path)
+    library = ctypes.CDLL(path())
     by_name = {
         'scan': ScanArgs,
         'ss2d': Ss2dArgs,
@@ -167,7 +176,7 @@ def _library() -> ctypes.CDLL:
         size = getattr(library, f'mmvssm_{name}_args_size', lambda: None)
         if size() != ctypes.sizeof(expected):
             raise OSError(
-                f'{path} was built from the sources of another version; '
+                f'{path()} was built from the sources of another version; '
                 f'install mmvssm again'
             )
     return library

@@ -120,6 +120,7 @@ class Call {
   float* output(int index, const Shape& shape) {
     OrtValue* value = nullptr;
     void* data = nullptr;
+    if (failed()) return nullptr;
     if (accept(api_.KernelContext_GetOutput(context_, index, shape.sides, shape.rank,
                                             &value)) &&
         value != nullptr)
@@ -207,7 +208,7 @@ class Call {
 class Buffer {
  public:
   Buffer(Call& call, int64_t floats) {
-    if (call.failed()) return;
+    if (call.failed() || floats == 0) return;
     data_ = (float*)aligned_alloc(64, (floats * 4 + 63) / 64 * 64);
     if (data_ == nullptr) call.fail_for_memory();
   }

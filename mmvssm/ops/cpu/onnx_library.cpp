@@ -1,8 +1,9 @@
 // The kernels as custom operators of onnxruntime, in the domain 'mmvssm'.
 //
-// Each operator has the name, the inputs and the options of an op of mmvssm; see the
-// declaration of that op. Tensors are float32 and contiguous. Loops run on the threads
-// of the session. As with onnxruntime's own operators, NaN in an input is no error.
+// Each operator has the inputs and the options of an op of mmvssm; see the declaration of
+// that op. Tensors are float32. Maps and sequences of SS2DScan and BidirectionalScan are
+// channels-last: (batch, height, width, channels) and (batch, length, channels). Loops run
+// on the threads of the session. As with onnxruntime's own operators, NaN is no error.
 #include "onnx_call.h"
 
 namespace mmvssm {
@@ -11,16 +12,20 @@ namespace {
 // Those of the instruction set in use.
 const Kernels* kernels;
 
-// Arrays of three axes that are neighbours in memory in this or another order.
-Array array(const float* data, int64_t first, int64_t second, int64_t third) {
-  return {(void*)data, kFloat32, {first, second, third}};
+// A sequence (batch, channel, position) from memory (batch, position, channel).
+Array sequence(const float* data, int64_t channels, int64_t length) {
+  return {(void*)data, kFloat32, {channels * length, 1, channels}};
 }
 
-// (batch, channel, position), from memory that is so or (batch, position, channel).
-Array sequence(const float* data, int64_t channels, int64_t length,
-               bool channels_last) {
-  return channels_last ? array(data, channels * length, 1, channels)
-                       : array(data, channels * length, length, 1);
+// The same from memory (batch, channel, position).
+Array sequence_of_columns(const float* data, int64_t channels, int64_t length) {
+  return {(void*)data, kFloat32, {channels * length, length, 1}};
+}
+
+// B or C (batch, group, state, position) from memory of rows, one for each position,
+// that have other columns, too.
+Array weights_of_rows(const float* data, int64_t columns, int64_t length) {
+  return {(void*)data, kFloat32, {columns * length, 0, 1, columns}};
 }
 
 // Reverses the positions, the axis with that number.
@@ -30,39 +35,26 @@ void reverse(Array* x, int axis, int64_t length) {
 }
 
 void ss2d_scan(Call& call) {
-  const bool channels_last = call.option(0) != 0;
-  if (!call.expect_axes(0, 4,
-                        channels_last ? "(batch, height, width, channels)"
-                                      : "(batch, channels, height, width)") ||
+  if (!call.expect_axes(0, 4, "(batch, height, width, channels)") ||
       !call.expect_axes(2, 3, "(scans, channels, rank)") ||
       !call.expect_axes(4, 2, "(scans * channels, states)"))
     return;
   const Shape& x = call.shape(0);
-  const int64_t batch = x[0], channels = x[channels_last ? 3 : 1];
-  const int64_t height = x[channels_last ? 1 : 2], width = x[channels_last ? 2 : 3];
+  const int64_t batch = x[0], height = x[1], width = x[2], channels = x[3];
+  const int64_t rank = call.shape(2)[2], states = call.shape(4)[1];
   // VMamba's four routes.
   static const int32_t routes[] = {0, 1, 2, 3};
-  const int64_t orders = 4, rank = call.shape(2)[2], states = call.shape(4)[1];
-  const int64_t columns = orders * (rank + 2 * states), length = height * width;
+  const int64_t orders = 4, columns = orders * (rank + 2 * states);
   call.expect(1, {3, {orders, rank + 2 * states, channels}});
   call.expect(2, {3, {orders, channels, rank}});
   call.expect(3, {2, {orders, channels}});
   call.expect(4, {2, {orders * channels, states}});
   call.expect(5, {1, {orders * channels}});
   float* y = call.output(0, x);
-  const int64_t copied = channels_last ? 0 : x.elements();
-  const Buffer projected(call, batch * length * columns), rows(call, copied),
-      out(call, copied);
-  ProductArgs product = {};
-  product.batch = batch;
-  product.channels = channels;
-  product.length = length;
-  product.columns = columns;
-  product.x = sequence(call.data(0), channels, length, channels_last);
-  product.weight = call.data(1);
-  product.rows = channels_last ? nullptr : (float*)rows;
-  product.out = projected;
-  call.run(kernels->product, product);
+  const int64_t places = batch * height * width;
+  const Buffer projected(call, places * columns);
+  call.run(kernels->product, ProductArgs{places, columns, channels, call.data(0),
+                                         channels, call.data(1), projected});
   Ss2dArgs scan = {};
   scan.batch = batch;
   scan.channels = channels;
@@ -71,77 +63,64 @@ void ss2d_scan(Call& call) {
   scan.states = states;
   scan.rank = rank;
   scan.orders = orders;
-  scan.positions = length;
+  scan.positions = height * width;
   scan.routes = routes;
-  scan.x = channels_last ? call.data(0) : rows;
+  scan.x = call.data(0);
   scan.projected = projected;
   scan.projected_stride = columns;
   scan.dt_weight = call.data(2);
   scan.dt_bias = call.data(3);
   scan.A = call.data(4);
   scan.D = call.data(5);
-  scan.out = channels_last ? y : (float*)out;
+  scan.out = y;
   call.run(kernels->ss2d_forward, scan);
-  if (!channels_last)
-    call.run(kernels->copy_to_columns, CopyArgs{batch, channels, length, out, y});
 }
 
-// One direction of bidirectional_scan: its weights, and where they are.
+// The weights of one direction of bidirectional_scan.
 struct Direction {
-  int first;  // input
-  int64_t taps, rank;
-  const float* conv_weight;
+  Direction(Call& call, int first, int64_t channels, int64_t taps, int64_t states) {
+    if (!call.expect_axes(first + 3, 2, "(channels, rank)")) return;
+    rank = call.shape(first + 3)[1];
+    columns = rank + 2 * states;
+    call.expect(first, {2, {channels, taps}});
+    call.expect(first + 1, {1, {channels}});
+    call.expect(first + 2, {2, {columns, channels}});
+    call.expect(first + 3, {2, {channels, rank}});
+    call.expect(first + 4, {1, {channels}});
+    call.expect(first + 5, {2, {channels, states}});
+    call.expect(first + 6, {1, {channels}});
+    conv_weight = call.data(first);
+    conv_bias = call.data(first + 1);
+    x_proj_weight = call.data(first + 2);
+    dt_proj_weight = call.data(first + 3);
+    dt_proj_bias = call.data(first + 4);
+    A = call.data(first + 5);
+    D = call.data(first + 6);
+  }
+  int64_t rank = 0, columns = 0;
+  const float *conv_weight, *conv_bias, *x_proj_weight, *dt_proj_weight, *dt_proj_bias,
+      *A, *D;
 };
 
-// A convolution's weight (channel, tap), with zeros before the first taps.
-void pad_taps(const float* from, int64_t channels, int64_t taps, int64_t padded,
-              float* to) {
-  memset(to, 0, channels * padded * 4);
-  for (int64_t c = 0; c < channels; ++c)
-    memcpy(to + c * padded + padded - taps, from + c * taps, taps * 4);
-}
-
 void bidirectional_scan(Call& call) {
-  const bool average = call.option(0) != 0, channels_last = call.option(1) != 0;
-  Direction directions[] = {{2, 0, 0, nullptr}, {9, 0, 0, nullptr}};
-  if (!call.expect_axes(
-          0, 3,
-          channels_last ? "(batch, length, channels)" : "(batch, channels, length)"))
+  if (!call.expect_axes(0, 3, "(batch, length, channels)") ||
+      !call.expect_axes(2, 2, "(channels, width)") ||
+      !call.expect_axes(7, 2, "(channels, states)"))
     return;
   const Shape& x = call.shape(0);
-  const int64_t batch = x[0], channels = x[channels_last ? 2 : 1],
-                length = x[channels_last ? 1 : 2];
+  const int64_t batch = x[0], length = x[1], channels = x[2];
+  const int64_t taps = call.shape(2)[1], states = call.shape(7)[1];
   call.expect(1, x);
-  int64_t taps = 0, states = 0;
-  for (Direction& d : directions) {
-    if (!call.expect_axes(d.first, 2, "(channels, width)") ||
-        !call.expect_axes(d.first + 3, 2, "(channels, rank)") ||
-        !call.expect_axes(d.first + 5, 2, "(channels, states)"))
-      return;
-    d.taps = call.shape(d.first)[1];
-    d.rank = call.shape(d.first + 3)[1];
-    d.conv_weight = call.data(d.first);
-    taps = d.taps > taps ? d.taps : taps;
-    // One scan computes both directions.
-    if (states == 0) states = call.shape(d.first + 5)[1];
-    call.expect(d.first, {2, {channels, d.taps}});
-    call.expect(d.first + 1, {1, {channels}});
-    call.expect(d.first + 2, {2, {d.rank + 2 * states, channels}});
-    call.expect(d.first + 3, {2, {channels, d.rank}});
-    call.expect(d.first + 4, {1, {channels}});
-    call.expect(d.first + 5, {2, {channels, states}});
-    call.expect(d.first + 6, {1, {channels}});
-  }
+  const Direction directions[] = {{call, 2, channels, taps, states},
+                                  {call, 9, channels, taps, states}};
   float* out = call.output(0, x);
-  const int64_t size = batch * channels * length;
-  const Buffer padded[2] = {{call, channels * taps}, {call, channels * taps}};
-  const Buffer u[2] = {{call, size}, {call, size}};
-  const Buffer delta[2] = {{call, size}, {call, size}};
-  const Buffer y[2] = {{call, size}, {call, size}};
+  const int64_t rows = batch * length, size = rows * channels;
+  const Buffer u[] = {{call, size}, {call, size}};
+  const Buffer delta[] = {{call, size}, {call, size}};
+  const Buffer y[] = {{call, size}, {call, size}};
+  const Buffer projected[] = {{call, rows * directions[0].columns},
+                              {call, rows * directions[1].columns}};
   const Buffer last_state(call, 2 * batch * channels * states);
-  const Buffer projected[2] = {
-      {call, batch * length * (directions[0].rank + 2 * states)},
-      {call, batch * length * (directions[1].rank + 2 * states)}};
   if (call.failed()) return;
 
   ConvArgs conv = {};
@@ -149,36 +128,21 @@ void bidirectional_scan(Call& call) {
   conv.channels = channels;
   conv.length = length;
   conv.taps = taps;
-  conv.x = sequence(call.data(0), channels, length, channels_last);
+  conv.x = sequence(call.data(0), channels, length);
   for (int i = 0; i < 2; ++i) {
-    const Direction& d = directions[i];
-    if (d.taps < taps) pad_taps(d.conv_weight, channels, d.taps, taps, padded[i]);
-    conv.directions[i].weight = d.taps < taps ? padded[i] : d.conv_weight;
-    conv.directions[i].bias = call.data(d.first + 1);
-    conv.directions[i].out = sequence(u[i], channels, length, true);
+    conv.directions[i].weight = directions[i].conv_weight;
+    conv.directions[i].bias = directions[i].conv_bias;
+    conv.directions[i].out = sequence(u[i], channels, length);
   }
   call.run(kernels->conv_forward, conv);
 
   PairArgs pair = {};
   for (int i = 0; i < 2; ++i) {
     const Direction& d = directions[i];
-    const int64_t columns = d.rank + 2 * states;
-    ProductArgs product = {};
-    product.batch = batch;
-    product.channels = channels;
-    product.length = length;
-    product.columns = columns;
-    product.x = conv.directions[i].out;
-    product.weight = call.data(d.first + 2);
-    product.out = projected[i];
-    call.run(kernels->product, product);
-    product.channels = d.rank;
-    product.columns = channels;
-    product.x = array(projected[i], length * columns, 1, columns);
-    product.weight = call.data(d.first + 3);
-    product.out = delta[i];
-    call.run(kernels->product, product);
-
+    call.run(kernels->product, ProductArgs{rows, d.columns, channels, u[i], channels,
+                                           d.x_proj_weight, projected[i]});
+    call.run(kernels->product, ProductArgs{rows, channels, d.rank, projected[i],
+                                           d.columns, d.dt_proj_weight, delta[i]});
     ScanArgs& scan = pair.directions[i];
     scan.batch = batch;
     scan.channels = channels;
@@ -186,36 +150,33 @@ void bidirectional_scan(Call& call) {
     scan.states = states;
     scan.groups = 1;
     scan.softplus = 1;
-    scan.u = conv.directions[i].out;
-    scan.delta = sequence(delta[i], channels, length, true);
-    scan.out = sequence(y[i], channels, length, true);
-    scan.B = {projected[i] + d.rank, kFloat32, {length * columns, 0, 1, columns}};
-    scan.C = {projected[i] + d.rank + states,
-              kFloat32,
-              {length * columns, 0, 1, columns}};
-    if (i == 1) {
-      reverse(&scan.u, 2, length);
-      reverse(&scan.delta, 2, length);
-      reverse(&scan.out, 2, length);
-      reverse(&scan.B, 3, length);
-      reverse(&scan.C, 3, length);
-    }
-    scan.bias = call.data(d.first + 4);
-    scan.A = call.data(d.first + 5);
-    scan.D = call.data(d.first + 6);
+    scan.u = sequence(u[i], channels, length);
+    scan.delta = sequence(delta[i], channels, length);
+    scan.out = sequence(y[i], channels, length);
+    scan.B = weights_of_rows(projected[i] + d.rank, d.columns, length);
+    scan.C = weights_of_rows(projected[i] + d.rank + states, d.columns, length);
+    scan.A = d.A;
+    scan.D = d.D;
+    scan.bias = d.dt_proj_bias;
     scan.last_state = last_state + i * batch * channels * states;
   }
+  ScanArgs& last = pair.directions[1];
+  reverse(&last.u, 2, length);
+  reverse(&last.delta, 2, length);
+  reverse(&last.out, 2, length);
+  reverse(&last.B, 3, length);
+  reverse(&last.C, 3, length);
   call.run(kernels->pair_forward, pair);
 
   GateArgs gate = {};
   gate.batch = batch;
   gate.channels = channels;
   gate.length = length;
-  gate.scale = average ? 0.5f : 1.0f;
-  gate.y = sequence(y[0], channels, length, true);
-  gate.y_from_end = sequence(y[1], channels, length, true);
-  gate.z = sequence(call.data(1), channels, length, channels_last);
-  gate.out = sequence(out, channels, length, channels_last);
+  gate.scale = call.option(0) != 0 ? 0.5f : 1.0f;
+  gate.y = sequence(y[0], channels, length);
+  gate.y_from_end = sequence(y[1], channels, length);
+  gate.z = sequence(call.data(1), channels, length);
+  gate.out = sequence(out, channels, length);
   call.run(kernels->gate_forward, gate);
 }
 
@@ -250,18 +211,23 @@ void selective_scan(Call& call) {
   scan.states = states;
   scan.groups = groups;
   scan.softplus = call.option(0) != 0;
-  scan.u = sequence(call.data(0), channels, length, false);
-  scan.delta = sequence(call.data(1), channels, length, false);
+  scan.u = sequence_of_columns(call.data(0), channels, length);
+  scan.delta = sequence_of_columns(call.data(1), channels, length);
   const int64_t group = states * length;
   scan.B = {(void*)call.data(3), kFloat32, {groups * group, group, length, 1}};
   scan.C = {(void*)call.data(4), kFloat32, {groups * group, group, length, 1}};
   scan.A = call.data(2);
   scan.D = call.data(5);
-  if (call.has(6)) scan.z = sequence(call.data(6), channels, length, false);
+  if (call.has(6)) scan.z = sequence_of_columns(call.data(6), channels, length);
   scan.bias = call.data(7);
-  scan.out = sequence(out, channels, length, false);
+  scan.out = sequence_of_columns(out, channels, length);
   scan.last_state = last_state == nullptr ? (float*)buffer : last_state;
   call.run(kernels->scan_forward, scan);
+}
+
+// (batch, position, channel)
+Array positions(const float* data, const Shape& shape) {
+  return {(void*)data, kFloat32, {shape[1] * shape[2], shape[2], 1}};
 }
 
 void linear_attention(Call& call) {
@@ -295,17 +261,22 @@ void linear_attention(Call& call) {
   args.values = v[2] / heads;
   args.normalise = call.option(1) != 0;
   args.eps = call.option(2);
-  args.q = array(call.data(0), length * q[2], q[2], 1);
-  args.k = array(call.data(1), length * q[2], q[2], 1);
-  args.v = array(call.data(2), length * v[2], v[2], 1);
+  args.q = positions(call.data(0), q);
+  args.k = positions(call.data(1), q);
+  args.v = positions(call.data(2), v);
   args.cosine = call.data(3);
   args.sine = call.data(4);
-  args.out = array(call.output(0, v), length * v[2], v[2], 1);
+  args.out = positions(call.output(0, v), v);
   const int64_t keys = (args.keys + kPanel - 1) / kPanel * kPanel,
                 values = (args.values + kPanel - 1) / kPanel * kPanel;
   const Buffer sums(call, batch * heads * keys * (1 + values));
   args.sums = sums;
   call.run(kernels->attention_forward, args);
+}
+
+// (row, channel)
+Array rows(const float* data, int64_t channels) {
+  return {(void*)data, kFloat32, {channels, 1}};
 }
 
 void add_rms_norm(Call& call) {
@@ -322,11 +293,11 @@ void add_rms_norm(Call& call) {
   args.rows = x.elements() / channels;
   args.channels = channels;
   args.eps = call.option(0);
-  args.x = array(call.data(0), channels, 1, 0);
-  if (call.has(2)) args.residual = array(call.data(2), channels, 1, 0);
+  args.x = rows(call.data(0), channels);
+  if (call.has(2)) args.residual = rows(call.data(2), channels);
   args.weight = call.data(1);
-  args.out = array(call.output(0, x), channels, 1, 0);
-  args.total = array(call.output(1, x), channels, 1, 0);
+  args.out = rows(call.output(0, x), channels);
+  args.total = rows(call.output(1, x), channels);
   call.run(kernels->norm_forward, args);
 }
 
@@ -397,8 +368,6 @@ constexpr OrtCustomOp kInterface = {
     nullptr,
 };
 
-constexpr const char* kChannelsLast = "channels_last";
-
 const Operator operators[] = {
     {kInterface,
      "SS2DScan",
@@ -406,8 +375,8 @@ const Operator operators[] = {
      {"x", "x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A", "Ds"},
      0,
      1,
-     1,
-     {{kChannelsLast, false, 0}},
+     0,
+     {},
      ss2d_scan},
     {kInterface,
      "BidirectionalScan",
@@ -418,8 +387,8 @@ const Operator operators[] = {
       "backward.dt_proj_weight", "backward.dt_proj_bias", "backward.A", "backward.D"},
      0,
      1,
-     2,
-     {{"average", false, 0}, {kChannelsLast, false, 0}},
+     1,
+     {{"average", false, 0}},
      bidirectional_scan},
     {kInterface,
      "SelectiveScan",
