@@ -371,9 +371,11 @@ def test_onnxruntime_that_is_too_old(backend):
         asked.append(version)
         return ctypes.addressof(table.contents) if version == 1 else None
 
-    @ctypes.CFUNCTYPE(ctypes.c_char_p)
+    version = ctypes.create_string_buffer(b'1.16.3')
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p)
     def get_version_string():
-        return b'1.16.3'
+        return ctypes.addressof(version)
 
     base = (ctypes.c_void_p * 2)(
         *(ctypes.cast(f, ctypes.c_void_p).value for f in (get_api, get_version_string))
