@@ -132,17 +132,31 @@ def _build(description: Mapping[str, Any], where: str) -> nn.Module:
     cfg = description.get('model')
     if not isinstance(cfg, dict):
         raise CheckpointError(f'{where}: {CONFIG} says nothing of a model')
-    for found in _types(cfg):
-        if not isinstance(found, str) or not _TYPE.fullmatch(found):
-            raise CheckpointError(
-                f'{where} is refused: {CONFIG} would build {found!r}, which is no '
-                'registered name'
-            )
+    refuse_unregistered(cfg, where, CONFIG)
     with DefaultScope.overwrite_default_scope(description.get('scope')):
         model = MODELS.build(ConfigDict(cfg))
     if description.get('dataset_meta'):
         model.dataset_meta = description['dataset_meta']
     return model
+
+
+def refuse_unregistered(cfg: Any, where: str, part: str) -> None:
+    """Refuse a part of a config from a stranger that would build any Python object.
+
+    Args:
+        cfg: Dicts and lists.
+        where: The file, in messages.
+        part: What of it, in messages.
+
+    Raises:
+        CheckpointError: A ``type`` is no registered name.
+    """
+    for found in _types(cfg):
+        if not isinstance(found, str) or not _TYPE.fullmatch(found):
+            raise CheckpointError(
+                f'{where} is refused: {part} would build {found!r}, which is no '
+                'registered name'
+            )
 
 
 def _types(cfg: Any) -> Iterator[Any]:

@@ -1,5 +1,7 @@
 """Predict images: ``python tools/infer.py IMAGE... --config C [--checkpoint W]``.
 
+``--onnx FILE`` takes a segmentor of tools/export.py in the place of both.
+
 For every image this writes NAME_overlay.png, the image with the prediction painted over
 it. A segmentor also writes NAME_labels.png, whose pixel values are class numbers
 counted from 0. A detector also writes NAME_objects.json with categories, scores, boxes
@@ -20,7 +22,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'images', nargs='+', metavar='IMAGE', help='files, folders or quoted patterns'
     )
-    parser.add_argument('--config', required=True, help='a file, or mmvssm::NAME.py')
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument('--config', help='a file, or mmvssm::NAME.py')
+    model.add_argument(
+        '--onnx',
+        metavar='FILE',
+        help='a segmentor of tools/export.py, run by onnxruntime on the CPU',
+    )
     parser.add_argument(
         '--checkpoint',
         help='what that config was trained to: a file, an address, mmvssm://NAME or '
@@ -46,10 +54,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main(args: argparse.Namespace) -> int:
-    """Predict every image. Returns 1 if some were skipped."""
-    from mmengine.utils import track_iter_progress
-
+def load(args: argparse.Namespace) -> tuple:
+    """Build and fill the model of a config; also return what is done with an image."""
     from mmvssm import engine
     from mmvssm.checkpoints import trust
     from mmvssm.engine.inference import infer
@@ -57,12 +63,36 @@ def main(args: argparse.Namespace) -> int:
     cfg = engine.load_config(
         args.config, args.cfg_options, required=('model', 'test_dataloader')
     )
-    images = infer.find_images(args.images)
     task = infer.choose_task(cfg)
     checkpoint = args.checkpoint or engine.published_weights(args.config)
     if args.trust_checkpoint:
         trust(checkpoint)
-    model = infer.load_model(cfg, checkpoint, args.device, args.weights)
+    return infer.load_model(cfg, checkpoint, args.device, args.weights), task
+
+
+def load_onnx(args: argparse.Namespace) -> tuple:
+    """Load the segmentor of an ONNX file."""
+    from mmvssm.engine import UsageError
+    from mmvssm.engine.inference import segment
+    from mmvssm.export.predict import OnnxSegmentor
+
+    given = (args.checkpoint, args.weights, args.device, args.cfg_options)
+    if any(given) or args.trust_checkpoint:
+        raise UsageError(
+            '--onnx takes no --checkpoint, --weights, --device, --cfg-options or '
+            '--trust-checkpoint: the file has weights and settings of its own.'
+        )
+    return OnnxSegmentor(args.onnx), segment
+
+
+def main(args: argparse.Namespace) -> int:
+    """Predict every image. Returns 1 if some were skipped."""
+    from mmengine.utils import track_iter_progress
+
+    from mmvssm.engine.inference import infer
+
+    images = infer.find_images(args.images)
+    model, task = load_onnx(args) if args.onnx else load(args)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     taken, skipped = set(), []

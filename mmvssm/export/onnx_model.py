@@ -7,18 +7,20 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mmvssm.export import precision
 from mmvssm.export import verify as checks
-from mmvssm.export.errors import ExportError
-from mmvssm.export.wrappers import ImageModel, Normalisation, least_size, wrap
+from mmvssm.export.blame import first_difference
+from mmvssm.export.errors import DifferenceError, ExportError
+from mmvssm.export.wrappers import ImageModel, Normalisation, wrap
 
 FORMS = ('plain', 'function', 'unrolled')
-DYNAMIC = ('batch', 'size')
 # What the bodies of our ops are written in. onnx converts the file to a later one.
 OPSET = 18
 NEWEST_OPSET = 23
@@ -28,7 +30,7 @@ METADATA = 'mmvssm'
 # protobuf's own limit.
 _MOST_BYTES = 2**31 - 2**24
 # A constant of more numbers is left to be computed.
-_FOLDED = 2**22
+_FOLDED = 2**24
 
 
 def to_onnx(
@@ -94,8 +96,9 @@ def to_onnx(
     size = (size, size) if isinstance(size, int) else tuple(size)
     int8 = list(int8)
     module = wrap(model, task, normalise, normalisation)
-    _check_options(module, size, dynamic, form, opset, fp16, int8)
-    proto = build_proto(module, size, dynamic, form, opset)
+    _check_options(module, dynamic, form, opset, fp16, int8)
+    built = build_proto(module, size, dynamic, form, opset)
+    proto = built.proto
     notes = dict(
         task=module.task,
         size=list(size),
@@ -111,32 +114,40 @@ def to_onnx(
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f'{file.name}.partial')
+    if runtimes is None and form == 'function':
+        # OpenVINO does not read local functions.
+        runtimes = ['onnxruntime']
     options = dict(images=list(images), runtimes=runtimes)
     try:
         _save(proto, partial)
         exact = not (fp16 or int8)
-        report = checks.verify(
-            *(partial, module, size, dynamic),
-            **options,
-            bound=bound,
-            rounds=rounds if exact else 0,
-        )
-        notes['error'] = {name: report.error(name) for name in report.runtimes()}
+        try:
+            report = checks.verify(
+                *(partial, module, size, dynamic),
+                **options,
+                bound=bound,
+                rounds=rounds,
+            )
+        except DifferenceError as error:
+            if error.report is not None:
+                error.report.file = str(file)
+            raise _with_layer(error, built.traced, module, size, bound) from error
+        notes['error'] = _errors(report)
         if not exact:
-            from mmvssm.export import precision
-
             proto = (
-                precision.to_float16(proto)
+                precision.to_float16(proto, built.layers)
                 if fp16
-                else precision.to_int8(partial, module, size, int8)
+                else precision.to_int8(partial, module, size, int8, built.layers)
             )
             _save(proto, partial)
             options['images'] += int8
+            before = report
             report = checks.verify(
                 *(partial, module, size, dynamic), **options, bound=None, rounds=rounds
             )
+            report.before = before
             notes['precision'] = 'float16' if fp16 else 'int8'
-            notes['error'] = {name: report.error(name) for name in report.runtimes()}
+            notes['error'] = _errors(report)
         _set_metadata(proto, notes)
         _save(proto, partial)
         os.replace(partial, file)
@@ -146,19 +157,42 @@ def to_onnx(
     return report
 
 
+def _errors(report: checks.Report) -> dict[str, Any]:
+    return {
+        name: dict(relative=report.error(name), changed=report.changed(name))
+        for name in report.runtimes()
+    }
+
+
+def _with_layer(
+    error: DifferenceError,
+    traced: Any,
+    module: ImageModel,
+    size: tuple[int, int],
+    bound: float,
+) -> DifferenceError:
+    """The error, with the first layer that differs, if it can be found."""
+    image = checks.random_images(module, (1, module.channels, *size))
+    try:
+        layer = first_difference(traced, module, image, bound)
+    except Exception:
+        # The graph may not run at all; what is known is said.
+        layer = None
+    if layer is None:
+        return error
+    return DifferenceError(
+        f'{error}; the first layer that differs is {layer}', error.report
+    )
+
+
 def _check_options(
     module: ImageModel,
-    size: tuple[int, ...],
     dynamic: Sequence[str],
     form: str,
     opset: int,
     fp16: bool,
     int8: Sequence,
 ) -> None:
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ExportError(f'size must be height and width in pixels, got {size}')
-    if unknown := sorted(set(dynamic) - set(DYNAMIC)):
-        raise ExportError(f'dynamic takes {DYNAMIC}, got {unknown}')
     if form not in FORMS:
         raise ExportError(f'form must be one of {FORMS}, got {form!r}')
     if not OPSET <= opset <= NEWEST_OPSET:
@@ -183,9 +217,6 @@ def _check_options(
             "form='function' is for our kernels, which take float32: take form='plain' "
             'with fp16 or int8'
         )
-    least = least_size(module.model)
-    if min(size) < least:
-        raise ExportError(f'the model takes {least}x{least} pixels or more, got {size}')
     where = {x.device.type for x in module.model.parameters()}
     if where - {'cpu'}:
         raise ExportError("the model is not on the CPU: call model.to('cpu') before")
@@ -195,19 +226,21 @@ def _check_options(
             f'the model has {number / 2**30:.1f} GiB of weights; an ONNX file takes '
             'less than 2 GiB'
         )
-    if 'size' in dynamic:
-        _refuse_fixed_orders(module)
 
 
-def _refuse_fixed_orders(module: ImageModel) -> None:
-    """Refuse a dynamic size where the scan order is a table for one size."""
-    for layer in module.modules():
-        orders = getattr(layer, 'orders', 'cross')
-        if orders not in ('cross', None):
-            raise ExportError(
-                f'the scan order {orders!r} is a table for one size of the map: leave '
-                "out 'size' of dynamic"
-            )
+@dataclass(frozen=True)
+class Built:
+    """A graph, before it is checked.
+
+    Attributes:
+        proto: The ``onnx.ModelProto``.
+        layers: Names of its linear layers and convolutions outside of our ops.
+        traced: As torch made it: longer, but its nodes know their layers.
+    """
+
+    proto: Any
+    layers: list[str]
+    traced: Any
 
 
 def build_proto(
@@ -216,8 +249,8 @@ def build_proto(
     dynamic: Sequence[str] = (),
     form: str = 'plain',
     opset: int = OPSET,
-) -> Any:
-    """The ``onnx.ModelProto`` of a module, not checked against PyTorch.
+) -> Built:
+    """Make the graph of a module. It is not compared with PyTorch yet.
 
     Args:
         module: Of :func:`mmvssm.export.wrappers.wrap`.
@@ -229,10 +262,9 @@ def build_proto(
     import onnx
 
     from mmvssm.export import aten, bodies
-    from mmvssm.export.program import to_exported_program
 
     with _quiet():
-        program = to_exported_program(module, size, dynamic=dynamic)
+        program = _trace(module, size, dynamic)
         try:
             exported = torch.onnx.export(
                 program,
@@ -250,9 +282,12 @@ def build_proto(
             raise ExportError(
                 f'torch cannot write this model as ONNX: {_cause(error)}'
             ) from error
-        proto = exported.model_proto
-        proto.functions.extend(bodies.functions(proto, form))
-        proto = _optimised(proto, inline=form != 'function')
+        traced = exported.model_proto
+        traced.functions.extend(bodies.functions(traced, form))
+        proto = _optimised(traced, inline=False)
+        layers = precision.linear_nodes(proto)
+        if form != 'function':
+            proto = _optimised(proto, inline=True)
         if opset != OPSET:
             proto = onnx.version_converter.convert_version(proto, opset)
     _name_dimensions(proto, dynamic)
@@ -262,7 +297,19 @@ def build_proto(
     foreign = {node.domain for node in _all_nodes(proto.graph.node)} - {'', 'ai.onnx'}
     if form != 'function' and foreign:
         raise ExportError(f'there are operators of {sorted(foreign)} left in the file')
-    return proto
+    return Built(proto, layers, traced)
+
+
+def _trace(module: ImageModel, size: tuple[int, int], dynamic: Sequence[str]) -> Any:
+    from mmvssm.export.program import to_exported_program
+
+    try:
+        return to_exported_program(module, size, dynamic=dynamic)
+    except (ExportError, DifferenceError):
+        raise
+    except Exception as error:
+        # torch has no one kind of error for what it cannot trace.
+        raise ExportError(f'torch cannot trace this model: {_cause(error)}') from error
 
 
 def _optimised(proto: Any, inline: bool) -> Any:

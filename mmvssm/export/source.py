@@ -77,7 +77,8 @@ def load_source(
         model = load_pretrained(name)
         meta = getattr(model, 'dataset_meta', None)
         size = _SEGMENTOR_SIZE if meta else _CLASSIFIER_SIZE
-        return Source(model, name, size, _classes(meta))
+        metadata = dict(_classes(meta), **(_labelling(model) if meta else {}))
+        return Source(model, name, size, dict(metadata, model=name))
     raise UsageError(
         f'{name} is neither a config (NAME.py) nor a folder of mmvssm.save_pretrained '
         f'nor one of {", ".join(list_models())}.'
@@ -134,10 +135,8 @@ def _from_config(
     if is_detector(cfg):
         model = model.backbone
     else:
-        metadata.update(
-            test_pipeline=_plain(cfg.test_dataloader.dataset.pipeline),
-            align_corners=bool(model.align_corners),
-        )
+        pipeline = cfg.test_dataloader.dataset.pipeline
+        metadata.update(_labelling(model), test_pipeline=_plain(pipeline))
     size = cfg.get('crop_size') or cfg.model.data_preprocessor.get('size')
     return Source(
         model,
@@ -151,6 +150,16 @@ def _classes(meta: Any) -> dict[str, Any]:
     """Names and colours of the classes, of the ``dataset_meta`` of a model."""
     kept = ('classes', 'palette')
     return {key: _plain(meta[key]) for key in kept if (meta or {}).get(key) is not None}
+
+
+def _labelling(model: Any) -> dict[str, Any]:
+    """How a segmentor makes labels of logits."""
+    heads = getattr(model, 'decode_head', None)
+    head = heads[-1] if isinstance(heads, nn.ModuleList) else heads
+    return dict(
+        align_corners=bool(getattr(model, 'align_corners', False)),
+        threshold=getattr(head, 'threshold', None),
+    )
 
 
 def _plain(value: Any) -> Any:

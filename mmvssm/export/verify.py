@@ -143,6 +143,7 @@ class Report:
         size: Of the file, in bytes.
         milliseconds: Median time of one image of the example's size, on one thread, by
             runtime and for ``'pytorch'``.
+        before: Of the file in float32, if this one is in float16 or int8.
     """
 
     file: str
@@ -151,6 +152,7 @@ class Report:
     functions: int = 0
     size: int = 0
     milliseconds: dict[str, float] = field(default_factory=dict)
+    before: 'Report | None' = None
 
     def error(self, runtime: str) -> float | None:
         """The largest of a runtime; NaN if one is."""
@@ -181,9 +183,15 @@ class Report:
                 f'{_number(row.error):>9} {_number(row.changed):>9}'
             )
         if self.milliseconds:
-            times = (f'{n} {t:.1f} ms' for n, t in self.milliseconds.items())
-            lines.append(f'one image, one thread: {", ".join(times)}')
+            lines.append(f'one image, one thread: {self._times()}')
+        if self.before is not None:
+            size = self.before.size / 2**20
+            lines.append(f'in float32: {size:.1f} MiB, {self.before._times()}')
         return '\n'.join(lines)
+
+    def _times(self) -> str:
+        times = (f'{name} {time:.1f} ms' for name, time in self.milliseconds.items())
+        return ', '.join(times) or 'not timed'
 
 
 def _number(value: float | None) -> str:
