@@ -41,8 +41,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard requirements/*.txt)
 	@echo '==> [1/3] virtual environment $(VENV)'
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	@$(INSTALL) -q 'setuptools>=77' wheel
-	@echo '==> [2/3] torch, mmengine, this package, requirements of mmsegmentation'
-	@$(INSTALL) --no-build-isolation -e '.[quickstart,test]' -r requirements/seg.txt
+	@echo '==> [2/3] torch, mmengine, this package, requirements of mmsegmentation, ONNX'
+	@$(INSTALL) --no-build-isolation -e '.[quickstart,test]' -r requirements/seg.txt \
+	    -r requirements/export.txt
 	@echo '==> [3/3] mmsegmentation and mmcv-lite'
 	@# The one with compiled ops has the same files; `make install-det` brings it back.
 	@rm -f $(DET_STAMP)
@@ -102,7 +103,7 @@ test-originals: ## Run every test on OpenMMLab's original packages (compiles the
 	@test -x $(ORIGINALS)/bin/pip || $(PYTHON) -m venv $(ORIGINALS)
 	@$(INSTALL_ORIGINALS) -q 'setuptools>=77' wheel
 	@$(INSTALL_ORIGINALS) -r requirements/seg.txt -r requirements/det.txt \
-	    -r requirements/originals-deps.txt
+	    -r requirements/originals-deps.txt -r requirements/export.txt
 	@$(RUN_ORIGINALS) requirements/build_mmcv.py build/wheels-originals \
 	    $$(grep '^mmcv==' requirements/originals.txt) -c constraints.txt
 	@$(INSTALL_ORIGINALS) --no-deps --no-build-isolation \
