@@ -1,5 +1,6 @@
 """Operators of torch that its exporter to ONNX translates wrongly, or too loosely."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,18 @@ def translations() -> dict[Callable, Callable]:
         aten._adaptive_avg_pool2d.default: adaptive_avg_pool2d,
         aten.upsample_bilinear2d.default: upsample_bilinear2d,
         aten.upsample_bilinear2d.vec: upsample_bilinear2d_vec,
+        operator.floordiv: floordiv,
     }
+
+
+def floordiv(self: INT64, other: INT64) -> INT64:
+    """``//`` of sizes, rounding down.
+
+    torch's translation rounds towards zero. So ``-(-size // 4)``, which is how one
+    rounds up, rounds down.
+    """
+    # The sign of the remainder is that of the divisor, as in Python.
+    return op.Div(op.Sub(self, op.Mod(self, other)), other)
 
 
 def adaptive_avg_pool2d(self: FLOAT, output_size: Sequence[int]) -> FLOAT:
