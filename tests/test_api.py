@@ -9,10 +9,11 @@ import inspect
 from pathlib import Path
 
 import mmvssm
+import mmvssm.export
 
 REPO = Path(__file__).parents[1]
 API = Path(__file__).with_name('api.txt')
-MODULES = (mmvssm, mmvssm.ops, mmvssm.layers, mmvssm.backbones)
+MODULES = (mmvssm, mmvssm.ops, mmvssm.layers, mmvssm.backbones, mmvssm.export)
 
 
 class Shown:
