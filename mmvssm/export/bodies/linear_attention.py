@@ -1,7 +1,10 @@
 """The body of linear attention: two products in each head, and a normaliser.
 
-Layout: (batch, heads, positions, channels of a head). Keys and values are summed up
-first, so time and memory grow linearly with the length.
+Keys and values are summed up first, so time and memory grow linearly with the length.
+
+Layout: channels first, (batch, heads, channels of a head, positions). There the two
+channels of a pair are whole rows, which the rotation can swap; and the maps around the
+op often have channels first, so that transpositions cancel.
 """
 
 from typing import Any
@@ -27,71 +30,84 @@ def translate(call: Call) -> tuple[Any, ...]:
 
 def variant(form: str, node: Node) -> Variant:
     """With or without rotation and normaliser."""
-    text = _SIZES + _features('q') + _features('k')
-    for x in 'qk':
-        text += (
-            _rotate(x)
-            if 'cos' in node.inputs
-            else f'\n{x}_turned = Identity({x}_features)'
-        )
+    text = _SIZES
+    if 'cos' in node.inputs:
+        text += _ROTATE
+    else:
+        text += _features('apart', [0, 2, 3, 1], 'heads')
+        text += """
+            q_heads, k_heads = Split <axis = 0, num_outputs = 2> (heads)
+            q_turned = Identity(q_heads)
+            k_turned = Identity(k_heads)"""
     text += _PRODUCTS
     if node.attributes['normalise']:
         text += _NORMALISE
     else:
         text += '\ny_heads = Identity(numerator)'
-    return Variant(('y',), text + '\ny = Reshape(y_heads, merged)')
+    return Variant(('y',), text + _END)
 
 
 _SIZES = f"""
-    {constants(zero=0.0, one=[1], keys=[1], last=[3], every=[-1], same=[0, 0])}
-    {constants(pairs=[0, 0, -1, 2], merged=[0, 0, -1], swap=[1, 0], pair_axis=[2])}
+    {constants(zero=0.0, one=[1], positions=[-1], every=[-1], pair=[2])}
+    {constants(same=[0], same_two=[0, 0], swap=[1, 0])}
     eps = Constant <value_float: float = @eps> ()
     heads_number = Constant <value_int: int = @heads> ()
-    heads = Reshape(heads_number, one)
-    by_head = Concat <axis = 0> (same, heads, every)
-    length_number = Shape <start = 1, end = 2> (v)
-    length = Cast <to = 1> (length_number)"""
+    heads_count = Reshape(heads_number, one)
+    length = Shape <start = 1, end = 2> (v)
+    length_float = Cast <to = 1> (length)
+    apart = Concat <axis = 0> (same_two, heads_count, every)
+    together = Concat <axis = 0> (same_two, every, length)"""
 
 
-def _features(x: str) -> str:
-    """elu + 1, accurate for very negative values, too."""
+def _features(shape: str, axes: list[int], out: str) -> str:
+    """elu + 1 of queries and keys, also accurate for very negative values."""
     return f"""
-    {x}_below = Min({x}, zero)
-    {x}_exp = Exp({x}_below)
-    {x}_above = Relu({x})
-    {x}_features = Add({x}_exp, {x}_above)"""
+    both = Concat <axis = 0> (q, k)
+    both_apart = Reshape(both, {shape})
+    both_first = Transpose <perm = {axes}> (both_apart)
+    below = Min(both_first, zero)
+    exp = Exp(below)
+    above = Relu(both_first)
+    {out} = Add(exp, above)"""
 
 
-def _rotate(x: str) -> str:
-    """a cos - b sin, b cos + a sin of each pair (a, b)."""
-    return f"""
-    {x}_cos = Unsqueeze(cos, pair_axis)
-    {x}_sin = Unsqueeze(sin, pair_axis)
-    {x}_minus = Neg({x}_sin)
-    {x}_sins = Concat <axis = 2> ({x}_minus, {x}_sin)
-    {x}_pairs = Reshape({x}_features, pairs)
-    {x}_swapped = Gather <axis = 3> ({x}_pairs, swap)
-    {x}_by_cos = Mul({x}_pairs, {x}_cos)
-    {x}_by_sin = Mul({x}_swapped, {x}_sins)
-    {x}_turned = Add({x}_by_cos, {x}_by_sin)"""
-
+# (a, b) of each pair -> (a cos - b sin, b cos + a sin). The tables are (heads, pairs, 1
+# or 2, L).
+_ROTATE = f"""
+    pairs_apart = Concat <axis = 0> (same_two, heads_count, every, pair)
+    {_features('pairs_apart', [0, 2, 3, 4, 1], 'pairs')}
+    table_shape = Concat <axis = 0> (same, heads_count, every, one)
+    cos_apart = Reshape(cos, table_shape)
+    sin_apart = Reshape(sin, table_shape)
+    cosine = Transpose <perm = [1, 2, 3, 0]> (cos_apart)
+    sine = Transpose <perm = [1, 2, 3, 0]> (sin_apart)
+    minus_sine = Neg(sine)
+    sines = Concat <axis = 2> (minus_sine, sine)
+    swapped = Gather <axis = 3> (pairs, swap)
+    by_cos = Mul(pairs, cosine)
+    by_sin = Mul(swapped, sines)
+    rotated = Add(by_cos, by_sin)
+    turned = Reshape(rotated, together)
+    q_turned, k_turned = Split <axis = 0, num_outputs = 2> (turned)
+    heads = Reshape(pairs, together)
+    q_heads, k_heads = Split <axis = 0, num_outputs = 2> (heads)"""
 
 _PRODUCTS = """
-    k_apart = Reshape(k_turned, by_head)
-    k_heads = Transpose <perm = [0, 2, 3, 1]> (k_apart)
-    v_apart = Reshape(v, by_head)
-    v_heads = Transpose <perm = [0, 2, 1, 3]> (v_apart)
-    total = MatMul(k_heads, v_heads)
-    state = Div(total, length)
-    q_apart = Reshape(q_turned, by_head)
-    q_heads = Transpose <perm = [0, 2, 1, 3]> (q_apart)
-    numerator_heads = MatMul(q_heads, state)
-    numerator = Transpose <perm = [0, 2, 1, 3]> (numerator_heads)"""
+    v_apart = Reshape(v, apart)
+    v_heads = Transpose <perm = [0, 2, 3, 1]> (v_apart)
+    k_last = Transpose <perm = [0, 1, 3, 2]> (k_turned)
+    total = MatMul(v_heads, k_last)
+    state = Div(total, length_float)
+    numerator = MatMul(state, q_turned)"""
 
 _NORMALISE = """
-    k_mean = ReduceMean <keepdims = 1> (k_features, keys)
-    by_mean = Mul(q_features, k_mean)
-    by_mean_heads = Reshape(by_mean, by_head)
-    normaliser = ReduceSum <keepdims = 1> (by_mean_heads, last)
+    k_mean_column = ReduceMean <keepdims = 1> (k_heads, positions)
+    k_mean = Transpose <perm = [0, 1, 3, 2]> (k_mean_column)
+    normaliser = MatMul(k_mean, q_heads)
     with_eps = Add(normaliser, eps)
     y_heads = Div(numerator, with_eps)"""
+
+_END = """
+    merged = Concat <axis = 0> (same, every, length)
+    y_first = Reshape(y_heads, merged)
+    y = Transpose <perm = [0, 2, 1]> (y_first)"""
