@@ -283,7 +283,7 @@ def build_proto(
                 f'torch cannot write this model as ONNX: {_cause(error)}'
             ) from error
         traced = exported.model_proto
-        traced.functions.extend(bodies.functions(traced, form))
+        traced.functions.extend(bodies.functions(traced))
         proto = _optimised(traced, inline=False)
         layers = precision.linear_nodes(proto)
         if form != 'function':

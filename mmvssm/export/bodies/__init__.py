@@ -9,7 +9,7 @@ There is one file for each op. To add one, write a file with
 
 - ``OP``: the op's declaration;
 - ``translate(call)``: the values of the op's outputs, from a :class:`.nodes.Call`;
-- ``variant(form, node)``: the body for a :class:`.text.Node`; without it, ``translate``
+- ``variant(node)``: the body for a :class:`.text.Node`; without it, ``translate``
   makes standard operators only;
 
 and list it in ``_OPS``. ``tests/export/test_bodies.py`` says how an op is tested.
@@ -49,16 +49,17 @@ def translations(form: str) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Entries for ``custom_translation_table`` of ``torch.onnx.export``.
 
     Args:
-        form: ``'plain'``, ``'function'`` or ``'unrolled'``.
+        form: ``'plain'``, ``'function'``, or ``'unrolled'``: the nodes of a scan know
+            the length, so that their bodies have no control flow.
     """
-    return {op.OP.torch_op: _translation(op) for op in _OPS}
+    return {op.OP.torch_op: _translation(op, form) for op in _OPS}
 
 
-def _translation(op: Any) -> Callable[..., Any]:
+def _translation(op: Any, form: str) -> Callable[..., Any]:
     returned = len(op.OP.torch_op._schema.returns)
 
     def translate(*args: Any, **kwargs: Any) -> Any:
-        outputs = op.translate(Call.of(op.OP, args, kwargs))
+        outputs = op.translate(Call.of(op.OP, args, kwargs, form))
         # What the op saves for a backward pass.
         saved = [dead() for _ in range(returned - len(outputs))]
         return [*outputs, *saved] if returned > 1 else outputs[0]
@@ -66,7 +67,7 @@ def _translation(op: Any) -> Callable[..., Any]:
     return translate
 
 
-def functions(model: onnx.ModelProto, form: str) -> list[onnx.FunctionProto]:
+def functions(model: onnx.ModelProto) -> list[onnx.FunctionProto]:
     """Local functions for all nodes of our domain that a model has.
 
     If nodes of one type need several bodies, the most frequent one has the name of the
@@ -74,14 +75,13 @@ def functions(model: onnx.ModelProto, form: str) -> list[onnx.FunctionProto]:
 
     Args:
         model: The model, as torch exports it with :func:`translations`.
-        form: The form that it was translated for.
     """
     graphs = [model.graph, *model.functions]
     nodes = [node for graph in graphs for node in _nodes_of(graph)]
     found = []
     for name, op in _MAKERS.items():
         ours = [node for node in nodes if node.op_type == name]
-        variants = [_variant(op, form, node) for node in ours]
+        variants = [_variant(op, node) for node in ours]
         for number, (variant, _) in enumerate(Counter(variants).most_common()):
             named = f'{name}_{number}' if number else name
             own = [node for node, its in zip(ours, variants) if its == variant]
@@ -105,7 +105,7 @@ def _nodes_of(graph: Any) -> Iterator[onnx.NodeProto]:
                 yield from _nodes_of(attribute.g)
 
 
-def _variant(op: Any, form: str, node: onnx.NodeProto) -> Variant:
+def _variant(op: Any, node: onnx.NodeProto) -> Variant:
     there = frozenset(name for name, x in zip(op.OP.names, node.input) if x)
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    return op.variant(form, Node(node.op_type, there, len(node.output), attributes))
+    return op.variant(Node(node.op_type, there, len(node.output), attributes))

@@ -17,7 +17,7 @@ def translate(call: Call) -> tuple[Any, ...]:
     return tuple(add_node(NAME, tensors, attributes, ('y', 'stream')))
 
 
-def variant(form: str, node: Node) -> Variant:
+def variant(node: Node) -> Variant:
     """With or without a residual stream."""
     stream = 'Add(x, residual)' if 'residual' in node.inputs else 'Identity(x)'
     return Variant(

@@ -13,12 +13,12 @@ from typing import Any
 from onnxscript import opset18 as op
 
 from mmvssm.export.bodies.nodes import Call, add_node, sizes
+from mmvssm.export.bodies.recursion import recursion
 from mmvssm.export.bodies.text import (
     SOFTPLUS_CONSTANTS,
     Node,
     Variant,
     constants,
-    recursion,
     softplus,
 )
 from mmvssm.ops.bidirectional_scan.declaration import BIDIRECTIONAL_SCAN as OP
@@ -48,19 +48,22 @@ def translate(call: Call) -> tuple[Any, ...]:
         split=[rank, states, states],
         group=2 * channels,
         pads=[taps - 1, 0],
+        **call.length(call.inputs['x'].shape[2]),
     )
     y = add_node(NAME, (x, z, *weights), attributes)
     return (op.Transpose(y, perm=[0, 2, 1]),)
 
 
-def variant(form: str, node: Node) -> Variant:
+def variant(node: Node) -> Variant:
     """With the sum of the directions or their mean."""
+    length = node.attributes.get('length')
+    scan = recursion('start', 'dt', 'du', 'decay_rate', 'ys', length)
     half = (
         '\ny = Mul(gated, half)'
         if node.attributes['average']
         else '\ny = Identity(gated)'
     )
-    return Variant(('y',), _TEXT + half)
+    return Variant(('y',), _INPUT + scan + _OUTPUT + half)
 
 
 def _both(*names: str) -> str:
@@ -71,7 +74,7 @@ def _both(*names: str) -> str:
     )
 
 
-_TEXT = f"""
+_INPUT = f"""
     {constants(zero=[0], one=[1], batch_axis=[1], both=[2], every=[-1], half=0.5)}
     {constants(from_last=[-1], beyond=[-(2**63)], state_axis=[3], last_axis=[4])}
     {SOFTPLUS_CONSTANTS}
@@ -118,8 +121,9 @@ _TEXT = f"""
     C_steps = Unsqueeze(C_first, state_axis)
     state_shape = Concat <axis = 0> (batch, both, states, channels)
     start = ConstantOfShape(state_shape)
-    {recursion('start', 'dt', 'du', 'decay_rate', 'ys')}
+"""
 
+_OUTPUT = """
     skip = Mul(u, skip_weight)
     with_skip = Add(ys, skip)
     y_forward, y_reversed = Split <axis = 2, num_outputs = 2> (with_skip)

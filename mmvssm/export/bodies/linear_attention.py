@@ -28,7 +28,7 @@ def translate(call: Call) -> tuple[Any, ...]:
     return (add_node(NAME, list(call.inputs.values()), attributes),)
 
 
-def variant(form: str, node: Node) -> Variant:
+def variant(node: Node) -> Variant:
     """With or without rotation and normaliser."""
     text = _SIZES
     if 'cos' in node.inputs:

@@ -1,6 +1,7 @@
 """Calls of our ops in an exported program, and the nodes that they become."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -36,14 +37,20 @@ class Call(NamedTuple):
         inputs: Values of the graph by the names of the op's declaration, in order; None
             for one that is missing.
         options: Options by name.
+        unrolled: Whether the bodies must not have control flow.
     """
 
     inputs: dict[str, Any]
     options: dict[str, Any]
+    unrolled: bool
 
     @classmethod
     def of(
-        cls, declared: Op[Any, Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+        cls,
+        declared: Op[Any, Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        form: str,
     ) -> 'Call':
         """Sort the arguments of torch's op by the names in its schema.
 
@@ -55,9 +62,25 @@ class Call(NamedTuple):
         call = cls(
             {name: named.get(name) for name in declared.names},
             {name: named[name] for name in declared.option_types},
+            form == 'unrolled',
         )
         call._refuse_dtypes(declared)
         return call
+
+    def length(self, *sizes: Any) -> dict[str, int]:
+        """The attribute of a scan that is unrolled: its number of positions.
+
+        Raises:
+            ExportError: One of the sizes is not fixed.
+        """
+        if not self.unrolled:
+            return {}
+        if not all(isinstance(size, int) for size in sizes):
+            raise ExportError(
+                "the form 'unrolled' writes out the positions of a fixed size; export "
+                "with a fixed size, or in the form 'plain'"
+            )
+        return dict(length=prod(sizes))
 
     def _refuse_dtypes(self, declared: Op[Any, Any]) -> None:
         found = {name: x.dtype for name, x in self.inputs.items() if x is not None}

@@ -6,12 +6,12 @@ Layout: (positions, batch, groups, states, channels of a group).
 from typing import Any
 
 from mmvssm.export.bodies.nodes import Call, add_node, dead
+from mmvssm.export.bodies.recursion import recursion
 from mmvssm.export.bodies.text import (
     SOFTPLUS_CONSTANTS,
     Node,
     Variant,
     constants,
-    recursion,
     softplus,
 )
 from mmvssm.ops.selective_scan.declaration import SELECTIVE_SCAN as OP  # noqa: F401
@@ -22,14 +22,15 @@ NAMES = (NAME,)
 
 def translate(call: Call) -> tuple[Any, ...]:
     """One node; with a second output if the caller wants the last state."""
-    attributes = dict(delta_softplus=int(call.options['delta_softplus']))
+    length = call.length(call.inputs['u'].shape[2])
+    attributes = dict(delta_softplus=int(call.options['delta_softplus']), **length)
     tensors = list(call.inputs.values())
     if call.options['return_last_state']:
         return tuple(add_node(NAME, tensors, attributes, ('out', 'last_state')))
     return add_node(NAME, tensors, attributes, ('out',)), dead()
 
 
-def variant(form: str, node: Node) -> Variant:
+def variant(node: Node) -> Variant:
     """The body for the options and optional inputs of a node."""
     text = _SIZES
     raw = 'delta'
@@ -42,7 +43,11 @@ def variant(form: str, node: Node) -> Variant:
         text += softplus(raw, 'dt')
     else:
         text += f'\ndt = Identity({raw})'
-    text += _SCAN
+    length = node.attributes.get('length')
+    text += _SCAN + recursion(
+        'start', 'dt_steps', 'du_steps', 'decay_rate', 'ys', length
+    )
+    text += _OUTPUT
     out = 'y'
     if 'D' in node.inputs:
         text += f"""
@@ -72,7 +77,7 @@ _SIZES = f"""
     states = Shape <start = 1, end = 2> (A)
     each = Div(channels, groups)"""
 
-_SCAN = f"""
+_SCAN = """
     du = Mul(dt, u)
     grouped = Concat <axis = 0> (batch, groups, one, each, length)
     dt_groups = Reshape(dt, grouped)
@@ -88,7 +93,9 @@ _SCAN = f"""
     decay_rate = Transpose <perm = [0, 2, 1]> (A_groups)
     state_shape = Concat <axis = 0> (batch, groups, states, each)
     start = ConstantOfShape(state_shape)
-    {recursion('start', 'dt_steps', 'du_steps', 'decay_rate', 'ys')}
+"""
+
+_OUTPUT = """
     y_groups = Transpose <perm = [1, 2, 3, 4, 0]> (ys)
     y_shape = Shape(u)
     y = Reshape(y_groups, y_shape)"""

@@ -26,12 +26,12 @@ from onnxscript import ir
 from onnxscript import opset18 as op
 
 from mmvssm.export.bodies.nodes import Call, add_node, sizes
+from mmvssm.export.bodies.recursion import recursion
 from mmvssm.export.bodies.text import (
     SOFTPLUS_CONSTANTS,
     Node,
     Variant,
     constants,
-    recursion,
     softplus,
 )
 from mmvssm.export.errors import ExportError
@@ -48,19 +48,23 @@ NAMES = (NAME, ALONG_TABLE)
 def translate(call: Call) -> tuple[Any, ...]:
     """One node with channels last, of another name if the scan order is not cross."""
     x, *weights = call.inputs.values()
+    x_proj = call.inputs['x_proj_weight']
     rank = sizes(call.inputs['dt_projs_weight'])[2]
     states = sizes(call.inputs['A'])[1]
     orders = orders_of(call.options['orders'])
     attributes = dict(channels_last=1, states=states, split=[rank, states, states])
-    name = NAME
+    name, by_lines = NAME, states == 1 and not call.unrolled
+    attributes |= call.length(*x.shape[2:])
     if not is_cross(orders):
         name = ALONG_TABLE
-        attributes |= _tables(orders, x, states)
+        attributes |= _tables(orders, x, by_lines)
+        if call.unrolled:
+            attributes['length'] = sizes(attributes['places'])[0] // sizes(x_proj)[0]
     y = add_node(name, (op.Transpose(x, perm=[0, 2, 3, 1]), *weights), attributes)
     return (op.Transpose(y, perm=[0, 3, 1, 2]),)
 
 
-def _tables(orders: Any, x: Any, states: int) -> dict[str, Any]:
+def _tables(orders: Any, x: Any, by_lines: bool) -> dict[str, Any]:
     """What the graph computes for the default scan order."""
     height, width = x.shape[2:]
     if not (isinstance(height, int) and isinstance(width, int)):
@@ -70,7 +74,7 @@ def _tables(orders: Any, x: Any, states: int) -> dict[str, Any]:
         )
     table = scan_order(orders, height, width).numpy()
     count, places = len(table), height * width
-    lines = height if states == 1 else 1
+    lines = height if by_lines else 1
     steps = -(-table.shape[1] // lines)
     more = lines * steps - table.shape[1]
     table = np.pad(table, ((0, 0), (0, more)), constant_values=-1)
@@ -93,17 +97,23 @@ def _in_steps(table: np.ndarray, lines: int) -> np.ndarray:
     return table.reshape(len(table), lines, -1).transpose(2, 0, 1)
 
 
-def variant(form: str, node: Node) -> Variant:
+def variant(node: Node) -> Variant:
     """There are two bodies: for one state, and for any number of states."""
-    one_state = node.attributes['states'] == 1
+    one_state, length = node.attributes['states'] == 1, node.attributes.get('length')
+    by_lines = one_state and length is None
     text = _SIZES
     if node.name == NAME:
-        lines, steps = ('height', 'width') if one_state else ('one', 'places_count')
+        lines, steps = ('height', 'width') if by_lines else ('one', 'places_count')
         text += f'lines = Identity({lines})\nsteps = Identity({steps})' + _CROSS
     else:
         text += _GIVEN
-    text += (_LINES if one_state else _POSITIONS) + _MERGE
-    return Variant(('y',), text)
+    if by_lines:
+        text += _LINES
+    else:
+        text += _POSITIONS + recursion(
+            *('start', 'dt_steps', 'du_steps', 'decay_rate', 'ys'), length, one_state
+        )
+    return Variant(('y',), text + _MERGE)
 
 
 _SIZES = f"""
@@ -270,7 +280,6 @@ _POSITIONS = f"""
     decay_rate = Transpose <perm = [0, 1, 3, 2]> (A_scans)
     state_shape = Concat <axis = 0> (count, batch, states, channels)
     start = ConstantOfShape(state_shape)
-    {recursion('start', 'dt_steps', 'du_steps', 'decay_rate', 'ys')}
 """
 
 _MERGE = """

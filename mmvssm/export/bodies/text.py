@@ -110,28 +110,3 @@ def softplus(raw: str, out: str) -> str:
         {out}_log = Mul({out}_0, {out}_s)
         {out}_above = Relu({raw})
         {out} = Add({out}_above, {out}_log)"""
-
-
-def recursion(state: str, dt: str, du: str, decay_rate: str, out: str) -> str:
-    """The selective scan as one ``Scan`` over all positions, for any number of states.
-
-    With any axes in front (batch, groups, ...), it reads ``B_steps`` (L, ..., N, 1) and
-    ``C_steps`` (L, ..., 1, N).
-
-    Args:
-        state: The first state (..., N, D).
-        dt, du: Step sizes, and these times u, (L, ..., 1, D).
-        decay_rate: A (..., N, D).
-        out: Name of the output (L, ..., 1, D). ``{out}_last`` is the last state.
-    """
-    return f"""
-        {out}_last, {out} = Scan <num_scan_inputs = 4, body = positions
-            (float[] h, float[] dt_t, float[] du_t, float[] B_t, float[] C_t)
-            => (float[] h_next, float[] y_t) {{
-                dt_A = Mul(dt_t, {decay_rate})
-                decay = Exp(dt_A)
-                kept = Mul(decay, h)
-                added = Mul(du_t, B_t)
-                h_next = Add(kept, added)
-                y_t = MatMul(C_t, h_next)
-            }}> ({state}, {dt}, {du}, B_steps, C_steps)"""
