@@ -27,7 +27,7 @@ def onnx_library() -> str:
         BackendUnavailableError: The kernels were not compiled when mmvssm was
             installed, or are those of another version.
     """
-    reason = library.unavailable()
+    reason = library.no_onnx_operators()
     if reason is not None:
         raise BackendUnavailableError(
             f"onnxruntime cannot use mmvssm's compiled kernels: {reason}"

@@ -175,11 +175,14 @@ def _library() -> ctypes.CDLL:
     for name, expected in by_name.items():
         size = getattr(library, f'mmvssm_{name}_args_size', lambda: None)
         if size() != ctypes.sizeof(expected):
-            raise OSError(
-                f'{path()} was built from the sources of another version; '
-                f'install mmvssm again'
-            )
+            raise OSError(_built_from_others())
     return library
+
+
+def _built_from_others() -> str:
+    return (
+        f'{path()} was built from the sources of another version; install mmvssm again'
+    )
 
 
 @cache
@@ -204,6 +207,14 @@ def unavailable() -> str | None:
     except (OSError, ValueError) as error:
         return str(error)
     return None
+
+
+def no_onnx_operators() -> str | None:
+    """Why the library is not one of operators for onnxruntime, or None."""
+    reason = unavailable()
+    if reason is None and not hasattr(_library(), 'RegisterCustomOps'):
+        reason = _built_from_others()
+    return reason
 
 
 def is_threaded() -> bool:
