@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 import mmvssm
 from compare import relative_error
 from mmvssm import ops
+from mmvssm.export.onnx_model import build_proto
+from mmvssm.export.wrappers import wrap
 from mmvssm.ops.cpu import library
 from ops.attention_inputs import make_inputs as attention_inputs
 from ops.attention_inputs import make_tables
@@ -24,6 +27,8 @@ from ops.scan_inputs import scan_inputs, ss2d_inputs
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 from onnx import TensorProto, helper  # noqa: E402  they may be missing
+
+from .models import classifier  # noqa: E402
 
 RUNNER = Path(__file__).with_name('in_onnxruntime.py')
 THREADS = (1, 2, 3)
@@ -233,6 +238,32 @@ def test_library_comes_before_the_function_of_the_file(backend, tmp_path):
     assert torch.equal(outputs_of(tmp_path, 'model')['back'], y)
     alone = onnxruntime.InferenceSession(str(tmp_path / 'model.onnx'))
     assert not alone.run(None, inputs)[0].any()
+
+
+@on_backends('cpu')
+@pytest.mark.parametrize(
+    'name, nodes',
+    [('vmamba', {'SS2DScan': 4}), ('vim', {'BidirectionalScan': 2, 'AddRMSNorm': 2})],
+)
+def test_exported_model(backend, name, nodes, tmp_path):
+    pytest.importorskip('onnxscript')
+    module = wrap(classifier(name))
+    model = build_proto(module, (64, 96), ['batch'], 'function').proto
+    file, optimised = (str(tmp_path / f'{word}.onnx') for word in ('model', 'run'))
+    onnx.save(model, file)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(mmvssm.onnx_library())
+    options.optimized_model_filepath = optimised
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(file, options)
+    # The nodes that no function has taken the place of.
+    found = [n.op_type for n in onnx.load(optimised).graph.node if n.domain == 'mmvssm']
+    assert Counter(found) == nodes
+    images = torch.randn(3, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    (found,) = session.run(None, {'image': images.numpy()})
+    with torch.inference_mode():
+        (wanted,) = module(images)
+        assert relative_error(torch.from_numpy(found), wanted) < 2e-6
 
 
 # What is wrong with a file or its inputs is said in one sentence.
