@@ -1,11 +1,13 @@
 """Learned position embeddings on maps of any size."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mmvssm.layers.tables import cached_table
+from mmvssm.layers.tables import are_equal, cached_table, work_place
 from mmvssm.ops import autocast
+
+# Keys' parameter of cubic convolution, as torch has it.
+_A = -0.75
 
 
 def resize_position(
@@ -25,7 +27,7 @@ def resize_position(
     Returns:
         (1, H' * W', C) in the same dtype.
     """
-    if old == new:
+    if are_equal(old, new):
         return embedding
     down, across = (_bicubic(a, b, like=embedding) for a, b in zip(old, new))
     grid = embedding.to(down.dtype).unflatten(1, old)
@@ -37,8 +39,30 @@ def resize_position(
 
 @cached_table
 def _bicubic(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Weights (new, old) of the old positions in the new ones."""
-    # On the CPU, because some devices do not have float64.
-    one_hot = torch.eye(old, dtype=torch.float64)[None, :, :, None]
-    columns = F.interpolate(one_hot, size=(new, 1), mode='bicubic', align_corners=False)
-    return columns[0, :, :, 0].T.to(device, dtype).contiguous()
+    """Weights (new, old) of the old positions in the new ones.
+
+    Position i of the new ones is at (i + 1/2) old / new - 1/2 of the old ones. Whole
+    numbers keep the parts of this sum exact.
+    """
+    place, work = work_place(device, dtype)
+    doubled = (2 * torch.arange(new, device=place) + 1) * old + new
+    before = doubled // (2 * new)
+    left = (doubled - before * (2 * new)).to(work) / (2 * new)
+    right = 1 - left
+    # Two old positions at the left and two at the right; those beyond the border are
+    # the first or last one.
+    weights = torch.stack((_far(left), _near(left), _near(right), _far(right)), dim=1)
+    taps = before[:, None] + torch.arange(-2, 2, device=place)
+    taps = taps.clamp(0, old - 1)
+    chosen = taps[:, :, None] == torch.arange(old, device=place)
+    return (weights[:, :, None] * chosen).sum(1).to(device, dtype).contiguous()
+
+
+def _near(x: Tensor) -> Tensor:
+    """Weight of an old position at the distance x, 0 to 1."""
+    return 1 - x * x * ((_A + 3) - (_A + 2) * x)
+
+
+def _far(x: Tensor) -> Tensor:
+    """Weight of an old position at the distance 1 + x, 1 to 2."""
+    return _A * x * (1 - x) * (1 - x)

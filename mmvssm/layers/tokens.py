@@ -1,7 +1,7 @@
 """Extra tokens (class tokens, registers) in a sequence of patches."""
 
 from collections.abc import Sequence
-from itertools import chain, pairwise, zip_longest
+from itertools import accumulate, chain, pairwise, zip_longest
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def insert_tokens(patches: Tensor, tokens: Tensor, positions: Sequence[int]) -> 
     """
     if not positions:
         return patches
-    runs = patches.split(_runs(positions, patches.shape[1]), dim=1)
+    runs = _split(patches, _runs(positions, patches.shape[1]))
     pieces = chain.from_iterable(zip_longest(runs, tokens.split(1, dim=1)))
     return torch.cat([piece for piece in pieces if piece is not None], dim=1)
 
@@ -69,8 +69,17 @@ def split_tokens(sequence: Tensor, positions: Sequence[int]) -> tuple[Tensor, Te
         return sequence, sequence[:, :0]
     runs = _runs(positions, sequence.shape[1] - len(positions))
     sizes = list(chain.from_iterable(zip(runs, [1] * len(runs))))[:-1]
-    pieces = sequence.split(sizes, dim=1)
+    pieces = _split(sequence, sizes)
     return torch.cat(pieces[::2], dim=1), torch.cat(pieces[1::2], dim=1)
+
+
+def _split(x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Parts of a sequence (B, L, ...) of these lengths."""
+    if not torch.compiler.is_compiling():
+        return x.split(sizes, dim=1)
+    # Slices, because ONNX splits into a number of parts and not by computed lengths.
+    starts = accumulate(sizes, initial=0)
+    return [x.narrow(1, start, size) for start, size in zip(starts, sizes)]
 
 
 def _runs(positions: Sequence[int], patches: int) -> list[int]:
