@@ -280,7 +280,9 @@ def detector():
             "scan order 'hilbert' is a table for one size",
         ),
         (
-            lambda: VSSM(dict(depths=(1,), dims=8), out_indices=(0,), mask_padding=True),
+            lambda: VSSM(
+                dict(depths=(1,), dims=8), out_indices=(0,), mask_padding=True
+            ),
             {},
             'build it with mask_padding=False',
         ),
