@@ -14,6 +14,7 @@ from PIL import Image
 
 import warm
 from export.models import classifier
+from export.models import segmentor as upernet
 from tiny import REPO, write_ade, write_config
 
 pytest.importorskip('onnx')
@@ -39,11 +40,19 @@ def work(tmp_path_factory):
     """Data, a config, and weights for it."""
     folder = tmp_path_factory.mktemp('export')
     write_ade(folder / 'ade')
-    write_config(folder / 'tiny.py', folder / 'ade')
+    # Images keep their size of 64x80; by the other config they become 64x64.
+    write_config(folder / 'tiny.py', folder / 'ade', WHOLE)
+    write_config(folder / 'resized.py', folder / 'ade')
     run('save.py', cwd=folder, script=SAVE)
     return folder
 
 
+WHOLE = """
+pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
+test_dataloader = dict(
+    num_workers=0, persistent_workers=False,
+    dataset=dict(type='ADE20KDataset', data_root='ade', pipeline=pipeline))
+"""
 SAVE = """
 import torch
 from mmengine.registry import MODELS, init_default_scope
@@ -100,45 +109,41 @@ def test_what_is_printed(segmentor):
     assert [path.name for path in file.parent.iterdir()] == ['seg.onnx']
 
 
-def test_infer_gives_the_masks_of_pytorch(segmentor, work):
-    file, _ = segmentor
+def masks(work, name, *arguments):
+    """Label maps of the validation images, and the names of all files."""
     images = 'ade/images/validation'
-    run(
-        'infer.py',
-        *(images, '--config', 'tiny.py', '--checkpoint', 'tiny.pth'),
-        *('--device', 'cpu', '--out-dir', 'torch'),
-        *('--cfg-options', 'test_dataloader.dataset.pipeline.1.scale=(80,64)'),
-        cwd=work,
-    )
-    run('infer.py', images, '--onnx', file, '--out-dir', 'onnx', cwd=work)
-    names = sorted(path.name for path in (work / 'torch').iterdir())
-    assert sorted(path.name for path in (work / 'onnx').iterdir()) == names
-    assert names == [f'{i}_{kind}.png' for i in (0, 1) for kind in ('labels', 'overlay')]
+    run('infer.py', images, *arguments, '--out-dir', name, cwd=work)
+    maps = [Image.open(work / name / f'{i}_labels.png') for i in (0, 1)]
+    return maps, {path.name for path in (work / name).iterdir()}
+
+
+def compare(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert a.getpalette() == b.getpalette()
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.shape == b.shape == (64, 80)
+        assert len(np.unique(b)) > 1
+        assert (a != b).mean() <= 1e-3
+
+
+def test_infer_gives_the_masks_of_pytorch(segmentor, work):
+    arguments = ('--config', 'tiny.py', '--checkpoint', 'tiny.pth', '--device', 'cpu')
+    want, files = masks(work, 'torch', *arguments)
+    got, found = masks(work, 'onnx', '--onnx', segmentor[0])
+    assert found == files
+    assert found == {
+        f'{i}_{kind}.png' for i in (0, 1) for kind in ('labels', 'overlay')
+    }
+    compare(got, want)
 
 
 def test_logits_are_resized_as_mmseg_does(work):
-    """The pipeline of the config makes 64x64 of images of 64x80."""
-    run(
-        'export.py',
-        *('tiny.py', '--checkpoint', 'tiny.pth', '--out', 'logits.onnx'),
-        *('--size', 64, '--task', 'logits'),
-        cwd=work,
-    )
-    images = 'ade/images/validation'
-    run(
-        'infer.py',
-        *(images, '--config', 'tiny.py', '--checkpoint', 'tiny.pth'),
-        *('--device', 'cpu', '--out-dir', 'torch2'),
-        cwd=work,
-    )
-    run('infer.py', images, '--onnx', 'logits.onnx', '--out-dir', 'onnx2', cwd=work)
-    for name in ('0_labels.png', '1_labels.png'):
-        want, got = (Image.open(work / f / name) for f in ('torch2', 'onnx2'))
-        assert got.getpalette() == want.getpalette()
-        want, got = np.asarray(want), np.asarray(got)
-        assert got.shape == want.shape == (64, 80)
-        assert len(np.unique(want)) > 1
-        assert (got != want).mean() <= 1e-3
+    config = ('resized.py', '--checkpoint', 'tiny.pth')
+    options = ('--out', 'logits.onnx', '--size', 64, '--task', 'logits')
+    run('export.py', *config, *options, cwd=work)
+    want, _ = masks(work, 'torch2', '--config', *config, '--device', 'cpu')
+    got, _ = masks(work, 'onnx2', '--onnx', 'logits.onnx')
+    compare(got, want)
 
 
 def test_the_example_of_the_docs_needs_no_torch(segmentor, work, tmp_path):
@@ -164,7 +169,9 @@ def test_a_difference_is_exit_code_1_and_no_file(work, monkeypatch, capsys):
     from mmvssm.export import aten
 
     op, right = onnxscript.opset18, aten.translations()
-    wrong = {torch.ops.aten.gelu.default: lambda self, approximate='none': op.Relu(self)}
+    wrong = {
+        torch.ops.aten.gelu.default: lambda self, approximate='none': op.Relu(self)
+    }
     monkeypatch.setattr(aten, 'translations', lambda: right | wrong)
     monkeypatch.chdir(work)
     arguments = ('--checkpoint', 'tiny.pth', '--out', 'no/x.onnx', '--size', 32)
@@ -191,7 +198,7 @@ def test_a_folder_of_save_pretrained(work, monkeypatch, capsys):
     [
         (['nothing'], 'nothing is neither a config (NAME.py)'),
         (['absent.py', '--from-scratch'], 'no config file at'),
-        (['tiny.py'], 'published for tiny.py'),
+        (['tiny.py'], 'no weights were published for tiny'),
         (['mambar_l', '--checkpoint', 'absent.pth'], 'absent.pth'),
         (['tiny.py', '--checkpoint', 'tiny.pth', '--from-scratch'], 'exclude'),
         (['tiny.py', '--from-scratch', '--task', 'logits', '--opset', 3], 'opset must'),
@@ -227,7 +234,9 @@ def refused(monkeypatch, capsys, *args):
     return capsys.readouterr().err
 
 
-def test_infer_refuses_files_that_are_no_segmentors(work, monkeypatch, capsys, tmp_path):
+def test_infer_refuses_files_that_are_no_segmentors(
+    work, monkeypatch, capsys, tmp_path
+):
     import onnx
 
     from mmvssm.export import to_onnx
@@ -258,13 +267,16 @@ def test_infer_refuses_files_that_are_no_segmentors(work, monkeypatch, capsys, t
     assert "would build 'os.system'" in said and not os.path.exists('harm')
 
 
-def test_infer_names_images_of_another_size(work):
-    run(
-        'export.py',
-        *('tiny.py', '--checkpoint', 'tiny.pth', '--out', 'fixed.onnx'),
-        *('--size', 32, 32),
-        cwd=work,
-    )
-    arguments = ('ade/images/validation', '--onnx', 'fixed.onnx')
-    output = run('infer.py', *arguments, cwd=work, code=1)
+def test_infer_names_images_of_another_size(work, monkeypatch, capsys):
+    from mmvssm.export import to_onnx
+
+    monkeypatch.chdir(work)
+    metadata = dict(classes=list('abcde'))
+    to_onnx(upernet('vmamba'), 'fixed.onnx', 32, rounds=0, metadata=metadata)
+    arguments = ('ade/images/validation', '--onnx', 'fixed.onnx', '--out-dir', 'none')
+    monkeypatch.setattr(sys, 'argv', ['infer.py', *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(TOOLS / 'infer.py'), run_name='__main__')
+    output = capsys.readouterr().out
+    assert stop.value.code == 1 and '0 of 2 images segmented' in output
     assert 'the file takes 32x32 pixels' in output and '--dynamic size' in output
