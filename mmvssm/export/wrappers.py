@@ -291,9 +291,19 @@ def _channels(model: nn.Module) -> int:
 
 
 def least_size(model: nn.Module) -> int:
-    """Height and width of the smallest image that a backbone takes."""
+    """Height and width of the smallest image that a model takes.
+
+    Args:
+        model: Any, or a module of this file.
+    """
+    if isinstance(model, ImageModel):
+        model = model.model
     backbone = getattr(model, 'backbone', model)
-    return int(getattr(backbone, 'min_size', 1))
+    least = int(getattr(backbone, 'min_size', 1))
+    # Maps that Feature2Pyramid pools must have a pixel left.
+    rescales = getattr(getattr(model, 'neck', None), 'rescales', ())
+    patches = round(1 / min(*rescales, 1)) if rescales else 1
+    return least + (patches - 1) * int(getattr(backbone, 'stride', 1))
 
 
 __all__ = [
