@@ -92,6 +92,24 @@ def test_channels(isa, channels, groups):
 
 
 @every_isa
+@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('states', [1, 3])
+def test_bands_of_channel_blocks(isa, states, threads, set_threads):
+    """Many channels in a row are scanned block by block within each chunk.
+
+    So the bits are those of an array with positions in a row, whose blocks are scanned
+    one after the other. There are more blocks than a band has, in two groups.
+    """
+    set_threads(threads)
+    shape = (2, 2200, 70, states, 2)
+    got, want = (
+        scan(float32_inputs(*shape, channels_last=last)) for last in (True, False)
+    )
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+@every_isa
 @pytest.mark.parametrize('length', [1, 2, 15, 31, 32, 33, 64, 100])
 def test_lengths(isa, length):
     for states in (1, 4):

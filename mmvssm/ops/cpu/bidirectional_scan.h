@@ -13,22 +13,24 @@ namespace MMVSSM_ISA {
 
 static bool forward_pair(const PairArgs& p, int64_t item, Arena* arena) {
   const int64_t items = ScanBlock::items(p.directions[0]);
-  return forward_scan(p.directions[item / items], item % items, arena);
+  const int64_t block = item % items;
+  return forward_scans(p.directions[item / items], block, block + 1, arena);
 }
 
 static bool backward_pair(const PairArgs& p, int64_t item, Arena* arena) {
   const int64_t items = ScanBlock::items(p.directions[0]);
-  return backward_scan(p.directions[item / items], item % items, arena);
+  const int64_t block = item % items;
+  return backward_scans(p.directions[item / items], block, block + 1, arena);
 }
 
 static int32_t pair_forward(const PairArgs& p, const Threads& threads) {
   return run_items(p, 2 * ScanBlock::items(p.directions[0]),
-                   scan_floats(p.directions[0], false), forward_pair, threads);
+                   scan_floats(p.directions[0], false, 1), forward_pair, threads);
 }
 
 static int32_t pair_backward(const PairArgs& p, const Threads& threads) {
   return run_items(p, 2 * ScanBlock::items(p.directions[0]),
-                   scan_floats(p.directions[0], true), backward_pair, threads);
+                   scan_floats(p.directions[0], true, 1), backward_pair, threads);
 }
 
 // One item: a channel block of one batch element of arrays (batch, channel, position).

@@ -94,13 +94,16 @@ class ChannelBlockRecurrence {
     const int64_t width = kMaxVectors * kLanes;
     const int64_t padded = padded_states(states);
     int64_t total = (6 * padded + 2) * width;
-    if (backward) {
-      const int64_t state_block = backward_state_block(states);
-      const int64_t vectors = states == 1 ? kMaxVectors : 1;
-      total += (2 * kChunk + 1) * state_block * vectors * kLanes +
-               (2 * padded + state_block) * width;
-    }
+    if (backward) total += (2 * padded + backward_state_block(states)) * width;
     return total + 16 * 16;
+  }
+  // Those of the states of one chunk, which backward() recomputes.
+  static int64_t recomputed_floats(int64_t states) {
+    return (2 * kChunk + 1) * recomputed_row(states) + 2 * 16;
+  }
+  static Recomputed take_recomputed(Arena* arena, int64_t states) {
+    const int64_t row = recomputed_row(states);
+    return {arena->take((kChunk + 1) * row), arena->take(kChunk * row)};
   }
 
   ChannelBlockRecurrence(Arena* arena, int64_t states, const ChannelBlock& block,
@@ -122,8 +125,6 @@ class ChannelBlockRecurrence {
     state = arena->take(padded_ * width_);
     state_low_ = arena->take(padded_ * width_);
     if (backward) {
-      const int64_t row = state_block_ * together_ * kLanes;
-      recomputed_ = {arena->take((kChunk + 1) * row), arena->take(kChunk * row)};
       grad_A_ = arena->take(padded_ * width_);
       grad_A_rest_ = arena->take(padded_ * width_);
       chunk_grad_A_ = arena->take(state_block_ * width_);
@@ -211,9 +212,10 @@ class ChannelBlockRecurrence {
 
   // Backward through a chunk. `before` is the state before the chunk (state, width).
   // `state` is the gradient of the state after the chunk, and afterwards of the state
-  // before it. If `readout` is not null, C h is added to it.
+  // before it. The states of the chunk are recomputed in `recomputed`. If `readout` is
+  // not null, C h is added to it.
   void backward(const Chunk& chunk, const float* before, const ChunkGradients& g,
-                float* readout) {
+                const Recomputed& recomputed, float* readout) {
     for (int64_t n = 0; n < padded_; n += state_block_) {
       for (int v = 0; v < vectors_; v += together_) {
         const RegisterBlock k = register_block(chunk, n, v);
@@ -228,9 +230,10 @@ class ChannelBlockRecurrence {
                                               g.B + n,
                                               g.C + n,
                                               g.weights_stride};
-        choose_backward(decay_of(chunk, n, v), k, before + n * width_ + c, grads);
+        choose_backward(decay_of(chunk, n, v), k, before + n * width_ + c, recomputed,
+                        grads);
         if (readout != nullptr)
-          add_readout(k, recomputed_.states, together_, state_block_, readout + c,
+          add_readout(k, recomputed.states, together_, state_block_, readout + c,
                       width_);
       }
       for (int64_t i = 0; i < state_block_ * width_; i += kLanes)
@@ -254,6 +257,10 @@ class ChannelBlockRecurrence {
   float* state = nullptr;  // (padded states, width)
 
  private:
+  static int64_t recomputed_row(int64_t states) {
+    return backward_state_block(states) * (states == 1 ? kMaxVectors : 1) * kLanes;
+  }
+
   RegisterBlock register_block(const Chunk& chunk, int64_t n, int v) const {
     const int64_t c = v * kLanes;
     return {chunk.rows,
@@ -315,25 +322,25 @@ class ChannelBlockRecurrence {
   }
 
   void choose_backward(Decay decay, const RegisterBlock& k, const float* h,
-                       const RegisterBlockGradients& g) const {
+                       const Recomputed& r, const RegisterBlockGradients& g) const {
     switch (state_block_) {
       case 1:
         switch (together_) {
           case 1:
-            return backward_as<1, 1>(decay, k, h, recomputed_, g);
+            return backward_as<1, 1>(decay, k, h, r, g);
           case 2:
-            return backward_as<2, 1>(decay, k, h, recomputed_, g);
+            return backward_as<2, 1>(decay, k, h, r, g);
           case 3:
-            return backward_as<3, 1>(decay, k, h, recomputed_, g);
+            return backward_as<3, 1>(decay, k, h, r, g);
           default:
-            return backward_as<4, 1>(decay, k, h, recomputed_, g);
+            return backward_as<4, 1>(decay, k, h, r, g);
         }
       case 2:
-        return backward_as<1, 2>(decay, k, h, recomputed_, g);
+        return backward_as<1, 2>(decay, k, h, r, g);
       case 4:
-        return backward_as<1, 4>(decay, k, h, recomputed_, g);
+        return backward_as<1, 4>(decay, k, h, r, g);
       default:
-        return backward_as<1, 8>(decay, k, h, recomputed_, g);
+        return backward_as<1, 8>(decay, k, h, r, g);
     }
   }
 
@@ -342,7 +349,6 @@ class ChannelBlockRecurrence {
   const int64_t width_;
   const ChannelBlock block_;
   float *A_, *A_log2_, *fastest_, *slowest_, *D_, *zeros_, *state_low_;
-  Recomputed recomputed_ = {};
   float *grad_A_ = nullptr, *grad_A_rest_ = nullptr, *chunk_grad_A_ = nullptr;
 };
 

@@ -1,6 +1,9 @@
 // selective_scan over (batch, group, channel block), forward and backward.
 #pragma once
 
+#include <initializer_list>
+#include <new>
+
 #include "channel_block_recurrence.h"
 
 namespace mmvssm {
@@ -61,41 +64,75 @@ class ScanBlock {
   ChannelBlock block;
 };
 
-static bool forward_scan(const ScanArgs& p, int64_t item, Arena* arena) {
-  const ScanBlock s(p, item);
-  const int64_t width = s.block.width();
-  ChannelBlockRecurrence scan(arena, p.states, s.block, false);
-  scan.set_parameters(p.A, p.D);
-  scan.set_state_to_zero();
-  float* bias = arena->take(width);
-  read_channels(p.bias, s.block, bias);
-  float* dt = arena->take(kChunk * width);
-  float* u = arena->take(kChunk * width);
-  float* z = arena->take(kChunk * width);
-  float* y = arena->take(kChunk * width);
-  float* B = arena->take(kChunk * scan.padded());
-  float* C = arena->take(kChunk * scan.padded());
+// How many neighbouring channel blocks are scanned together, chunk by chunk. Where each
+// position has its channels in a row, memory is then read in the order in which it lies.
+constexpr int64_t kBlocksPerBand = 16;
+static inline int64_t blocks_per_band(const ScanArgs& p) {
+  return p.u.stride[1] == 1 ? kBlocksPerBand : 1;
+}
 
-  const ArrayBlock inputs(p.u, s.batch, s.block), out(p.out, s.batch, s.block);
-  const int64_t bytes = p.batch * p.channels * p.length * 4;
+// Objects for the channel blocks of a band. They are never moved: they point to each
+// other's parts.
+template <class Scan>
+class Band {
+ public:
+  Band(const ScanArgs& p, int64_t first, int64_t next, Arena* arena)
+      : count_(next - first) {
+    for (int64_t i = 0; i < count_; ++i)
+      new (memory_ + i * sizeof(Scan)) Scan(p, first + i, arena);
+  }
+  Band(const Band&) = delete;
+  Scan* begin() { return (Scan*)memory_; }
+  Scan* end() { return begin() + count_; }
 
-  vint nan = {};
-  for (int64_t start = 0; start < p.length; start += kChunk) {
+ private:
+  alignas(Scan) char memory_[kBlocksPerBand * sizeof(Scan)];
+  const int64_t count_;
+};
+
+// The buffers of a chunk in the forward pass.
+struct ForwardBuffers {
+  ForwardBuffers(const ScanArgs& p, Arena* arena) {
+    const int64_t rows = kChunk * kMaxVectors * kLanes;
+    for (float** buffer : {&dt, &u, &z, &y}) *buffer = arena->take(rows);
+    for (float** buffer : {&B, &C})
+      *buffer = arena->take(kChunk * padded_states(p.states));
+  }
+  float *dt, *u, *z, *y, *B, *C;
+};
+
+// The forward pass over one channel block, chunk by chunk.
+class ForwardScan {
+ public:
+  ForwardScan(const ScanArgs& p, int64_t item, Arena* arena)
+      : p(p),
+        s(p, item),
+        width(s.block.width()),
+        scan(arena, p.states, s.block, false),
+        bias(arena->take(width)) {
+    scan.set_parameters(p.A, p.D);
+    scan.set_state_to_zero();
+    read_channels(p.bias, s.block, bias);
+  }
+
+  void run_chunk(int64_t start, const ForwardBuffers& b) {
+    const ArrayBlock inputs(p.u, s.batch, s.block), out(p.out, s.batch, s.block);
+    const int64_t bytes = p.batch * p.channels * p.length * 4;
     const int64_t rows = p.length - start < kChunk ? p.length - start : kChunk;
     if (start > 0 && p.saved != nullptr)
       scan.get_state(s.saved(start / kChunk), p.channels);
-    s.read_dt(start, rows, bias, dt, kChunk, &inputs, 1);
-    const Chunk chunk = {rows, dt, inputs.read(start, rows, u),
-                         s.read_B(start, rows, scan.padded(), B),
-                         s.read_C(start, rows, scan.padded(), C)};
-    const Target to = out.target(start, y, bytes);
+    s.read_dt(start, rows, bias, b.dt, kChunk, &inputs, 1);
+    const Chunk chunk = {rows, b.dt, inputs.read(start, rows, b.u),
+                         s.read_B(start, rows, scan.padded(), b.B),
+                         s.read_C(start, rows, scan.padded(), b.C)};
+    const Target to = out.target(start, b.y, bytes);
     if (p.z.data != nullptr) {
-      scan.forward(chunk, Write::kStore, y, width);
-      const Rows gate = ArrayBlock(p.z, s.batch, s.block).read(start, rows, z);
+      scan.forward(chunk, Write::kStore, b.y, width);
+      const Rows gate = ArrayBlock(p.z, s.batch, s.block).read(start, rows, b.z);
       for (int64_t t = 0; t < rows; ++t) {
         for (int64_t c = 0; c < width; c += kLanes) {
           const vfloat x = load(gate.data + t * gate.stride + c);
-          const vfloat gated = load(y + t * width + c) * (x * sigmoid(x));
+          const vfloat gated = load(b.y + t * width + c) * (x * sigmoid(x));
           nan |= gated != gated;
           to.put(t, c, gated);
         }
@@ -106,19 +143,42 @@ static bool forward_scan(const ScanArgs& p, int64_t item, Arena* arena) {
       nan |= scan.forward(chunk, streams ? Write::kStream : Write::kStore, to.data,
                           to.stride);
     }
-    out.write_back(start, rows, y);
+    out.write_back(start, rows, b.y);
   }
-  for (int64_t n = 0; n < p.states; ++n) {
-    for (int64_t c = 0; c < s.block.count; ++c)
-      p.last_state[(s.batch * p.channels + s.block.first + c) * p.states + n] =
-          scan.state[n * width + c];
-    for (int64_t c = 0; c < width; c += kLanes) {
-      const vfloat h = load(scan.state + n * width + c);
-      nan |= h != h;
+
+  // Writes the last state; returns whether NaN was found.
+  bool finish() {
+    for (int64_t n = 0; n < p.states; ++n) {
+      for (int64_t c = 0; c < s.block.count; ++c)
+        p.last_state[(s.batch * p.channels + s.block.first + c) * p.states + n] =
+            scan.state[n * width + c];
+      for (int64_t c = 0; c < width; c += kLanes) {
+        const vfloat h = load(scan.state + n * width + c);
+        nan |= h != h;
+      }
     }
+    return any(nan);
   }
+
+ private:
+  const ScanArgs& p;
+  const ScanBlock s;
+  const int64_t width;
+  ChannelBlockRecurrence scan;
+  float* bias;
+  vint nan = {};
+};
+
+static bool forward_scans(const ScanArgs& p, int64_t first, int64_t next,
+                          Arena* arena) {
+  const ForwardBuffers buffers(p, arena);
+  Band<ForwardScan> band(p, first, next, arena);
+  for (int64_t start = 0; start < p.length; start += kChunk)
+    for (ForwardScan& scan : band) scan.run_chunk(start, buffers);
+  bool found_nan = false;
+  for (ForwardScan& scan : band) found_nan |= scan.finish();
   stream_fence();
-  return any(nan);
+  return found_nan;
 }
 
 // Sums over positions: plain within a chunk, compensated over the chunks.
@@ -172,124 +232,159 @@ static void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t c
   }
 }
 
-// Returns false: only the forward pass looks for NaN.
-static bool backward_scan(const ScanArgs& p, int64_t item, Arena* arena) {
-  const ScanBlock s(p, item);
-  const int64_t width = s.block.width();
-  ChannelBlockRecurrence scan(arena, p.states, s.block, true);
-  const int64_t padded = scan.padded();
-  scan.set_parameters(p.A, p.D);
-  scan.set_gradients_to_zero();
-  scan.set_state_to_zero();
-  if (p.grad_last_state != nullptr) {
-    const float* from = p.grad_last_state + s.batch * p.channels * p.states;
-    for (int64_t n = 0; n < p.states; ++n)
-      for (int64_t c = 0; c < s.block.count; ++c)
-        scan.state[n * width + c] = from[(s.block.first + c) * p.states + n];
+// The buffers of a chunk in the backward pass.
+struct BackwardBuffers {
+  BackwardBuffers(const ScanArgs& p, Arena* arena)
+      : recomputed(ChannelBlockRecurrence::take_recomputed(arena, p.states)) {
+    const int64_t width = kMaxVectors * kLanes, padded = padded_states(p.states);
+    before = arena->take(padded * width);
+    for (float** buffer : {&dt, &u, &z, &y, &grad_out, &grad_y, &grad_dt, &grad_dtu})
+      *buffer = arena->take(kChunk * width);
+    for (float** buffer : {&B, &C, &grad_B, &grad_C})
+      *buffer = arena->take(kChunk * padded);
   }
-  float* bias = arena->take(width);
-  read_channels(p.bias, s.block, bias);
-  const ChannelSum grad_D(arena, width), grad_bias(arena, width);
-  float* before = arena->take(padded * width);
-  float* dt = arena->take(kChunk * width);
-  float* u = arena->take(kChunk * width);
-  float* z = arena->take(kChunk * width);
-  float* y = arena->take(kChunk * width);
-  float* grad_out = arena->take(kChunk * width);
-  float* grad_y = arena->take(kChunk * width);
-  float* grad_dt = arena->take(kChunk * width);
-  float* grad_dtu = arena->take(kChunk * width);
-  float* B = arena->take(kChunk * padded);
-  float* C = arena->take(kChunk * padded);
-  float* grad_B = arena->take(kChunk * padded);
-  float* grad_C = arena->take(kChunk * padded);
-  const ArrayBlock inputs(p.u, s.batch, s.block), gates(p.z, s.batch, s.block),
-      grads(p.grad_out, s.batch, s.block);
-  const ArrayBlock to_u(p.grad_u, s.batch, s.block),
-      to_delta(p.grad_delta, s.batch, s.block), to_z(p.grad_z, s.batch, s.block);
-  const int64_t bytes = p.batch * p.channels * p.length * 4;
-  const ArrayBlock soon[] = {inputs, grads};
+  const Recomputed recomputed;
+  float *before, *dt, *u, *z, *y, *grad_out, *grad_y, *grad_dt, *grad_dtu;
+  float *B, *C, *grad_B, *grad_C;
+};
 
-  const int64_t chunks = (p.length + kChunk - 1) / kChunk;
-  for (int64_t index = chunks - 1; index >= 0; --index) {
+// The backward pass over one channel block, chunk by chunk from the last one.
+class BackwardScan {
+ public:
+  BackwardScan(const ScanArgs& p, int64_t item, Arena* arena)
+      : p(p),
+        s(p, item),
+        width(s.block.width()),
+        scan(arena, p.states, s.block, true),
+        bias(arena->take(width)),
+        grad_D(arena, width),
+        grad_bias(arena, width) {
+    scan.set_parameters(p.A, p.D);
+    scan.set_gradients_to_zero();
+    scan.set_state_to_zero();
+    if (p.grad_last_state != nullptr) {
+      const float* from = p.grad_last_state + s.batch * p.channels * p.states;
+      for (int64_t n = 0; n < p.states; ++n)
+        for (int64_t c = 0; c < s.block.count; ++c)
+          scan.state[n * width + c] = from[(s.block.first + c) * p.states + n];
+    }
+    read_channels(p.bias, s.block, bias);
+  }
+
+  void run_chunk(int64_t index, const BackwardBuffers& b) {
+    const ArrayBlock inputs(p.u, s.batch, s.block), gates(p.z, s.batch, s.block),
+        grads(p.grad_out, s.batch, s.block);
+    const ArrayBlock to_u(p.grad_u, s.batch, s.block),
+        to_delta(p.grad_delta, s.batch, s.block), to_z(p.grad_z, s.batch, s.block);
+    const int64_t bytes = p.batch * p.channels * p.length * 4;
+    const ArrayBlock soon[] = {inputs, grads};
+    const int64_t padded = scan.padded();
     const int64_t start = index * kChunk;
     const int64_t rows = p.length - start < kChunk ? p.length - start : kChunk;
-    s.read_dt(start, rows, bias, dt, -kChunk, soon, 2);
-    const Chunk chunk = {rows, dt, inputs.read(start, rows, u),
-                         s.read_B(start, rows, padded, B),
-                         s.read_C(start, rows, padded, C)};
-    scan.read_state(s.saved(index), s.saved(index - 1), p.channels, before);
-    const Rows g = grads.read(start, rows, grad_out);
+    s.read_dt(start, rows, bias, b.dt, -kChunk, soon, 2);
+    const Chunk chunk = {rows, b.dt, inputs.read(start, rows, b.u),
+                         s.read_B(start, rows, padded, b.B),
+                         s.read_C(start, rows, padded, b.C)};
+    scan.read_state(s.saved(index), s.saved(index - 1), p.channels, b.before);
+    const Rows g = grads.read(start, rows, b.grad_out);
     Rows gate = {}, by_y = g;
     if (p.z.data != nullptr) {
-      gate = gates.read(start, rows, z);
-      by_y = {grad_y, width};
+      gate = gates.read(start, rows, b.z);
+      by_y = {b.grad_y, width};
       for (int64_t t = 0; t < rows; ++t) {
         for (int64_t c = 0; c < width; c += kLanes) {
           const vfloat x = load(gate.data + t * gate.stride + c);
-          store(grad_y + t * width + c,
+          store(b.grad_y + t * width + c,
                 load(g.data + t * g.stride + c) * (x * sigmoid(x)));
-          store(y + t * width + c,
+          store(b.y + t * width + c,
                 load(scan.D() + c) * load(chunk.u.data + t * chunk.u.stride + c));
         }
       }
     }
-    __builtin_memset(grad_dt, 0, rows * width * 4);
-    __builtin_memset(grad_dtu, 0, rows * width * 4);
-    __builtin_memset(grad_B, 0, rows * padded * 4);
-    __builtin_memset(grad_C, 0, rows * padded * 4);
-    scan.backward(chunk, before,
-                  {by_y.data, by_y.stride, grad_dt, grad_dtu, grad_B, grad_C, padded},
-                  p.z.data != nullptr ? y : nullptr);
-    finish_chunk(chunk, width, scan.D(), by_y, p.softplus, grad_dtu, grad_dt,
-                 to_u.target(start, grad_dtu, bytes),
-                 to_delta.target(start, grad_dt, bytes), grad_D, grad_bias);
-    to_u.write_back(start, rows, grad_dtu);
-    to_delta.write_back(start, rows, grad_dt);
+    __builtin_memset(b.grad_dt, 0, rows * width * 4);
+    __builtin_memset(b.grad_dtu, 0, rows * width * 4);
+    __builtin_memset(b.grad_B, 0, rows * padded * 4);
+    __builtin_memset(b.grad_C, 0, rows * padded * 4);
+    scan.backward(
+        chunk, b.before,
+        {by_y.data, by_y.stride, b.grad_dt, b.grad_dtu, b.grad_B, b.grad_C, padded},
+        b.recomputed, p.z.data != nullptr ? b.y : nullptr);
+    finish_chunk(chunk, width, scan.D(), by_y, p.softplus, b.grad_dtu, b.grad_dt,
+                 to_u.target(start, b.grad_dtu, bytes),
+                 to_delta.target(start, b.grad_dt, bytes), grad_D, grad_bias);
+    to_u.write_back(start, rows, b.grad_dtu);
+    to_delta.write_back(start, rows, b.grad_dt);
     if (p.z.data != nullptr) {
-      const Target to = to_z.target(start, y, bytes);
+      const Target to = to_z.target(start, b.y, bytes);
       for (int64_t t = 0; t < rows; ++t) {
         for (int64_t c = 0; c < width; c += kLanes) {
           const vfloat x = load(gate.data + t * gate.stride + c);
           const vfloat open = sigmoid(x);
           to.put(t, c,
-                 load(g.data + t * g.stride + c) * load(y + t * width + c) *
+                 load(g.data + t * g.stride + c) * load(b.y + t * width + c) *
                      (open * (1.0f + x * (1.0f - open))));
         }
       }
-      to_z.write_back(start, rows, y);
+      to_z.write_back(start, rows, b.y);
     }
     const int64_t at =
         ((s.index * p.batch + s.batch) * p.groups + s.group) * p.length * p.states +
         start * p.states;
-    copy_rows(grad_B, padded, rows, p.states, p.grad_B + at);
-    copy_rows(grad_C, padded, rows, p.states, p.grad_C + at);
+    copy_rows(b.grad_B, padded, rows, p.states, p.grad_B + at);
+    copy_rows(b.grad_C, padded, rows, p.states, p.grad_C + at);
   }
-  scan.get_grad_A(p.grad_A + s.batch * p.states * p.channels, p.channels);
-  write_channels(grad_D.sum, s.block, p.grad_D + s.batch * p.channels);
-  write_channels(grad_bias.sum, s.block, p.grad_bias + s.batch * p.channels);
+
+  // Writes the gradients of the parameters.
+  void finish() {
+    scan.get_grad_A(p.grad_A + s.batch * p.states * p.channels, p.channels);
+    write_channels(grad_D.sum, s.block, p.grad_D + s.batch * p.channels);
+    write_channels(grad_bias.sum, s.block, p.grad_bias + s.batch * p.channels);
+  }
+
+ private:
+  const ScanArgs& p;
+  const ScanBlock s;
+  const int64_t width;
+  ChannelBlockRecurrence scan;
+  float* bias;
+  const ChannelSum grad_D, grad_bias;
+};
+
+// Returns false: only the forward pass looks for NaN.
+static bool backward_scans(const ScanArgs& p, int64_t first, int64_t next,
+                           Arena* arena) {
+  const BackwardBuffers buffers(p, arena);
+  Band<BackwardScan> band(p, first, next, arena);
+  for (int64_t index = (p.length + kChunk - 1) / kChunk - 1; index >= 0; --index)
+    for (BackwardScan& scan : band) scan.run_chunk(index, buffers);
+  for (BackwardScan& scan : band) scan.finish();
   stream_fence();
   return false;
 }
 
-// The floats of all buffers of one item.
-static int64_t scan_floats(const ScanArgs& p, bool backward) {
+// The floats of all buffers of a band of channel blocks.
+static int64_t scan_floats(const ScanArgs& p, bool backward, int64_t blocks) {
   const int64_t width = kMaxVectors * kLanes;
   const int64_t padded = padded_states(p.states);
-  return ChannelBlockRecurrence::floats(p.states, backward) +
-         (backward ? (8 * kChunk + padded + 5) * width + 4 * kChunk * padded
-                   : (4 * kChunk + 1) * width + 2 * kChunk * padded) +
-         32 * 16;
+  const int64_t of_block =
+      ChannelBlockRecurrence::floats(p.states, backward) + 5 * width + 5 * 16;
+  const int64_t of_chunk =
+      backward ? (8 * kChunk + padded) * width + 4 * kChunk * padded +
+                     ChannelBlockRecurrence::recomputed_floats(p.states)
+               : 4 * kChunk * width + 2 * kChunk * padded;
+  return blocks * of_block + of_chunk + 16 * 16;
 }
 
 static int32_t scan_forward(const ScanArgs& p, const Threads& threads) {
-  return run_items(p, ScanBlock::items(p), scan_floats(p, false), forward_scan,
-                   threads);
+  const int64_t blocks = blocks_per_band(p);
+  return run_bands(p, ScanBlock::items(p), blocks, scan_floats(p, false, blocks),
+                   forward_scans, threads);
 }
 
 static int32_t scan_backward(const ScanArgs& p, const Threads& threads) {
-  return run_items(p, ScanBlock::items(p), scan_floats(p, true), backward_scan,
-                   threads);
+  const int64_t blocks = blocks_per_band(p);
+  return run_bands(p, ScanBlock::items(p), blocks, scan_floats(p, true, blocks),
+                   backward_scans, threads);
 }
 
 }  // namespace MMVSSM_ISA

@@ -58,7 +58,8 @@ class Ss2dBlock {
     return ChannelBlockRecurrence::floats(p.states, backward) + 2 * kChunk * padded +
            (3 * kChunk + p.rank + 1) * width + p.rank + 2 * p.states +
            (backward ? 2 * kChunk * padded + (2 * kChunk + padded + 4) * width +
-                           (p.rank + kLanes) * (3 * width + kChunk)
+                           (p.rank + kLanes) * (3 * width + kChunk) +
+                           ChannelBlockRecurrence::recomputed_floats(p.states)
                      : 0) +
            64 * 16;
   }
@@ -326,6 +327,7 @@ static void add_weight_gradient(const float* const* dt_low_rank,
 struct Ss2dGradients {
   Ss2dGradients(const Ss2dBlock& s, Arena* arena)
       : padded_rank((s.p.rank + kLanes - 1) / kLanes * kLanes),
+        recomputed(ChannelBlockRecurrence::take_recomputed(arena, s.p.states)),
         before(arena->take(s.scan.padded() * s.width)),
         dt(arena->take(kChunk * s.width)),
         dtu(arena->take(kChunk * s.width)),
@@ -362,6 +364,7 @@ struct Ss2dGradients {
   }
 
   const int64_t padded_rank;
+  const Recomputed recomputed;
   float *before, *dt, *dtu, *B, *C, *dt_low_rank, *by_channel, *weight, *weight_rest;
   ChannelSum D, bias;
 };
@@ -417,7 +420,8 @@ static bool backward_ss2d(const Ss2dArgs& p, int64_t item, Arena* arena) {
       __builtin_memset(g.C, 0, rows * padded * 4);
       const Rows by_y = s.read(p.grad_out, s.y);
       s.scan.backward(chunk, g.before,
-                      {by_y.data, by_y.stride, g.dt, g.dtu, g.B, g.C, padded}, nullptr);
+                      {by_y.data, by_y.stride, g.dt, g.dtu, g.B, g.C, padded},
+                      g.recomputed, nullptr);
       finish_chunk(chunk, s.width, s.scan.D(), by_y, true, g.dtu, g.dt,
                    {g.dtu, s.width, false}, {g.dt, s.width, false}, g.D, g.bias);
       finish_projections(s, g);
