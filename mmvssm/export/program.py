@@ -1,13 +1,15 @@
 """Models as programs of ``torch.export``, for images of any size."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import Node
 
 from mmvssm.export.errors import DifferenceError, ExportError
 from mmvssm.export.wrappers import least_size, refuse
@@ -68,9 +70,11 @@ def to_exported_program(
     image = parameter.new_zeros(shape)
     with torch.no_grad():
         program = torch.export.export(model, (image,), dynamic_shapes=(dims,))
+    _share(program)
     if dims:
-        _widen(program, image, dims, least_size(model))
-        _compare(model, program, image, dims)
+        least = _least_side(model, image) if 'size' in dynamic else 1
+        doubtful = _widen(program, image, dims, least)
+        _compare(model, program, image, doubtful)
     return program
 
 
@@ -101,22 +105,92 @@ def _check(
         raise ExportError(f'batch must be 1 or more, got {batch}')
 
 
+def _share(program: ExportedProgram) -> None:
+    """Compute once what blocks with maps of one size compute alike, such as tables."""
+    graph, outputs = program.graph, program.graph.output_node().all_input_nodes
+    detach = torch.ops.aten.detach_.default
+    if any(_changes(node.target) for node in graph.nodes if node.target is not detach):
+        # Two results may be equal until one of them is changed.
+        return
+    seen: dict[Any, Node] = {}
+    constants = program.graph_signature.inputs_to_lifted_tensor_constants
+    for node in list(graph.nodes):
+        if node.name in constants:
+            value = program.constants[constants[node.name]]
+            key: Any = (value.dtype, value.shape, str(value.tolist()))
+        elif node.target is detach:
+            # There are no gradients here.
+            key = node.args[0]
+            seen[key] = node.args[0]
+        elif node.op == 'call_function' and _is_pure(node.target):
+            key = _key((node.target, node.args, node.kwargs))
+        else:
+            continue
+        first = seen.setdefault(key, node)
+        if first is not node and node not in outputs:
+            node.replace_all_uses_with(first)
+            if node.op != 'placeholder':
+                graph.erase_node(node)
+    program.graph_module.recompile()
+
+
+def _changes(target: Any) -> bool:
+    """Whether an operator changes one of its inputs."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _is_pure(target: Any) -> bool:
+    """Whether two calls with the same arguments can be one."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, '__module__', '') in ('_operator', 'math')
+    random = torch.Tag.nondeterministic_seeded in target.tags
+    return bool(target._schema.returns) and not random
+
+
+def _key(value: Any) -> Any:
+    """Something to look an argument up by."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_key(part) for part in value)
+    if isinstance(value, Mapping):
+        return tuple((name, _key(part)) for name, part in value.items())
+    if isinstance(value, slice):
+        return _key((value.start, value.stop, value.step))
+    # 1, 1.0 and True are different arguments.
+    return type(value), value
+
+
+def _least_side(model: nn.Module, image: Tensor) -> int:
+    """The smallest height and width that a model does not refuse."""
+    for side in range(least_size(model), min(image.shape[2:])):
+        try:
+            with torch.no_grad():
+                model(image[:, :, :side, :side])
+        except ValueError:
+            continue
+        return side
+    return min(image.shape[2:])
+
+
 def _widen(
     program: ExportedProgram, image: Tensor, dims: Collection[int], least: int
-) -> None:
+) -> set[tuple[int, ...]]:
     """Let a program take batches of one image, and images with maps of 1x1.
 
     While torch traces, it asks whether sides are larger than 1, to know the strides of
     a convolution's output. It keeps the answers as guards, though the operators of the
     graph are the same for both answers. A guard that does not hold at some larger size
     is another matter: with it the graph is not for all sizes.
+
+    Returns:
+        The smallest shape of images, and for every guard that is given up the smallest
+        one for which it does not hold.
     """
     from torch.utils._sympy.value_ranges import ValueRanges
 
     name = program.graph_signature.user_inputs[0]
     guards = getattr(program, '_guards_code', [])
-    shapes = list(_shapes(image.shape, dims, least))
-    kept = []
+    shapes = sorted(set(_shapes(image.shape, dims, least)), key=prod)
+    kept, doubtful = [], {shapes[0]}
     for guard in guards:
         failed = _where_not(guard, name, shapes)
         large = [shape for shape in failed if min(shape[2:]) >= _TRACED]
@@ -125,7 +199,9 @@ def _widen(
                 f'the graph of this model is not for images of {large[0]}, because it '
                 f'was traced under the condition {guard}: leave out dynamic'
             )
-        if not failed:
+        if failed:
+            doubtful.add(failed[0])
+        else:
             kept.append(guard)
     guards[:] = kept
     (node,) = (node for node in program.graph.nodes if node.name == name)
@@ -133,6 +209,7 @@ def _widen(
         symbol = node.meta['val'].shape[dim].node.expr
         upper = program.range_constraints[symbol].upper
         program.range_constraints[symbol] = ValueRanges(least if dim else 1, upper)
+    return doubtful
 
 
 def _shapes(
@@ -140,7 +217,7 @@ def _shapes(
 ) -> Iterator[tuple[int, ...]]:
     """Shapes of images: all heights, narrow, square and wide."""
     batch, channels, height, width = shape
-    batches = (1, 2, 3) if 0 in dims else (batch,)
+    batches = (1, 3) if 0 in dims else (batch,)
     sides = range(least, 3 * _TRACED + 64) if 2 in dims else (height,)
     for number, down in product(batches, sides):
         for across in (least, 2 * _TRACED + 1, down) if 2 in dims else (width,):
@@ -172,18 +249,15 @@ class _Image:
 
 
 def _compare(
-    model: nn.Module, program: ExportedProgram, image: Tensor, dims: Collection[int]
+    model: nn.Module,
+    program: ExportedProgram,
+    image: Tensor,
+    shapes: Iterable[tuple[int, ...]],
 ) -> None:
-    """Run a program at small sizes, where maps of one row or column are."""
-    least = least_size(model)
+    """Run a program on images of these shapes, beside the model."""
     run = program.module()
     generator = torch.Generator().manual_seed(0)
-    for batch, height, width in ((1, least, least), (3, least + 9, 3 * least + 2)):
-        shape = list(image.shape)
-        if 0 in dims:
-            shape[0] = batch
-        if 2 in dims:
-            shape[2:] = height, width
+    for shape in shapes:
         x = torch.randn(shape, generator=generator).to(image)
         with torch.no_grad():
             pairs = zip(_tensors(run(x)), _tensors(model(x)), strict=True)
@@ -191,7 +265,7 @@ def _compare(
         if not error < _BOUND:
             raise DifferenceError(
                 f'the program differs from the model by {error:.1e} of the largest '
-                f'output, at an image of {tuple(shape)}: leave out dynamic'
+                f'output, at an image of {shape}: leave out dynamic'
             )
 
 

@@ -47,22 +47,22 @@ def _bicubic(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Te
     place, work = work_place(device, dtype)
     doubled = (2 * torch.arange(new, device=place) + 1) * old + new
     before = doubled // (2 * new)
-    left = (doubled - before * (2 * new)).to(work) / (2 * new)
-    right = 1 - left
+    beyond = (doubled - before * (2 * new)).to(work) / (2 * new)
     # Two old positions at the left and two at the right; those beyond the border are
     # the first or last one.
-    weights = torch.stack((_far(left), _near(left), _near(right), _far(right)), dim=1)
-    taps = before[:, None] + torch.arange(-2, 2, device=place)
-    taps = taps.clamp(0, old - 1)
+    offsets = torch.arange(-1, 3, device=place)
+    taps = (before[:, None] - 1 + offsets).clamp(0, old - 1)
+    distance = (beyond[:, None] - offsets).abs()
+    weights = torch.where(distance < 1, _near(distance), _far(distance))
     chosen = taps[:, :, None] == torch.arange(old, device=place)
     return (weights[:, :, None] * chosen).sum(1).to(device, dtype).contiguous()
 
 
 def _near(x: Tensor) -> Tensor:
-    """Weight of an old position at the distance x, 0 to 1."""
+    """Weight of an old position at a distance of 0 to 1."""
     return 1 - x * x * ((_A + 3) - (_A + 2) * x)
 
 
 def _far(x: Tensor) -> Tensor:
-    """Weight of an old position at the distance 1 + x, 1 to 2."""
-    return _A * x * (1 - x) * (1 - x)
+    """Weight of an old position at a distance of 1 to 2."""
+    return _A * (x - 1) * (x - 2) * (x - 2)
