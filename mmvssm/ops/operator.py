@@ -40,6 +40,7 @@ from mmvssm.ops.leaves import (
     pack,
     tensors_in,
 )
+from mmvssm.ops.typed import is_tracing
 
 I = TypeVar('I', bound=NamedTuple)  # noqa: E741
 O = TypeVar('O', bound=tuple[Any, ...])  # noqa: E741
@@ -231,7 +232,9 @@ class Op(Generic[I, O]):
             # torch can transform the operations of the reference.
             chosen = self.backends['reference']
         elif not chosen.differentiable:
-            keep = bypass.wanted(*tensors)
+            # torch.jit.trace compares its graph with one that it makes without
+            # gradients.
+            keep = bypass.wanted(*tensors) or is_tracing()
             if not unobserved:
                 return self.torch_op, (*tensors, *options, keep, name)
             if keep:

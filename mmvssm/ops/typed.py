@@ -27,7 +27,8 @@ def apply(function: type[Function], *arguments: Any) -> Tensor:
 
 def is_tracing() -> bool:
     """Whether torch.jit.trace is active."""
-    return torch._C._is_tracing()
+    # torch.compile cannot ask the second question.
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 def sole(grads: tuple[Tensor | None, ...]) -> Tensor:
