@@ -57,7 +57,11 @@ def translate(call: Call) -> tuple[Any, ...]:
 def variant(node: Node) -> Variant:
     """With the sum of the directions or their mean."""
     length = node.attributes.get('length')
-    scan = recursion('start', 'dt', 'du', 'decay_rate', 'ys', length)
+    scan = recursion(
+        *('start', 'dt', 'du', 'decay_rate', 'ys'),
+        length,
+        one_state=node.attributes['split'][-1] == 1,
+    )
     half = (
         '\ny = Mul(gated, half)'
         if node.attributes['average']

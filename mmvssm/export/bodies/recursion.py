@@ -36,6 +36,25 @@ def recursion(
         one_state: Whether N is 1.
     """
     product = 'Mul' if one_state else 'MatMul'
+    if length is None and one_state:
+        # Here OpenVINO 2026.4 overwrites the state before it computes C times the new
+        # one, so this is done outside.
+        return f"""
+        {constants(first_axis=[0], from_second=[1], to_end=[2**63 - 1])}
+        {out}_last, {out}_before = Scan <num_scan_inputs = 3, body = along_positions
+            (float[] h, float[] dt_t, float[] du_t, float[] B_t)
+            => (float[] h_next, float[] h_before) {{
+                h_before = Identity(h)
+                dt_A = Mul(dt_t, {decay_rate})
+                decay = Exp(dt_A)
+                kept = Mul(decay, h)
+                added = Mul(du_t, B_t)
+                h_next = Add(kept, added)
+            }}> ({start}, {dt}, {du}, B_steps)
+        {out}_first = Slice({out}_before, from_second, to_end, first_axis)
+        {out}_end = Unsqueeze({out}_last, first_axis)
+        {out}_states = Concat <axis = 0> ({out}_first, {out}_end)
+        {out} = Mul(C_steps, {out}_states)"""
     if length is None:
         return f"""
         {out}_last, {out} = Scan <num_scan_inputs = 4, body = along_positions
@@ -46,7 +65,7 @@ def recursion(
                 kept = Mul(decay, h)
                 added = Mul(du_t, B_t)
                 h_next = Add(kept, added)
-                y_t = {product}(C_t, h_next)
+                y_t = MatMul(C_t, h_next)
             }}> ({start}, {dt}, {du}, B_steps, C_steps)"""
     return f"""
         {constants(flat_shape=[length, -1], last_position=-1, next_axis=[1])}

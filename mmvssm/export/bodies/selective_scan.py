@@ -5,7 +5,7 @@ Layout: (positions, batch, groups, states, channels of a group).
 
 from typing import Any
 
-from mmvssm.export.bodies.nodes import Call, add_node, dead
+from mmvssm.export.bodies.nodes import Call, add_node, dead, sizes
 from mmvssm.export.bodies.recursion import recursion
 from mmvssm.export.bodies.text import (
     SOFTPLUS_CONSTANTS,
@@ -23,7 +23,11 @@ NAMES = (NAME,)
 def translate(call: Call) -> tuple[Any, ...]:
     """One node; with a second output if the caller wants the last state."""
     length = call.length(call.inputs['u'].shape[2])
-    attributes = dict(delta_softplus=int(call.options['delta_softplus']), **length)
+    attributes = dict(
+        delta_softplus=int(call.options['delta_softplus']),
+        states=sizes(call.inputs['A'])[1],
+        **length,
+    )
     tensors = list(call.inputs.values())
     if call.options['return_last_state']:
         return tuple(add_node(NAME, tensors, attributes, ('out', 'last_state')))
@@ -45,7 +49,9 @@ def variant(node: Node) -> Variant:
         text += f'\ndt = Identity({raw})'
     length = node.attributes.get('length')
     text += _SCAN + recursion(
-        'start', 'dt_steps', 'du_steps', 'decay_rate', 'ys', length
+        *('start', 'dt_steps', 'du_steps', 'decay_rate', 'ys'),
+        length,
+        one_state=node.attributes['states'] == 1,
     )
     text += _OUTPUT
     out = 'y'
