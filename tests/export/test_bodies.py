@@ -1,6 +1,7 @@
 """The bodies of our ops in standard operators, each op alone, in two runtimes.
 
-A new op needs a case in CASES; if its body has control flow, one in FIXED, too.
+A new op needs a case in CASES. If its body has control flow, it also needs a case in
+FIXED that ``test_without_control_flow`` takes.
 """
 
 from functools import partial
@@ -16,6 +17,7 @@ from export.runtimes import (
     run_openvino,
 )
 from mmvssm import ops
+from mmvssm.export import ExportError
 from mmvssm.layers import rotary_tables
 from mmvssm.ops import Direction
 from ops.bidirectional_inputs import WAYS
@@ -263,7 +265,74 @@ def test_of_a_fixed_size(case):
     check(case, case.export('plain'))
 
 
-@pytest.mark.parametrize('case', FIXED.values(), ids=FIXED)
-def test_without_control_flow(case):
+@pytest.mark.parametrize(
+    'name',
+    [
+        'ss2d, one state',
+        'ss2d, 1x1',
+        'ss2d, eight scans',
+        'bidirectional, average',
+        'selective, fewest inputs',
+    ],
+)
+def test_without_control_flow(name):
+    case = FIXED[name]
     plain = check(case, case.export('unrolled'))
     assert not {node.op_type for node in nodes_of(plain.graph)} & CONTROL_FLOW
+
+
+def test_nodes_with_different_bodies_in_one_model():
+    tensors = selective(2, 5, 1, 2)
+    inputs = {name: tensors.pop(name) for name in ('u', 'delta', 'B', 'C', 'z')}
+
+    def several(z, D, **others):
+        y = sum(softplus(z=z, D=d, **others) for d in (D, 2 * D))
+        return y + softplus(**others)
+
+    model = exported(several, inputs, tensors, 'plain')
+    ours = [node.op_type for node in model.graph.node if node.domain]
+    # The most frequent one keeps the name that the kernel library knows.
+    assert ours == ['SelectiveScan', 'SelectiveScan', 'SelectiveScan_1']
+    assert {function.name for function in model.functions} == set(ours)
+    with ops.use_backend('reference'):
+        want = several(**inputs, **tensors)
+    for proto in (model, inlined(model)):
+        assert largest_error(run_onnxruntime(proto, inputs)[0], want) < 3e-6
+
+
+def export_error(case, form='plain', **changes):
+    """The error of an export that is refused; torch wraps it."""
+    arguments = dict(function=case.function, form=form, dynamic=case.dynamic) | changes
+    inputs, weights = case.split(case.sizes[0])
+    with pytest.raises(torch.onnx.errors.OnnxExporterError) as caught:
+        exported(inputs=inputs, weights=weights, **arguments)
+    error = caught.value
+    while error.__cause__ is not None:
+        error = error.__cause__
+    assert isinstance(error, ExportError)
+    return str(error)
+
+
+@pytest.mark.parametrize('name', ['ss2d, one state', 'bidirectional', 'selective'])
+def test_positions_of_an_unknown_size_are_not_written_out(name):
+    message = export_error(CASES[name], form='unrolled')
+    assert 'unrolled' in message and 'fixed size' in message
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_other_dtypes_are_refused(dtype):
+    def half(x, **weights):
+        x, *matrices = (t.to(dtype) for t in (x, *list(weights.values())[:2]))
+        return ops.ss2d_scan(x, *matrices, *list(weights.values())[2:])
+
+    message = export_error(FIXED['ss2d, one state'], function=half)
+    assert f'its x is {dtype}' in message and 'float32' in message
+
+
+def test_autocast_is_refused():
+    def under_autocast(**tensors):
+        with torch.autocast('cpu'):
+            return ops.ss2d_scan(**tensors)
+
+    message = export_error(FIXED['ss2d, one state'], function=under_autocast)
+    assert 'projected_dtype is torch.bfloat16' in message and 'autocast' in message

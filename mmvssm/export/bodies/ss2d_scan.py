@@ -34,7 +34,6 @@ from mmvssm.export.bodies.text import (
     constants,
     softplus,
 )
-from mmvssm.export.errors import ExportError
 from mmvssm.ops.scan_orders import is_cross, scan_order
 from mmvssm.ops.scan_orders.tables import orders_of
 from mmvssm.ops.ss2d_scan.declaration import SS2D_SCAN as OP  # noqa: F401
@@ -52,7 +51,12 @@ def translate(call: Call) -> tuple[Any, ...]:
     rank = sizes(call.inputs['dt_projs_weight'])[2]
     states = sizes(call.inputs['A'])[1]
     orders = orders_of(call.options['orders'])
-    attributes = dict(channels_last=1, states=states, split=[rank, states, states])
+    attributes = dict(
+        channels_last=1,
+        scans=sizes(x_proj)[0],
+        states=states,
+        split=[rank, states, states],
+    )
     name, by_lines = NAME, states == 1 and not call.unrolled
     attributes |= call.length(*x.shape[2:])
     if not is_cross(orders):
@@ -65,13 +69,11 @@ def translate(call: Call) -> tuple[Any, ...]:
 
 
 def _tables(orders: Any, x: Any, by_lines: bool) -> dict[str, Any]:
-    """What the graph computes for the default scan order."""
+    """What the graph computes for the default scan order.
+
+    torch traces such an op for one size only.
+    """
     height, width = x.shape[2:]
-    if not (isinstance(height, int) and isinstance(width, int)):
-        raise ExportError(
-            f'the scan order {orders!r} is exported as a table for one size of the '
-            f'map: export with a fixed size, or use the scan order cross'
-        )
     table = scan_order(orders, height, width).numpy()
     count, places = len(table), height * width
     lines = height if by_lines else 1
@@ -113,7 +115,10 @@ def variant(node: Node) -> Variant:
         text += _POSITIONS + recursion(
             *('start', 'dt_steps', 'du_steps', 'decay_rate', 'ys'), length, one_state
         )
-    return Variant(('y',), text + _MERGE)
+    count = node.attributes['scans']
+    scans = ', '.join(f'y_scan{i}' for i in range(count))
+    merge = _MERGE.replace('SCANS', scans).replace('COUNT', str(count))
+    return Variant(('y',), text + merge)
 
 
 _SIZES = f"""
@@ -285,9 +290,8 @@ _POSITIONS = f"""
 _MERGE = """
     y_flat = Reshape(ys, positions_shape)
     y_back = Gather <axis = 0> (y_flat, back)
-    scans_shape = Concat <axis = 0> (count, every, batch, channels)
-    y_scans = Reshape(y_back, scans_shape)
-    y_merged = ReduceSum <keepdims = 0> (y_scans, zero)
+    SCANS = Split <axis = 0, num_outputs = COUNT> (y_back)
+    y_merged = Sum(SCANS)
     D_shape = Concat <axis = 0> (count, channels)
     D_scans = Reshape(Ds, D_shape)
     D = ReduceSum <keepdims = 0> (D_scans, zero)
