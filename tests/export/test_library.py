@@ -302,6 +302,12 @@ WRONG = {
     'SS2DScan: Ds must be (132,), got (131,)': lambda: wrong(
         'ss2d one state', Ds=shorter
     ),
+    'SS2DScan: dt_projs_bias must be (4, 33), got (0, 33)': lambda: wrong(
+        'ss2d one state', dt_projs_bias=empty
+    ),
+    'SelectiveScan: z must be (3, 36, 35), got (0, 36, 35)': lambda: wrong(
+        'selective all', z=empty
+    ),
     'BidirectionalScan: z must be (1, 70, 33), got (1, 70, 32)': lambda: wrong(
         'bidirectional', z=shorter
     ),

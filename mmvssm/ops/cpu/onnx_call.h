@@ -93,7 +93,8 @@ class Call {
   bool failed() const { return status_ != nullptr; }
   float option(int index) const { return node_.options[index]; }
 
-  bool has(int input) const { return data_[input] != nullptr; }
+  bool has(int input) const { return has_[input]; }
+  // Of an input that is absent or empty, perhaps null.
   const float* data(int input) const { return data_[input]; }
   const Shape& shape(int input) const { return shapes_[input]; }
 
@@ -164,6 +165,7 @@ class Call {
     if (!accept(api_.KernelContext_GetInput(context_, input, &value)) ||
         value == nullptr || !accept(api_.GetTensorTypeAndShape(value, &info)))
       return;
+    has_[input] = true;
     if (accept(api_.GetDimensionsCount(info, &rank))) {
       Shape& shape = shapes_[input];
       shape.rank = rank;
@@ -200,6 +202,7 @@ class Call {
   const Node& node_;
   OrtKernelContext* const context_;
   OrtStatus* status_ = nullptr;
+  bool has_[kMaxInputs] = {};
   const float* data_[kMaxInputs] = {};
   Shape shapes_[kMaxInputs] = {};
 };
