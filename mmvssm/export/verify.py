@@ -9,9 +9,11 @@ from statistics import median
 
 import numpy as np
 import torch
+from torch import nn
 
 from mmvssm.export.errors import DifferenceError, ExportError
-from mmvssm.export.wrappers import ImageModel
+from mmvssm.export.library import onnx_library
+from mmvssm.export.wrappers import ImageModel, Segmentor
 
 # Largest difference, relative to the largest value that PyTorch gives: 1e-4 for logits
 # of about 10. OpenVINO's functions are less exact, by so much.
@@ -21,6 +23,7 @@ OPENVINO_FACTOR = 20
 PIXEL_BOUND = 1e-4
 # Two pixels of a small image are no sign of a fault.
 _FEW_PIXELS = 2
+_SECONDS_OF_TIMING = 30
 # Sides of the smallest image that is tried, and what is beside the example's size.
 _TINY = (32, 48)
 
@@ -29,25 +32,25 @@ class Runtime:
     """A file, loaded by onnxruntime or OpenVINO on the CPU, with one thread.
 
     Args:
-        name: ``'onnxruntime'`` or ``'openvino'``.
+        name: ``'onnxruntime'``, ``'openvino'``, or ``'kernels'``: onnxruntime with our
+            own kernels.
         file: What was exported.
-        register: Called with onnxruntime's ``SessionOptions`` before it loads.
 
     Raises:
-        ExportError: The runtime is not installed.
+        ExportError: The runtime is not installed, or unknown.
+        BackendUnavailableError: There are no such kernels.
     """
 
-    def __init__(
-        self,
-        name: str,
-        file: str | Path,
-        register: Callable[[object], None] | None = None,
-    ):
+    def __init__(self, name: str, file: str | Path):
         self.name = name
-        if name == 'onnxruntime':
-            self._run = _onnxruntime(file, register)
-        else:
+        if name == 'openvino':
             self._run = _openvino(file)
+        elif name in ('onnxruntime', 'kernels'):
+            self._run = _onnxruntime(file, name == 'kernels')
+        else:
+            raise ExportError(
+                f'runtimes are onnxruntime, openvino and kernels, got {name!r}'
+            )
 
     def __call__(self, image: np.ndarray) -> list[np.ndarray]:
         """Outputs in their order, of images (B, C, H, W)."""
@@ -55,15 +58,15 @@ class Runtime:
 
 
 def _onnxruntime(
-    file: str | Path, register: Callable[[object], None] | None
+    file: str | Path, kernels: bool
 ) -> Callable[[np.ndarray], list[np.ndarray]]:
     ort = require('onnxruntime')
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     # Errors only: warnings are about initializers that it removes.
     options.log_severity_level = 3
-    if register is not None:
-        register(options)
+    if kernels:
+        options.register_custom_ops_library(onnx_library())
     session = ort.InferenceSession(
         str(file), options, providers=['CPUExecutionProvider']
     )
@@ -299,7 +302,6 @@ def verify(
     bound: float | None = BOUND,
     pixel_bound: float = PIXEL_BOUND,
     runtimes: Sequence[str] | None = None,
-    register: Callable[[object], None] | None = None,
     rounds: int = 5,
 ) -> Report:
     """Run a file and compare it with PyTorch.
@@ -319,9 +321,9 @@ def verify(
             OpenVINO 20 times as much. None checks only that all numbers are finite.
         pixel_bound: Of the part of the images or pixels whose class changes; for
             OpenVINO 20 times as much.
-        runtimes: Names; None: onnxruntime, and OpenVINO where it is installed.
-        register: Given to :class:`Runtime`.
-        rounds: How often each is timed; 0 times nothing.
+        runtimes: Names; None: onnxruntime, and OpenVINO where it is installed. Also
+            ``'kernels'``: onnxruntime with :func:`mmvssm.onnx_library`.
+        rounds: How often each is timed, within half a minute; 0 times nothing.
 
     Raises:
         DifferenceError: A bound is exceeded, or a number is not finite, or a runtime
@@ -331,28 +333,70 @@ def verify(
     report = Report(str(file))
     report.nodes, report.functions, report.size = describe(file)
     cases = list(_cases(module, size, dynamic, images))
-    wanted = [_eager(module, image) for _, image in cases]
-    running = {}
-    for name in runtimes or installed_runtimes():
-        try:
-            running[name] = Runtime(
-                name, file, register if name == 'onnxruntime' else None
-            )
-            for (kind, image), want in zip(cases, wanted):
-                report.rows.append(
-                    compare(name, kind, image, want, running[name](image))
-                )
-        except ExportError:
-            raise
-        except Exception as error:
-            # Runtimes raise kinds of their own.
-            raise DifferenceError(
-                f'{name} does not run the file: {_first_line(error)}', report
-            ) from error
-        _judge(report, name, bound, pixel_bound)
+    names = list(runtimes or installed_runtimes())
+    with _telling_logits(file, module) as (path, compared):
+        wanted = [_eager(compared, image) for _, image in cases]
+        for name in names:
+            try:
+                run = Runtime(name, path)
+                for (kind, image), want in zip(cases, wanted):
+                    report.rows.append(compare(name, kind, image, want, run(image)))
+            except ExportError:
+                raise
+            except Exception as error:
+                # Runtimes raise kinds of their own.
+                raise DifferenceError(
+                    f'{name} does not run the file: {_first_line(error)}', report
+                ) from error
+            _judge(report, name, bound, pixel_bound)
     if rounds:
+        running = {name: Runtime(name, file) for name in names}
         report.milliseconds = _times(module, running, cases[0][1], rounds)
     return report
+
+
+class _LabelsAndLogits(nn.Module):
+    """A segmentor that gives both."""
+
+    def __init__(self, module: Segmentor):
+        super().__init__()
+        self.logits = Segmentor(
+            *(module.model, module.channels, module.normalisation),
+            *(module.normalised_inside, 'logits'),
+        )
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (logits,) = self.logits(image)
+        return self.logits.labels(logits), logits
+
+
+@contextmanager
+def _telling_logits(
+    file: str | Path, module: ImageModel
+) -> Iterator[tuple[str | Path, nn.Module]]:
+    """A file of labels, with its logits as a second output, and the same of PyTorch.
+
+    Labels alone would hide any fault of a model that finds one class everywhere.
+    """
+    onnx = require('onnx')
+    values: list[str] = []
+    if isinstance(module, Segmentor) and module.task == 'seg':
+        model = onnx.load(str(file))
+        made_by = {node.output[0]: node for node in model.graph.node}
+        node = made_by.get('labels')
+        values = list(node.input) if node and node.op_type == 'ArgMax' else []
+    if not values:
+        yield file, module
+        return
+    value = onnx.helper.make_tensor_value_info(values[0], 1, [None] * 4)
+    model.graph.output.append(value)
+    path = Path(f'{file}.logits')
+    try:
+        onnx.save(model, str(path))
+        del model
+        yield path, _LabelsAndLogits(module)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _cases(
@@ -374,7 +418,7 @@ def _cases(
     yield from load_images(module, images, None if 'size' in dynamic else size)
 
 
-def _eager(module: ImageModel, image: np.ndarray) -> list[np.ndarray]:
+def _eager(module: nn.Module, image: np.ndarray) -> list[np.ndarray]:
     with torch.no_grad():
         return [x.numpy() for x in module(torch.from_numpy(image))]
 
@@ -469,8 +513,11 @@ def _times(
     """Medians, taken by turns, so that other work on the machine meets all alike."""
     runs: dict[str, Callable] = dict(pytorch=lambda x: _eager(module, x), **running)
     times: dict[str, list[float]] = {name: [] for name in runs}
+    began = time.perf_counter()
     with one_thread():
         for place in range(rounds + 1):
+            if place > 1 and time.perf_counter() - began > _SECONDS_OF_TIMING:
+                break
             for name, run in runs.items():
                 start = time.perf_counter()
                 run(image)

@@ -120,12 +120,19 @@ class Segmentor(ImageModel):
 
     Args:
         model: An ``EncoderDecoder`` of mmseg.
-        *others: See :class:`ImageModel`.
+        channels, normalisation, normalise: See :class:`ImageModel`.
         task: ``'seg'`` or ``'logits'``.
     """
 
-    def __init__(self, model: nn.Module, *others: Any, task: str = 'seg'):
-        super().__init__(model, *others)
+    def __init__(
+        self,
+        model: nn.Module,
+        channels: int,
+        normalisation: Normalisation,
+        normalise: bool = False,
+        task: str = 'seg',
+    ):
+        super().__init__(model, channels, normalisation, normalise)
         self.task = task
         self.output_names = ('labels',) if task == 'seg' else ('logits',)
         preprocessor = model.data_preprocessor
@@ -135,6 +142,17 @@ class Segmentor(ImageModel):
         self.pad_value = float(getattr(preprocessor, 'pad_val', 0))
 
     def outputs(self, image: Tensor) -> tuple[Tensor, ...]:
+        logits = self._logits(image)
+        return (logits if self.task == 'logits' else self.labels(logits),)
+
+    def labels(self, logits: Tensor) -> Tensor:
+        """(B, H, W) int64, of logits (B, K, H, W)."""
+        if logits.shape[1] > 1:
+            return logits.argmax(1)
+        threshold = self.model.decode_head.threshold
+        return (logits[:, 0].sigmoid() > threshold).long()
+
+    def _logits(self, image: Tensor) -> Tensor:
         height, width = image.shape[2:]
         image = self._pad(image)
         size = image.shape[2:]
@@ -142,12 +160,7 @@ class Segmentor(ImageModel):
         logits = self.model.encode_decode(image, [meta])
         if self.padded_to is not None or self.divisor > 1:
             logits = logits[:, :, :height, :width]
-        if self.task == 'logits':
-            return (logits,)
-        if logits.shape[1] > 1:
-            return (logits.argmax(1),)
-        threshold = self.model.decode_head.threshold
-        return ((logits[:, 0].sigmoid() > threshold).long(),)
+        return logits
 
     def _pad(self, image: Tensor) -> Tensor:
         """Pad at the bottom and right, as mmseg's ``stack_batch`` does."""
