@@ -19,7 +19,6 @@ from mmvssm.export import verify as checks
 from mmvssm.export.blame import first_difference
 from mmvssm.export.errors import DifferenceError, ExportError
 from mmvssm.export.wrappers import ImageModel, Normalisation, wrap
-from mmvssm.ops.cpu.library import unavailable
 
 FORMS = ('plain', 'function', 'unrolled')
 # What the bodies of our ops are written in. onnx converts the file to a later one.
@@ -117,7 +116,7 @@ def to_onnx(
     partial = file.with_name(f'{file.name}.partial')
     if runtimes is None and form == 'function':
         # OpenVINO does not read local functions.
-        runtimes = ['onnxruntime', *(['kernels'] if not unavailable() else [])]
+        runtimes = ['onnxruntime', *(['kernels'] if checks.has_kernels() else [])]
     options = dict(images=list(images), runtimes=runtimes)
     try:
         _save(proto, partial)

@@ -14,6 +14,7 @@ from torch import nn
 from mmvssm.export.errors import DifferenceError, ExportError
 from mmvssm.export.library import onnx_library
 from mmvssm.export.wrappers import ImageModel, Segmentor
+from mmvssm.ops import BackendUnavailableError
 
 # Largest difference, relative to the largest value that PyTorch gives: 1e-4 for logits
 # of about 10. OpenVINO's functions are less exact, by so much.
@@ -110,6 +111,15 @@ def installed_runtimes() -> list[str]:
     from importlib.util import find_spec
 
     return ['onnxruntime', *(['openvino'] if find_spec('openvino') else [])]
+
+
+def has_kernels() -> bool:
+    """Whether onnxruntime can have our kernels, by :func:`mmvssm.onnx_library`."""
+    try:
+        onnx_library()
+    except BackendUnavailableError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
