@@ -1,5 +1,6 @@
 """Operators of torch that its exporter to ONNX translates wrongly, or too loosely."""
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ def translations() -> dict[Callable, Callable]:
         aten._adaptive_avg_pool2d.default: adaptive_avg_pool2d,
         aten.upsample_bilinear2d.default: upsample_bilinear2d,
         aten.upsample_bilinear2d.vec: upsample_bilinear2d_vec,
+        aten.gelu.default: gelu,
         operator.floordiv: floordiv,
     }
 
@@ -29,6 +31,25 @@ def floordiv(self: INT64, other: INT64) -> INT64:
     """
     # The sign of the remainder is that of the divisor, as in Python.
     return op.Div(op.Sub(self, op.Mod(self, other)), other)
+
+
+def gelu(self: FLOAT, approximate: str = 'none') -> FLOAT:
+    """x (1 + erf(x / sqrt 2)) / 2, or its approximation by tanh.
+
+    The order of the products is that of the pattern in whose place onnxruntime takes
+    one operator. It does not know torch's order.
+    """
+    if approximate == 'tanh':
+        cube = op.Mul(op.Mul(self, self), self)
+        inner = op.Add(self, op.Mul(cube, _number(0.044715)))
+        curve = op.Tanh(op.Mul(inner, _number(math.sqrt(2 / math.pi))))
+    else:
+        curve = op.Erf(op.Div(self, _number(math.sqrt(2))))
+    return op.Mul(op.Mul(self, op.Add(curve, _number(1.0))), _number(0.5))
+
+
+def _number(value: float) -> Any:
+    return op.Constant(value_float=value)
 
 
 def adaptive_avg_pool2d(self: FLOAT, output_size: Sequence[int]) -> FLOAT:

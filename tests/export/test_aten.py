@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-pytest.importorskip('onnx')
+onnx = pytest.importorskip('onnx')
 ort = pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 
@@ -85,3 +85,24 @@ def test_every_entry_replaces_one_of_torchs():
     known = {operator.floordiv}
     for target in aten.translations():
         assert target in known or target.namespace == 'aten'
+
+
+@pytest.mark.parametrize('approximate', ['none', 'tanh'])
+def test_gelu(tmp_path, approximate):
+    module = nn.GELU(approximate)
+    image = 4 * torch.randn(2, 5, 7, 3)
+    file = export(module, image, tmp_path)
+    for name in installed_runtimes():
+        (got,) = Runtime(name, file)(image.numpy())
+        assert np.abs(got - module(image).numpy()).max() < 2e-6, name
+
+
+def test_gelu_is_one_operator_of_onnxruntime(tmp_path):
+    file = export(nn.GELU(), torch.randn(2, 5, 7, 3), tmp_path)
+    optimised = tmp_path / 'optimised.onnx'
+
+    def register(options):
+        options.optimized_model_filepath = str(optimised)
+
+    Runtime('onnxruntime', file, register)
+    assert [node.op_type for node in onnx.load(optimised).graph.node] == ['Gelu']
