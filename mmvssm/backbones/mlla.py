@@ -24,6 +24,7 @@ from mmvssm.backbones.hierarchical import (
 )
 from mmvssm.families import Family, register_family
 from mmvssm.layers import MLLABlock
+from mmvssm.ops.typed import is_tracing
 from mmvssm.registry import MODELS
 
 _DEFAULTS = dict(mlp_ratio=4.0, drop_path_rate=0.2)
@@ -147,7 +148,8 @@ def _pad_to_multiple(x: torch.Tensor, side: int) -> torch.Tensor:
     # Rounds up without remainders, which slow down compilation for all sizes.
     more = [-(-size // side) * side - size for size in x.shape[2:]]
     # A graph with a test for padding would be valid for some sizes only.
-    if not torch.compiler.is_compiling() and not any(more):
+    traced = torch.compiler.is_compiling() or is_tracing()
+    if not traced and not any(more):
         return x
     return F.pad(x, (0, more[1], 0, more[0]))
 

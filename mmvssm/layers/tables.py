@@ -6,6 +6,8 @@ from functools import lru_cache, wraps
 import torch
 from torch import Tensor, nn
 
+from mmvssm.ops.typed import is_tracing
+
 
 def work_place(
     device: torch.device, dtype: torch.dtype
@@ -26,6 +28,8 @@ def are_equal(first: Sequence[int], second: Sequence[int]) -> bool:
 
     A plain comparison would tie the graph to the sizes where it comes out the same.
     """
+    if is_tracing():
+        return False
     if not torch.compiler.is_compiling():
         return first == second
     from torch.fx.experimental.symbolic_shapes import statically_known_true

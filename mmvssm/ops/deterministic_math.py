@@ -143,11 +143,12 @@ def _blas_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def without_values(x: Tensor) -> bool:
-    """Whether nothing is computed: a graph is made, or FLOPs are counted.
+    """Whether a graph is made, or FLOPs are counted.
 
-    The FLOP counter must see whole products, not pieces.
+    Pieces would tie a graph to one size, and the FLOP counter must see whole products.
     """
-    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+    traced = torch.compiler.is_compiling() or is_tracing()
+    return traced or isinstance(x, FakeTensor)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from compare import relative_error
 from families import FAMILIES
 from mmvssm.backbones import VSSM
+from mmvssm.ops import use_backend
 
 # Heights and widths that are whole patches and that are not; the deepest maps have
 # 16 to 144 positions, so some are one chunk of a scan and others several.
@@ -83,3 +84,18 @@ def test_order_by_table():
         with torch.no_grad():
             pairs = list(zip(function(x), net(x), strict=True))
         assert max(relative_error(got, want) for got, want in pairs) < 1e-6, size
+
+
+@pytest.mark.parametrize('scan', ['cpu', 'torch'])
+@pytest.mark.parametrize('name', FAMILIES)
+def test_jit_trace(name, scan):
+    """A trace by torch.jit serves all sizes and batches, of whole patches or not."""
+    torch.manual_seed(0)
+    net = FAMILIES[name]().eval()
+    with torch.no_grad(), use_backend(scan):
+        # The size of the position embedding, and one without padding.
+        traced = torch.jit.trace(net, torch.randn(1, 3, 32, 32))
+        for batch, height, width in [(3, 33, 47), (1, 200, 260), (2, 4, 5)]:
+            x = torch.randn(batch, 3, height, width)
+            pairs = list(zip(traced(x), net(x), strict=True))
+            assert max(relative_error(got, want) for got, want in pairs) < 1e-6
