@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from mmvssm import onnx_library
+
 WHY = 'this needs pip install mmvssm[export]'
 onnx = pytest.importorskip('onnx', reason=WHY)
 pytest.importorskip('onnxscript', reason=WHY)
@@ -85,9 +87,11 @@ def nodes_of(graph):
             yield from nodes_of(attribute.g)
 
 
-def run_onnxruntime(model, inputs):
-    """Outputs in float64."""
+def run_onnxruntime(model, inputs, kernels=False):
+    """Outputs in float64; with our kernels in the place of local functions, or not."""
     options = onnxruntime.SessionOptions()
+    if kernels:
+        options.register_custom_ops_library(onnx_library())
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
