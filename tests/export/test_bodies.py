@@ -17,8 +17,8 @@ from export.runtimes import (
     run_openvino,
 )
 from mmvssm import ops
-from mmvssm.export.verify import has_kernels
 from mmvssm.export import ExportError
+from mmvssm.export.verify import has_kernels
 from mmvssm.layers import rotary_tables
 from mmvssm.ops import Direction
 from ops.bidirectional_inputs import WAYS
