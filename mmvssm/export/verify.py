@@ -30,24 +30,25 @@ _TINY = (32, 48)
 
 
 class Runtime:
-    """A file, loaded by onnxruntime or OpenVINO on the CPU, with one thread.
+    """A file, loaded by onnxruntime or OpenVINO on the CPU.
 
     Args:
         name: ``'onnxruntime'``, ``'openvino'``, or ``'kernels'``: onnxruntime with our
             own kernels.
         file: What was exported.
+        threads: How many it computes on.
 
     Raises:
         ExportError: The runtime is not installed, or unknown.
         BackendUnavailableError: There are no such kernels.
     """
 
-    def __init__(self, name: str, file: str | Path):
+    def __init__(self, name: str, file: str | Path, threads: int = 1):
         self.name = name
         if name == 'openvino':
-            self._run = _openvino(file)
+            self._run = _openvino(file, threads)
         elif name in ('onnxruntime', 'kernels'):
-            self._run = _onnxruntime(file, name == 'kernels')
+            self._run = _onnxruntime(file, name == 'kernels', threads)
         else:
             raise ExportError(
                 f'runtimes are onnxruntime, openvino and kernels, got {name!r}'
@@ -59,11 +60,13 @@ class Runtime:
 
 
 def _onnxruntime(
-    file: str | Path, kernels: bool
+    file: str | Path, kernels: bool, threads: int
 ) -> Callable[[np.ndarray], list[np.ndarray]]:
     ort = require('onnxruntime')
     options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # Between two calls its threads keep no core busy that PyTorch needs.
+    options.add_session_config_entry('session.force_spinning_stop', '1')
     # Errors only: warnings are about initializers that it removes.
     options.log_severity_level = 3
     if kernels:
@@ -75,10 +78,12 @@ def _onnxruntime(
     return lambda image: session.run(None, {name: image})
 
 
-def _openvino(file: str | Path) -> Callable[[np.ndarray], list[np.ndarray]]:
+def _openvino(
+    file: str | Path, threads: int
+) -> Callable[[np.ndarray], list[np.ndarray]]:
     core = require('openvino').Core()
     # In bfloat16, which it takes by itself on some processors, nothing is exact.
-    settings = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': 1}
+    settings = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': threads}
     model = core.compile_model(core.read_model(str(file)), 'CPU', settings)
     request = model.create_infer_request()
 
