@@ -12,8 +12,9 @@ from torch import Tensor
 from mmvssm.analysis.pictures import loads_bgr
 from mmvssm.engine import UsageError
 from mmvssm.export.errors import ExportError
+from mmvssm.export.library import onnx_library
 from mmvssm.export.onnx_model import read_metadata
-from mmvssm.export.verify import require
+from mmvssm.export.verify import has_kernels, require
 from mmvssm.pretrained import refuse_unregistered
 
 _LOAD = dict(type='LoadImageFromFile')
@@ -41,9 +42,13 @@ class OnnxSegmentor:
             ort = require('onnxruntime')
             if not Path(file).is_file():
                 raise UsageError(f'no ONNX file at {Path(file).absolute()}.')
+            options = ort.SessionOptions()
+            if has_kernels():
+                # For a file of the form 'function'.
+                options.register_custom_ops_library(onnx_library())
             try:
                 self.session = ort.InferenceSession(
-                    str(file), providers=['CPUExecutionProvider']
+                    str(file), options, providers=['CPUExecutionProvider']
                 )
             except Exception as error:
                 # Its exceptions have no base of their own.
