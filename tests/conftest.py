@@ -10,6 +10,8 @@ HERE = Path(__file__).parent
 LONG_FILES = (
     'slurm/test_jobs.py',
     'test_packaging.py',
+    'export/test_onnx_model.py',
+    'export/test_tools.py',
     'benchmarks/test_gpu_counts.py',
     'ops/test_cuda.py',
     'test_benchmarks.py',
