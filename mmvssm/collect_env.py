@@ -41,12 +41,20 @@ _DISTRIBUTIONS = {
     'torchvision': ('torchvision',),
     'numpy': ('numpy',),
     'safetensors': ('safetensors',),
+    'onnx': ('onnx',),
+    'onnxscript': ('onnxscript',),
+    'onnxruntime': ('onnxruntime', 'onnxruntime-gpu', 'onnxruntime-openvino'),
+    'openvino': ('openvino',),
 }
 _USED_FOR = {
     'mmengine': 'needed; pip install onedl-mmengine',
     'mmcv': 'needed by mmseg and mmdet',
     'mmseg': 'needed for segmentation',
     'mmdet': 'needed for detection',
+    'onnx': 'needed for export; pip install "mmvssm[export]"',
+    'onnxscript': 'needed for export',
+    'onnxruntime': 'needed for export',
+    'openvino': 'checks exported files, too',
 }
 _THREAD_VARIABLES = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'MKL_CBWR')
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
