@@ -87,6 +87,13 @@ def parse_args() -> argparse.Namespace:
         'OpenVINO (default: 1e-5)',
     )
     parser.add_argument(
+        '--runtimes',
+        nargs='+',
+        choices=('onnxruntime', 'kernels', 'openvino'),
+        help='check in these; kernels is onnxruntime with mmvssm.onnx_library() '
+        '(default: what is installed and reads the form)',
+    )
+    parser.add_argument(
         '--fp16',
         action='store_true',
         help='weights, linear layers and convolutions in float16',
@@ -152,6 +159,7 @@ def main(args: argparse.Namespace) -> int:
             int8=calibration,
             images=images,
             bound=BOUND if args.bound is None else args.bound,
+            runtimes=args.runtimes,
             metadata=dict(source.metadata, weights=source.weights),
         )
     except ExportError as error:

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial as partial_function
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,16 @@ def to_onnx(
     for module in ('onnx', 'onnxscript', 'onnxruntime'):
         checks.require(module)
     size = (size, size) if isinstance(size, int) else tuple(size)
-    int8 = list(int8)
+    images, int8 = list(images), list(int8)
     module = wrap(model, task, normalise, normalisation)
     _check_options(module, dynamic, form, opset, fp16, int8)
+    file = Path(file)
+    if file.is_dir():
+        raise ExportError(f'{file} is a folder: name a file in it')
+    if runtimes is None and form == 'function':
+        # OpenVINO does not read local functions.
+        runtimes = ['onnxruntime', *(['kernels'] if checks.has_kernels() else [])]
     built = build_proto(module, size, dynamic, form, opset)
-    proto = built.proto
     notes = dict(
         task=module.task,
         size=list(size),
@@ -111,48 +117,42 @@ def to_onnx(
         versions=_versions(),
         **(metadata or {}),
     )
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f'{file.name}.partial')
-    if runtimes is None and form == 'function':
-        # OpenVINO does not read local functions.
-        runtimes = ['onnxruntime', *(['kernels'] if checks.has_kernels() else [])]
-    options = dict(images=list(images), runtimes=runtimes)
+    check = partial_function(
+        checks.verify,
+        *(partial, module, size, dynamic),
+        runtimes=runtimes,
+        rounds=rounds,
+    )
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        proto = built.proto
         _save(proto, partial)
-        exact = not (fp16 or int8)
         try:
-            report = checks.verify(
-                *(partial, module, size, dynamic),
-                **options,
-                bound=bound,
-                rounds=rounds,
-            )
+            report = check(images=images, bound=bound)
         except DifferenceError as error:
             if error.report is not None:
                 error.report.file = str(file)
             raise _with_layer(error, built.traced, module, size, bound) from error
-        notes['error'] = _errors(report)
-        if not exact:
+        if fp16 or int8:
             proto = (
                 precision.to_float16(proto, built.layers)
                 if fp16
                 else precision.to_int8(partial, module, size, int8, built.layers)
             )
             _save(proto, partial)
-            options['images'] += int8
-            before = report
-            report = checks.verify(
-                *(partial, module, size, dynamic), **options, bound=None, rounds=rounds
-            )
+            before, report = report, check(images=[*images, *int8], bound=None)
             report.before = before
             notes['precision'] = 'float16' if fp16 else 'int8'
-            notes['error'] = _errors(report)
+        notes['error'] = _errors(report)
         _set_metadata(proto, notes)
         _save(proto, partial)
         os.replace(partial, file)
+    except OSError as error:
+        raise ExportError(f'cannot write {file}: {error}') from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     report.file = str(file)
     return report
 
@@ -220,6 +220,12 @@ def _check_options(
     where = {x.device.type for x in module.model.parameters()}
     if where - {'cpu'}:
         raise ExportError("the model is not on the CPU: call model.to('cpu') before")
+    kinds = {x.dtype for x in module.model.parameters()} - {torch.float32}
+    if kinds:
+        raise ExportError(
+            f'the model has weights of {", ".join(map(str, kinds))}: call '
+            'model.float() before; fp16 makes a file with weights in float16'
+        )
     number = sum(x.numel() * x.element_size() for x in module.model.parameters())
     if number > _MOST_BYTES:
         raise ExportError(

@@ -222,7 +222,8 @@ def _shapes(
     for number, down in product(batches, sides):
         for across in (least, 2 * _TRACED + 1, down) if 2 in dims else (width,):
             yield number, channels, down, across
-            yield number, channels, across, down
+            if 2 in dims:
+                yield number, channels, across, down
 
 
 def _where_not(

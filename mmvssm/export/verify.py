@@ -361,7 +361,9 @@ def verify(
             except Exception as error:
                 # Runtimes raise kinds of their own.
                 raise DifferenceError(
-                    f'{name} does not run the file: {_first_line(error)}', report
+                    f'{name} does not run the file (runtimes= or --runtimes can leave '
+                    f'it out): {_first_line(error)}',
+                    report,
                 ) from error
             _judge(report, name, bound, pixel_bound)
     if rounds:

@@ -298,6 +298,7 @@ def detector():
             "set model.test_cfg.mode='whole'",
         ),
         (detector, {}, 'mmdeploy'),
+        (lambda: classifier('vmamba').half(), {}, 'call model.float'),
         (
             lambda: VSSM(dict(depths=(1,), dims=8), out_indices=(0,), in_channels=4),
             dict(normalise=True),

@@ -102,6 +102,13 @@ def test_upernet():
         assert_alike(model, program.module(), image(*shape))
 
 
+def test_any_batch_of_one_size_that_is_not_square():
+    model = make('vmamba_v05_noz')
+    program = to_exported_program(model, (33, 20), ('batch',))
+    for batch in (1, 2, 5):
+        assert_alike(model, program.module(), image(batch, 33, 20))
+
+
 def test_one_size():
     model = make('mlla')
     program = to_exported_program(model, (33, 20), batch=2)

@@ -103,6 +103,16 @@ def test_a_difference_above_the_bound_fails(file, tmp_path):
     assert 1e-4 < report.error('onnxruntime') < 0.1
 
 
+def test_a_file_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').touch()
+    for path, said in (
+        (tmp_path, 'is a folder'),
+        (tmp_path / 'file' / 'x.onnx', 'cannot write'),
+    ):
+        with pytest.raises(ExportError, match=said):
+            to_onnx(Small().eval(), path, 32, rounds=0)
+
+
 def test_a_file_that_does_not_run_fails(tmp_path, file):
     module = wrap(Small().eval())
     with pytest.raises(DifferenceError, match='onnxruntime does not run the file'):
