@@ -159,6 +159,9 @@ def test_wheel_holds_the_package_and_real_copies_of_configs_and_tools(installed)
         if not name.endswith(('.cpp', '.h', '.so'))
     }
     assert sources - files_of(installed / 'mmvssm') == set()
+    # What mmvssm.export.torch_library compiles.
+    compiled_later = {'export/torch_library.cpp', 'ops/cpu/kernel_args.h'}
+    assert compiled_later <= files_of(installed / 'mmvssm')
     mim = installed / 'mmvssm' / '.mim'
     for name in LINKED:
         assert not (mim / name).is_symlink()

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -35,14 +36,18 @@ def torch_library(folder: str | Path) -> str:
 
     Raises:
         ExportError: There is no C++ compiler (``g++``, or what ``CXX`` names), it
-            failed, the system is not Linux, or the kernels were not compiled when
-            mmvssm was installed.
+            failed, the system is not Linux, torch is older, or the kernels were not
+            compiled when mmvssm was installed.
     """
     reason = library.unavailable()
     if reason is not None:
         raise ExportError(f"mmvssm's kernels cannot be used: {reason}")
+    if not library.is_threaded():
+        raise ExportError(
+            f'the library needs torch 2.10 or newer, this is {torch.__version__}'
+        )
     compiler = os.environ.get('CXX') or 'g++'
-    if os.name != 'posix' or shutil.which(compiler) is None:
+    if sys.platform != 'linux' or shutil.which(compiler) is None:
         raise ExportError(
             f'the library is compiled on Linux with {compiler}, which is not there: '
             'install it, or name another C++ compiler by the environment variable CXX'
