@@ -275,12 +275,12 @@ def load_images(
     """
     from PIL import Image
 
-    if module.channels not in (1, 3):
-        raise ExportError(
-            f'image files have 1 or 3 channels here, and the model takes '
-            f'{module.channels}: leave out the images'
-        )
     for path in paths:
+        if module.channels not in (1, 3):
+            raise ExportError(
+                f'{path} is read with 1 or 3 channels, and the model takes '
+                f'{module.channels}: leave out the images'
+            )
         try:
             with Image.open(path) as picture:
                 picture = picture.convert('RGB' if module.channels == 3 else 'L')

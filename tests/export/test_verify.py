@@ -143,6 +143,14 @@ def test_real_images_are_read_and_normalised(file, tmp_path):
         list(verify.load_images(module, [tmp_path / 'absent.png']))
 
 
+def test_images_of_four_channels_are_not_read_from_files(tmp_path):
+    net = nn.Sequential(nn.Conv2d(4, 5, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    report = to_onnx(net.eval(), tmp_path / 'x.onnx', 32, rounds=0)
+    assert {row.shape for row in report.rows} == {(1, 4, 32, 32)}
+    with pytest.raises(ExportError, match='the model takes 4: leave out the images'):
+        to_onnx(net, tmp_path / 'x.onnx', 32, images=['a.png'], rounds=0)
+
+
 def row(want, got, kind='float32'):
     want, got = (np.asarray(x, kind) for x in (want, got))
     return verify.compare(
