@@ -16,7 +16,6 @@ def translations() -> dict[Callable, Callable]:
     return {
         aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,
         aten._adaptive_avg_pool2d.default: adaptive_avg_pool2d,
-        aten.gelu.default: gelu,
         aten.upsample_bilinear2d.default: upsample_bilinear2d,
         aten.upsample_bilinear2d.vec: upsample_bilinear2d_vec,
         aten.gelu.default: gelu,
@@ -93,19 +92,6 @@ def _column(values: Sequence[int]) -> Any:
     return op.Unsqueeze(
         op.Constant(value_ints=list(values)), op.Constant(value_ints=[1])
     )
-
-
-def gelu(self: FLOAT, approximate: str = 'none') -> FLOAT:
-    """x (1 + erf(x / sqrt 2)) / 2, in the order of products that onnxruntime fuses.
-
-    The form with tanh is written as torch writes it.
-    """
-    if approximate == 'tanh':
-        cubic = op.Mul(op.Mul(op.Mul(self, self), self), 0.044715)
-        inner = op.Tanh(op.Mul(op.Add(self, cubic), math.sqrt(2 / math.pi)))
-    else:
-        inner = op.Erf(op.Div(self, math.sqrt(2)))
-    return op.Mul(op.Mul(op.Add(inner, 1.0), self), 0.5)
 
 
 def upsample_bilinear2d(

@@ -81,21 +81,6 @@ def test_sizes_are_rounded_up(tmp_path):
             np.testing.assert_array_equal(got, Pad()(image).numpy())
 
 
-@pytest.mark.parametrize('approximate', ['none', 'tanh'])
-def test_gelu(tmp_path, approximate):
-    module, image = nn.GELU(approximate), 3 * torch.randn(2, 1, 5, 4)
-    file = export(module, image, tmp_path)
-    for name in installed_runtimes():
-        (got,) = Runtime(name, file)(image.numpy())
-        assert np.abs(got - module(image).numpy()).max() <= 2e-6, name
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / 'optimised.onnx')
-    ort.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
-    nodes = onnx.load(options.optimized_model_filepath).graph.node
-    if approximate == 'none':
-        assert [node.op_type for node in nodes] == ['Gelu']
-
-
 def test_every_entry_replaces_one_of_torchs():
     known = {operator.floordiv}
     for target in aten.translations():
