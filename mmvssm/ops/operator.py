@@ -232,10 +232,11 @@ class Op(Generic[I, O]):
             # torch can transform the operations of the reference.
             chosen = self.backends['reference']
         elif not chosen.differentiable:
-            # torch.jit.trace compares its graph with one that it makes without
-            # gradients.
-            keep = bypass.wanted(*tensors) or is_tracing()
+            keep = bypass.wanted(*tensors)
             if not unobserved:
+                # torch.jit.trace compares its graph with one that it makes without
+                # gradients.
+                keep = keep or is_tracing()
                 return self.torch_op, (*tensors, *options, keep, name)
             if keep:
                 return _Bypass.apply, (self, options, name, *tensors)

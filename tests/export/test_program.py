@@ -75,6 +75,10 @@ def test_all_sizes(programs, name):
         if getattr(node.target, 'namespace', '') == 'mmvssm'
     ]
     assert ours and not any(node.args[-2] for node in ours), 'nothing is kept'
+    # Not every runtime has float64.
+    values = [node.meta.get('val') for node in program.graph.nodes]
+    dtypes = {x.dtype for x in leaves(values) if isinstance(x, torch.Tensor)}
+    assert torch.float32 in dtypes and torch.float64 not in dtypes
 
 
 def test_a_file(programs, tmp_path):

@@ -87,3 +87,26 @@ def test_compiles():
         compiled(embedding, (4, 4), (5, 6)),
         resize_position(embedding, (4, 4), (5, 6)),
     )
+
+
+def test_one_graph_for_all_sizes():
+    """It is right at the size of the embedding, too, and needs no float64."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(
+        lambda embedding, image: resize_position(embedding, (4, 5), image.shape),
+        fullgraph=True,
+        dynamic=True,
+        backend=backend,
+    )
+    embedding = torch.randn(1, 20, 3)
+    for size in [(6, 7), (4, 5), (4, 9), (3, 2), (31, 64)]:
+        got = compiled(embedding, torch.empty(size))
+        want = resize_position(embedding, (4, 5), size)
+        assert (got - want).abs().max() < 2e-6
+    assert len(graphs) == 1 and 'float64' not in graphs[0].code

@@ -95,3 +95,25 @@ def test_compiled_and_eager_turn_alike():
     weights = torch.randn(2, 6, 8)
     got, want = (torch.autograd.grad((y * weights).sum(), x) for y in (got, want))
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize('size', [(3, 5), (1, 4000), (130, 57)])
+def test_a_graph_needs_no_float64(size):
+    """Angles of large positions are as exact as eagerly, computed in float32 alone."""
+    like = torch.zeros(1)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for make, options, bound in [
+        (rotary_tables, (16,), 2e-7),
+        (rotary_angles, (16, (14, 14)), 1e-6),
+    ]:
+        compiled = torch.compile(make, fullgraph=True, backend=backend)
+        got, want = (f(*size, *options, like=like) for f in (compiled, make))
+        assert got.dtype == want.dtype and (got - want).abs().max() < bound
+    assert len(graphs) == 2
+    assert not any('float64' in graph.code for graph in graphs)
