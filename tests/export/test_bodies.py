@@ -21,6 +21,7 @@ from mmvssm.export import ExportError
 from mmvssm.export.verify import has_kernels
 from mmvssm.layers import rotary_tables
 from mmvssm.ops import Direction
+from mmvssm.ops.operator import public_ops
 from ops.bidirectional_inputs import WAYS
 from ops.bidirectional_inputs import make_inputs as bidirectional_inputs
 from ops.scan_inputs import scan_inputs, ss2d_inputs
@@ -283,6 +284,17 @@ def test_without_control_flow(name):
     case = FIXED[name]
     plain = check(case, case.export('unrolled'))
     assert not {node.op_type for node in nodes_of(plain.graph)} & CONTROL_FLOW
+
+
+@pytest.mark.parametrize('form', ['plain', 'function', 'unrolled'])
+def test_every_public_op_is_translated(form):
+    from mmvssm.export import bodies
+
+    public = (getattr(ops, name) for name in ops.__all__)
+    wanted = {
+        public_ops[function].torch_op for function in public if function in public_ops
+    }
+    assert set(bodies.translations(form)) == wanted and len(wanted) > 5
 
 
 def test_nodes_with_different_bodies_in_one_model():
