@@ -165,7 +165,7 @@ def _least_side(model: nn.Module, image: Tensor) -> int:
         try:
             with torch.no_grad():
                 model(image[:, :, :side, :side])
-        except ValueError:
+        except (ValueError, RuntimeError):
             continue
         return side
     return min(image.shape[2:])

@@ -10,6 +10,7 @@ from families import FAMILIES
 from mmvssm.backbones import MLLA
 from mmvssm.export import DifferenceError, ExportError, to_exported_program
 from mmvssm.export.wrappers import wrap
+from mmvssm.layers import SS2D
 from mmvssm.ops import use_backend
 
 from .models import enliven, segmentor
@@ -91,13 +92,14 @@ def test_a_file(programs, tmp_path):
 
 def test_plain_tensor_code():
     """Backend ``torch``: the scan is one op, and what is around it operators."""
-    model = make('vmamba_v0')
+    model = nn.Sequential(nn.Conv2d(3, 8, 2), SS2D(8)).eval()
     with use_backend('torch'):
         program = to_exported_program(model, 64, BOTH)
         for shape in SHAPES[1:7]:
             assert_alike(model, program.module(), image(*shape))
 
 
+@pytest.mark.long
 def test_upernet():
     """With mmseg's pooling and resizing, padded to the size of the test pipeline."""
     model = wrap(segmentor('vmamba'), 'logits')
