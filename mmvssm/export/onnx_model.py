@@ -12,6 +12,7 @@ from functools import partial as partial_function
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,7 +20,7 @@ from mmvssm.export import precision
 from mmvssm.export import verify as checks
 from mmvssm.export.blame import first_difference
 from mmvssm.export.errors import DifferenceError, ExportError
-from mmvssm.export.wrappers import ImageModel, Normalisation, wrap
+from mmvssm.export.wrappers import ImageModel, Normalisation, Segmentor, wrap
 
 FORMS = ('plain', 'function', 'unrolled')
 # What the bodies of our ops are written in. onnx converts the file to a later one.
@@ -115,6 +116,7 @@ def to_onnx(
         std=list(module.normalisation.std),
         bgr=module.normalisation.bgr,
         versions=_versions(),
+        **_labelling(module),
         **(metadata or {}),
     )
     partial = file.with_name(f'{file.name}.partial')
@@ -155,6 +157,24 @@ def to_onnx(
             partial.unlink(missing_ok=True)
     report.file = str(file)
     return report
+
+
+def _labelling(module: ImageModel) -> dict[str, Any]:
+    """How a segmentor makes labels of logits, and what they mean."""
+    if not isinstance(module, Segmentor):
+        return {}
+    heads = module.model.decode_head
+    head = heads[-1] if isinstance(heads, nn.ModuleList) else heads
+    found = dict(
+        align_corners=bool(module.model.align_corners),
+        threshold=getattr(head, 'threshold', None),
+        classes=[f'class {number}' for number in range(module.model.num_classes)],
+    )
+    meta = getattr(module.model, 'dataset_meta', None) or {}
+    for key in ('classes', 'palette'):
+        if meta.get(key) is not None:
+            found[key] = np.asarray(meta[key]).tolist()
+    return found
 
 
 def _errors(report: checks.Report) -> dict[str, Any]:

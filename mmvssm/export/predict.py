@@ -59,7 +59,7 @@ class OnnxSegmentor:
             self.notes = read_metadata(properties, file)
         except ExportError as error:
             raise UsageError(f'{error}.') from error
-        if 'classes' not in self.notes or self.notes['task'] == 'maps':
+        if 'align_corners' not in self.notes:
             raise UsageError(
                 f'{file} is not of a segmentor, so there are no masks to draw: export '
                 'one from its config.'

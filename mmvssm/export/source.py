@@ -13,6 +13,7 @@ from mmvssm.builders import build_backbone, build_classifier, list_models
 from mmvssm.engine import UsageError, is_detector, load_config, published_weights
 from mmvssm.engine.checkpoints.weights import unwrap
 from mmvssm.engine.configs.options import parse_options
+from mmvssm.export.wrappers import is_segmentor
 from mmvssm.pretrained import load_pretrained
 
 _CLASSIFIER_SIZE = (224, 224)
@@ -75,10 +76,8 @@ def load_source(
                 '--from-scratch.'
             )
         model = load_pretrained(name)
-        meta = getattr(model, 'dataset_meta', None)
-        size = _SEGMENTOR_SIZE if meta else _CLASSIFIER_SIZE
-        metadata = dict(_classes(meta), **(_labelling(model) if meta else {}))
-        return Source(model, name, size, dict(metadata, model=name))
+        size = _SEGMENTOR_SIZE if is_segmentor(model) else _CLASSIFIER_SIZE
+        return Source(model, name, size, dict(model=name))
     raise UsageError(
         f'{name} is neither a config (NAME.py) nor a folder of mmvssm.save_pretrained '
         f'nor one of {", ".join(list_models())}.'
@@ -131,34 +130,18 @@ def _from_config(
         )
     source = None if from_scratch else checkpoint or published_weights(path)
     model = unwrap(load_model(cfg, source, 'cpu', weights))
-    metadata = dict(model=path, **_classes(model.dataset_meta))
+    metadata = dict(model=path)
     if is_detector(cfg):
         model = model.backbone
     else:
         pipeline = cfg.test_dataloader.dataset.pipeline
-        metadata.update(_labelling(model), test_pipeline=_plain(pipeline))
+        metadata['test_pipeline'] = _plain(pipeline)
     size = cfg.get('crop_size') or cfg.model.data_preprocessor.get('size')
     return Source(
         model,
         source or 'random weights',
         tuple(size) if size else _SEGMENTOR_SIZE,
         metadata,
-    )
-
-
-def _classes(meta: Any) -> dict[str, Any]:
-    """Names and colours of the classes, of the ``dataset_meta`` of a model."""
-    kept = ('classes', 'palette')
-    return {key: _plain(meta[key]) for key in kept if (meta or {}).get(key) is not None}
-
-
-def _labelling(model: Any) -> dict[str, Any]:
-    """How a segmentor makes labels of logits."""
-    heads = getattr(model, 'decode_head', None)
-    head = heads[-1] if isinstance(heads, nn.ModuleList) else heads
-    return dict(
-        align_corners=bool(getattr(model, 'align_corners', False)),
-        threshold=getattr(head, 'threshold', None),
     )
 
 

@@ -260,7 +260,8 @@ def test_infer_refuses_files_that_are_no_segmentors(
     model = onnx.load('classifier.onnx')
     (entry,) = (e for e in model.metadata_props if e.key == 'mmvssm')
     pipeline = [dict(type='os.system', command='touch harm')]
-    notes = json.loads(entry.value) | dict(classes=['a'], test_pipeline=pipeline)
+    notes = json.loads(entry.value) | dict(classes=['a'], align_corners=False)
+    notes['test_pipeline'] = pipeline
     entry.value = json.dumps(notes)
     onnx.save(model, 'hostile.onnx')
     said = refused(monkeypatch, capsys, 'x.png', '--onnx', 'hostile.onnx')
@@ -271,8 +272,8 @@ def test_infer_names_images_of_another_size(work, monkeypatch, capsys):
     from mmvssm.export import to_onnx
 
     monkeypatch.chdir(work)
-    metadata = dict(classes=list('abcde'))
-    to_onnx(upernet('vmamba'), 'fixed.onnx', 32, rounds=0, metadata=metadata)
+    # Nothing is known of its classes.
+    to_onnx(upernet('vmamba'), 'fixed.onnx', 32, rounds=0)
     arguments = ('ade/images/validation', '--onnx', 'fixed.onnx', '--out-dir', 'none')
     monkeypatch.setattr(sys, 'argv', ['infer.py', *arguments])
     with pytest.raises(SystemExit) as stop:
