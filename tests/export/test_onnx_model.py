@@ -19,7 +19,7 @@ pytest.importorskip('onnxscript')
 pytest.importorskip('mmseg')
 
 # Relative to the largest output; the bound of the command is 1e-5.
-CLOSE = 2e-6
+CLOSE = 5e-6
 # A process that has nothing but numpy and onnxruntime.
 BARE = """
 import sys
@@ -89,6 +89,7 @@ def test_a_classifier_of_any_batch_and_size(dynamic, name):
     assert len({shape[2:] for shape in shapes}) == 4
     assert report.error('onnxruntime') < CLOSE
     assert report.changed('onnxruntime') == 0
+    torch.manual_seed(1)
     # Sizes that the check does not try.
     for shape in ((2, 3, 37, 90), (1, 3, 130, 35)):
         image = torch.randn(shape)
