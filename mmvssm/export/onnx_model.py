@@ -20,6 +20,7 @@ from mmvssm.export import precision
 from mmvssm.export import verify as checks
 from mmvssm.export.blame import first_difference
 from mmvssm.export.errors import DifferenceError, ExportError
+from mmvssm.export.layout import move_transpositions
 from mmvssm.export.wrappers import ImageModel, Normalisation, Segmentor, wrap
 
 FORMS = ('plain', 'function', 'unrolled')
@@ -348,6 +349,7 @@ def _optimised(proto: Any, inline: bool) -> Any:
     optimizer.optimize_ir(
         model, input_size_limit=_FOLDED, output_size_limit=_FOLDED, inline=inline
     )
+    move_transpositions(model)
     common.ClearMetadataAndDocStringPass()(model)
     return onnx_ir.to_proto(model)
 
