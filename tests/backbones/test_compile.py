@@ -58,15 +58,14 @@ def gradient(net, function, x):
 def test_training():
     """Forward and backward, dropped branches included.
 
-    Every map has more than the 32 positions of a chunk: shorter ones save no states,
-    and an empty tensor has a graph of its own.
+    The last map has fewer than the 32 positions of a chunk, so no states are saved.
     """
     torch.manual_seed(0)
     net = FAMILIES['vmamba_v05_noz'](drop_path_rate=0.2, out_indices=(0,)).train()
     torch._dynamo.reset()
     function = torch.compile(net, fullgraph=True, backend='aot_eager')
     torch._dynamo.utils.counters.clear()
-    for size in [(64, 64), (48, 80), (61, 35), (37, 90)]:
+    for size in [(64, 64), (48, 80), (61, 35), (16, 20)]:
         x = images(size)
         got, want = (gradient(net, f, x) for f in (function, net))
         assert relative_error(got, want) < 1e-5, size

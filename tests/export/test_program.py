@@ -123,6 +123,25 @@ def test_one_size():
         program.module()(image(2, 36, 20))
 
 
+@pytest.mark.parametrize('name', ['vmamba_v05_noz', 'vim'])
+def test_a_program_for_training(name):
+    """torch's own export, with gradients: maps of less than a chunk of 32, and more."""
+    model = make(name).train()
+    dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(model, (image(2, 72, 56),), dynamic_shapes=(dims,))
+    run = program.module()
+
+    def gradient(function, module, x):
+        loss = sum(y.square().mean() for y in leaves(function(x)))
+        wanted = [p for _, p in sorted(module.named_parameters())]
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, wanted)])
+
+    for shape in [(1, 64, 64), (3, 61, 35), (2, 16, 20)]:
+        x = image(*shape)
+        got, want = gradient(run, run, x), gradient(model, model, x)
+        assert relative_error(got, want) < 1e-6, shape
+
+
 def test_blocks_share_their_tables():
     model = MLLA(dict(depths=(3, 1), dims=16, num_heads=(2, 4)), out_indices=(1,))
     model.eval()

@@ -33,7 +33,7 @@ from mmvssm.ops.cpu.library import (
 )
 from mmvssm.ops.deterministic_math import linear_product, product_of_columns
 from mmvssm.ops.kernel_args import pointer, readable
-from mmvssm.ops.selective_scan.cpu_backend import saved_states_shape
+from mmvssm.ops.selective_scan.cpu_backend import clear_unused, saved_states_shape
 
 # How the scan of each direction reads a tensor: from the start, from the end.
 _VIEWS = (Array.of, Array.from_end)
@@ -64,8 +64,9 @@ class CpuBidirectional(FusedBidirectional):
         last = ys[0].new_empty(2, batch, channels, states)
         saved = None
         if keep:
-            shape = saved_states_shape(batch, length, states, channels)
-            saved = ys[0].new_empty(2, *shape)
+            size = batch, length, states, channels
+            saved = ys[0].new_empty(2, *saved_states_shape(*size))
+            clear_unused(saved, 1, size)
         deltas = [_delta(p, w) for p, w in zip(projected, weights)]
         pair = PairArgs()
         for i, view in enumerate(_VIEWS):

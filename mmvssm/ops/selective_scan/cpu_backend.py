@@ -26,6 +26,9 @@ class CpuScan(KernelBackend):
         """See :func:`mmvssm.ops.selective_scan`; B and C are (B, G, N, L)."""
         out, last_state = outputs_like(inputs, options)
         saved = self.saved_like(inputs, options) if keep else ()
+        if keep:
+            batch, channels, length = inputs.u.shape
+            clear_unused(saved[0], 1, (batch, length, inputs.A.shape[1], channels))
         read = _read(inputs)
         args = ScanArgs(
             **_input_args(read, options),
@@ -98,9 +101,27 @@ class CpuScan(KernelBackend):
 
 def saved_states_shape(
     batch: int, length: int, states: int, channels: int
-) -> tuple[int, int, int, int]:
-    """Shape of the states before all chunks but the first (chunks - 1, B, N, D)."""
-    return (-(-length // library.chunk_length()) - 1, batch, states, channels)
+) -> tuple[int]:
+    """Shape of memory for the states before all chunks but the first.
+
+    There are (chunks - 1) of them, (B, N, D) each. It is one axis that is never 0 or 1:
+    torch asks of tensors whether they have such an axis, and a graph would serve either
+    maps of one chunk or larger ones, not both.
+    """
+    return (length // library.chunk_length() * batch * states * channels + 2,)
+
+
+def clear_unused(saved: Tensor, scans: int, size: tuple[int, int, int, int]) -> None:
+    """Zero the memory of saved states that the kernels do not write.
+
+    Args:
+        saved: (..., M), on its last axis the states of so many scans.
+        scans: How many.
+        size: Batch, length, states and channels.
+    """
+    batch, length, states, channels = size
+    chunks = -(-length // library.chunk_length())
+    saved[..., scans * (chunks - 1) * batch * states * channels :].zero_()
 
 
 def _read(inputs: ScanInputs) -> ScanInputs:

@@ -13,6 +13,7 @@ from mmvssm.ops.cpu import library
 from mmvssm.ops.cpu.library import Ss2dArgs
 from mmvssm.ops.kernel_args import pointer
 from mmvssm.ops.scan_orders import KernelOrders
+from mmvssm.ops.selective_scan.cpu_backend import clear_unused, saved_states_shape
 from mmvssm.ops.ss2d_scan.declaration import (
     FusedSs2d,
     KernelInputs,
@@ -33,18 +34,19 @@ class CpuSs2d(FusedSs2d):
     def states_shape(
         self, batch: int, positions: int, states: int, channels: int
     ) -> tuple[int, ...]:
-        """Shape of the states before all chunks but the first."""
-        # Two axes only. Of a tensor with four or five, torch checks whether it is
-        # channels-last, which depends on whether it is empty: a compiled graph would
-        # serve either maps of one chunk or larger ones, not both.
-        chunks = -(-positions // library.chunk_length())
-        return (chunks - 1, batch * states * channels)
+        """Shape of memory for the states before all chunks but the first."""
+        return saved_states_shape(batch, positions, states, channels)
 
     def forward(self, inputs: Ss2dInputs, options: Ss2dOptions, keep: bool) -> Result:
         """See :func:`mmvssm.ops.ss2d_scan`."""
         orders = walked_orders(inputs, options)
         read = KernelInputs.of(inputs, options, self.dtypes)
         states = self.states_like(inputs, orders) if keep else None
+        if states is not None:
+            batch, channels, height, width = inputs.x.shape
+            size = batch, orders.positions(height * width), inputs.A.shape[1], channels
+            # The kernel writes the states of all scans one after the other.
+            clear_unused(states.view(-1), len(orders.routes), size)
         out = torch.empty_like(read.x)
         args = _args(read, orders, out=out, saved=states)
         has_nan = library.kernel('ss2d_forward')(byref(args), library.parallel_for())
