@@ -146,7 +146,7 @@ def test_a_file_runs_without_torch_and_this_package(dynamic, tmp_path):
 @pytest.mark.parametrize(
     'name, form',
     [
-        *[('vmamba', 'unrolled'), ('vim', 'unrolled'), ('mlla', 'unrolled')],
+        *[('vmamba', 'unrolled'), ('vim', 'unrolled')],
         *[('vmamba', 'function'), ('mambar', 'function')],
     ],
 )

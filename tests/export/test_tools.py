@@ -88,11 +88,11 @@ def here(monkeypatch, *args):
 
 @pytest.fixture(scope='module')
 def segmentor(work):
-    """The config's segmentor, with any size, and what the tool printed."""
+    """The config's segmentor, for its images, and what the tool printed."""
     output = run(
         'export.py',
         *('tiny.py', '--checkpoint', 'tiny.pth', '--out', 'made/seg.onnx'),
-        *('--size', 64, '--dynamic', 'size', '--normalise'),
+        *('--size', 64, 80, '--dynamic', 'batch', '--normalise'),
         *('--images', 'ade/images/validation/0.jpg'),
         cwd=work,
     )
@@ -101,9 +101,9 @@ def segmentor(work):
 
 def test_what_is_printed(segmentor):
     file, output = segmentor
-    assert 'tiny.py with tiny.pth, images of 64x64' in output
+    assert 'tiny.py with tiny.pth, images of 64x80' in output
     assert re.search(r'seg\.onnx: \d+ nodes, \d+\.\d MiB', output)
-    assert re.search(r'onnxruntime +random +1x3x64x64', output)
+    assert re.search(r'onnxruntime +random +3x3x64x80', output)
     assert re.search(r'onnxruntime +0\.jpg +1x3x64x80', output)
     assert re.search(r'one thread: pytorch \d+\.\d ms, onnxruntime \d', output)
     assert [path.name for path in file.parent.iterdir()] == ['seg.onnx']
