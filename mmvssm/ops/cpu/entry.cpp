@@ -42,11 +42,8 @@ const Kernels* find_kernels(int32_t isa) {
   }
 }
 
-// parallel_for of torch's stable C interface; null where torch has none.
-typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain,
-                               RangeFunction function, void* context);
-
-// `pool` is where the ParallelFor is.
+// Threads on which torch computes: `pool` is where its ParallelFor is, which is null
+// where torch has none.
 static void run_on_torch(void* pool, int64_t items, RangeFunction function,
                          void* context) {
   const ParallelFor parallel_for = *(const ParallelFor*)pool;

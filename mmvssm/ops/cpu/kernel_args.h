@@ -126,6 +126,10 @@ struct Threads {
   void* pool;
 };
 
+// parallel_for of torch's stable C interface.
+typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain,
+                               RangeFunction function, void* context);
+
 enum Status : int32_t { kDone = 0, kFoundNaN = 1, kOutOfMemory = 2 };
 
 // The kernels of one instruction set.
