@@ -18,12 +18,11 @@
 
 #include "kernel_args.h"
 
-typedef int32_t (*ParallelFor)(int64_t, int64_t, int64_t, mmvssm::RangeFunction, void*);
-
 extern "C" {
 int32_t mmvssm_lanes(int32_t isa);
 #define MMVSSM_KERNEL(name, Args) \
-  int32_t mmvssm_##name(int32_t isa, const mmvssm::Args* args, ParallelFor);
+  int32_t mmvssm_##name(int32_t isa, const mmvssm::Args* args, \
+                        mmvssm::ParallelFor);
 MMVSSM_KERNEL(scan_forward, ScanArgs)
 MMVSSM_KERNEL(ss2d_forward, Ss2dArgs)
 MMVSSM_KERNEL(pair_forward, PairArgs)
