@@ -1,5 +1,7 @@
 """Runs an exported file where it will run, and compares it with PyTorch."""
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,17 +80,53 @@ def _onnxruntime(
     return lambda image: session.run(None, {name: image})
 
 
+class SignalStack(ctypes.Structure):
+    """Linux's ``stack_t``: the stack on which a thread handles signals."""
+
+    _fields_ = [
+        ('pointer', ctypes.c_void_p),
+        ('flags', ctypes.c_int),
+        ('size', ctypes.c_size_t),
+    ]
+
+    @classmethod
+    def of_this_thread(cls) -> 'SignalStack':
+        """The one that is set; its flags are 2 if there is none."""
+        found = cls()
+        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+        return found
+
+
+@contextmanager
+def same_signal_stack() -> Iterator[None]:
+    """Put back the signal stack, which OpenVINO replaces by memory of its own.
+
+    Once that memory is gone the next signal, such as SIGTERM, would end the process
+    whatever its handler.
+    """
+    if sys.platform != 'linux':
+        yield
+        return
+    before = SignalStack.of_this_thread()
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(before), None)
+
+
 def _openvino(
     file: str | Path, threads: int
 ) -> Callable[[np.ndarray], list[np.ndarray]]:
     core = require('openvino').Core()
     # In bfloat16, which it takes by itself on some processors, nothing is exact.
     settings = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': threads}
-    model = core.compile_model(core.read_model(str(file)), 'CPU', settings)
-    request = model.create_infer_request()
+    with same_signal_stack():
+        model = core.compile_model(core.read_model(str(file)), 'CPU', settings)
+        request = model.create_infer_request()
 
     def run(image: np.ndarray) -> list[np.ndarray]:
-        found = request.infer([image])
+        with same_signal_stack():
+            found = request.infer([image])
         return [np.array(found[output]) for output in model.outputs]
 
     return run

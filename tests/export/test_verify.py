@@ -1,5 +1,7 @@
 """The check of what was exported: what it tries, what it refuses, what it says."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -188,3 +190,14 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnx', None)
     with pytest.raises(ExportError, match=r'pip install "mmvssm\[export\]"'):
         to_onnx(Small().eval(), 'x.onnx', 32)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='it is of Linux')
+def test_runtimes_leave_the_stack_of_signals(tmp_path):
+    """On OpenVINO's own, which it frees, a signal ends the process."""
+    pytest.importorskip('openvino')
+    before = verify.SignalStack.of_this_thread()
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten()).eval()
+    to_onnx(model, tmp_path / 'model.onnx', 16, runtimes=['openvino'], rounds=1)
+    after = verify.SignalStack.of_this_thread()
+    assert (before.pointer, before.flags) == (after.pointer, after.flags)
