@@ -234,7 +234,8 @@ def _cuda_kernels() -> dict[str, str]:
     found = {'compiled into': str(cache_folder())}
     try:
         compiler = kernels.compiler()
-        found['NVRTC'] = f'{compiler.version}, {compiler.path}'
+        # Without its folder: reports and results are passed on.
+        found['NVRTC'] = f'{compiler.version}, {Path(compiler.path).name}'
     except (OSError, RuntimeError) as error:
         return found | {'NVRTC': f'cannot be used: {error}'}
     if torch.version.cuda is not None and torch.cuda.is_available():

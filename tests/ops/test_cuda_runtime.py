@@ -321,7 +321,7 @@ def test_environment_report(gpu, monkeypatch):
     )
     monkeypatch.setattr(kernels, 'compiler', lambda: compiler)
     found = collect_env._cuda_kernels()
-    assert found['NVRTC'] == '13.0, /nvrtc'
+    assert found['NVRTC'] == '13.0, nvrtc'
     assert found['GPU 0'] == 'compute capability 9.0, gets sm_90'
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert collect_env._cuda_kernels()['GPU'] == 'none that torch can use'
