@@ -321,7 +321,10 @@ def build_proto(
     proto.producer_name = DOMAIN
     proto.producer_version = _versions()['mmvssm']
     onnx.checker.check_model(proto, full_check=True)
-    foreign = {node.domain for node in _all_nodes(proto.graph.node)} - {'', 'ai.onnx'}
+    foreign = {node.domain for node in checks.all_nodes(proto.graph.node)} - {
+        '',
+        'ai.onnx',
+    }
     if form != 'function' and foreign:
         raise ExportError(f'there are operators of {sorted(foreign)} left in the file')
     return Built(proto, layers, traced)
@@ -371,13 +374,6 @@ def _name_dimensions(proto: Any, dynamic: Sequence[str]) -> None:
                 dim.dim_param = re.sub(
                     r'\w+', lambda word: known.get(word[0], word[0]), dim.dim_param
                 )
-
-
-def _all_nodes(nodes: Iterable) -> Iterator:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            yield from _all_nodes(attribute.g.node)
 
 
 def _save(proto: Any, file: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mmvssm.export.verify import load_images
+from mmvssm.export.verify import all_nodes, load_images
 from mmvssm.export.wrappers import ImageModel
 
 _LAYERS = ('Conv', 'ConvTranspose', 'MatMul', 'Gemm')
@@ -85,18 +85,11 @@ def to_float16(proto: Any, names: Iterable[str]) -> Any:
 
 def _drop_unused(proto: Any) -> None:
     """Drop initializers that no node reads."""
-    used = {name for node in _all_nodes(proto.graph.node) for name in node.input}
+    used = {name for node in all_nodes(proto.graph.node) for name in node.input}
     used |= {output.name for output in proto.graph.output}
     kept = [x for x in proto.graph.initializer if x.name in used]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
-
-
-def _all_nodes(nodes: Iterable) -> Iterator:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            yield from _all_nodes(attribute.g.node)
 
 
 def to_int8(

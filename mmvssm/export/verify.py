@@ -1,7 +1,5 @@
 """Runs an exported file where it will run, and compares it with PyTorch."""
 
-import ctypes
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from torch import nn
 
 from mmvssm.export.errors import DifferenceError, ExportError
 from mmvssm.export.library import onnx_library
+from mmvssm.export.signal_stack import same_signal_stack
 from mmvssm.export.wrappers import ImageModel, Segmentor
 from mmvssm.ops import BackendUnavailableError
 
@@ -78,40 +77,6 @@ def _onnxruntime(
     )
     name = session.get_inputs()[0].name
     return lambda image: session.run(None, {name: image})
-
-
-class SignalStack(ctypes.Structure):
-    """Linux's ``stack_t``: the stack on which a thread handles signals."""
-
-    _fields_ = [
-        ('pointer', ctypes.c_void_p),
-        ('flags', ctypes.c_int),
-        ('size', ctypes.c_size_t),
-    ]
-
-    @classmethod
-    def of_this_thread(cls) -> 'SignalStack':
-        """The one that is set; its flags are 2 if there is none."""
-        found = cls()
-        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
-        return found
-
-
-@contextmanager
-def same_signal_stack() -> Iterator[None]:
-    """Put back the signal stack, which OpenVINO replaces by memory of its own.
-
-    Once that memory is gone the next signal, such as SIGTERM, would end the process
-    whatever its handler.
-    """
-    if sys.platform != 'linux':
-        yield
-        return
-    before = SignalStack.of_this_thread()
-    try:
-        yield
-    finally:
-        ctypes.CDLL(None).sigaltstack(ctypes.byref(before), None)
 
 
 def _openvino(
@@ -556,10 +521,15 @@ def describe(file: str | Path) -> tuple[int, int, int]:
 
 def count_nodes(nodes: Iterable) -> int:
     """Number of nodes of a graph, and of those inside of loops and branches."""
-    total = 0
+    return sum(1 for _ in all_nodes(nodes))
+
+
+def all_nodes(nodes: Iterable) -> Iterator:
+    """Nodes of a graph, and those inside of loops and branches."""
     for node in nodes:
-        total += 1 + sum(count_nodes(attribute.g.node) for attribute in node.attribute)
-    return total
+        yield node
+        for attribute in node.attribute:
+            yield from all_nodes(attribute.g.node)
 
 
 def _times(

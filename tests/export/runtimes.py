@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mmvssm import onnx_library
-from mmvssm.export.verify import same_signal_stack
+from mmvssm.export.signal_stack import same_signal_stack
 
 WHY = 'this needs pip install mmvssm[export]'
 onnx = pytest.importorskip('onnx', reason=WHY)

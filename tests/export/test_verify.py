@@ -9,6 +9,7 @@ from torch import nn
 
 from export.models import classifier
 from mmvssm.export import DifferenceError, ExportError, to_onnx, verify
+from mmvssm.export.signal_stack import SignalStack
 from mmvssm.export.wrappers import wrap
 
 onnx = pytest.importorskip('onnx')
@@ -196,8 +197,8 @@ def test_a_missing_package_is_named(monkeypatch):
 def test_runtimes_leave_the_stack_of_signals(tmp_path):
     """On OpenVINO's own, which it frees, a signal ends the process."""
     pytest.importorskip('openvino')
-    before = verify.SignalStack.of_this_thread()
+    before = SignalStack.of_this_thread()
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten()).eval()
     to_onnx(model, tmp_path / 'model.onnx', 16, runtimes=['openvino'], rounds=1)
-    after = verify.SignalStack.of_this_thread()
+    after = SignalStack.of_this_thread()
     assert (before.pointer, before.flags) == (after.pointer, after.flags)
