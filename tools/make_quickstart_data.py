@@ -1,4 +1,4 @@
-"""Make the small data set that the quickstart trains on."""
+"""Make the small data set that a quickstart trains on."""
 
 import argparse
 from functools import partial
@@ -8,7 +8,11 @@ from tqdm import tqdm
 from mmvssm.datasets import make_quickstart_dataset
 from mmvssm.datasets.layouts import LAYOUTS, SUFFIXES
 
-ROOTS = {'ade20k': 'data/quickstart', 'coco': 'data/quickstart_coco'}
+ROOTS = {
+    'ade20k': 'data/quickstart',
+    'coco': 'data/quickstart_coco',
+    'imagenet': 'data/quickstart_cls',
+}
 FOUR_BANDS = '_four_bands'
 
 
@@ -18,11 +22,22 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        '--layout', default='ade20k', choices=LAYOUTS, help='layout of the files'
+        '--layout',
+        default='ade20k',
+        choices=LAYOUTS,
+        help='layout of the files: label maps, objects, or a folder for each class',
+    )
+    parser.add_argument(
+        '--classification',
+        dest='layout',
+        action='store_const',
+        const='imagenet',
+        default=argparse.SUPPRESS,
+        help='the same as --layout imagenet',
     )
     parser.add_argument(
         '--root',
-        help='folder to make (default: data/quickstart or data/quickstart_coco, with '
+        help=f'folder to make (default: {", ".join(ROOTS.values())}, with '
         f'{FOUR_BANDS} at the end where there are four)',
     )
     parser.add_argument(

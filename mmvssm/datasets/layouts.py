@@ -1,4 +1,4 @@
-"""File layouts of the quickstart's scenes: that of ADE20K and that of COCO."""
+"""File layouts of the quickstart's scenes: those of ADE20K, COCO and ImageNet."""
 
 import json
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from mmvssm.datasets.scenes import (
     Scene,
     random_crowded_scene,
     random_heights,
+    random_object_scene,
     random_scene,
 )
 
@@ -214,7 +215,75 @@ class CocoLayout:
         )
 
 
-LAYOUTS = {'ade20k': Ade20kLayout, 'coco': CocoLayout}
+class ImageNetLayout:
+    """A folder of images for each class.
+
+    ::
+
+        root/
+          {train,val}/checked_triangle/*.jpg        *.tif with four bands
+          {train,val}/dotted_cross/*.jpg
+          ...
+
+    The class of an image is that of its large object. It is not alone: the smaller ones
+    are of other classes. All classes have equally many images, or one more.
+
+    Args:
+        bands (int): 3 for colour photos, 4 for these and a band of heights. Defaults to
+            3.
+    """
+
+    generator = 'mmvssm quickstart data, ImageNet'
+    version = 1
+    # In the order of the folders' names, which numbers the classes.
+    classes, palette = zip(*sorted(zip(OBJECT_NAMES, OBJECT_PALETTE)))
+    # The names of the folders are the labels.
+    images = labels = '{train,val}/CLASS'
+    folders = dict(zip(SPLITS, ('train', 'val')))
+
+    def __init__(self, bands: int = 3):
+        self.bands = bands
+
+    def start(self, root: Path) -> None:
+        """Make the folders."""
+        for folder in self.folders.values():
+            for name in OBJECT_NAMES:
+                root.joinpath(folder, class_folder(name)).mkdir(parents=True)
+
+    def write_sample(
+        self,
+        root: Path,
+        split: str,
+        index: int,
+        regions: tuple[PhotoRegion, ...],
+        size: int,
+        rng: np.random.Generator,
+    ) -> None:
+        """Write one image, with sensor noise, into the folder of its class."""
+        kind = index % len(OBJECT_CLASSES)
+        canvas = random_canvas(index, size, rng)
+        scene = random_object_scene(kind + BACKGROUND + 1, regions, *canvas, rng)
+        folder = self.folders[split]
+        name = root / folder / class_folder(OBJECT_NAMES[kind])
+        save_image(scene, name / f'{folder}_{index:05d}', rng, self.bands)
+
+    def finish(self, root: Path) -> None:
+        """Nothing is left to write."""
+
+    def is_whole(self, root: Path, counts: Mapping[str, int]) -> bool:
+        """Whether no file is missing."""
+        return all(
+            len(list(root.glob(f'{folder}/*/*{SUFFIXES[self.bands]}'))) == counts[split]
+            for split, folder in self.folders.items()
+        )
+
+
+LAYOUTS = {'ade20k': Ade20kLayout, 'coco': CocoLayout, 'imagenet': ImageNetLayout}
+
+
+def class_folder(name: str) -> str:
+    """Name of the folder of a class."""
+    return name.replace(' ', '_')
 
 
 def random_canvas(index: int, size: int, rng: np.random.Generator) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Makes a small data set for segmentation or for detection."""
+"""Makes a small data set for segmentation, detection or classification."""
 
 import json
 import os
@@ -52,7 +52,9 @@ def make_quickstart_dataset(
             does. Defaults to iter.
         layout (str): ``'ade20k'``: images and label maps, see
             :class:`~mmvssm.datasets.layouts.Ade20kLayout`. ``'coco'``: images and
-            objects, see :class:`~mmvssm.datasets.layouts.CocoLayout`. Both also have
+            objects, see :class:`~mmvssm.datasets.layouts.CocoLayout`. ``'imagenet'``:
+            a folder of images for each class, see
+            :class:`~mmvssm.datasets.layouts.ImageNetLayout`. All also have
             ``meta.json`` with classes, palette and settings. Defaults to 'ade20k'.
         bands (int): 3 for JPEG photos. 4 for TIFF files with a fourth band after red,
             green and blue: how high things are, see

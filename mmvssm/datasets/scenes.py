@@ -428,6 +428,45 @@ def random_crowded_scene(
     return Scene(background, tuple(objects)), tuple(instances)
 
 
+def random_object_scene(
+    category: int,
+    regions: tuple[PhotoRegion, ...],
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+) -> Scene:
+    """Compose a scene of one large object, and at most two small ones of other classes.
+
+    The large one has at least twice the area of a small one.
+
+    Args:
+        category (int): Label of the large object's class, 2 to
+            ``len(OBJECT_CLASSES) + 1``.
+        regions (tuple[PhotoRegion, ...]): Where background, colours and
+            grain may come from.
+        height (int): Height in pixels.
+        width (int): Width in pixels.
+        rng (numpy.random.Generator): The only source of randomness.
+
+    Returns:
+        Scene: The scene.
+    """
+    background = random_patch(regions, height, width, rng)
+    shorter = min(height, width)
+    centre = rng.uniform(0.25, 0.75, size=2) * (width, height)
+    placed = [(category, centre, shorter * rng.uniform(0.34, 0.48))]
+    side = shorter * rng.uniform(0.16, 0.24)
+    for spot in _free_spots([placed[0][1:]], height, width, side, rng):
+        step = int(rng.integers(1, len(OBJECT_CLASSES)))
+        other = (category - BACKGROUND - 1 + step) % len(OBJECT_CLASSES)
+        placed.append((other + BACKGROUND + 1, spot, side))
+    objects = [
+        random_object(*item, random_patch(regions, height, width, rng), rng)
+        for item in placed
+    ]
+    return Scene(background, tuple(objects))
+
+
 def random_heights(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """How high things are above the lowest point, as a laser scanner sees them.
 
