@@ -1,4 +1,4 @@
-# Everything from a bare clone: `make quickstart`, `make test`.
+# Everything from a bare clone: `make quickstart`, `make test`, `make test-vision`.
 #
 # Variables: PYTHON (3.10 to 3.12) makes the virtual environment VENV. CONFIG is
 # another quickstart, such as configs/upernet_vim_quickstart.py, and ITERATIONS fixes
@@ -20,6 +20,7 @@ INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.mmvssm-installed
 DET_STAMP := $(VENV)/.mmvssm-detection-installed
 DETECTION ?= 1
+PINS := requirements/pins.txt
 KERNELS := mmvssm/ops/cpu
 
 .PHONY: help
@@ -29,15 +30,29 @@ help: ## Show this list.
 .PHONY: install
 install: $(STAMP) ## Make .venv with the tested stack and this package (editable).
 
-# The sources of the kernels are among them: this compiles the kernels, too.
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard requirements/*.txt) \
-          $(wildcard $(KERNELS)/*.h $(KERNELS)/*.cpp)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	    echo "error: $(PYTHON) is missing or older than 3.10 ($$($(PYTHON) -V 2>&1))." \
-	         "Name a newer one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	    echo "error: $(PYTHON) cannot make virtual environments." \
-	         "On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+# What an install depends on. The sources of the kernels are among it: installing
+# compiles the kernels, too.
+SOURCES := pyproject.toml setup.py $(wildcard requirements/*.txt) \
+           $(wildcard $(KERNELS)/*.h $(KERNELS)/*.cpp)
+
+define CHECK_PYTHON
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+    echo "error: $(PYTHON) is missing or older than 3.10 ($$($(PYTHON) -V 2>&1))." \
+         "Name a newer one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+    echo "error: $(PYTHON) cannot make virtual environments." \
+         "On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+endef
+
+define WARN_WITHOUT_KERNELS
+@test -e $(KERNELS)/_kernels.so || \
+    echo 'warning: the CPU kernels were not compiled, so scans on the CPU are' \
+         'many times slower. Put a C++ compiler on the path, then: make -B $(1);' \
+         'MMVSSM_REQUIRE_KERNELS=1 make -B $(1) shows what fails' >&2
+endef
+
+$(STAMP): constraints.txt $(SOURCES)
+	$(CHECK_PYTHON)
 	@echo '==> [1/3] virtual environment $(VENV)'
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	@$(INSTALL) -q 'setuptools>=77' wheel
@@ -50,10 +65,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard requirements/*.txt)
 	@$(RUN) -m pip uninstall -q -y onedl-mmcv
 	@$(INSTALL) --no-deps --no-build-isolation -r requirements/openmmlab.txt
 	@touch $@
-	@test -e $(KERNELS)/_kernels.so || \
-	    echo 'warning: the CPU kernels were not compiled, so scans on the CPU are' \
-	         'many times slower. Put a C++ compiler on the path, then: make -B install;' \
-	         'MMVSSM_REQUIRE_KERNELS=1 make -B install shows what fails' >&2
+	$(call WARN_WITHOUT_KERNELS,install)
 	@echo '==> installed'
 
 .PHONY: install-det
@@ -66,7 +78,7 @@ $(DET_STAMP): $(STAMP) requirements/det.txt requirements/mmdet.txt \
 	@$(INSTALL) -r requirements/det.txt
 	@echo "==> [2/3] mmcv with its ops: 2 to 3 minutes on two cores, once"
 	@$(RUN) requirements/build_mmcv.py build/wheels \
-	    $$(grep ^onedl-mmcv== constraints.txt) -c constraints.txt
+	    $$(grep ^onedl-mmcv== $(PINS)) -c constraints.txt
 	@echo '==> [3/3] mmdetection'
 	@$(RUN) -m pip uninstall -q -y mmcv-lite onedl-mmcv
 	@$(INSTALL) --no-deps --no-build-isolation --find-links build/wheels \
@@ -91,6 +103,39 @@ test: lint $(if $(filter 0,$(DETECTION)),install,install-det) ## Lint, then run 
 	@echo '==> tests'
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
 	    --durations 40
+
+# torchvision is compiled for one torch, and neither backbones nor mmseg and mmdet need
+# it. So what works with it has an environment with a pair of its own.
+VISION := .venv-vision
+RUN_VISION := $(VISION)/bin/python
+INSTALL_VISION := $(RUN_VISION) -m pip install --disable-pip-version-check \
+    -c constraints-vision.txt
+VISION_STAMP := $(VISION)/.mmvssm-installed
+
+.PHONY: install-vision
+install-vision: $(VISION_STAMP) ## Make .venv-vision with torchvision, timm, MMPretrain.
+
+$(VISION_STAMP): constraints-vision.txt $(SOURCES)
+	$(CHECK_PYTHON)
+	@echo '==> [1/3] virtual environment $(VISION)'
+	@test -x $(VISION)/bin/pip || $(PYTHON) -m venv $(VISION)
+	@$(INSTALL_VISION) -q 'setuptools>=77' wheel
+	@echo '==> [2/3] torch, torchvision, timm, segmentation-models-pytorch, this package'
+	@$(INSTALL_VISION) --no-build-isolation -e '.[quickstart]' pytest pytest-xdist \
+	    -r requirements/seg.txt -r requirements/vision.txt
+	@echo '==> [3/3] mmpretrain, mmsegmentation and mmcv-lite'
+	@$(INSTALL_VISION) --no-deps --no-build-isolation -r requirements/openmmlab.txt \
+	    -r requirements/mmpretrain.txt
+	@$(RUN_VISION) -c 'import mmpretrain, mmseg, segmentation_models_pytorch'
+	@touch $@
+	$(call WARN_WITHOUT_KERNELS,install-vision)
+	@echo '==> installed'
+
+.PHONY: test-vision
+test-vision: install-vision ## Run tests/vision with torchvision, timm and MMPretrain.
+	@echo '==> tests with torchvision'
+	@OMP_NUM_THREADS=1 MMVSSM_REQUIRE_VISION=1 $(RUN_VISION) -m pytest -n 2 \
+	    --dist loadfile --durations 20 tests/vision
 
 # The forks have the import names of the originals: they share no environment.
 ORIGINALS := .venv-originals
@@ -150,7 +195,8 @@ format: install ## Sort imports, format, apply ruff's safe fixes.
 	@$(RUN) -m ruff format .
 
 .PHONY: clean
-clean: ## Remove the virtual environment, builds and caches (work_dirs/ and data/ stay).
-	rm -rf $(VENV) $(ORIGINALS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+clean: ## Remove the virtual environments, builds and caches (work_dirs/ and data/ stay).
+	rm -rf $(VENV) $(VISION) $(ORIGINALS) build dist *.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache
 	rm -f $(KERNELS)/_kernels*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
