@@ -1,0 +1,53 @@
+"""Each study on a config of each family."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmvssm.analysis.studies import STUDIES
+from studies import SEGMENTORS, analyze, results_of, write_detector, write_segmentor
+from tiny_det import needs_detection
+
+pytest.importorskip('mmseg')
+
+# What a study needs besides, to be quick.
+MORE = {}
+
+
+@pytest.fixture(scope='module')
+def configs(tmp_path_factory):
+    """Tiny segmentors, by family."""
+    folder = tmp_path_factory.mktemp('configs')
+    return {family: write_segmentor(folder, family) for family in SEGMENTORS}
+
+
+def check(out, study, labels):
+    """Pictures that are no blank sheets, and a JSON file that says what was done."""
+    found = results_of(out, study)
+    assert found['study'] == study
+    assert [model['label'] for model in found['models']] == labels
+    assert set(labels) <= set(found['results'])
+    pictures = sorted(out.glob(f'{study}*.png'))
+    assert pictures
+    for path in pictures:
+        with Image.open(path) as picture:
+            assert np.asarray(picture.convert('L')).std() > 1, path
+    return found
+
+
+@pytest.mark.parametrize('study', STUDIES)
+def test_families_side_by_side(study, configs, tmp_path, monkeypatch):
+    command = [study, '--models', *configs.values(), '--size', 64, 96]
+    command += ['--num-images', 1, '--out-dir', tmp_path, *MORE.get(study, ())]
+    assert analyze(monkeypatch, *command) == 0
+    check(tmp_path, study, list(configs))
+
+
+@needs_detection
+@pytest.mark.parametrize('study', STUDIES)
+def test_detector(study, tmp_path, monkeypatch):
+    path = write_detector(tmp_path)
+    command = [study, '--models', path, '--size', 64, '--num-images', 1]
+    command += ['--out-dir', tmp_path, *MORE.get(study, ())]
+    assert analyze(monkeypatch, *command) == 0
+    check(tmp_path, study, ['detector'])
