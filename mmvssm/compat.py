@@ -193,14 +193,27 @@ def why_no_detection() -> str | None:
     mmdet needs mmcv's compiled ops. mmcv-lite does not have them, and a wheel built for
     another torch cannot load them. Older releases of mmdet assert the version of mmcv.
     """
-    for module, what in (
-        ('mmcv._ext', 'no mmcv with compiled ops'),
-        ('mmdet.models', 'no mmdet that can be imported'),
-    ):
-        try:
-            import_module(module)
-        except (ImportError, AssertionError) as error:
-            return f'{what} ({str(error).splitlines()[0]})'
+    return _why_not('mmcv._ext', 'no mmcv with compiled ops') or _why_not(
+        'mmdet.models', 'no mmdet that can be imported'
+    )
+
+
+def why_no_classification() -> str | None:
+    """Why classifiers of MMPretrain cannot be built here, or None where they can.
+
+    mmpretrain imports torchvision. One built for another torch registers its operators
+    with an error that is no ImportError.
+    """
+    return _why_not('torchvision', 'no torchvision that can be imported') or _why_not(
+        'mmpretrain.models', 'no mmpretrain that can be imported'
+    )
+
+
+def _why_not(module: str, what: str) -> str | None:
+    try:
+        import_module(module)
+    except (ImportError, AssertionError, RuntimeError) as error:
+        return f'{what} ({str(error).splitlines()[0]})'
     return None
 
 

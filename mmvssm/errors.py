@@ -1,4 +1,4 @@
-"""Errors with checkpoints and their downloads."""
+"""Errors with checkpoints and their downloads, and with packages that are missing."""
 
 
 class CheckpointError(RuntimeError):
@@ -22,3 +22,7 @@ class UnsafeCheckpointError(CheckpointError):
 
 class ZooError(CheckpointError):
     """Weights cannot be found, downloaded or verified."""
+
+
+class MissingPackageError(ImportError):
+    """A part needs a package that is not installed or cannot be imported."""

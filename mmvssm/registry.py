@@ -31,7 +31,7 @@ MODELS = Registry(
     scope='mmvssm',
     locations=[
         *('mmvssm.backbones', 'mmvssm.heads', 'mmvssm.layers', 'mmvssm.necks'),
-        'mmvssm.data_preprocessor',
+        *('mmvssm.classification', 'mmvssm.data_preprocessor'),
     ],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(

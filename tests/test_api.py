@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mmvssm
 import mmvssm.export
+from mmvssm import classification
 
 REPO = Path(__file__).parents[1]
 API = Path(__file__).with_name('api.txt')
@@ -60,6 +61,9 @@ def registered():
                 for mark in map(ast.unparse, node.decorator_list):
                     if '.register_module(' in mark:
                         yield f'{mark.partition(".")[0]}: mmvssm.{node.name}'
+    for registry, _, names in classification.PARTS:
+        kind = next(k for k, r in vars(mmvssm.registry).items() if r is registry)
+        yield from (f'{kind}: mmvssm.{name}' for name in names)
 
 
 def flags():

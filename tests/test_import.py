@@ -91,7 +91,11 @@ before, tables_before = look()
 
 import mmvssm
 for name in import_all('mmvssm'):
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in ('mmpretrain', 'timm', 'torchvision'):
+            raise  # These are optional, and modules of their own need them.
 for type_ in ('SafeCheckpointHook', 'PreemptionHook', 'NonFiniteLossHook'):
     HOOKS.build(dict(type='mmvssm.' + type_))
 MORE

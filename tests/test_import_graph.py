@@ -23,7 +23,8 @@ LAYERS = (
         'families',
     ),
     *('backbones', 'data_preprocessor', 'zoo', 'checkpoints', 'builders'),
-    *('pretrained', 'datasets', 'analysis', 'engine', 'analysis.studies', 'export'),
+    *('pretrained', 'datasets', 'analysis', 'engine', 'classification'),
+    *('analysis.studies', 'export'),
     *('collect_env', 'check_gpu'),
 )
 

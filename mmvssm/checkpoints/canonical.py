@@ -14,6 +14,8 @@ from mmvssm.families import Family, recognise
 
 # Names in a family's record for parts outside the backbone.
 _OTHER_PARTS = ('classifier.', 'neck.')
+# In a classifier of MMPretrain the head is behind another name.
+_MMPRETRAIN_HEAD = 'head.classifier.'
 _SEGMENTOR_HEADS = ('decode_head.', 'auxiliary_head.')
 _DETECTOR_HEADS = (
     *('rpn_head.', 'roi_head.', 'bbox_head.', 'mask_head.'),
@@ -182,7 +184,9 @@ def split_keys(
 
     ``'module.backbone.layers...'`` with the prefix ``'module.backbone.'``
     gives ``'layers...'``; then ``'module.decode_head...'`` beside it gives
-    ``'decode_head...'``. In files of detectron2 the prefix is ``'backbone.net.'``.
+    ``'decode_head...'``. In files of detectron2 the prefix is ``'backbone.net.'``. The
+    head of a classifier of MMPretrain, ``'head.classifier...'``, gives
+    ``'classifier...'``.
     """
     outer = prefix.removesuffix('net.').removesuffix('backbone.')
     own, foreign = {}, {}
@@ -190,7 +194,10 @@ def split_keys(
         if key.startswith(prefix):
             own[key.removeprefix(prefix)] = key
         else:
-            foreign[key.removeprefix(outer)] = key
+            short = key.removeprefix(outer)
+            if short.startswith(_MMPRETRAIN_HEAD):
+                short = short.removeprefix('head.')
+            foreign[short] = key
     return own, foreign
 
 

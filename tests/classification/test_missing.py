@@ -1,0 +1,29 @@
+"""Parts of classifiers where MMPretrain is not installed."""
+
+import pytest
+from mmengine.registry import MODELS
+
+from mmvssm import classification
+from mmvssm.compat import why_no_classification
+from mmvssm.errors import MissingPackageError
+
+pytestmark = pytest.mark.skipif(
+    why_no_classification() is None, reason='MMPretrain is installed'
+)
+
+
+@pytest.mark.parametrize('name', classification.__all__)
+def test_a_part_says_what_to_install(name):
+    with pytest.raises(MissingPackageError) as error:
+        MODELS.build(dict(type=f'mmvssm.{name}'))
+    text = str(error.value)
+    assert text.startswith(f'mmvssm.{name} is a part of a classifier of MMPretrain')
+    assert 'make install-vision' in text and '\n' not in text
+    with pytest.raises(MissingPackageError):
+        getattr(classification, name)
+
+
+def test_other_parts_are_built():
+    assert MODELS.build(
+        dict(type='mmvssm.VSSM', arch=dict(depths=(1,), dims=8), out_indices=(0,))
+    )
