@@ -4,12 +4,13 @@
 """
 
 from mmvssm.zoo.download import HF_SCHEME, fetch, is_address, path_of, verify
-from mmvssm.zoo.table import SCHEME, TABLE, Weights, find, of_config
+from mmvssm.zoo.table import SCHEME, TABLE, Crop, Weights, find, of_config
 
 __all__ = [
     'HF_SCHEME',
     'SCHEME',
     'TABLE',
+    'Crop',
     'Weights',
     'fetch',
     'find',

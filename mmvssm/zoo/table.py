@@ -14,8 +14,38 @@ from mmvssm.errors import ZooError
 
 SCHEME = 'mmvssm://'
 
-_CROP_875 = 'shorter side to 256, bicubic, centre crop of 224 (crop ratio 0.875)'
-_CROP_1 = 'resized to 224, bicubic, no crop (crop ratio 1)'
+
+@dataclass(frozen=True)
+class Crop:
+    """The square that a classifier sees of a test image.
+
+    Attributes:
+        size: Its side in pixels.
+        ratio: Of that side to the shorter side of the resized image.
+        interpolation: Of the resizing.
+    """
+
+    size: int
+    ratio: float
+    interpolation: str = 'bicubic'
+
+    @property
+    def resized(self) -> int:
+        """Shorter side of the resized image in pixels."""
+        return int(self.size / self.ratio)
+
+    def __str__(self) -> str:
+        ratio = f'(crop ratio {self.ratio:g})'
+        if self.ratio == 1:
+            return f'resized to {self.size}, {self.interpolation}, no crop {ratio}'
+        return (
+            f'shorter side to {self.resized}, {self.interpolation}, centre crop of '
+            f'{self.size} {ratio}'
+        )
+
+
+_CROP_875 = Crop(224, 0.875)
+_CROP_1 = Crop(224, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +62,7 @@ class Weights:
             ``'model_ema'``; None if that is not known.
         metrics: Published figures.
         evaluation: How they were measured.
+        crop: Of the test images of a classifier; None if that is not published.
         licence: Of the weights, or ``'none stated'``.
         configs: Configs whose whole model this is.
         megabytes: Size, where known. Files of Vim hold averaged weights (EMA) and the
@@ -50,6 +81,7 @@ class Weights:
     metrics: Mapping[str, float]
     evaluation: str
     licence: str
+    crop: Crop | None = None
     configs: tuple[str, ...] = ()
     megabytes: float | None = None
     sha256: str | None = None
@@ -82,6 +114,7 @@ def _vmamba_classifier(
         copy='model',
         metrics={'top-1': top_1},
         evaluation=f'{_CROP_875}; float16 autocast',
+        crop=_CROP_875,
         licence=_VMAMBA_LICENCE,
         note=note,
     )
@@ -309,6 +342,7 @@ def _vim_classifier(
         copy=copy,
         metrics=metrics,
         evaluation=f'{_CROP_875}; float32',
+        crop=_CROP_875,
         licence=_VIM_LICENCE,
         megabytes=megabytes,
         note=note,
@@ -394,6 +428,7 @@ def _mambar_classifier(model: str, size: str, top_1: float, note: str = '') -> W
         copy='model',
         metrics={'top-1': top_1},
         evaluation=f'{_CROP_1}; bfloat16 autocast',
+        crop=_CROP_1,
         licence='none stated',
         note=note,
     )
@@ -440,6 +475,7 @@ def _mlla_classifier(
         copy=None,
         metrics={'top-1': top_1},
         evaluation=f'{_CROP_875}; float32',
+        crop=_CROP_875,
         licence=_MLLA_LICENCE,
         note=note,
     )

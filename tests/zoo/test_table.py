@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 import mmvssm
 from mmvssm.errors import ZooError
-from mmvssm.zoo import TABLE, find, of_config
+from mmvssm.zoo import TABLE, Crop, find, of_config
 from tiny import REPO
 
 ROWS = list(TABLE.values())
@@ -31,6 +31,21 @@ def test_row(row):
         assert not row.configs
     else:
         assert row.name == row.configs[0]
+
+
+def test_crops_of_test_images():
+    """Those of the published evaluation scripts."""
+    for row in ROWS:
+        if row.kind != 'classifier' or row.url is None:
+            assert row.crop is None
+            continue
+        assert (row.crop.size, row.crop.interpolation) == (224, 'bicubic')
+        whole = row.model.startswith('mambar')
+        assert row.crop.resized == (224 if whole else 256)
+        assert row.evaluation.startswith(f'{row.crop}; ')
+        assert ('no crop' in str(row.crop)) == whole
+    assert Crop(384, 0.9, 'bilinear').resized == 426
+    assert '426, bilinear, centre crop of 384' in str(Crop(384, 0.9, 'bilinear'))
 
 
 def test_files_and_addresses_are_unique():
