@@ -158,6 +158,30 @@ def models() -> list[tuple[str, Family, str]]:
     )
 
 
+def family_of(backbone: nn.Module) -> Family | None:
+    """The family whose class a backbone is of, or None."""
+    return next((f for f in families() if isinstance(backbone, f.backbone)), None)
+
+
+def layer_depths(family: Family, names: Iterable[str]) -> tuple[dict[str, int], int]:
+    """How deep every parameter of a backbone is.
+
+    Args:
+        family: Its family.
+        names: Names of all of its parameters.
+
+    Returns:
+        Depth by name: 0 for the stem, 1 + i for block i, n + 1 for what comes behind
+        the n blocks; and n + 1.
+    """
+    places = {name: family.depth(name) for name in names}
+    # The stem is the empty tuple; what comes behind the blocks has no place.
+    blocks = sorted({place for place in places.values() if place})
+    order = {(): 0, **{place: i + 1 for i, place in enumerate(blocks)}}
+    last = len(blocks) + 1
+    return {name: order.get(place, last) for name, place in places.items()}, last
+
+
 @dataclass(frozen=True)
 class Recognised:
     """The family of a state dict.

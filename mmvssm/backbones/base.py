@@ -1,7 +1,7 @@
 """Code that the backbones of all families share."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from mmvssm.backbones.padding import masked_maps
 from mmvssm.errors import CheckpointError
+from mmvssm.families import family_of, layer_depths
 from mmvssm.layers import resize_position
 from mmvssm.ops import autocast
 
 # Loads a checkpoint into a module and returns a report. mmvssm.checkpoints imports this
 # file and sets this function.
 _load_pretrained: Callable[..., Any] | None = None
+# Converts a state dict on its way into a classifier of MMPretrain.
+_convert_state: Callable[..., Any] | None = None
 
 
 def set_pretrained_loader(load: Callable[..., Any]) -> None:
@@ -28,6 +31,17 @@ def set_pretrained_loader(load: Callable[..., Any]) -> None:
     """
     global _load_pretrained
     _load_pretrained = load
+
+
+def set_state_converter(convert: Callable[..., Any]) -> None:
+    """Set the function behind ``_checkpoint_filter`` of backbones.
+
+    Args:
+        convert: Takes the backbone, a state dict to change in place, and the prefix of
+            the classifier in it.
+    """
+    global _convert_state
+    _convert_state = convert
 
 
 class Backbone(BaseModule):
@@ -52,6 +66,7 @@ class Backbone(BaseModule):
     ):
         super().__init__(init_cfg)
         self.mask_padding = mask_padding
+        self._depths: tuple[dict[str, int], int] | None = None
 
     def forward(
         self, x: Tensor, img_shapes: Sequence[Sequence[int]] | None = None
@@ -112,6 +127,44 @@ class Backbone(BaseModule):
     def map_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """Height and width of each map, of an image of whole patches."""
         raise NotImplementedError
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """How deep a parameter is, for MMPretrain's layer-wise learning rates.
+
+        Args:
+            param_name: Its name in the whole model.
+            prefix: What precedes the names of the backbone there: ``'backbone.'``.
+
+        Returns:
+            0 for the stem, 1 + i for block i, n + 1 for what comes behind the n
+            blocks; and n + 2.
+
+        Raises:
+            NotImplementedError: The backbone is of no registered family.
+        """
+        if self._depths is None:
+            family = family_of(self)
+            if family is None:
+                raise NotImplementedError(
+                    f'{type(self).__name__} is the backbone of no family that '
+                    'mmvssm.register_family knows, so its blocks are not known'
+                )
+            names = [name for name, _ in self.named_parameters()]
+            self._depths = layer_depths(family, names)
+        depths, last = self._depths
+        # Without the prefix it is a part of the neck or the head.
+        inside = param_name.startswith(prefix)
+        name = param_name.removeprefix(prefix)
+        return depths.get(name, last) if inside else last, last + 1
+
+    def _checkpoint_filter(
+        self, state_dict: MutableMapping[str, Tensor], prefix: str, *_: Any
+    ) -> None:
+        """Let a classifier of MMPretrain load published files, in place.
+
+        Its ``ImageClassifier`` calls this for all that is loaded into it.
+        """
+        _convert_state(self, state_dict, prefix)
 
     def init_weights(self) -> None:
         """Apply ``init_cfg``.

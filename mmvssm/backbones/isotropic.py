@@ -35,6 +35,7 @@ ARCH_DEFAULTS = dict(
 )
 _FEATURES = ('hidden', 'residual')
 _LAST = ('none', 'add', 'norm')
+_OUT_TYPES = ('featmap', 'cls_token', 'avg_featmap')
 
 
 class PatchEmbed(nn.Module):
@@ -73,7 +74,7 @@ class IsotropicMamba(Backbone):
             stored for the grid of patches of this size.
         in_channels, out_indices, frozen_stages, with_cp, drop_path_rate,
             average, residual_in_fp32, feature, last_layer_process,
-            return_tokens, classification, init_cfg, mask_padding: See
+            return_tokens, classification, out_type, init_cfg, mask_padding: See
             :class:`Vim`.
     """
 
@@ -95,6 +96,7 @@ class IsotropicMamba(Backbone):
         last_layer_process: str,
         return_tokens: bool,
         classification: bool,
+        out_type: str | None,
         init_cfg: dict | list[dict] | None,
         mask_padding: bool = False,
     ):
@@ -104,6 +106,9 @@ class IsotropicMamba(Backbone):
         self.depth = depth
         check_choice('feature', feature, _FEATURES)
         check_choice('last_layer_process', last_layer_process, _LAST)
+        if out_type is not None:
+            _check_out_type(out_type, return_tokens, mask_padding)
+        self.out_type = out_type
         if classification:
             out_indices, last_layer_process = (depth - 1,), 'norm'
         if drop_path_rate is None:
@@ -174,7 +179,8 @@ class IsotropicMamba(Backbone):
 
         Returns:
             One (B, C, H', W') map for each entry of ``out_indices``, contiguous, all of
-            one size. With ``return_tokens``, pairs of a map and the tokens (B, n, C).
+            one size. With ``return_tokens``, pairs of a map and the tokens (B, n, C);
+            with some ``out_type``, features (B, C).
         """
         self.check_images(x)
         x = self.patch_embed(x)
@@ -240,10 +246,15 @@ class IsotropicMamba(Backbone):
         self, x: torch.Tensor, size: tuple[int, int], positions: Sequence[int]
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         patches, tokens = split_tokens(x, positions)
+        if self.out_type == 'cls_token':
+            return tokens.mean(1)
+        if self.out_type == 'avg_featmap':
+            return patches.mean(1)
         # Heads may pass the memory to compiled ops that expect NCHW
         # strides.
         out = patches.mT.unflatten(2, size).contiguous()
-        return (out, tokens) if self.return_tokens else out
+        pairs = self.return_tokens and self.out_type is None
+        return (out, tokens) if pairs else out
 
     # Around it
 
@@ -299,6 +310,11 @@ class IsotropicMamba(Backbone):
             nn.init.trunc_normal_(parameter, std=0.02)
             self.register_parameter(name, parameter)
         self.token_names = tuple(shapes)
+        if self.out_type == 'cls_token' and not self.token_positions(1):
+            raise ValueError(
+                "out_type='cls_token' needs a class token or registers, and this "
+                f'{type(self).__name__} has none'
+            )
 
 
 def resolve_arch(arch: str | dict, zoo: dict[str, dict], family: str) -> dict:
@@ -337,6 +353,20 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError for a value that is not one of the choices."""
     if value not in choices:
         raise ValueError(f'{name} must be one of {tuple(choices)}, got {value!r}')
+
+
+def _check_out_type(out_type: str, return_tokens: bool, mask_padding: bool) -> None:
+    check_choice('out_type', out_type, _OUT_TYPES)
+    if return_tokens:
+        raise ValueError(
+            f'return_tokens=True returns pairs of a map and tokens: leave it or '
+            f'out_type={out_type!r} out'
+        )
+    if mask_padding and out_type != 'featmap':
+        raise ValueError(
+            f'mask_padding=True is for maps, and out_type={out_type!r} returns none: '
+            'leave one of the two out'
+        )
 
 
 def _out_indices(indices: Sequence[int] | None, depth: int) -> tuple[int, ...]:

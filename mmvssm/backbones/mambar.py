@@ -84,6 +84,7 @@ class MambaR(IsotropicMamba):
         last_layer_process: str = 'none',
         return_tokens: bool = False,
         classification: bool = False,
+        out_type: str | None = None,
         init_cfg: dict | list[dict] | None = None,
         pretrained: str | None = None,
         mask_padding: bool = False,
@@ -107,6 +108,7 @@ class MambaR(IsotropicMamba):
             last_layer_process=last_layer_process,
             return_tokens=return_tokens,
             classification=classification,
+            out_type=out_type,
             init_cfg=with_pretrained(init_cfg, pretrained),
             mask_padding=mask_padding,
         )

@@ -99,6 +99,11 @@ class Vim(IsotropicMamba):
         classification: Build the form of the published classifiers: only the map of the
             last block, normalised, with tokens, with drop path before that norm, and
             with their initialisation of the step sizes of the backward direction.
+        out_type: What is returned for each of ``out_indices``, as in MMPretrain's
+            ``VisionTransformer``: ``'featmap'``, the map alone; ``'cls_token'``, the
+            mean (B, C) of the class tokens; ``'avg_featmap'``, that of the patches.
+            None: the map, or the pair that ``return_tokens`` or ``classification``
+            asks for.
         pretrained_cls_token: Place of the class token in a classification checkpoint,
             ``'middle'`` or ``'head'``; the file does not say. Only used if the model
             itself has no class token.
@@ -141,6 +146,7 @@ class Vim(IsotropicMamba):
         last_layer_process: str = 'none',
         return_tokens: bool = False,
         classification: bool = False,
+        out_type: str | None = None,
         pretrained_cls_token: str = 'middle',
         init_cfg: dict | list[dict] | None = None,
         pretrained: str | None = None,
@@ -163,6 +169,7 @@ class Vim(IsotropicMamba):
             last_layer_process=last_layer_process,
             return_tokens=return_tokens,
             classification=classification,
+            out_type=out_type,
             init_cfg=with_pretrained(init_cfg, pretrained),
             mask_padding=mask_padding,
         )

@@ -1,7 +1,8 @@
 """Recognise, convert and load checkpoints, and report what was loaded."""
 
-from mmvssm.backbones.base import set_pretrained_loader
+from mmvssm.backbones.base import set_pretrained_loader, set_state_converter
 from mmvssm.checkpoints.canonical import Checkpoint, convert
+from mmvssm.checkpoints.classifier import convert_for_classifier
 from mmvssm.checkpoints.load import LoadReport, load_checkpoint
 from mmvssm.checkpoints.unpickle import trust
 from mmvssm.checkpoints.write import save_checkpoint
@@ -18,3 +19,4 @@ __all__ = [
 ]
 
 set_pretrained_loader(load_checkpoint)
+set_state_converter(convert_for_classifier)

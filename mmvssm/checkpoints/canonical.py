@@ -201,6 +201,11 @@ def split_keys(
     return own, foreign
 
 
+def mmpretrain_name(key: str) -> str:
+    """Name in a classifier of MMPretrain of what is outside of the backbone."""
+    return f'head.{key}' if key.startswith('classifier.') else key
+
+
 def _contents(others: Iterable[str], whole: bool) -> str:
     others = list(others)
     for contents, heads in (

@@ -9,7 +9,7 @@ from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
-from mmvssm.families import recognise
+from mmvssm.families import layer_depths, recognise
 from mmvssm.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 _TOKENS = re.compile(r'((absolute_)?pos_embed(_cls)?|cls_token(_\w+)?)$')
@@ -119,17 +119,14 @@ def find_depths(names: Iterable[str], what: str) -> tuple[dict[str, int], int]:
     """
     names = list(names)
     found = recognise(names, what)
-    places = {
-        name: found.family.depth(name.removeprefix(found.prefix))
-        if name.startswith(found.prefix)
-        else None
+    own = {
+        name.removeprefix(found.prefix): name
         for name in names
+        if name.startswith(found.prefix)
     }
-    # The stem is the empty tuple; what comes behind the blocks has no place.
-    blocks = sorted({place for place in places.values() if place})
-    order = {(): 0, **{place: i + 1 for i, place in enumerate(blocks)}}
-    last = len(blocks) + 1
-    return {name: order.get(place, last) for name, place in places.items()}, last
+    depths, last = layer_depths(found.family, own)
+    inside = {own[short]: depth for short, depth in depths.items()}
+    return {name: inside.get(name, last) for name in names}, last
 
 
 def takes_decay(name: str, parameter: torch.Tensor) -> bool:
