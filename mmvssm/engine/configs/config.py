@@ -7,7 +7,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import MODELS
 
-from mmvssm.compat import why_no_detection
+from mmvssm.compat import why_no_classification, why_no_detection
 from mmvssm.engine.errors import UsageError
 from mmvssm.engine.labels.metric import count_nan_classes
 
@@ -49,13 +49,19 @@ def load_config(
     Raises:
         UsageError: No such file, a file that is not a config, a key that is
             missing, an option that does not fit, a default scope that is none, parts
-            that are for different numbers of image channels, or images or a detector
-            that need what is not installed.
+            that are for different numbers of image channels, or images, a detector or a
+            classifier that need what is not installed.
     """
     cfg = _read(path)
     if options:
         merge_options(cfg, options, path)
     _check_types(cfg, path)
+    if is_classifier(cfg) and (reason := why_no_classification()):
+        raise UsageError(
+            f'{path} is a classifier of MMPretrain, and there is {reason}: run `make '
+            'install-vision`, or install onedl-mmpretrain and a torchvision that fits '
+            'your torch.'
+        )
     _check_scope(cfg, path)
     missing = [key for key in required if cfg.get(key) is None]
     if missing:
@@ -86,7 +92,7 @@ def leave_out_logits(cfg: Config) -> None:
         cfg: Changed in place.
     """
     hook, hooks = dict(type='mmvssm.LabelsOnlyHook'), cfg.get('custom_hooks') or []
-    if not is_detector(cfg) and hook not in hooks:
+    if not (is_detector(cfg) or is_classifier(cfg) or hook in hooks):
         cfg.custom_hooks = [*hooks, hook]
 
 
@@ -107,11 +113,19 @@ def _check_types(cfg: Config, path: str) -> None:
 
 
 def is_detector(cfg: Config) -> bool:
-    """Whether the config's model is mmdet's; else it is mmseg's."""
+    """Whether the config's model is mmdet's."""
+    return _toolbox(cfg) == 'mmdet'
+
+
+def is_classifier(cfg: Config) -> bool:
+    """Whether the config's model is mmpretrain's; else it is mmseg's or mmdet's."""
+    return _toolbox(cfg) == 'mmpretrain'
+
+
+def _toolbox(cfg: Config) -> str | None:
     scope = str(cfg.get('model', {}).get('type', '')).partition('.')[0]
-    if scope in ('mmdet', 'mmseg'):
-        return scope == 'mmdet'
-    return cfg.get('default_scope') == 'mmdet'
+    known = ('mmseg', 'mmdet', 'mmpretrain')
+    return scope if scope in known else cfg.get('default_scope')
 
 
 def _check_scope(cfg: Config, path: str) -> None:
