@@ -25,6 +25,7 @@ from .configs.config import (
 from .configs.data import check_datasets
 from .errors import UsageError, require_file
 from .hooks.checkpoint import SafeCheckpointHook
+from .hooks.ema import TimmEMAHook
 from .hooks.float32_regions import Float32RegionsHook
 from .hooks.labels_only import LabelsOnlyHook
 from .hooks.non_finite import NonFiniteLossError, NonFiniteLossHook
@@ -43,6 +44,7 @@ from .training.layer_decay import LayerDecayOptimWrapperConstructor
 from .training.optim import Bf16OptimWrapper
 from .training.schedule import measure_iteration, set_iterations
 from .training.sharding import FSDPStrategy
+from .training.timm_schedule import TimmCosineLR
 
 __all__ = [
     'Bf16OptimWrapper',
@@ -57,6 +59,8 @@ __all__ = [
     'PreemptionHook',
     'ResumableEpochLoop',
     'SafeCheckpointHook',
+    'TimmCosineLR',
+    'TimmEMAHook',
     'UsageError',
     'announce_start',
     'build_runner',
