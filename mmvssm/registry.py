@@ -5,6 +5,7 @@ this prefix mmengine imports ``mmvssm.registry``, and then the ``locations`` bel
 config needs neither ``custom_imports`` nor a certain working directory.
 """
 
+from mmengine.registry import DATA_SAMPLERS as MMENGINE_DATA_SAMPLERS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import METRICS as MMENGINE_METRICS
@@ -15,8 +16,15 @@ from mmengine.registry import (
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import PARAM_SCHEDULERS as MMENGINE_PARAM_SCHEDULERS
 from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
+DATA_SAMPLERS = Registry(
+    'data sampler',
+    parent=MMENGINE_DATA_SAMPLERS,
+    scope='mmvssm',
+    locations=['mmvssm.classification'],
+)
 HOOKS = Registry(
     'hook', parent=MMENGINE_HOOKS, scope='mmvssm', locations=['mmvssm.engine']
 )
@@ -58,4 +66,10 @@ STRATEGIES = Registry(
     parent=MMENGINE_STRATEGIES,
     scope='mmvssm',
     locations=['mmvssm.engine'],
+)
+TRANSFORMS = Registry(
+    'transform',
+    parent=MMENGINE_TRANSFORMS,
+    scope='mmvssm',
+    locations=['mmvssm.classification'],
 )

@@ -13,11 +13,15 @@ from mmengine.registry import Registry
 
 from mmvssm.compat import why_no_classification
 from mmvssm.errors import MissingPackageError
-from mmvssm.registry import MODELS
+from mmvssm.registry import DATA_SAMPLERS, MODELS, TRANSFORMS
 
 # What a config may name: registry, module of this folder, classes in it.
 PARTS: tuple[tuple[Registry, str, tuple[str, ...]], ...] = (
     (MODELS, 'heads', ('PooledClsHead', 'ClassTokenClsHead', 'RegisterClsHead')),
+    (MODELS, 'mesa', ('MESAClassifier',)),
+    (MODELS, 'data_preprocessor', ('ClsDataPreprocessor',)),
+    (TRANSFORMS, 'transforms', ('ThreeAugment',)),
+    (DATA_SAMPLERS, 'samplers', ('DeiTRepeatAugSampler',)),
 )
 _MODULES = {name: module for _, module, names in PARTS for name in names}
 
