@@ -60,6 +60,7 @@ RIVALS = {
     'vim_t': 'deit_t',
     'vmamba_s_s1l20': 'swin_s',
     'mambar_b': 'deit_b',
+    'mambar_s': 'deit_s',
 }
 _FIRST = 3
 # Batch, height, width.

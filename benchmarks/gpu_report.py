@@ -7,6 +7,9 @@ COMPILED = ', compiled torch'
 
 # Times of ours are compared with these.
 _OURS = ('cuda', 'cpu', 'torch', 'ours')
+# The keys of a case of a model that say who is measured.
+_WHO = ('model', 'rival')
+_SWINS = ('swin_t, fused', 'swin_t, mmseg')
 
 
 def table(parts: dict[str, dict]) -> str:
@@ -175,12 +178,26 @@ def _blocks(rows: list[dict]) -> list[str]:
     return lines
 
 
+def _images(row: dict) -> tuple:
+    """What is the same of all models: the images, the dtype, and the way."""
+    return tuple(value for key, value in row['case'].items() if key not in _WHO)
+
+
 def _models(rows: list[dict]) -> list[str]:
-    """Images a second of ours, and ours over the others."""
+    """Images a second of ours, and ours over the others.
+
+    Swin-T was measured in another row, on the same images.
+    """
     lines = [
         f'{"models, images/s":42}{"pass":>10}{"by":>8}{"ours":>9}'
-        f'{"/mamba":>8}{"/fused":>8}{"/unfused":>9}{"MiB":>8}'
+        f'{"/mamba":>8}{"/fused":>8}{"/unfused":>9}{"/swin_t":>9}{"MiB":>8}{"/swin_t":>9}'
     ]
+    swins = {
+        _images(row): times
+        for row in rows
+        for who, times in row['contenders'].items()
+        if who in _SWINS
+    }
     for row in rows:
         for which in ('inference', 'training'):
             found = row['contenders']
@@ -188,7 +205,8 @@ def _models(rows: list[dict]) -> list[str]:
             ours = ours_of(list(found), medians)
             if ours is None:
                 continue
-            time = medians[ours]
+            time, swin = medians[ours], swins.get(_images(row), {}).get(which)
+            peak = found[ours][which].get('peak')
             rivals = {
                 how: next(
                     (medians[who] for who in found if who.endswith(f', {how}')), None
@@ -200,7 +218,8 @@ def _models(rows: list[dict]) -> list[str]:
                 f'{row["case"]["batch"] / time:9.1f}'
                 f' {_ratio(medians.get("mamba_ssm"), time)}'
                 f' {_ratio(rivals["fused"] or rivals["mmseg"], time)}'
-                f'  {_ratio(rivals["unfused"], time)}{_mib(found[ours][which]):>8}'
+                f'  {_ratio(rivals["unfused"], time)}  {_ratio(_median(swin), time)}'
+                f' {_mib(found[ours][which])}  {_ratio(peak, (swin or {}).get("peak"))}'
             )
     return lines
 

@@ -66,7 +66,9 @@ def summary(result: dict, against: str) -> str:
             if way != FIRST_WAY:
                 tables[f'times its own speed in {FIRST_WAY}'] = partial(_gain_cell, way)
             if (mode, way) not in counted:
-                tables['peak memory of a step, MB'] = partial(_memory_cell, way)
+                tables[f'peak memory of a step, MB (times {against})'] = partial(
+                    _memory_cell, way, against
+                )
             counted.add((mode, way))
             for what, cell in tables.items():
                 title = f'{where}, {way}: {what}'
@@ -134,9 +136,14 @@ def _gain_cell(way: str, row: dict, model: str) -> str:
     return f'{own / first:.2f}' if own and first else ''
 
 
-def _memory_cell(way: str, row: dict, model: str) -> str:
-    size = row['contenders'].get(f'{model}, {way}', {}).get('peak_bytes')
-    return f'{size / 1e6:.0f}' if size else ''
+def _memory_cell(way: str, against: str, row: dict, model: str) -> str:
+    own, other = (
+        row['contenders'].get(f'{name}, {way}', {}).get('peak_bytes')
+        for name in (model, against)
+    )
+    if not own:
+        return ''
+    return f'{own / 1e6:.0f} ({own / other:.2f})' if other else f'{own / 1e6:.0f}'
 
 
 def _differences(row: dict) -> str:

@@ -145,7 +145,7 @@ def test_swin_of_mmseg_stands_in(load, monkeypatch):
 
 def test_models_of_the_issue_are_all_there(load):
     cases = load('gpu_models').cases(quick=False)
-    assert len({case.name for case in cases}) == len(cases) == 6 * 3 * 2 * 2 + 5
+    assert len({case.name for case in cases}) == len(cases) == 7 * 3 * 2 * 2 + 5
     first = [(case.model, case.batch, case.compiled) for case in cases[:6]]
     assert first == [
         (model, 128, compiled)

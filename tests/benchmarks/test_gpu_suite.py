@@ -142,15 +142,26 @@ def parts():
 
     model = dict(
         name='net, 8x8, b4, bf16, eager',
-        case=dict(batch=4),
+        case=dict(model='net', rival='deit_t', batch=4, height=8),
         contenders={
-            'cuda': dict(inference=times(2e-2), training=times(8e-2)),
+            'cuda': dict(inference=times(2e-2), training=times(8e-2, 3 * 2**20)),
             'mamba_ssm': dict(inference=times(4e-2), training=times(8e-2)),
             'deit_t, fused': dict(inference=times(1e-2), training=times(4e-2)),
             'deit_t, unfused': dict(inference=times(3e-2), training=times(9e-2)),
         },
         left_out={},
     )
+    gone = dict(name='gone', failed='OOM')
+    # Beside another model, on the same images and on others.
+    swins = [
+        dict(
+            name=f'other, {side}x8, b4, bf16, eager',
+            case=dict(model='other', rival='swin_t', batch=4, height=side),
+            contenders={'swin_t, mmseg': dict(training=times(median, 2**22))},
+            left_out={},
+        )
+        for side, median in ((8, 0.2), (16, 0.9))
+    ]
     hardware = dict(
         device='Chip', torch='9.9', tf32_matmul=False, tf32_convolution=True
     )
@@ -159,7 +170,7 @@ def parts():
         tests={'passed': 12, 'failed': 1, 'failures': ['t.py::a'], 'why': None},
         op=dict(runs=[dict(hardware=hardware)], rows=[op, compiled], left_out=['x']),
         blocks=dict(rows=[stage(1, 2), stage(2, 3)], left_out=[]),
-        models=dict(rows=[model, dict(name='gone', failed='OOM')], left_out=[]),
+        models=dict(rows=[model, *swins, gone], left_out=[]),
     )
 
 
@@ -175,10 +186,12 @@ def test_table(load):
     assert 'shape, bf16 f+b cuda 8.000 2.00x 5.00x - - 4 2.0e-03' in text
     # Twice 2 ms and three times 2 ms.
     assert 'net (2 stages) f cuda fused 10.000 2.00x 3.00x 5.00x 1 -' in text
-    assert 'b4, bf16, eager inference cuda 200.0 2.00x 0.50x 1.50x' in text
+    assert 'b4, bf16, eager inference cuda 200.0 2.00x 0.50x 1.50x - - -' in text
+    ratios = '1.00x 0.50x 1.12x 2.50x 3 0.75x'
+    assert f'net, 8x8, b4, bf16, eager training cuda 50.0 {ratios}' in text
     assert 'op: oflex left out: not installed (1 of 2 rows)' in text
     assert 'op: torch, both: OOM (1 of 2 rows)' in text
-    assert 'models: OOM (1 of 2 rows)' in text
+    assert 'models: OOM (1 of 4 rows)' in text
     assert 'op: out of time before 1 rows, from "x" on; --part op goes on' in text
 
 
