@@ -1,6 +1,7 @@
 """Make a small data set, train a small model on it, and show its predictions.
 
-The model is a VMamba-UperNet, or that of another ``configs/*_quickstart.py``.
+The model is a VMamba-UperNet, or that of another ``configs/*_quickstart.py`` or
+``configs/classification/*_quickstart.py``.
 Everything runs on the CPU, in minutes. The tool first measures how fast the machine is,
 and trains for as many iterations as fit into these minutes: one of the numbers in the
 config (``schedules``). ``--iterations`` fixes the number. The same number of iterations
@@ -15,9 +16,38 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = REPOSITORY / 'configs/upernet_vmamba_quickstart.py'
+
+
+class Task(NamedTuple):
+    """What the tool says of a kind of models.
+
+    Attributes:
+        does: What a model does with pictures.
+        images: Where the held-out images are, in the data's folder.
+        data: Name of the data set that the published models of this kind train on.
+        config: The config of such a model.
+    """
+
+    does: str
+    images: str
+    data: str
+    config: str
+
+
+SEGMENTATION = Task(
+    'segment', 'images/validation/*', 'ADE20K', 'configs/upernet_vmamba_t.py'
+)
+DETECTION = Task(
+    'find objects in', 'val2017/*', 'COCO', 'configs/mask_rcnn_vmamba_t_1x.py'
+)
+CLASSIFICATION = Task(
+    *('classify', 'val/*/*', 'ImageNet'),
+    'configs/classification/vmamba_t_s1l8_in1k.py',
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,6 +63,12 @@ def parse_args() -> argparse.Namespace:
         type=int,
         metavar='N',
         help='train for N iterations, however fast the machine is',
+    )
+    parser.add_argument(
+        '--pretrained',
+        metavar='CHECKPOINT',
+        help='start the backbone from these weights, such as those of '
+        'configs/classification/vmamba_quickstart.py (default: random ones)',
     )
     parser.add_argument(
         '--cfg-options', nargs='+', metavar='KEY=VALUE', help='override config entries'
@@ -53,11 +89,11 @@ def main(args: argparse.Namespace) -> None:
     if 'generator' not in cfg:
         raise engine.UsageError(
             f'{args.config} does not train on the data set that is made here; only '
-            'configs/*_quickstart.py do. Use tools/train.py.'
+            'configs/*_quickstart.py and configs/classification/*_quickstart.py do. '
+            'Use tools/train.py.'
         )
-    data_root = cfg.train_dataloader.dataset.data_root
-    make_data(data_root, cfg.generator)
-    weights = engine.choose_start(cfg, resume='auto')
+    make_data(cfg.train_dataloader.dataset.data_root, cfg.generator)
+    weights = engine.choose_start(cfg, args.pretrained, resume='auto')
     engine.lock_work_dir(cfg)
     set_schedule(cfg, args.iterations)
     # So that it can be interrupted and started again.
@@ -66,38 +102,82 @@ def main(args: argparse.Namespace) -> None:
     runner = engine.build_runner(cfg)
     engine.announce_start(cfg, weights)
     runner.train()
-    metrics = runner.test()
+    metrics = plain(runner.test())
 
+    task = task_of(cfg)
     work_dir = Path(cfg.work_dir)
     dump(metrics, work_dir / 'metrics.json', indent=2)
-    detects = engine.is_detector(cfg)
-    if detects:
-        from mmvssm.analysis.detection_sheet import write_detector_sheet as write_sheet
-    else:
-        from mmvssm.analysis.contact_sheet import (
-            write_model_contact_sheet as write_sheet,
-        )
-    dataset = runner.test_dataloader.dataset
-    with engine.labels_only(runner.model):
-        sheet = write_sheet(work_dir / 'contact_sheet.png', runner.model, dataset)
+    pictures = '\n              '.join(map(str, draw(task, runner, metrics, work_dir)))
     checkpoint = os.path.relpath((work_dir / 'last_checkpoint').read_text().strip())
-    config, python = os.path.relpath(args.config), os.path.relpath(sys.executable)
-    images = 'val2017' if detects else 'images/validation'
-    full = 'mask_rcnn_vmamba_t_1x' if detects else 'upernet_vmamba_t'
     print(f"""
-{summarise(metrics)} on {len(dataset)} held-out images
+{summarise(metrics)} on {len(runner.test_dataloader.dataset)} held-out images
 
-  pictures    {sheet}
+  pictures    {pictures}
   metrics     {work_dir / 'metrics.json'}
   checkpoint  {checkpoint}
 
 Next:
-  {'find objects in' if detects else 'segment'} pictures of your own
-    {python} tools/infer.py {min(Path(data_root, images).iterdir())} \\
-        --config {config} --checkpoint {checkpoint} --out-dir {work_dir / 'infer'}
-  train on {'COCO' if detects else 'ADE20K'} (the README says how to lay it out)
-    {python} tools/train.py configs/{full}.py
-""")
+{next_steps(task, cfg, args.config, checkpoint)}""")
+
+
+def task_of(cfg) -> Task:
+    """What kind of model a config has."""
+    from mmvssm import engine
+
+    if engine.is_classifier(cfg):
+        return CLASSIFICATION
+    return DETECTION if engine.is_detector(cfg) else SEGMENTATION
+
+
+def draw(task: Task, runner, metrics: dict, folder: Path) -> list[Path]:
+    """Draw predictions, and what a classifier mistakes for what."""
+    from mmvssm import engine
+
+    model, dataset = runner.model, runner.test_dataloader.dataset
+    path = folder / 'contact_sheet.png'
+    if task is CLASSIFICATION:
+        from mmvssm.analysis import classification_sheet as sheets
+
+        counts, classes = (
+            metrics['confusion_matrix/result'],
+            dataset.metainfo['classes'],
+        )
+        return [
+            sheets.write_classifier_sheet(path, model, dataset),
+            sheets.write_confusion(folder / 'confusion.png', counts, classes),
+        ]
+    if task is DETECTION:
+        from mmvssm.analysis.detection_sheet import write_detector_sheet as write
+    else:
+        from mmvssm.analysis.contact_sheet import write_model_contact_sheet as write
+    with engine.labels_only(model):
+        return [write(path, model, dataset)]
+
+
+def next_steps(task: Task, cfg, config: str, checkpoint: str) -> str:
+    """Commands to go on with."""
+    python, work_dir = os.path.relpath(sys.executable), Path(cfg.work_dir)
+    image = min(Path(cfg.train_dataloader.dataset.data_root).glob(task.images))
+    steps = [
+        f"""\
+  {task.does} pictures of your own
+    {python} tools/infer.py {image} \\
+        --config {os.path.relpath(config)} --checkpoint {checkpoint} \\
+        --out-dir {work_dir / 'infer'}
+""",
+        f"""\
+  train on {task.data} (the README says how to lay it out)
+    {python} tools/train.py {task.config}
+""",
+    ]
+    if task is CLASSIFICATION:
+        start = f"""\
+  start a segmentor from these weights
+    {python} tools/quickstart.py --pretrained {checkpoint} \\
+        --work-dir work_dirs/quickstart_pretrained
+"""
+        steps.insert(1, start)
+    return ''.join(steps)
 
 
 def set_schedule(cfg, iterations: int | None) -> None:
@@ -126,10 +206,20 @@ def set_schedule(cfg, iterations: int | None) -> None:
         )
 
 
+def plain(metrics: dict) -> dict:
+    """Metrics that JSON has a form for."""
+    return {
+        name: value.tolist() if hasattr(value, 'tolist') else value
+        for name, value in metrics.items()
+    }
+
+
 def summarise(metrics: dict) -> str:
     """The most important figures."""
     if 'mIoU' in metrics:
         return f'mIoU {metrics["mIoU"]:.2f}'
+    if 'accuracy/top1' in metrics:
+        return f'top-1 accuracy {metrics["accuracy/top1"]:.1f} %'
     boxes, masks = (metrics[f'coco/{kind}_mAP_50'] for kind in ('bbox', 'segm'))
     return f'box AP50 {boxes:.3f}, mask AP50 {masks:.3f}'
 

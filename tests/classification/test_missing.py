@@ -5,7 +5,9 @@ from mmengine.registry import MODELS
 
 from mmvssm import classification
 from mmvssm.compat import why_no_classification
+from mmvssm.engine import UsageError, load_config
 from mmvssm.errors import MissingPackageError
+from tiny import REPO
 
 pytestmark = pytest.mark.skipif(
     why_no_classification() is None, reason='MMPretrain is installed'
@@ -27,3 +29,10 @@ def test_other_parts_are_built():
     assert MODELS.build(
         dict(type='mmvssm.VSSM', arch=dict(depths=(1,), dims=8), out_indices=(0,))
     )
+
+
+def test_a_config_says_what_to_install():
+    path = str(REPO / 'configs/classification/vmamba_quickstart.py')
+    with pytest.raises(UsageError, match='is a classifier of MMPretrain') as error:
+        load_config(path)
+    assert 'make install-vision' in str(error.value) and '\n' not in str(error.value)
