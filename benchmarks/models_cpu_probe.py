@@ -20,6 +20,9 @@ _PART = 0.7
 # Seconds in which a model is built and, where it is to be, compiled.
 _BUILD = 300
 _COMPILE = 1800
+# How a process ends that finds no memory: the system kills it, or a library that does
+# not check what it was given crashes. oneDNN is one.
+_SHORT_OF_MEMORY = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT)
 # Seconds of a first step, after which a second one would tell nothing new.
 _SLOW = 3
 
@@ -88,7 +91,7 @@ def _next(
     except EOFError:
         process.join()
         ended = f'its process ended with code {process.exitcode}'
-        if process.exitcode == -signal.SIGKILL:
+        if process.exitcode in _SHORT_OF_MEMORY:
             ended += ', most likely for want of memory'
         raise Unfit(ended) from None
     if failed:

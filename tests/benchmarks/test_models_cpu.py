@@ -341,7 +341,9 @@ def test_probe(load, steps, monkeypatch):
     # Weights and gradients, but for the smallest ones, and hardly any activations.
     assert 1.8 < found['peak_bytes'] / (4 * found['parameters']) < 2.5
     monkeypatch.setattr(probing.process_memory, 'available', lambda: 50_000_000)
-    with pytest.raises(probing.Unfit, match='needs more than 0.0 GB of memory'):
+    # A library that finds no memory may crash instead of saying so.
+    short = 'needs more than 0.0 GB of memory|most likely for want of memory'
+    with pytest.raises(probing.Unfit, match=short):
         probing.probe(vim, case, longest=600)
 
 
