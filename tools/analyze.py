@@ -53,7 +53,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, study) -> None:
         type=int,
         metavar='N',
         help='images that are made, or taken from --data, 0 for all of them (default: '
-        f'{study.count})',
+        f'{study.count}{", all of --data" if study.labelled else ""})',
     )
     one = ' '.join(map(str, study.sizes[0]))
     several = ' '.join(str(height) for height, _ in study.sizes)

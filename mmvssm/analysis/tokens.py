@@ -1,9 +1,10 @@
 """What a backbone holds after each of its blocks: patches, and extra tokens."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple, TypeAlias, TypeVar
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvssm.backbones.base import Backbone
@@ -12,6 +13,8 @@ from mmvssm.backbones.isotropic import IsotropicMamba
 from mmvssm.layers import split_tokens
 
 T = TypeVar('T')
+# From what a block returns to patches (B, C, h, w) and extra tokens (B, n, C).
+_Reader: TypeAlias = Callable[[object], tuple[Tensor, Tensor]]
 
 
 class Layer(NamedTuple):
@@ -51,22 +54,38 @@ def layer_outputs(
     Raises:
         ValueError: The backbone has no blocks that are known here.
     """
-    found, hooks = [], []
-
-    def watch(name: str, block: nn.Module, read: Callable[[object], tuple]) -> None:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            found.append(each(Layer(name, *read(output))))
-
-        hooks.append(block.register_forward_hook(hook))
-
-    for name, block, read in _blocks(backbone, images.shape[2:]):
-        watch(name, block, read)
-    try:
+    found = []
+    with watch_blocks(backbone, images.shape[2:], lambda x: found.append(each(x))):
         compute_maps(backbone, images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
+
+
+@contextmanager
+def watch_blocks(
+    backbone: nn.Module, size: Sequence[int], see: Callable[[Layer], object]
+) -> Iterator[None]:
+    """Call a function with the output of every block that runs meanwhile.
+
+    Args:
+        backbone: See :func:`layer_outputs`.
+        size: Height and width of the images.
+        see: The function.
+
+    Raises:
+        ValueError: See :func:`layer_outputs`.
+    """
+
+    def hook_of(name: str, read: _Reader) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            see(Layer(name, *read(output)))
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, block, read in _blocks(backbone, tuple(size)):
+            handle = block.register_forward_hook(hook_of(name, read))
+            stack.callback(handle.remove)
+        yield
 
 
 def compute_maps(backbone: nn.Module, images: Tensor) -> list[Layer]:
@@ -76,18 +95,40 @@ def compute_maps(backbone: nn.Module, images: Tensor) -> list[Layer]:
         backbone, images: See :func:`layer_outputs`. Masks of padding do not apply.
 
     Returns:
-        The maps from the first to the last, with their numbers as names. A vision
-        transformer of timm has one, after its last norm.
+        The maps from the first to the last, with their numbers as names. Extra tokens
+        are there even if ``return_tokens`` of the backbone is off. A vision transformer
+        of timm has one map, after its last norm.
     """
-    if isinstance(backbone, Backbone):
+    if isinstance(backbone, IsotropicMamba):
+        returns, backbone.return_tokens = backbone.return_tokens, True
+        try:
+            outs = backbone.compute_maps(images)
+        finally:
+            backbone.return_tokens = returns
+    elif isinstance(backbone, Backbone):
         outs = backbone.compute_maps(images)
     elif _is_transformer(backbone):
         out = backbone.forward_features(images)
-        outs = [_split_transformer(backbone, images.shape[2:])(out)]
+        outs = [_split_transformer(backbone, tuple(images.shape[2:]))(out)]
     else:
         outs = backbone(images)
     pairs = [out if isinstance(out, tuple) else (out, _no_tokens(out)) for out in outs]
     return [Layer(str(i), *pair) for i, pair in enumerate(pairs)]
+
+
+def tokens_inside(mask: Tensor, grid: Sequence[int]) -> Tensor:
+    """Which local tokens lie on an object.
+
+    Args:
+        mask: Whether a pixel belongs to an object, bool (H, W).
+        grid: Rows and columns h, w of the map.
+
+    Returns:
+        bool (h, w): whether the mask covers at least half of the token's part of the
+        image, that is of one of h x w equal parts.
+    """
+    share = F.adaptive_avg_pool2d(mask[None, None].double(), tuple(grid))
+    return share[0, 0] >= 0.5
 
 
 def _no_tokens(patches: Tensor) -> Tensor:
@@ -95,8 +136,8 @@ def _no_tokens(patches: Tensor) -> Tensor:
 
 
 def _blocks(
-    backbone: nn.Module, size: torch.Size
-) -> Iterator[tuple[str, nn.Module, Callable[[object], tuple[Tensor, Tensor]]]]:
+    backbone: nn.Module, size: tuple[int, ...]
+) -> Iterator[tuple[str, nn.Module, _Reader]]:
     """Name and module of each block, and what reads its output."""
     if isinstance(backbone, HierarchicalBackbone):
         for i, stage in enumerate(backbone.layers):
@@ -117,9 +158,7 @@ def _blocks(
         )
 
 
-def _split_mamba(
-    backbone: IsotropicMamba, size: torch.Size
-) -> Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
+def _split_mamba(backbone: IsotropicMamba, size: tuple[int, ...]) -> _Reader:
     grid = tuple((side - backbone.patch_size) // backbone.stride + 1 for side in size)
     positions = backbone.token_positions(grid[0] * grid[1])
 
@@ -135,10 +174,8 @@ def _is_transformer(backbone: nn.Module) -> bool:
     return all(hasattr(backbone, part) for part in parts)
 
 
-def _split_transformer(
-    backbone: nn.Module, size: torch.Size
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    grid = backbone.patch_embed.dynamic_feat_size(tuple(size))
+def _split_transformer(backbone: nn.Module, size: tuple[int, ...]) -> _Reader:
+    grid = backbone.patch_embed.dynamic_feat_size(size)
     extra = backbone.num_prefix_tokens
 
     def read(output: Tensor) -> tuple[Tensor, Tensor]:

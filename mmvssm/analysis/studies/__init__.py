@@ -26,6 +26,20 @@ What is computed is in ``mmvssm/analysis/<topic>.py``: tensors in, tensors or nu
 out, without files or arguments, for scripts of one's own too.
 """
 
-from mmvssm.analysis.studies import erf
+from mmvssm.analysis.studies import (
+    erf,
+    features,
+    norms,
+    registers,
+    tokens,
+)
 
-STUDIES = {study.STUDY.name: study.STUDY for study in (erf,)}
+# In the order of docs/studies.md.
+_MODULES = (
+    erf,
+    norms,
+    features,
+    registers,
+    tokens,
+)
+STUDIES = {module.STUDY.name: module.STUDY for module in _MODULES}

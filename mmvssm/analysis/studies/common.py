@@ -37,8 +37,8 @@ class Study:
         sizes: Height and width of the images by default; more than one for a study
             that compares sizes.
         several_sizes: Whether each number of ``--size`` is a (square) size.
-        count: Number of images by default; 0 for all of ``--data``.
-        labelled: Whether images need labels.
+        count: Number of images by default.
+        labelled: Whether images need labels. By default all of ``--data`` are taken.
         masked: Whether ``--masks`` is taken.
     """
 
@@ -135,7 +135,7 @@ def run_study(study: Study, args: argparse.Namespace) -> Path:
         open_images(
             args.images,
             args.data,
-            study.count if args.num_images is None else args.num_images,
+            _count(study, args),
             args.seed,
             getattr(args, 'masks', None),
             getattr(args, 'mask_background', (0,)),
@@ -155,6 +155,12 @@ def run_study(study: Study, args: argparse.Namespace) -> Path:
         raise UsageError(f'cannot make the folder {job.out_dir}: {error}') from error
     results = study.run(job)
     return write_json(job, results)
+
+
+def _count(study: Study, args: argparse.Namespace) -> int:
+    if args.num_images is not None:
+        return args.num_images
+    return 0 if study.labelled and args.data else study.count
 
 
 def write_json(job: Job, results: dict[str, Any]) -> Path:

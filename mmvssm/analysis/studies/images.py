@@ -14,9 +14,7 @@ from mmvssm.datasets.photos import load_regions
 from mmvssm.datasets.scenes import (
     BACKGROUND,
     OBJECT_CLASSES,
-    Scene,
-    random_object,
-    random_patch,
+    random_object_scene,
     random_scene,
 )
 from mmvssm.engine import UsageError
@@ -125,8 +123,8 @@ class OwnImages(ImageSource):
     Args:
         count: Number of images.
         seed: The same seed gives the same images.
-        labelled: One object an image, whose class is the label. Otherwise three to five
-            objects.
+        labelled: One large object an image, whose class is the label. Otherwise three
+            to five objects.
     """
 
     def __init__(self, count: int, seed: int = 0, labelled: bool = False):
@@ -156,21 +154,11 @@ class OwnImages(ImageSource):
         if label is None:
             scene = random_scene(self._regions, *size, rng)
         else:
-            scene = self._single(label, size, rng)
+            category = label + BACKGROUND + 1
+            scene = random_object_scene(category, self._regions, *size, rng)
         pixels = (scene.image() * 255).round().astype(np.uint8)
         mask = scene.visible_coverage()[0] < 0.5
         return StudyImage(f'scene_{index}', pixels, mask, label)
-
-    def _single(
-        self, label: int, size: tuple[int, int], rng: np.random.Generator
-    ) -> Scene:
-        height, width = size
-        side = min(size) * rng.uniform(0.3, 0.45)
-        centre = np.array([rng.uniform(side, x - side) for x in (width, height)])
-        patches = [random_patch(self._regions, height, width, rng) for _ in range(2)]
-        category = label + BACKGROUND + 1
-        thing = random_object(category, centre, side, patches[1], rng)
-        return Scene(patches[0], (thing,))
 
 
 def open_images(
@@ -207,9 +195,11 @@ def open_images(
     if data:
         paths, labels, classes = _class_folders(Path(data))
         if labelled and not classes:
+            inside = Path(data, 'train')
+            hint = f' Is it {inside}?' if inside.is_dir() else ''
             raise UsageError(
                 f'{data} has no class folders: this study needs one folder of images '
-                'for each class, two classes at least.'
+                f'for each class, two classes at least.{hint}'
             )
         if count:
             chosen = evenly_spaced(len(paths), count)
