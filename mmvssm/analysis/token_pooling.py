@@ -30,7 +30,7 @@ def pool_by_norm(
         per cent, ``rest_80`` for what the largest of them leaves, and ``all``.
     """
     tokens = patches.flatten(2).mT
-    order = norms.flatten(1).argsort(1, descending=True, stable=True)
+    order = norms.flatten(1).argsort(dim=1, descending=True, stable=True)
     ranked = tokens.gather(1, order[..., None].expand_as(tokens))
     count = tokens.shape[1]
     pools = {}

@@ -233,7 +233,7 @@ def parse_sizes(given: Sequence[str] | None, study: Study) -> list[tuple[int, in
     sizes = []
     for entry in given:
         sides = entry.lower().split('x')
-        if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+        if len(sides) > 2 or not all(map(_is_positive, sides)):
             raise UsageError(f'--size takes positive numbers or HxW, got {entry}.')
         sizes.append((int(sides[0]), int(sides[-1])))
     if study.several_sizes:
@@ -243,6 +243,10 @@ def parse_sizes(given: Sequence[str] | None, study: Study) -> list[tuple[int, in
     if len(sizes) > 1:
         raise UsageError(f'--size of {study.name} is HEIGHT WIDTH, got {given}.')
     return sizes
+
+
+def _is_positive(text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text) > 0
 
 
 def checked_device(device: str | None) -> str:

@@ -73,6 +73,8 @@ def run(job: Job) -> dict[str, Any]:
     options = job.options
     if options.every is not None and (options.every < 1 or not options.work_dir):
         raise UsageError('--every takes a positive number, and needs --work-dir.')
+    if not options.cutoff_ratio > 0 or (options.cutoff or 1) <= 0:
+        raise UsageError('--cutoff-ratio and --cutoff must be positive.')
     if options.work_dir:
         return _over_training(job)
     norms, results = {}, {}
@@ -196,7 +198,11 @@ def _draw_maps(
 
 
 def _relative(layer: lib.LayerNorms) -> Tensor:
-    return layer.norms / layer.norms.median()
+    return layer.norms / _median(layer)
+
+
+def _median(layer: lib.LayerNorms) -> float:
+    return max(layer.norms.median().item(), 1e-12)
 
 
 def _name(layer: lib.LayerNorms) -> str:
@@ -213,6 +219,8 @@ def _draw_distributions(
     high = 1.001 * max(
         _relative(layer).max().item() for layers in shown.values() for layer in layers
     )
+    if job.options.cutoff is None:
+        high = max(high, 1.05 * job.options.cutoff_ratio)
     edges = torch.linspace(0, high, _BINS + 1, dtype=torch.float64)
     columns = max(map(len, chosen.values()))
     figure, axes = plotting.new_plot(columns, len(norms), cell=(2.5, 2.0))
@@ -225,7 +233,7 @@ def _draw_distributions(
                 density, edges, fill=True, color=plotting.COLOURS[0], label='density'
             )
             axis.axvline(
-                cutoff_of(job, layer.norms) / layer.norms.median().item(),
+                cutoff_of(job, layer.norms) / _median(layer),
                 color=plotting.COLOURS[1],
                 linestyle='--',
                 label=f'cut-off of outliers: {_rule(job)}',

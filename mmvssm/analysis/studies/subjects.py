@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from mmvssm import zoo
 from mmvssm.builders import build_classifier, list_models
 from mmvssm.checkpoints import load_checkpoint
-from mmvssm.engine import UsageError, is_detector, load_config, load_weights
+from mmvssm.engine import (
+    UsageError,
+    is_classifier,
+    is_detector,
+    load_config,
+    load_weights,
+)
 from mmvssm.engine.configs.images import image_channels
 from mmvssm.engine.errors import require_file
 from mmvssm.families import Family, families
@@ -240,7 +246,7 @@ def _from_config(subject: Subject) -> StudyModel:
     task = 'segmentor'
     if is_detector(cfg):
         task = 'detector'
-    elif 'decode_head' not in part:
+    elif is_classifier(cfg):
         task = 'classifier'
     given = part.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     scale = {}
