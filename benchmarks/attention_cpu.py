@@ -320,7 +320,7 @@ def plot(result: dict, path: Path) -> Path:
     settings = result['settings']
     figure.suptitle(
         f'{settings["channels"]} channels, batch 1, float32, '
-        f'{settings["threads"]} threads, {result["environment"]["Machine"]["CPU"]}; '
+        f'threads: {settings["threads"]}, {result["environment"]["Machine"]["CPU"]}; '
         f'scan: {settings["states"]} states, backend {settings["scan_backend"]}'
     )
     figure.savefig(path, dpi=100)
