@@ -18,7 +18,7 @@ from mmvssm.ops.deterministic_math import elu_plus_one, softplus
 from mmvssm.ops.rotary import rotate
 
 # The smallest initial step size of Mamba.
-_SMALLEST_STEP = 1e-4
+SMALLEST_STEP = 1e-4
 
 
 def unified_attention(
@@ -114,10 +114,10 @@ def unified_attention(
             q, k = (elu_plus_one(_full(x)) for x in (q, k))
         turned = (q, k) if rotary is None else (rotate(x, *rotary) for x in (q, k))
         whole = input_gate and not normalise
-        u = v if input_gate else _full(v) / delta.clamp(min=_SMALLEST_STEP)
+        u = v if input_gate else _full(v) / delta.clamp(min=SMALLEST_STEP)
         y = _scan(*turned, u, delta, A, heads, D if whole else None, backend)
         if normalise:
-            ones = 1 / _full(delta).clamp(min=_SMALLEST_STEP)
+            ones = 1 / _full(delta).clamp(min=SMALLEST_STEP)
             y = y / (_scan(q, k, ones, delta, A, heads, None, backend) + eps)
         y = y if D is None or whole else y + D * v
     return y if autocast.is_enabled(v) else y.to(v.dtype)

@@ -38,6 +38,18 @@ class ReferenceBidirectional(Composed):
 
 
 def _one_direction(x: Tensor, z: Tensor, weights: Direction) -> Tensor:
+    inputs = direction_scan(x, weights)._replace(z=z)
+    options = ScanOptions(delta_softplus=True, out_dtype=x.dtype)
+    return ReferenceScan().forward(inputs, options, False).outputs[0]
+
+
+def direction_scan(x: Tensor, weights: Direction) -> ScanInputs:
+    """The selective scan, with softplus and without gate, of one direction.
+
+    Args:
+        x: Sequence (B, D, L) in the order of the scan, float32 or float64.
+        weights: Of the direction, in the same dtype.
+    """
     channels, width = weights.conv_weight.shape
     rank, states = weights.dt_proj_weight.shape[1], weights.A.shape[1]
     u = F.conv1d(
@@ -48,15 +60,12 @@ def _one_direction(x: Tensor, z: Tensor, weights: Direction) -> Tensor:
     )
     u = deterministic_math.silu(u)
     dt, B, C = (weights.x_proj_weight @ u).split((rank, states, states), dim=1)
-    inputs = ScanInputs(
+    return ScanInputs(
         u=u,
         delta=weights.dt_proj_weight @ dt,
         A=weights.A,
         B=B.unsqueeze(1),
         C=C.unsqueeze(1),
         D=weights.D,
-        z=z,
         delta_bias=weights.dt_proj_bias,
     )
-    options = ScanOptions(delta_softplus=True, out_dtype=u.dtype)
-    return ReferenceScan().forward(inputs, options, False).outputs[0]
