@@ -33,6 +33,7 @@ from mmvssm.ops import (
 from mmvssm.ops.bidirectional_scan.direction import Direction
 from mmvssm.ops.bidirectional_scan.reference import direction_scan
 from mmvssm.ops.deterministic_math import softplus
+from mmvssm.ops.linear_attention.declaration import AttentionInputs, AttentionOptions
 from mmvssm.ops.linear_attention.reference import attention_weights, products
 from mmvssm.ops.scan_orders.tables import orders_of
 from mmvssm.ops.selective_scan.declaration import ScanInputs
@@ -78,15 +79,28 @@ class LinearRoute:
     """Linear attention over the places of one image, which has no order.
 
     Attributes:
-        products: Inner products of the features of queries and keys (heads, L, L),
-            without rotation and normalisation.
-        weights: The weights of the values (heads, L, L), with both.
+        inputs, options: Of :func:`mmvssm.ops.linear_attention`, for this image.
         dt: Step sizes of an input gate (D, L), or None. They multiply the values.
     """
 
-    products: Tensor
-    weights: Tensor
+    inputs: AttentionInputs
+    options: AttentionOptions
     dt: Tensor | None = None
+
+    @property
+    def products(self) -> Tensor:
+        """Inner products of the features of queries and keys (heads, L, L).
+
+        They are without rotation and normalisation.
+        """
+        pair = (x.to(self.options.dtype) for x in self.inputs[:2])
+        features = (nn.functional.elu(x) + 1 for x in pair)
+        return products(*features, self.options.heads)[0]
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights of the values (heads, L, L), with both."""
+        return attention_weights(self.inputs, self.options)[0]
 
 
 @dataclass(frozen=True)
@@ -144,8 +158,7 @@ def record_mixings(
         layers: Names of mixers; None for all of :func:`find_mixers`.
 
     Yields:
-        One :class:`Mixing` for each layer, from the image on. The next one is made when
-        it is asked for, because linear attention makes large matrices.
+        One :class:`Mixing` for each layer, in the order of ``layers``.
 
     Raises:
         ValueError: The image is no batch of one, a layer is no mixer of the backbone,
@@ -283,12 +296,9 @@ def _attention_routes(
     op, call = record.calls[0]
     if op is selective_scan:
         return {'forward': _gated_route(record.calls, input_gate)}
-    q, k, *_ = (x[:1] for x in call.inputs[:3])
-    inputs = call.inputs._replace(q=q, k=k)
-    features = (nn.functional.elu(x.to(call.options.dtype)) + 1 for x in (q, k))
-    plain = products(*features, call.options.heads)
-    weights = attention_weights(inputs, call.options)
-    return {'attention': LinearRoute(plain[0], weights[0], record.step)}
+    q, k, v = (x[:1] for x in call.inputs[:3])
+    inputs = call.inputs._replace(q=q, k=k, v=v)
+    return {'attention': LinearRoute(inputs, call.options, record.step)}
 
 
 def _gated_route(calls: list, input_gate: bool) -> ScanRoute:

@@ -55,6 +55,32 @@ def test_reference_is_the_recurrence():
     torch.testing.assert_close(last, h2.reshape(1, 1, 1))
 
 
+@all_backends
+@pytest.mark.parametrize('states', [1, 4])
+def test_constant_parameters_are_a_convolution(backend, states):
+    """Equation (4) of arXiv 2401.09417: the kernel is (CB, CAB, CA²B, ...)."""
+    length = 37
+    inputs = scan_inputs(2, 3, length, states, optional=(), requires_grad=False)
+    for name in ('delta', 'B', 'C'):
+        inputs[name] = inputs[name][..., :1].expand_as(inputs[name])
+    u, delta, A, B, C = (x.double() for x in inputs.values())
+    dt = torch.nn.functional.softplus(delta[:, :, 0])  # (B, D)
+    A_bar = torch.exp(dt[:, :, None] * A)  # (B, D, N)
+    B_bar = dt[:, :, None] * B[:, None, :, 0]
+    power, kernel = torch.ones_like(A_bar), []
+    for _ in range(length):
+        kernel.append((C[:, None, :, 0] * power * B_bar).sum(-1))
+        power = power * A_bar
+    # torch's convolution multiplies by the kernel from its end.
+    weight = torch.stack(kernel, -1).flatten(0, 1).flip(-1).unsqueeze(1)
+    padded = torch.nn.functional.pad(u.reshape(1, -1, length), (length - 1, 0))
+    want = torch.nn.functional.conv1d(padded, weight, groups=len(weight)).view_as(u)
+    dtype = precision(backend)[0]
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    got = selective_scan(**inputs, delta_softplus=True, backend=backend)
+    assert relative_error(got.double(), want) < precision(backend)[1]
+
+
 @backends
 @pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize(

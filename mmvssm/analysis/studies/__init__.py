@@ -27,6 +27,7 @@ out, without files or arguments, for scripts of one's own too.
 """
 
 from mmvssm.analysis.studies import (
+    attention,
     erf,
     features,
     norms,
@@ -37,6 +38,7 @@ from mmvssm.analysis.studies import (
 # In the order of docs/studies.md.
 _MODULES = (
     erf,
+    attention,
     norms,
     features,
     registers,
