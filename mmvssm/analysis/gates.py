@@ -1,4 +1,4 @@
-"""Input gate and forget gate of a mixer on an image (MLLA, arXiv 2405.16605, Fig. 4, 5).
+"""Input and forget gate of a mixer on an image (MLLA, arXiv 2405.16605, Fig. 4 and 5).
 
 The article reads a selective scan as linear attention: the step size Δ decides how much
 of a place enters the state (input gate), exp(Δ A) how much of the state stays (forget

@@ -28,6 +28,7 @@ out, without files or arguments, for scripts of one's own too.
 
 from mmvssm.analysis.studies import (
     attention,
+    cam,
     erf,
     features,
     norms,
@@ -43,5 +44,6 @@ _MODULES = (
     features,
     registers,
     tokens,
+    cam,
 )
 STUDIES = {module.STUDY.name: module.STUDY for module in _MODULES}

@@ -179,8 +179,10 @@ def _note(found: dict[str, Any], rows: dict[str, dict[str, Tensor]]) -> None:
     """Add the numbers of an image: one more entry in each list."""
     for mode, maps in rows.items():
         for name, values in maps.items():
-            entry = found['attention'].setdefault(mode, {}).setdefault(
-                name, dict(least=[], largest=[], distance=[])
+            entry = (
+                found['attention']
+                .setdefault(mode, {})
+                .setdefault(name, dict(least=[], largest=[], distance=[]))
             )
             entry['least'].append(rounded(values.min()))
             entry['largest'].append(rounded(values.max()))
