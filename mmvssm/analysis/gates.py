@@ -31,6 +31,9 @@ def input_gates(mixing: Mixing) -> dict[str, Tensor]:
             if route.dt is None:
                 continue
             by_place = route.dt.mean(0)
+        elif not torch.equal(route.columns, route.dt):
+            # Its step sizes only say how fast the state decays.
+            continue
         else:
             real = route.places >= 0
             along = route.dt.mean(0)

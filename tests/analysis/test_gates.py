@@ -98,6 +98,9 @@ def test_what_a_layer_does_not_have():
     assert not forget_gates(mixing)
     mixing = record(study(forget_gate=True))
     assert set(forget_gates(mixing)) == {'forward', 'merged'}
+    assert not input_gates(mixing)
+    mixing = record(study(forget_gate=True, input_gate=True))
+    assert set(input_gates(mixing)) == {'forward', 'merged'}
 
 
 def test_without_normalisation():

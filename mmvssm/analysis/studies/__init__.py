@@ -31,6 +31,7 @@ from mmvssm.analysis.studies import (
     cam,
     erf,
     features,
+    gates,
     norms,
     registers,
     tokens,
@@ -44,6 +45,7 @@ _MODULES = (
     features,
     registers,
     tokens,
+    gates,
     cam,
 )
 STUDIES = {module.STUDY.name: module.STUDY for module in _MODULES}
