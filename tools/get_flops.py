@@ -9,8 +9,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'model',
         metavar='CONFIG|MODEL_NAME',
-        help='a config of a segmentor or detector, or a name of '
-        'mmvssm.list_models() for the classifier',
+        help='a config, or a name of mmvssm.list_models() for the classifier',
     )
     parser.add_argument(
         '--shape',
@@ -44,9 +43,11 @@ def build(args: argparse.Namespace):
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
 
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    init_default_scope(engine.scope_of(cfg))
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     channels = image_channels(cfg)
+    if engine.is_classifier(cfg):
+        return model, channels, [224]
     if not engine.is_detector(cfg):
         return model, channels, [512, 2048]
     try:

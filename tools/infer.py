@@ -5,9 +5,10 @@
 For every image this writes NAME_overlay.png, the image with the prediction painted over
 it. A segmentor also writes NAME_labels.png, whose pixel values are class numbers
 counted from 0. A detector also writes NAME_objects.json with categories, scores, boxes
-and masks. Images are read as the config's test reads them. Those that cannot be read,
-or that the model refuses, are skipped and listed at the end with the reason. The exit
-code is then 1.
+and masks. A classifier paints its five best classes beside the image, writes them to
+NAME_classes.json with their scores, and prints the best one. Images are read as the
+config's test reads them. Those that cannot be read, or that the model refuses, are
+skipped and listed at the end with the reason. The exit code is then 1.
 """
 
 import argparse
@@ -23,7 +24,7 @@ def parse_args() -> argparse.Namespace:
         'images', nargs='+', metavar='IMAGE', help='files, folders or quoted patterns'
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument('--config', help='a file, or mmvssm::NAME.py')
+    model.add_argument('--config', help='a file, mmvssm::NAME.py, or a name of the zoo')
     model.add_argument(
         '--onnx',
         metavar='FILE',
@@ -95,16 +96,19 @@ def main(args: argparse.Namespace) -> int:
     model, task = load_onnx(args) if args.onnx else load(args)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    taken, skipped = set(), []
+    taken, skipped, said = set(), [], []
     for path in track_iter_progress(images):
         try:
             prediction = infer.predict(model, path)
         except infer.ImageError as error:
             skipped.append(f'{path}: {error}')
             continue
-        task.save(model, *prediction, out_dir / infer.free_name(path, taken))
+        text = task.save(model, *prediction, out_dir / infer.free_name(path, taken))
+        if text:
+            said.append(f'{path}: {text}')
+    print('', *said, sep='\n')
     print(
-        f'\n{len(images) - len(skipped)} of {len(images)} images {task.VERB}, '
+        f'{len(images) - len(skipped)} of {len(images)} images {task.VERB}, '
         f'results in {out_dir}'
     )
     for line in skipped:

@@ -1,4 +1,9 @@
-"""Evaluate: ``python tools/test.py CONFIG [CHECKPOINT]``."""
+"""Evaluate: ``python tools/test.py CONFIG [CHECKPOINT]``.
+
+A classifier's test also writes a report on each class, ``classes.json``, into the work
+dir. A name of the zoo, such as vmamba_t_s1l8, stands for its config and the published
+weights.
+"""
 
 import argparse
 import os
@@ -6,8 +11,10 @@ import os
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='a file, or mmvssm::NAME.py')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='a file, mmvssm::NAME.py, or a name of the zoo')
     parser.add_argument(
         'checkpoint',
         nargs='?',
@@ -26,7 +33,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--out',
         metavar='DIR',
-        help='write the predictions here: label maps, or boxes and masks as JSON',
+        help='write the predictions here: label maps, or boxes and masks, or the five '
+        'best classes of each image, as JSON',
     )
     parser.add_argument('--show-dir', metavar='DIR', help='write painted images here')
     parser.add_argument('--show', action='store_true', help='open a window per image')
@@ -75,6 +83,7 @@ def main(args: argparse.Namespace) -> None:
         args.work_dir,
         required=('model', 'test_dataloader', 'test_evaluator'),
     )
+    engine.add_class_report(cfg, out_file=f'{cfg.work_dir}/classes.json')
     checkpoint = args.checkpoint or engine.published_weights(args.config)
     if args.trust_checkpoint:
         trust(checkpoint)

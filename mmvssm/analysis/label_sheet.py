@@ -12,6 +12,7 @@ from mmvssm.analysis.contact_sheet import IGNORED, IGNORED_COLOUR
 from mmvssm.analysis.detection_sheet import MASK_OPACITY, Objects, draw_objects
 
 PANEL_INCHES = 2.8
+_IN_A_ROW = 4
 # Of labels that are no class.
 WRONG_COLOUR = (255, 0, 255)
 # Ignored pixels keep their picture, darkened.
@@ -106,6 +107,31 @@ def write_object_sheet(
     return _finish(figure, panels, titles, names, path, ('boxes drawn in',))
 
 
+def write_class_sheet(
+    path: str | os.PathLike, images: Sequence[np.ndarray], titles: Sequence[str]
+) -> Path:
+    """Draw images of a class each, four in a row.
+
+    Args:
+        path (str | os.PathLike): The PNG file to write.
+        images (Sequence[numpy.ndarray]): RGB images, uint8 (H, W, 3).
+        titles (Sequence[str]): What to write over each: its class and file.
+
+    Returns:
+        pathlib.Path: The file written.
+    """
+    rows = -(-len(images) // _IN_A_ROW)
+    size = (_IN_A_ROW * PANEL_INCHES, rows * (PANEL_INCHES + 0.4))
+    figure = Figure(figsize=size, layout='constrained')
+    panels = figure.subplots(rows, _IN_A_ROW, squeeze=False).flat
+    for panel, image, title in zip(panels, images, titles):
+        panel.imshow(image)
+        panel.set_title(title, fontsize=8)
+    for panel in figure.axes:
+        panel.set_axis_off()
+    return _save(figure, path)
+
+
 def _start(
     images: Sequence, labels: Sequence, titles: Sequence, columns: int = 3
 ) -> tuple[Figure, np.ndarray]:
@@ -150,6 +176,10 @@ def _finish(
             fontsize=8,
             frameon=False,
         )
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format='png', dpi=110)

@@ -13,6 +13,7 @@ from .checkpoints.start import (
 )
 from .checkpoints.weights import check_load_from, load_weights, trust_checkpoints
 from .configs.config import (
+    add_class_report,
     enable_amp,
     enable_painting,
     enable_resume,
@@ -21,6 +22,7 @@ from .configs.config import (
     is_detector,
     keep_predictions,
     load_config,
+    scope_of,
 )
 from .configs.data import check_datasets
 from .errors import UsageError, require_file
@@ -33,6 +35,7 @@ from .hooks.painting import PaintingHook
 from .hooks.preemption import PreemptionHook
 from .inference.labels_only import labels_only
 from .labels.check import check_labels
+from .labels.class_report import ClassReport
 from .launching.gpu_check import check_gpu
 from .launching.launch import prepare_launch
 from .launching.tool import run_tool
@@ -49,6 +52,7 @@ from .training.timm_schedule import TimmCosineLR
 __all__ = [
     'Bf16OptimWrapper',
     'CheckedPretrainedInit',
+    'ClassReport',
     'FSDPStrategy',
     'Float32RegionsHook',
     'LabelsOnlyHook',
@@ -62,6 +66,7 @@ __all__ = [
     'TimmCosineLR',
     'TimmEMAHook',
     'UsageError',
+    'add_class_report',
     'announce_start',
     'build_runner',
     'check_datasets',
@@ -88,6 +93,7 @@ __all__ = [
     'published_weights',
     'require_file',
     'run_tool',
+    'scope_of',
     'set_iterations',
     'trust_checkpoints',
 ]

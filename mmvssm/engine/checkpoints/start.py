@@ -24,6 +24,7 @@ from mmvssm.checkpoints.adapt import fresh_heads
 from mmvssm.checkpoints.load import fits
 from mmvssm.checkpoints.read import read_state_dict
 from mmvssm.engine.checkpoints.files import has_checkpoints
+from mmvssm.engine.configs.config import is_classifier
 from mmvssm.engine.configs.data import check_datasets
 from mmvssm.engine.errors import UsageError, require_file
 from mmvssm.families import recognise
@@ -76,7 +77,7 @@ def choose_start(
     _refuse_contradictions(model, whole, pretrained, from_scratch)
     own = has_own_backbone(cfg)
     if own:
-        _adopt_pretrained(model)
+        _adopt_pretrained(model, whole_model=is_classifier(cfg))
     if from_scratch:
         for part in _parts(model):
             _drop_pretrained(part)
@@ -167,16 +168,16 @@ def announce_start(cfg: Config, weights: list[str]) -> None:
 
 
 def published_weights(config: str) -> str:
-    """Name in the zoo of the segmentor or detector published for a config.
+    """Name in the zoo of the whole model published for a config.
 
     Args:
-        config: Its file, or ``mmvssm::NAME.py``.
+        config: Its file, ``mmvssm::NAME.py``, or a name of the zoo.
 
     Raises:
         UsageError: There is none.
     """
     name = Path(config.split('::')[-1]).stem
-    row = zoo.of_config(name)
+    row = zoo.TABLE.get(config) or zoo.of_config(name)
     if row is None or row.url is None:
         raise UsageError(
             f'no weights were published for {name}: give a checkpoint. `python -m '
@@ -348,8 +349,19 @@ def _add_pretrained(part: ConfigDict, source: str) -> None:
     part.init_cfg = [*others, entry] if others else entry
 
 
-def _adopt_pretrained(model: ConfigDict) -> None:
-    """Turn ``pretrained=`` of mmseg 0.x into the backbone's ``init_cfg``."""
+def _adopt_pretrained(model: ConfigDict, whole_model: bool = False) -> None:
+    """Turn ``pretrained=`` into an ``init_cfg``.
+
+    A model of mmseg 0.x fills its backbone with these weights, one of MMPretrain all of
+    itself.
+    """
+    if whole_model and (source := model.pop('pretrained', None)) is not None:
+        if _pretrained(model):
+            raise UsageError(
+                f'pretrained={source} and init_cfg of the model both name its weights: '
+                'leave one of the two out.'
+            )
+        _add_pretrained(model, source)
     named = [
         source
         for part in (model, model.backbone)

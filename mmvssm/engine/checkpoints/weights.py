@@ -14,7 +14,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
 from mmvssm.checkpoints import CheckpointError, trust
-from mmvssm.checkpoints.canonical import to_canonical
+from mmvssm.checkpoints.canonical import split_keys, to_canonical
 from mmvssm.checkpoints.load import fits
 from mmvssm.checkpoints.read import read_state_dict, read_weights
 from mmvssm.engine.checkpoints.start import pretrained_entries
@@ -26,14 +26,14 @@ _OPTIONAL = 'auxiliary_head.'
 
 
 def load_weights(model: nn.Module, path: str, weights: str | None = None) -> None:
-    """Load all of a segmentor or detector, or nothing, and log what was loaded.
+    """Load all of a model, or nothing, and log what was loaded.
 
     Every entry of the model must be in the file in its shape, but for the
     auxiliary head's. Published files of this package's families are
     converted on the way.
 
     Args:
-        model: The segmentor or detector, or a TTA or DDP wrapper around it.
+        model: The segmentor, detector or classifier, or a TTA or DDP wrapper around it.
         path: ``.pth`` or ``.safetensors`` file, an address, or a name of the zoo.
         weights: ``'raw'`` or ``'ema'``, of a file with both.
 
@@ -165,13 +165,15 @@ def _read_for(
     except CheckpointError:
         # Another family's: its names are the model's, or it is refused.
         return read.tensors, notes
+    own, others = split_keys(model.state_dict(), owner.prefix)
+    names = {**others, **own}
     if owner.family is checkpoint.family:
         backbone = model.get_submodule(owner.prefix.removesuffix('.'))
         checkpoint.backbone, more = owner.family.fit(
             checkpoint.backbone, backbone, checkpoint.grids
         )
         notes += more
-    return checkpoint.state_dict(), notes
+    return {names.get(key, key): x for key, x in checkpoint.tensors.items()}, notes
 
 
 def _read(path: str) -> dict[str, Tensor]:

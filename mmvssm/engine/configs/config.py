@@ -7,6 +7,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import MODELS
 
+from mmvssm import zoo
 from mmvssm.compat import why_no_classification, why_no_detection
 from mmvssm.engine.errors import UsageError
 from mmvssm.engine.labels.metric import count_nan_classes
@@ -26,7 +27,11 @@ _DICTS = (
 _LISTS_OR_DICTS = ('val_evaluator', 'test_evaluator')
 _LISTS = ('custom_hooks', 'tta_pipeline')
 # In their place comes one that reads images as the test does.
-_VISUALIZATION_HOOKS = ('SegVisualizationHook', 'DetVisualizationHook')
+_VISUALIZATION_HOOKS = (
+    'SegVisualizationHook',
+    'DetVisualizationHook',
+    'VisualizationHook',
+)
 _STRINGS = ('work_dir', 'default_scope', 'load_from', 'model.type')
 
 
@@ -39,8 +44,8 @@ def load_config(
     """Read a config file as every tool does.
 
     Args:
-        path: A file, or ``'package::name.py'`` for a config that an installed
-            package ships.
+        path: A file, ``'package::name.py'`` for a config that an installed package
+            ships, or a name of the zoo for the config of these weights.
         options: ``'key.subkey=value'`` strings of ``--cfg-options``.
         work_dir: Where results go. Without it the config's own ``work_dir``
             holds, and without that ``./work_dirs/<name of the config>``.
@@ -52,6 +57,7 @@ def load_config(
             that are for different numbers of image channels, or images, a detector or a
             classifier that need what is not installed.
     """
+    path = _config_of(path)
     cfg = _read(path)
     if options:
         merge_options(cfg, options, path)
@@ -75,6 +81,9 @@ def load_config(
             f'{path} is a detector, and there is {reason}: run `make install-det`, or '
             'install onedl-mmdetection and onedl-mmcv (not mmcv-lite).'
         )
+    _move_preprocessor(cfg)
+    if is_classifier(cfg):
+        _check_classifier(cfg, path)
     name = Path(path.split('::')[-1]).stem
     cfg.work_dir = work_dir or cfg.get('work_dir') or f'./work_dirs/{name}'
     check_channels(cfg, path)
@@ -94,6 +103,41 @@ def leave_out_logits(cfg: Config) -> None:
     hook, hooks = dict(type='mmvssm.LabelsOnlyHook'), cfg.get('custom_hooks') or []
     if not (is_detector(cfg) or is_classifier(cfg) or hook in hooks):
         cfg.custom_hooks = [*hooks, hook]
+
+
+def _move_preprocessor(cfg: Config) -> None:
+    """Put the preprocessor beside the model into it, as mmengine's runner does."""
+    settings, model = cfg.get('data_preprocessor'), cfg.get('model')
+    if settings is not None and model is not None:
+        model.setdefault('data_preprocessor', settings)
+
+
+def _check_classifier(cfg: Config, path: str) -> None:
+    """Refuse what trains and is not what it looks like, or fails after an epoch."""
+    model = cfg.get('model') or {}
+    backbone, head = model.get('backbone') or {}, model.get('head') or {}
+    if not isinstance(head, dict):
+        return
+    pooled = head.get('type') == 'mmvssm.PooledClsHead'
+    # Other backbones need not have such an option.
+    has_norms = backbone.get('type') in ('mmvssm.VSSM', 'mmvssm.MLLA')
+    if pooled and has_norms and backbone.get('out_norm', True):
+        raise UsageError(
+            f'{path}: mmvssm.PooledClsHead has the norm of the last map, so there '
+            'would be two, one after the other: set model.backbone.out_norm=False.'
+        )
+    number = head.get('num_classes')
+    for key in _LISTS_OR_DICTS:
+        metrics = cfg.get(key) or []
+        for metric in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
+            topk = metric.get('topk') or 0
+            most = max(topk) if isinstance(topk, (list, tuple)) else topk
+            if isinstance(number, int) and most > number:
+                raise UsageError(
+                    f'{path}: {key} counts whether the true class is among the first '
+                    f'{most}, and the model knows {number}: set {key}.topk to numbers '
+                    f'up to {number}.'
+                )
 
 
 def _check_types(cfg: Config, path: str) -> None:
@@ -122,6 +166,11 @@ def is_classifier(cfg: Config) -> bool:
     return _toolbox(cfg) == 'mmpretrain'
 
 
+def scope_of(cfg: Config) -> str:
+    """The scope in which a config's parts are built."""
+    return cfg.get('default_scope') or _toolbox(cfg) or 'mmseg'
+
+
 def _toolbox(cfg: Config) -> str | None:
     scope = str(cfg.get('model', {}).get('type', '')).partition('.')[0]
     known = ('mmseg', 'mmdet', 'mmpretrain')
@@ -135,7 +184,8 @@ def _check_scope(cfg: Config, path: str) -> None:
         # mmengine would go on in its own scope, and find none of mmseg's names.
         raise UsageError(
             f'{path}: default_scope={scope!r} is no package with registries that can '
-            "be imported; for a segmentor it is 'mmseg', for a detector 'mmdet'."
+            "be imported; for a segmentor it is 'mmseg', for a detector 'mmdet', for a "
+            "classifier 'mmpretrain'."
         )
     if scope == 'mmdet' and 'decode_head' in model and not _has_model('mmdet', model):
         raise UsageError(
@@ -151,6 +201,17 @@ def _has_model(scope: str, model: dict) -> bool:
     if scope == 'mmdet' and why_no_detection():
         return False
     return MODELS.get(f'{scope}.{kind}') is not None
+
+
+def _config_of(name: str) -> str:
+    """The config of a name of the zoo; paths stay as they are."""
+    row = zoo.TABLE.get(name)
+    if row is None or Path(name).exists():
+        return name
+    if not row.configs:
+        raise UsageError(f'{name} of the zoo has no config; give the file of one.')
+    folder = 'classification/' if row.kind == 'classifier' else ''
+    return f'mmvssm::{folder}{row.configs[0]}.py'
 
 
 def _read(path: str) -> Config:
@@ -250,7 +311,8 @@ def enable_tta(cfg: Config) -> None:
             f'--tta needs {" and ".join(missing)} in the config; '
             'configs/_base_/default_runtime.py and '
             'configs/_base_/datasets/ade20k.py show them. (mmdet cannot merge '
-            'masks, so instance segmentation has none.)'
+            "masks, so instance segmentation has none; MMPretrain's tta_model is "
+            'AverageClsScoreTTA.)'
         )
     dataset = (cfg.get('test_dataloader') or {}).get('dataset')
     if dataset is None:
@@ -266,18 +328,40 @@ def keep_predictions(cfg: Config, folder: str) -> None:
 
     Args:
         cfg: Changed in place. A segmentor writes label maps; a detector
-            ``results.bbox.json`` and ``results.segm.json`` in COCO's format.
+            ``results.bbox.json`` and ``results.segm.json`` in COCO's format; a
+            classifier ``predictions.json``.
         folder: Where to.
     """
     metrics = cfg.test_evaluator
     metrics = metrics if isinstance(metrics, list) else [metrics]
-    if is_detector(cfg):
+    if is_classifier(cfg):
+        add_class_report(cfg, predictions=str(Path(folder) / 'predictions.json'))
+    elif is_detector(cfg):
         for metric in metrics:
             metric.outfile_prefix = str(Path(folder) / 'results')
         Path(folder).mkdir(parents=True, exist_ok=True)
     else:
         for metric in metrics:
             metric.update(output_dir=folder, keep_results=True)
+
+
+def add_class_report(cfg: Config, **options: str) -> None:
+    """Have a classifier's test report on each class; nothing for other models.
+
+    Args:
+        cfg: Changed in place.
+        **options: Of :class:`mmvssm.engine.ClassReport`, beside those it has.
+    """
+    if not is_classifier(cfg):
+        return
+    metrics = cfg.test_evaluator
+    metrics = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
+    own = [x for x in metrics if x.get('type') == 'mmvssm.ClassReport']
+    if not own:
+        own = [ConfigDict(type='mmvssm.ClassReport')]
+        metrics += own
+    own[0].update(options)
+    cfg.test_evaluator = metrics
 
 
 def enable_painting(
@@ -299,7 +383,8 @@ def enable_painting(
     if hook is None or cfg.get('visualizer') is None:
         raise UsageError(
             '--show and --show-dir need a visualizer and the hook '
-            "default_hooks.visualization=dict(type='SegVisualizationHook')."
+            "default_hooks.visualization=dict(type='SegVisualizationHook') (of a "
+            "classifier 'VisualizationHook')."
         )
     settings = dict(show=show, wait_time=wait_time)
     if str(hook.get('type')).rpartition('.')[2] in _VISUALIZATION_HOOKS:

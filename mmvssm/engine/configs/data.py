@@ -4,6 +4,7 @@ import json
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS
@@ -29,13 +30,31 @@ COCO 2017 is laid out as
 
 A copy kept elsewhere: export COCO_ROOT=/path/to/coco"""
 
-_LAYOUTS = {'ADE20KDataset': _ADE20K, 'CocoDataset': _COCO}
+_IMAGENET = """\
+ImageNet-1K is laid out as
+
+    data/imagenet/
+        train/n01440764/*.JPEG ...    val/n01440764/*.JPEG ...
+
+with the validation images sorted into folders of classes as those of the
+training are, or with lists of all images in meta/train.txt and meta/val.txt.
+A copy kept elsewhere: export IMAGENET_ROOT=/path/to/imagenet"""
+
+_LAYOUTS = {
+    'ADE20KDataset': _ADE20K,
+    'CocoDataset': _COCO,
+    'ImageNet': _IMAGENET,
+    'mmpretrain.ImageNet': _IMAGENET,
+}
+# Data sets of MMPretrain with a folder for each class, or a list of the images.
+_CLASS_FOLDERS = ('ImageNet', 'CustomDataset')
 
 _HOW_ELSE = """\
 For any data set: --cfg-options train_dataloader.dataset.data_root=PATH
 val_dataloader.dataset.data_root=PATH test_dataloader.dataset.data_root=PATH
-Nothing to download: `make quickstart` (segmentation) and `make quickstart-det`
-(detection) make data of their own and train on it."""
+Nothing to download: `make quickstart` (segmentation), `make quickstart-det`
+(detection) and `make quickstart-cls` (classification) make data of their own and
+train on it."""
 
 
 def check_datasets(cfg: Config, splits: Iterable[str] = ('train', 'val')) -> None:
@@ -108,7 +127,8 @@ def _check_types(dataset: dict) -> None:
     for key, kind, what in (
         ('data_root', str, 'a string'),
         ('ann_file', str, 'a string'),
-        ('data_prefix', dict, 'a dict of strings'),
+        # MMPretrain's data sets take a string, too.
+        ('data_prefix', (dict, str), 'a dict of strings'),
         ('backend_args', dict, 'a dict'),
         ('metainfo', dict, 'a dict'),
     ):
@@ -116,7 +136,7 @@ def _check_types(dataset: dict) -> None:
         if value is None or isinstance(value, kind):
             continue
         raise UsageError(f'{key} of a data set must be {what}, not {value!r:.80}.')
-    for name in (dataset.get('data_prefix') or {}).values():
+    for name in _prefixes(dataset):
         if not isinstance(name, str):
             raise UsageError(f'data_prefix must hold strings, not {name!r:.80}.')
 
@@ -126,9 +146,25 @@ def _needed(dataset: dict) -> Iterator[Path]:
     root = dataset.get('data_root') or ''
     if backend != 'local' or '://' in root:
         return
-    names = [*(dataset.get('data_prefix') or {}).values(), dataset.get('ann_file')]
+    names = [name for name in (*_prefixes(dataset), dataset.get('ann_file')) if name]
+    if _is_of(dataset, *_CLASS_FOLDERS):
+        root = Path(root).expanduser()
+        # Then the folders of the classes are in the root.
+        names = names or ['.']
     # An absolute name replaces the root, as in mmengine's BaseDataset.
-    yield from (Path(root) / name for name in names if name)
+    yield from (Path(root) / name for name in names)
+
+
+def _prefixes(dataset: dict) -> list[Any]:
+    """Where images and labels are, below the root."""
+    found = dataset.get('data_prefix') or {}
+    if not found and _is_of(dataset, 'ImageNet'):
+        found = dataset.get('split') or {}
+    return [found] if isinstance(found, str) else list(found.values())
+
+
+def _is_of(dataset: dict, *kinds: str) -> bool:
+    return str(dataset.get('type')).removeprefix('mmpretrain.') in kinds
 
 
 def _scored_against(cfg: Config, splits: Iterable[str]) -> Iterator[Path]:

@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import FUNCTIONS, OPTIMIZERS, Registry
 
 # Where near names are looked for besides the scopes in use.
-TOOLBOXES = ('mmseg', 'mmdet', 'mmvssm')
+TOOLBOXES = ('mmseg', 'mmdet', 'mmpretrain', 'mmvssm')
 # What the functions of mmengine and mmcv that look up a type call it.
 _TYPES = ('obj_type', 'scheduler_type', 'layer_type')
 # Where mmengine looks up a name and does not look at what it found: the variable for
@@ -126,7 +126,7 @@ def _unknown(
     own = scope if scope and is_scope(scope) else registry.scope
     default = cfg.get('default_scope') if cfg is not None else None
     tail = ''
-    if exact and not scope and exact[0].split('.')[0] in ('mmseg', 'mmdet'):
+    if exact and not scope and exact[0].split('.')[0] in TOOLBOXES[:-1]:
         tail = f' The default_scope of the config is {default!r}.'
     return (
         f"{place}{name!r} is not in {own}'s {registry.name} registry"

@@ -161,6 +161,24 @@ def _crop(transform: dict, size: Size) -> list[Size]:
     return [_max(corner, (1, 1)) for corner in corners]
 
 
+def _to_scale(transform: dict, size: Size) -> list[Size]:
+    """Of a random part of the image; ``scale`` is height and width."""
+    scale = _pair(transform['scale'])
+    return [(int(scale[0]), int(scale[1]))]
+
+
+def _resize_edge(transform: dict, size: Size) -> list[Size]:
+    """One edge gets this length, the other one follows."""
+    (height, width), side = size, transform['scale']
+    edge = transform.get('edge', 'short')
+    if edge in ('short', 'long'):
+        is_wide = width < height if edge == 'short' else width > height
+        edge = 'width' if is_wide else 'height'
+    if edge == 'width':
+        return [(int(side * height / width), side)]
+    return [(side, int(side * width / height))]
+
+
 def _choose(transform: dict, size: Size) -> list[Size]:
     branches = transform['transforms']
     return [x for branch in branches for x in _after(_list(branch), [size])]
@@ -182,6 +200,8 @@ _CHANGES = dict(
     RandomChoiceResize=_choice_resize,
     RandomCrop=_crop,
     CenterCrop=_crop,
+    RandomResizedCrop=_to_scale,
+    ResizeEdge=_resize_edge,
     Pad=lambda transform, size: [_pad(size, transform.get('size'), transform)],
     RandomChoice=_choose,
     RandomApply=lambda transform, size: [

@@ -17,7 +17,7 @@ class PaintingHook(Hook):
 
     Images are read as the test reads them: of any channels and dtype, and turned as
     their EXIF data say only if the test turns them. (The hooks of mmseg and mmdet read
-    each file anew, always as an 8-bit photograph.)
+    each file anew, always as an 8-bit photograph; that of mmpretrain paints the crop.)
 
     Args:
         show: Open a window for each image, instead of writing files.
@@ -43,11 +43,14 @@ class PaintingHook(Hook):
     ) -> None:
         """Paint the images of a batch."""
         dataset = runner.test_loop.dataloader.dataset
+        painter = runner.visualizer
+        # MMPretrain's has one method for each of its tasks.
+        paint = getattr(painter, 'visualize_cls', None) or painter.add_datasample
         for sample in outputs or ():
             self._number += 1
-            runner.visualizer.add_datasample(
-                f'test_{os.path.basename(sample.img_path)}',
-                load_picture(sample.img_path, dataset),
+            paint(
+                name=f'test_{os.path.basename(sample.img_path)}',
+                image=load_picture(sample.img_path, dataset),
                 data_sample=sample,
                 show=self.show,
                 wait_time=self.wait_time,

@@ -1,4 +1,4 @@
-"""What a model of either task needs to predict image files."""
+"""What a model of any task needs to predict image files."""
 
 import copy
 import glob
@@ -20,8 +20,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from mmvssm.analysis.pictures import loads_bgr, to_picture, transforms_of
+from mmvssm.checkpoints.read import read_content
 from mmvssm.engine.checkpoints.weights import load_weights
-from mmvssm.engine.configs.config import is_detector
+from mmvssm.engine.configs.config import is_classifier, is_detector, scope_of
 from mmvssm.engine.errors import UsageError
 from mmvssm.engine.inference.labels_only import leave_out_logits
 
@@ -42,7 +43,8 @@ class Prediction(NamedTuple):
 
     Attributes:
         picture (numpy.ndarray): The image to paint over, RGB, uint8 (H, W, 3).
-        sample: mmseg's or mmdet's data sample, for the image's own pixels.
+        sample: Data sample of the toolbox; a segmentor's and a detector's is for the
+            image's own pixels.
     """
 
     picture: np.ndarray
@@ -92,11 +94,13 @@ def choose_task(cfg: Config) -> ModuleType:
     """What to do with an image by a config's model.
 
     Returns:
-        The module ``detect`` or ``segment`` of this folder: each has
-        ``save(model, picture, sample, path)`` and ``VERB``. Only the toolbox of the
-        task is imported.
+        The module ``classify``, ``detect`` or ``segment`` of this folder: each has
+        ``save(model, picture, sample, path)``, which may return a text to print, and
+        ``VERB``. Only the toolbox of the task is imported.
     """
-    if is_detector(cfg):
+    if is_classifier(cfg):
+        from . import classify as task
+    elif is_detector(cfg):
         from . import detect as task
     else:
         from . import segment as task
@@ -112,7 +116,7 @@ def load_model(
     """Build the model of a config and fill it from its checkpoint.
 
     Args:
-        cfg: A config of mmseg's or mmdet's.
+        cfg: A config of mmseg's, mmdet's or mmpretrain's.
         checkpoint: Loaded by :func:`mmvssm.engine.load_weights`. None leaves the random
             weights that a new model has.
         device: By default the accelerator, if the machine has one.
@@ -125,8 +129,8 @@ def load_model(
         without logits, see :func:`mmvssm.engine.labels_only`.
 
     Raises:
-        UsageError: There is no such device, or the checkpoint does not belong to
-            the model.
+        UsageError: There is no such device, or the checkpoint or the names of the
+            classes do not belong to the model.
     """
     device = device or get_device()
     try:
@@ -137,7 +141,7 @@ def load_model(
         ) from error
     cfg = copy.deepcopy(cfg)
     cfg.setdefault('test_pipeline', cfg.test_dataloader.dataset.pipeline)
-    init_default_scope(cfg.get('default_scope') or 'mmseg')
+    init_default_scope(scope_of(cfg))
     cfg.model.backbone.pop('init_cfg', None)
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).to(device)
     if checkpoint is not None:
@@ -145,9 +149,38 @@ def load_model(
     # Knows classes, palette and transforms without a look at its files.
     dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
     model.cfg, model.dataset_meta = cfg, dataset.metainfo
+    if is_classifier(cfg):
+        classes = _classes_of(model, dataset, checkpoint)
+        model.dataset_meta = dict(model.dataset_meta, classes=classes)
     model.transforms = [x for x in transforms_of(dataset) if not _loads_labels(x)]
     leave_out_logits(model)
     return model.eval()
+
+
+def _classes_of(
+    model: nn.Module, dataset: Any, checkpoint: str | None
+) -> list[str] | None:
+    """Names of the classes that a classifier knows.
+
+    Those of the data set. If the names of its folders are its only ones, those that the
+    training wrote into the checkpoint, or numbers.
+    """
+    number = getattr(model.head, 'num_classes', None)
+    names = dataset.metainfo.get('classes')
+    where = 'metainfo of the test data set has'
+    if not names and checkpoint:
+        content = read_content(checkpoint)
+        meta = content.get('meta') if isinstance(content, dict) else None
+        described = (meta or {}).get('dataset_meta') or {}
+        names, where = described.get('classes'), f'{checkpoint} names'
+    if not names:
+        return [str(i) for i in range(number or 0)]
+    if number not in (None, len(names)):
+        raise UsageError(
+            f'{where} {len(names)} classes, and the model knows {number}: set '
+            'metainfo=dict(classes=...) of test_dataloader.dataset to their names.'
+        )
+    return list(names)
 
 
 def _loads_labels(transform: Any) -> bool:

@@ -11,14 +11,21 @@ from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, DefaultScope
 
-from mmvssm.engine.configs.config import is_detector
+from mmvssm.engine.configs.config import is_classifier, is_detector, scope_of
 from mmvssm.engine.configs.data import check_categories, leaves
 from mmvssm.engine.configs.explain import explain
 from mmvssm.engine.errors import UsageError
 from mmvssm.engine.launching.ranks import Ranks
 
 from .boxes import inspect_annotations, inspect_objects
-from .heads import HeadLabels, contradictions, detection_heads, segmentation_heads
+from .classes import compare_classes, inspect_classes, place_of_classes
+from .heads import (
+    HeadLabels,
+    classification_heads,
+    contradictions,
+    detection_heads,
+    segmentation_heads,
+)
 from .masks import class_names, ignored_label, inspect_masks
 from .reading import Reader
 from .report import DatasetReport, registered
@@ -113,10 +120,8 @@ def inspect_data(
                 same[0].append(split)
             else:
                 datasets.append(([split], dataset))
-    detects = is_detector(cfg)
-    scope = cfg.get('default_scope') or ('mmdet' if detects else 'mmseg')
-    with DefaultScope.overwrite_default_scope(scope):
-        expected = (detection_heads if detects else segmentation_heads)(cfg.model)
+    with DefaultScope.overwrite_default_scope(scope_of(cfg)):
+        expected = _heads_of(cfg)
         found = []
         for names, dataset in datasets:
             siblings = sum(names[0] in others for others, _ in datasets)
@@ -124,7 +129,15 @@ def inspect_data(
             limit = seconds / len(datasets) if seconds else None
             split = '+'.join(dict.fromkeys(names))
             found.append(_inspect(dataset, split, expected, cfg, number, limit))
+        if is_classifier(cfg):
+            compare_classes([(f.report, f.reader.dataset) for f in found if f.reader])
         return found
+
+
+def _heads_of(cfg: Config) -> list[HeadLabels]:
+    if is_classifier(cfg):
+        return classification_heads(cfg.model)
+    return (detection_heads if is_detector(cfg) else segmentation_heads)(cfg.model)
 
 
 def _inspect(
@@ -135,17 +148,20 @@ def _inspect(
     images: int | None,
     seconds: float | None,
 ) -> Inspected:
-    report = DatasetReport(split, _place(config))
+    classifies = is_classifier(cfg)
+    place = place_of_classes(config) if classifies else _place(config)
+    report = DatasetReport(split, place)
     kind = registered(DATASETS, config.get('type'))
     if kind is None:
         _make_reader(config, cfg)  # Says so.
-    if text := _wrong_palette(config, is_detector(cfg)):
+    # Classes of images have no colours.
+    if not classifies and (text := _wrong_palette(config, is_detector(cfg))):
         report.add('error', f'{_name(cfg)}: {text}')
         return Inspected(report, None, [])
     if is_detector(cfg):
         return _inspect_objects(config, report, heads, cfg, images, seconds)
-    if not hasattr(kind, 'get_label_map'):
-        # It need not take what mmseg's data sets take.
+    if not hasattr(kind, 'get_gt_labels' if classifies else 'get_label_map'):
+        # It need not take what the toolbox's data sets take.
         report.add('note', f'labels of {config.get("type")} are not looked into.')
         return Inspected(report, None, [])
     try:
@@ -157,10 +173,16 @@ def _inspect(
         report.add('error', f'{report.labels}: the data set of {split}: {error}')
         return Inspected(report, None, [])
     dataset = reader.dataset
-    classes = class_names(dataset, heads)
-    for text in contradictions(heads, classes, _name(cfg), split):
-        report.add('error', text)
-    inspect_masks(reader, report, heads, images, seconds)
+    if classifies:
+        classes = list(dataset.metainfo.get('classes') or [])
+        if classes:
+            _contradict(heads, classes, report, cfg)
+        number = heads[0].number if heads else None
+        inspect_classes(reader, report, number, images, seconds)
+    else:
+        classes = class_names(dataset, heads)
+        _contradict(heads, classes, report, cfg)
+        inspect_masks(reader, report, heads, images, seconds)
     _check_channels(report, cfg)
     return Inspected(report, reader, classes)
 
@@ -177,8 +199,7 @@ def _inspect_objects(
     classes = (config.get('metainfo') or {}).get('classes')
     classes = classes or getattr(kind, 'METAINFO', {}).get('classes') or ()
     classes = [classes] if isinstance(classes, str) else list(classes)
-    for text in contradictions(heads, classes, _name(cfg), report.split):
-        report.add('error', text)
+    _contradict(heads, classes, report, cfg)
     nothing = Inspected(report, None, classes)
     if getattr(kind, '__name__', '') != 'CocoDataset':
         report.add('note', f'annotations of {config.get("type")} are not looked into.')
@@ -208,6 +229,13 @@ def _inspect_objects(
     inspect_objects(reader, report, images, seconds)
     _check_channels(report, cfg)
     return Inspected(report, reader, classes)
+
+
+def _contradict(
+    heads: list[HeadLabels], classes: list[str], report: DatasetReport, cfg: Config
+) -> None:
+    for text in contradictions(heads, classes, _name(cfg), report.split):
+        report.add('error', text)
 
 
 def _wrong_palette(config: dict, detects: bool) -> str:

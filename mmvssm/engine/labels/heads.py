@@ -70,6 +70,17 @@ def detection_heads(model: dict) -> list[HeadLabels]:
     return found
 
 
+def classification_heads(model: dict) -> list[HeadLabels]:
+    """The head of a classifier, and the data preprocessor that mixes its labels."""
+    found = []
+    for name in ('head', 'data_preprocessor'):
+        part = model.get(name)
+        number = part.get('num_classes') if isinstance(part, dict) else None
+        if number is not None:
+            found.append(HeadLabels(f'model.{name}', number))
+    return found
+
+
 def contradictions(
     heads: Sequence[HeadLabels], classes: Sequence[str], config: str, split: str
 ) -> Iterator[str]:

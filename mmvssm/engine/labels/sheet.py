@@ -8,7 +8,11 @@ import numpy as np
 
 from mmvssm.analysis.contact_sheet import evenly_spaced
 from mmvssm.analysis.detection_sheet import Objects
-from mmvssm.analysis.label_sheet import write_mask_sheet, write_object_sheet
+from mmvssm.analysis.label_sheet import (
+    write_class_sheet,
+    write_mask_sheet,
+    write_object_sheet,
+)
 from mmvssm.analysis.pictures import loads_bgr, to_picture
 from mmvssm.engine.errors import UsageError
 
@@ -73,7 +77,11 @@ def _samples(reader: Reader, first: Sequence[int], rows: int) -> list[Sample]:
 def _is_drawable(sample: Sample) -> bool:
     if sample.labels is not None:
         return sample.labels.shape == sample.image.shape[:2]
-    return 'gt_bboxes' in sample.results
+    return 'gt_bboxes' in sample.results or _has_class(sample)
+
+
+def _has_class(sample: Sample) -> bool:
+    return isinstance(sample.results.get('gt_label'), int)
 
 
 def _write(
@@ -85,6 +93,8 @@ def _write(
 ) -> Path:
     bgr = loads_bgr(reader.transforms[0])
     images = [to_picture(sample.image, bgr) for sample in samples]
+    if all(_has_class(sample) for sample in samples):
+        return write_class_sheet(path, images, [_class_of(s, classes) for s in samples])
     palette = list(reader.dataset.metainfo.get('palette') or [])
     rng = np.random.default_rng(0)
     while len(palette) < len(classes):
@@ -100,6 +110,12 @@ def _write(
         for sample, found in zip(samples, objects)
     ]
     return write_object_sheet(path, images, objects, titles, classes, palette)
+
+
+def _class_of(sample: Sample, classes: Sequence[str]) -> str:
+    label = sample.results['gt_label']
+    name = classes[label] if 0 <= label < len(classes) else 'no class'
+    return f'{label} {name}\n{os.path.basename(sample.path)}'
 
 
 def _title(sample: Sample, classes: Sequence[str], ignored: int | None) -> str:

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from mmvssm.engine.checkpoints.weights import unwrap
-from mmvssm.engine.configs.config import is_detector
+from mmvssm.engine.configs.config import is_classifier, is_detector
 from mmvssm.engine.configs.data import leaves
 from mmvssm.engine.configs.image_sizes import Size, training_batches
 from mmvssm.engine.errors import UsageError
@@ -28,7 +28,11 @@ from mmvssm.engine.launching.ranks import Ranks
 from .advice import norm_setting, with_changes, without_unused_maps
 from .batches import OneImage, find_one_image
 from .probe import Seen, look, lost_parameters, without_traces
-from .samples import detection_sample, segmentation_sample
+from .samples import (
+    classification_sample,
+    detection_sample,
+    segmentation_sample,
+)
 
 VARIABLE = 'MMVSSM_MODEL_CHECK'
 # Sides of the image, in pixels. In the small one a map of stride 32 has 2x2 places, in
@@ -116,6 +120,8 @@ def _find_error(wrapped: nn.Module, cfg: Config, processes: int) -> str:
 
 def _sample_of(cfg: Config) -> Callable[[Size], Any]:
     """What makes a data sample with what the config's pipeline loads."""
+    if is_classifier(cfg):
+        return classification_sample
     if not is_detector(cfg):
         return segmentation_sample
     pipelines = [x.get('pipeline') or [] for x in leaves(cfg.train_dataloader.dataset)]

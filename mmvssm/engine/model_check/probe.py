@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from mmvssm.backbones import set_img_shapes
 from mmvssm.backbones.base import Backbone
@@ -23,8 +24,9 @@ class Seen(NamedTuple):
     """What a forward pass showed.
 
     Attributes:
-        shapes (list[tuple]): Of the backbone's maps.
-        used (list[int]): Places of the maps that the loss depends on.
+        shapes (list[tuple]): Of the backbone's maps, and of its tokens if it returns
+            some.
+        used (list[int]): Places of those that the loss depends on.
         idle (list[str]): Parameters of necks and heads that it does not depend on.
         single (list[str]): Norms that got one value a channel, of which torch makes an
             error in training: batch norms, and group norms of one channel a group.
@@ -45,19 +47,28 @@ class MadeUpMaps(nn.Module):
     """A backbone that returns random maps, whatever the image.
 
     Args:
-        shapes: Of the maps.
+        shapes: Of the maps, and of tokens.
+        device: Of the maps.
+        spec: How torch's ``tree_unflatten`` makes an output of them; None for a tuple.
     """
 
-    def __init__(self, shapes: Sequence[Shape], device: torch.device | None = None):
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        device: torch.device | None = None,
+        spec: TreeSpec | None = None,
+    ):
         super().__init__()
         self.shapes = [tuple(shape) for shape in shapes]
+        self.spec = spec
         self.leaves = [
             torch.randn(shape, device=device, requires_grad=True) for shape in shapes
         ]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> tuple:
         # A layer may change them in place, and must not change a leaf.
-        return tuple(leaf.clone() for leaf in self.leaves)
+        maps = tuple(leaf.clone() for leaf in self.leaves)
+        return maps if self.spec is None else tree_unflatten(maps, self.spec)
 
 
 @contextmanager
@@ -83,7 +94,7 @@ def look(model: nn.Module, size: tuple[int, int], sample: Any) -> Seen:
     without it. Batch norms use their running statistics.
 
     Args:
-        model: A segmentor or detector, not wrapped.
+        model: A segmentor, detector or classifier, not wrapped.
         size: Height and width of the image.
         sample: Its data sample.
 
@@ -91,11 +102,12 @@ def look(model: nn.Module, size: tuple[int, int], sample: Any) -> Seen:
         Exception: Any, for models of other kinds.
     """
     device = next(model.parameters()).device
-    shapes, single = _known_shapes(model.backbone, size), []
+    shapes, spec, single = _known_shapes(model.backbone, size), None, []
     if shapes is None:
-        maps, _, single = run_backbone(model.backbone, size)
+        outputs, _, single = run_backbone(model.backbone, size)
+        maps, spec = tree_flatten(outputs)
         shapes = [tuple(x.shape) for x in maps]
-    made_up = MadeUpMaps(shapes, device)
+    made_up = MadeUpMaps(shapes, device, spec)
     model = copy.deepcopy(model, {id(model.backbone): made_up})
     _sample_few(model)
     found = _watch_norms(model)
@@ -114,7 +126,8 @@ def lost_parameters(
     backbone: nn.Module, size: tuple[int, int], used: Iterable[int]
 ) -> list[str]:
     """Names of the backbone's parameters that only maps not in use depend on."""
-    maps, copied, _ = run_backbone(backbone, size)
+    outputs, copied, _ = run_backbone(backbone, size)
+    maps = tree_leaves(outputs)
     without = _missing(copied, _reached(maps))
     lost = _missing(copied, _reached([maps[i] for i in used]))
     return [f'backbone.{name}' for name in lost if name not in without]
@@ -122,14 +135,14 @@ def lost_parameters(
 
 def run_backbone(
     backbone: nn.Module, size: tuple[int, int]
-) -> tuple[Sequence[Tensor], nn.Module, list[str]]:
+) -> tuple[Any, nn.Module, list[str]]:
     """Run a copy of a backbone on one image, on tensors without values.
 
     Returns:
-        The maps, the copy, and the batch norms that got one value a channel.
+        What it returns, the copy, and the batch norms that got one value a channel.
 
     Raises:
-        TypeError: It does not return maps.
+        TypeError: It does not return maps, features, or pairs of maps and tokens.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     tensors = [*backbone.parameters(), *backbone.buffers()]
@@ -140,10 +153,10 @@ def run_backbone(
     with mode:
         images = torch.empty(1, channels, *size, device=tensors[0].device)
         set_img_shapes(images, [size])
-        maps = copied(images)
-    if not all(isinstance(x, Tensor) and x.ndim == 4 for x in maps):
+        outputs = copied(images)
+    if not all(isinstance(x, Tensor) for x in tree_leaves(outputs)):
         raise TypeError(f'{type(backbone).__name__} does not return maps')
-    return maps, copied, found
+    return outputs, copied, found
 
 
 def _known_shapes(backbone: nn.Module, size: tuple[int, int]) -> list[Shape] | None:
@@ -151,7 +164,10 @@ def _known_shapes(backbone: nn.Module, size: tuple[int, int]) -> list[Shape] | N
     if isinstance(backbone, MadeUpMaps):
         return backbone.shapes
     # With tokens, what it returns is no map.
-    if not isinstance(backbone, Backbone) or getattr(backbone, 'return_tokens', False):
+    others = ('return_tokens', 'out_type')
+    if not isinstance(backbone, Backbone) or any(
+        getattr(backbone, name, None) for name in others
+    ):
         return None
     sizes = backbone.map_sizes(backbone.whole_size(size))
     return [(1, c, *sides) for c, sides in zip(backbone.out_channels, sizes)]

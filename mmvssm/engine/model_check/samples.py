@@ -21,6 +21,13 @@ def segmentation_sample(size: tuple[int, int]) -> Any:
     return sample
 
 
+def classification_sample(size: tuple[int, int]) -> Any:
+    """An image of class 0."""
+    from mmpretrain.structures import DataSample
+
+    return DataSample(metainfo=_metainfo(size)).set_gt_label(0)
+
+
 def detection_sample(size: tuple[int, int], masks: bool = True) -> Any:
     """Three objects of class 0."""
     from mmdet.structures import DetDataSample

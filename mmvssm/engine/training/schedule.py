@@ -10,6 +10,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
+from mmvssm.engine.configs.config import scope_of
 from mmvssm.engine.errors import UsageError
 
 _WARM_UP_ITERATIONS = 3
@@ -57,13 +58,13 @@ def measure_iteration(cfg: Config, seconds: float = 3.0) -> float:
     The model and the data are the config's. Nothing is kept.
 
     Args:
-        cfg: A config of mmseg's or mmdet's, whose data exists.
+        cfg: A config of mmseg's, mmdet's or mmpretrain's, whose data exists.
         seconds: How long to measure.
 
     Returns:
         Seconds of one iteration, the median.
     """
-    init_default_scope(cfg.get('default_scope') or 'mmseg')
+    init_default_scope(scope_of(cfg))
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
     # Without the groups of its parameters, which are logged one by one.
     wrapper = {k: v for k, v in cfg.optim_wrapper.items() if k != 'paramwise_cfg'}
