@@ -95,16 +95,17 @@ def compute_maps(backbone: nn.Module, images: Tensor) -> list[Layer]:
         backbone, images: See :func:`layer_outputs`. Masks of padding do not apply.
 
     Returns:
-        The maps from the first to the last, with their numbers as names. Extra tokens
-        are there even if ``return_tokens`` of the backbone is off. A vision transformer
-        of timm has one map, after its last norm.
+        The maps from the first to the last, with their numbers as names. There are
+        maps and extra tokens whatever ``out_type`` and ``return_tokens`` of the
+        backbone say. A vision transformer of timm has one map, after its last norm.
     """
     if isinstance(backbone, IsotropicMamba):
-        returns, backbone.return_tokens = backbone.return_tokens, True
+        given = backbone.return_tokens, backbone.out_type
+        backbone.return_tokens, backbone.out_type = True, None
         try:
             outs = backbone.compute_maps(images)
         finally:
-            backbone.return_tokens = returns
+            backbone.return_tokens, backbone.out_type = given
     elif isinstance(backbone, Backbone):
         outs = backbone.compute_maps(images)
     elif _is_transformer(backbone):

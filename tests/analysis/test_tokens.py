@@ -67,6 +67,16 @@ def test_tokens_are_there_without_return_tokens(images):
     assert found.tokens.shape == (2, 3, 16)
 
 
+@pytest.mark.parametrize('out_type', ['cls_token', 'avg_featmap', 'featmap'])
+def test_maps_whatever_the_out_type(out_type, images):
+    torch.manual_seed(0)
+    backbone = FAMILIES['vim'](out_type=out_type).eval()
+    found = compute_maps(backbone, images)[-1]
+    assert (found.patches.shape, found.tokens.shape) == ((2, 16, 8, 12), (2, 1, 16))
+    assert backbone.out_type == out_type
+    assert not backbone.return_tokens
+
+
 def test_hooks_are_gone_after_an_error(images):
     backbone = build('vim')
     with pytest.raises(ZeroDivisionError):

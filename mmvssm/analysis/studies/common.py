@@ -15,6 +15,7 @@ from mmengine.device import get_device
 from mmvssm.analysis.studies.images import ImageSource, StudyImage, open_images
 from mmvssm.analysis.studies.subjects import StudyModel, Subject, parse_subjects
 from mmvssm.engine import UsageError
+from mmvssm.ops.checks import NaNInputError
 
 T = TypeVar('T')
 
@@ -153,7 +154,13 @@ def run_study(study: Study, args: argparse.Namespace) -> Path:
         job.out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f'cannot make the folder {job.out_dir}: {error}') from error
-    results = study.run(job)
+    try:
+        results = study.run(job)
+    except NaNInputError as error:
+        raise UsageError(
+            f'{study.name}: a model computes NaN for these images ({error}). Its '
+            'weights are of no use, or too large for their dtype.'
+        ) from error
     return write_json(job, results)
 
 

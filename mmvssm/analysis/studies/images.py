@@ -93,7 +93,7 @@ class FileImages(ImageSource):
         pixels = _fit(picture, size, Image.Resampling.BICUBIC)
         return StudyImage(
             f'{index}_{path.stem}',
-            np.asarray(pixels),
+            np.array(pixels),
             self._mask(index, picture.size, size),
             self.label(index),
         )

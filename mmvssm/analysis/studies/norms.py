@@ -73,7 +73,7 @@ def run(job: Job) -> dict[str, Any]:
     options = job.options
     if options.every is not None and (options.every < 1 or not options.work_dir):
         raise UsageError('--every takes a positive number, and needs --work-dir.')
-    if not options.cutoff_ratio > 0 or (options.cutoff or 1) <= 0:
+    if not all(x is None or x > 0 for x in (options.cutoff_ratio, options.cutoff)):
         raise UsageError('--cutoff-ratio and --cutoff must be positive.')
     if options.work_dir:
         return _over_training(job)

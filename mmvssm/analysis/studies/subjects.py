@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
@@ -78,15 +79,7 @@ class Subject:
             net = build_classifier(self.source)
             model = StudyModel(self, net, net.backbone, 'classifier')
         if trained and self.checkpoint:
-            if self.cfg is not None:
-                load_weights(model.net, self.checkpoint)
-            elif model.family is None:
-                _load_timm(model.net, self.checkpoint)
-            else:
-                report = load_checkpoint(model.net, self.checkpoint)
-                model.loaded_head = not any(
-                    name.startswith('classifier.') for name in report.missing
-                )
+            _load(model, self.checkpoint)
         model.net.to(device).eval()
         return model
 
@@ -163,7 +156,7 @@ class StudyModel:
         if self.bgr:
             pixels = pixels[..., ::-1]
         scale = list(self.mean), list(self.std)
-        values = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
+        values = torch.from_numpy(pixels.copy()).to(self.device)
         mean, std = (values.new_tensor(x, dtype=torch.float32) for x in scale)
         return ((values.float() - mean) / std).permute(2, 0, 1)[None].contiguous()
 
@@ -274,6 +267,24 @@ def _from_timm(subject: Subject) -> StudyModel:
     cfg = net.pretrained_cfg
     mean, std = ([255 * x for x in cfg[key]] for key in ('mean', 'std'))
     return StudyModel(subject, net, net, 'classifier', mean, std)
+
+
+def _load(model: StudyModel, checkpoint: str) -> None:
+    if model.family is None:
+        load = _load_timm if model.subject.cfg is None else load_weights
+        load(model.net, checkpoint)
+    elif model.task != 'classifier':
+        load_weights(model.net, checkpoint)
+    else:
+        report = load_checkpoint(model.net, checkpoint)
+        print_log(str(report), 'current')
+        model.loaded_head = all(name.startswith('backbone.') for name in report.missing)
+    for name, value in model.net.state_dict().items():
+        if not value.isfinite().all():
+            raise UsageError(
+                f'{checkpoint} holds NaN or infinite weights, such as {name}: a '
+                'training that diverged leaves such a file; take an earlier one.'
+            )
 
 
 def _load_timm(net: nn.Module, checkpoint: str) -> None:
