@@ -38,6 +38,7 @@ _MODULES = (
     *('mmvssm.engine', 'mmvssm.datasets', 'mmvssm.analysis'),
     *('mmseg.apis', 'mmseg.datasets', 'mmseg.evaluation', 'mmseg.models'),
     *('mmdet.apis', 'mmdet.datasets', 'mmdet.evaluation', 'mmdet.models'),
+    *('mmpretrain.apis', 'mmpretrain.datasets', 'mmpretrain.engine'),
 )
 _RUNNERS = (
     'mmengine._strategy.base',

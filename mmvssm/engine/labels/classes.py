@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .reading import Reader, UnreadableError, missing_files, sample_order
-from .report import DatasetReport, shorten
+from .report import DatasetReport, Finding, shorten
 
 _MOST_UNREADABLE = 5
 
@@ -34,8 +34,7 @@ def inspect_classes(
 
 
 def _count(reader: Reader, report: DatasetReport, number: int | None) -> None:
-    names = list(reader.dataset.metainfo.get('classes') or [])
-    names += [str(i) for i in range(len(names), number or 0)]
+    names = _names(reader.dataset) or [str(i) for i in range(number or 0)]
     counts: Counter = Counter()
     outside: list[tuple[str, int]] = []
     for info in reader.infos():
@@ -111,13 +110,18 @@ def compare_classes(found: Sequence[tuple[DatasetReport, Any]]) -> None:
     Args:
         found: Reports, and the data sets: the first one is that of the training.
     """
+    told = set()
     for names_of in (_folders, _names):
         known = [(report, names_of(dataset)) for report, dataset in found]
         known = [(report, names) for report, names in known if names]
         for report, names in known[1:]:
             other, first = known[0]
-            if names != first and not report.of('error'):
-                report.add('error', _difference(report, names, other, first))
+            if names == first or id(report) in told:
+                continue
+            told.add(id(report))
+            # It explains other errors.
+            text = _difference(report, names, other, first)
+            report.findings.insert(0, Finding('error', text))
 
 
 def _difference(

@@ -1,0 +1,136 @@
+"""A classifier through the tools: train, test, infer, check_data, get_flops."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mmvssm
+import warm
+from tiny import REPO
+from tiny_cls import CLASSES, build, write_config, write_folders
+
+
+def run(tool, *args, cwd, code=0):
+    done = warm.run(
+        [REPO / 'tools' / tool, *args],
+        cwd=cwd,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        merge=True,
+    )
+    assert done.returncode == code, done.stdout[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory):
+    """A folder with data, a config and what it was trained to."""
+    folder = tmp_path_factory.mktemp('classifier')
+    write_folders(folder / 'data')
+    write_config(folder / 'tiny.py', folder / 'data', 'train_cfg.update(max_epochs=2)')
+    log = run('train.py', 'tiny.py', '--work-dir', 'out', cwd=folder)
+    assert 'Epoch(val) [2][3/3]    accuracy/top1' in log
+    return folder
+
+
+@pytest.fixture(scope='module')
+def tested(work):
+    options = ('--work-dir', 'test', '--out', 'predicted', '--show-dir', 'shown')
+    log = run('test.py', 'tiny.py', 'out/epoch_2.pth', *options, cwd=work)
+    (metrics,) = work.glob('test/2*/*.json')
+    return log, json.loads(metrics.read_text())
+
+
+def test_report_on_classes(work, tested):
+    log, metrics = tested
+    report = json.loads((work / 'test/classes.json').read_text())
+    assert [row['name'] for row in report['classes']] == list(CLASSES)
+    assert [row['images'] for row in report['classes']] == [2, 2, 2]
+    assert report['images'] == 6
+    assert report['top1'] == pytest.approx(metrics['accuracy/top1'], abs=1e-3)
+    shares = [row['right'] / row['images'] * 100 for row in report['classes']]
+    assert [row['accuracy'] for row in report['classes']] == shares
+    assert np.mean(shares) == pytest.approx(metrics['classes/mean_accuracy'])
+    assert 'The classes with the least accuracy:' in log
+    assert 'accuracy/top2' in metrics
+
+
+def test_inference_agrees_with_the_test(work, tested):
+    predicted = json.loads((work / 'predicted/predictions.json').read_text())
+    assert len(predicted) == 6 and len(list(work.glob('shown/**/test_*.png'))) == 6
+    log = run(
+        *('infer.py', 'data/val', '--config', 'tiny.py'),
+        *('--checkpoint', 'out/epoch_2.pth', '--out-dir', 'inferred'),
+        cwd=work,
+    )
+    assert '6 of 6 images classified' in log
+    by_image = {str(Path(row['image']).relative_to(work)): row for row in predicted}
+    names = ('0', '1', '0_2', '1_2', '0_3', '1_3')
+    for name, image in zip(names, sorted(by_image)):
+        found = json.loads((work / f'inferred/{name}_classes.json').read_text())
+        row = by_image[image]
+        assert [x['category_number'] for x in found] == row['category_numbers']
+        assert [x['category'] for x in found] == row['categories']
+        np.testing.assert_allclose([x['score'] for x in found], row['scores'], 1e-5)
+        assert f'{image}: {found[0]["category"]} (' in log
+        with Image.open(work / f'inferred/{name}_overlay.png') as picture:
+            assert picture.height > 200
+
+
+def test_what_cannot_be_read_is_skipped(work):
+    (work / 'broken.png').write_bytes(b'no image')
+    log = run(
+        *('infer.py', 'broken.png', 'data/val/blob/0.png', '--config', 'tiny.py'),
+        *('--checkpoint', 'out/epoch_2.pth', '--out-dir', 'some'),
+        cwd=work,
+        code=1,
+    )
+    assert '1 of 2 images classified' in log and 'skipped broken.png' in log
+
+
+def test_the_checkpoint_is_the_packages_own(work):
+    """It loads as it is, and is what the tools have run."""
+    net = build()
+    report = mmvssm.load_checkpoint(net, work / 'out/epoch_2.pth', strict=True)
+    assert report.contents == 'classifier' and not report.missing
+    saved = torch.load(work / 'out/epoch_2.pth', weights_only=False)
+    assert saved['meta']['dataset_meta']['classes'] == CLASSES
+
+
+def test_a_checkpoint_of_another_model_is_refused(work):
+    torch.save(dict(state_dict=build(num_classes=5).state_dict()), work / 'five.pth')
+    log = run('test.py', 'tiny.py', 'five.pth', '--work-dir', 'no', cwd=work, code=2)
+    assert 'error: five.pth does not belong to this config' in log
+    torch.save(dict(model=build('vim').state_dict()), work / 'vim.pth')
+    log = run('test.py', 'tiny.py', 'vim.pth', '--work-dir', 'no', cwd=work, code=2)
+    assert 'does not belong to this config' in log
+
+
+def test_fine_tuning_starts_from_it(work):
+    """``load_from`` fills all but another number of classes, and says so."""
+    classes = (*CLASSES, 'star')
+    write_folders(work / 'more', classes, train=1, val=1)
+    write_config(
+        work / 'more.py', work / 'more', "load_from = 'out/epoch_2.pth'", num_classes=4
+    )
+    log = run('train.py', 'more.py', '--work-dir', 'tuned', cwd=work)
+    assert 'loaded 50 of 52 tensors of the model from a VMamba classifier' in log
+    assert 'has 3 outputs in the file and 4 in the model' in log
+
+
+def test_counts(work):
+    log = run('get_flops.py', 'tiny.py', '--shape', '32', cwd=work)
+    number = sum(p.numel() for p in build().parameters())
+    assert f'parameters  {number / 1e6:10.2f} M' in log
+    log = run('get_flops.py', 'tiny.py', cwd=work)
+    assert 'tiny.py at 224x224' in log
+
+
+def test_data_are_looked_into(work):
+    log = run('check_data.py', 'tiny.py', '--sheet', 'sheet.png', cwd=work)
+    assert 'train: 12 images, 12 read' in log and 'nothing found' in log
+    assert (work / 'sheet_train.png').is_file()
