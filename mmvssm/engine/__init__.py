@@ -25,6 +25,7 @@ from .configs.config import (
     scope_of,
 )
 from .configs.data import check_datasets
+from .configs.recipe import format_recipe, read_recipe
 from .errors import UsageError, require_file
 from .hooks.checkpoint import SafeCheckpointHook
 from .hooks.ema import TimmEMAHook
@@ -79,6 +80,7 @@ __all__ = [
     'enable_painting',
     'enable_resume',
     'enable_tta',
+    'format_recipe',
     'install_safe_loaders',
     'is_classifier',
     'is_detector',
@@ -91,6 +93,7 @@ __all__ = [
     'prepare_launch',
     'probe_model',
     'published_weights',
+    'read_recipe',
     'require_file',
     'run_tool',
     'scope_of',

@@ -1,0 +1,8 @@
+# That of Mamba®'s first stage. The published code keeps averages of the weights, but
+# neither evaluates them nor hands them on, so there are none here.
+_base_ = './schedule_imagenet.py'
+optim_wrapper = dict(type='mmvssm.Bf16OptimWrapper')
+# By epoch. The cosine spans all epochs, and the warm-up hides its begin.
+param_scheduler = dict(
+    type='mmvssm.TimmCosineLR', warmup=5, warmup_lr=1e-6, eta_min=1e-5, by_epoch=True
+)

@@ -1,0 +1,6 @@
+_base_ = './mambar_b_stage1_in1k.py'
+# Published for B alone. That the other sizes are trained alike is an assumption.
+model = dict(
+    backbone=dict(arch='s'),
+    head=dict(in_channels=384, reduce=2),
+)
