@@ -2,7 +2,7 @@ _base_ = [
     '../_base_/models/classifier_mambar.py',
     '../_base_/datasets/imagenet_three_augment.py',
     '../_base_/schedules/schedule_imagenet_mambar.py',
-    '../_base_/default_runtime_cls.py',
+    '../_base_/default_runtime_imagenet.py',
 ]
 # The first of three trainings, at 128x128.
 crop = dict(_base_.crop, scale=128)

@@ -2,7 +2,7 @@ _base_ = [
     '../_base_/models/classifier_mambar.py',
     '../_base_/datasets/imagenet_three_augment.py',
     '../_base_/schedules/schedule_imagenet_mambar.py',
-    '../_base_/default_runtime_cls.py',
+    '../_base_/default_runtime_imagenet.py',
 ]
 # The second of three trainings: 100 epochs at 224x224.
 model = dict(

@@ -2,7 +2,7 @@ _base_ = [
     '../_base_/models/classifier_mambar.py',
     '../_base_/datasets/imagenet.py',
     '../_base_/schedules/schedule_imagenet_mambar.py',
-    '../_base_/default_runtime_cls.py',
+    '../_base_/default_runtime_imagenet.py',
 ]
 # The last of three trainings: 20 epochs at 224x224, with other augmentations.
 model = dict(backbone=dict(drop_path_rate=0.4))

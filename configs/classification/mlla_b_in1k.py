@@ -2,7 +2,7 @@ _base_ = [
     '../_base_/models/classifier_mlla.py',
     '../_base_/datasets/imagenet.py',
     '../_base_/schedules/schedule_imagenet_mlla.py',
-    '../_base_/default_runtime_cls.py',
+    '../_base_/default_runtime_imagenet.py',
 ]
 model = dict(
     ratio=2.0,

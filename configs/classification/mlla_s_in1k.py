@@ -2,7 +2,7 @@ _base_ = [
     '../_base_/models/classifier_mlla.py',
     '../_base_/datasets/imagenet.py',
     '../_base_/schedules/schedule_imagenet_mlla.py',
-    '../_base_/default_runtime_cls.py',
+    '../_base_/default_runtime_imagenet.py',
 ]
 model = dict(ratio=1.5, backbone=dict(arch='s', drop_path_rate=0.3))
 # 64 GPUs with 64 images each.

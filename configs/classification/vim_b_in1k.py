@@ -2,7 +2,7 @@ _base_ = [
     '../_base_/models/classifier_vim.py',
     '../_base_/datasets/imagenet_repeated.py',
     '../_base_/schedules/schedule_imagenet_vim.py',
-    '../_base_/default_runtime_cls.py',
+    '../_base_/default_runtime_imagenet.py',
 ]
 # No script was published. The paper has a batch of 1024, a rate of 1e-3, a weight decay
 # of 0.05, 300 epochs and averages of the weights for all sizes. The drop path is NOT

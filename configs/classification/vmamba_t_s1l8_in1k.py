@@ -2,6 +2,6 @@ _base_ = [
     '../_base_/models/classifier_vmamba.py',
     '../_base_/datasets/imagenet.py',
     '../_base_/schedules/schedule_imagenet_vmamba.py',
-    '../_base_/default_runtime_cls.py',
+    '../_base_/default_runtime_imagenet.py',
 ]
 model = dict(backbone=dict(arch='t_s1l8', drop_path_rate=0.2))

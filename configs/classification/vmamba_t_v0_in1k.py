@@ -2,7 +2,7 @@ _base_ = [
     '../_base_/models/classifier_vmamba.py',
     '../_base_/datasets/imagenet.py',
     '../_base_/schedules/schedule_imagenet_vmamba.py',
-    '../_base_/default_runtime_cls.py',
+    '../_base_/default_runtime_imagenet.py',
 ]
 # The published file is named after a drop path of 0.1; the yaml file and the paper have
 # 0.2.

@@ -42,8 +42,4 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='VisualizationHook', enable=False),
 )
-log_processor = dict(by_epoch=True)
-# Seed 0 and the number of the process, as published: each process mixes its batches and
-# drops paths by its own numbers.
-randomness = dict(seed=0, diff_rank_seed=True)
 auto_scale_lr = dict(enable=False, base_batch_size=1024)

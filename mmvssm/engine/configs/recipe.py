@@ -22,9 +22,13 @@ from mmvssm.engine.training.epoch_loop import resume_within_epochs
 
 from .data import check_folders, leaves
 
-# Images to train on of the published data sets: COCO's without those that have no
-# objects.
-_PUBLISHED = {'ImageNet': 1281167, 'CocoDataset': 117266, 'ADE20KDataset': 20210}
+# Images of the published data sets, and the entry of their configs that is like in no
+# other. COCO's are without those that have no objects.
+_PUBLISHED = {
+    'ImageNet': (1281167, 'split', 'train'),
+    'CocoDataset': (117266, 'ann_file', 'annotations/instances_train2017.json'),
+    'ADE20KDataset': (20210, 'data_prefix', dict(img_path='images/training')),
+}
 # Entries of a group of parameters that are not settings of the optimizer.
 _NO_SETTINGS = ('params', 'param_names', 'group_name', 'lr_scale')
 # Of rates, in a table.
@@ -261,15 +265,24 @@ def _count_images(cfg: Config, images: int | None) -> tuple[int | None, str]:
         check_folders(cfg, ('train',))
         return len(DATASETS.build(deepcopy(dataset))), 'found'
     except (UsageError, OSError):
-        kinds = [inner.get('type') for inner in leaves(dataset)]
-    if len(kinds) == 1 and kinds[0] in _PUBLISHED:
-        return _PUBLISHED[kinds[0]], f'published for {kinds[0]}'
+        inner = list(leaves(dataset))
+    if len(inner) == 1 and (number := _published_number(inner[0])):
+        return number, f'published for {inner[0]["type"]}'
     if cfg.train_cfg.get('type') == 'IterBasedTrainLoop':
         return None, 'not known'
     raise UsageError(
         'the images to train on are not here, and an epoch is as long as there are '
         'images: say how many with --images N.'
     )
+
+
+def _published_number(dataset: Mapping[str, Any]) -> int | None:
+    kind = str(dataset.get('type')).rpartition('.')[2]
+    number, key, value = _PUBLISHED.get(kind, (None, '', None))
+    given = dataset.get(key)
+    if isinstance(value, dict):
+        given = {name: (given or {}).get(name) for name in value}
+    return number if given == value and not dataset.get('metainfo') else None
 
 
 def _build_model(cfg: Config) -> nn.Module:

@@ -206,3 +206,13 @@ def test_tool_prints_text_and_json(tmp_path):
         assert line in text.splitlines()
     assert math.isfinite(found['model']['parameters'])
     assert not list(tmp_path.iterdir())
+
+
+def test_other_images_have_no_published_number():
+    """The quickstart's are laid out as COCO's and as ADE20K's."""
+    for name in ('upernet_vmamba_quickstart', 'mask_rcnn_vmamba_quickstart'):
+        if name.startswith('mask'):
+            pytest.importorskip('mmdet')
+        nowhere = ['train_dataloader.dataset.data_root=/nowhere']
+        found = recipe(name, at=[0], options=nowhere)
+        assert found['images'] == dict(number=None, source='not known')
