@@ -131,6 +131,13 @@ $(VISION_STAMP): constraints-vision.txt $(SOURCES)
 	$(call WARN_WITHOUT_KERNELS,install-vision)
 	@echo '==> installed'
 
+.PHONY: quickstart-cls
+quickstart-cls: install-vision ## Train, evaluate and draw a small VMamba classifier on the CPU.
+	@$(RUN_VISION) tools/quickstart.py \
+	    --config configs/classification/vmamba_quickstart.py \
+	    --work-dir work_dirs/quickstart_cls \
+	    $(if $(ITERATIONS),--iterations $(ITERATIONS))
+
 .PHONY: test-vision
 test-vision: install-vision ## Run tests/vision with torchvision, timm and MMPretrain.
 	@echo '==> tests with torchvision'

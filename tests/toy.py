@@ -354,8 +354,8 @@ def train_each(folder, *runs, configs=None):
     return results
 
 
-def train_pair(folder, *options, tool='train.py', **variables):
-    """Run a tool as two ranks, without a launcher; what each gives."""
+def train_pair(folder, *options, **variables):
+    """Run ``tools/train.py`` as two ranks, without a launcher; what each gives."""
     meeting = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), WORLD_SIZE='2')
     with tempfile.TemporaryDirectory() as logs:
         paths = [Path(logs, f'{rank}.txt') for rank in range(2)]
@@ -365,7 +365,7 @@ def train_pair(folder, *options, tool='train.py', **variables):
                 own = dict(RANK=str(rank), LOCAL_RANK=str(rank))
                 ranks.append(
                     warm.start(
-                        [REPO / 'tools' / tool, *options, '--launcher', 'pytorch'],
+                        [REPO / 'tools/train.py', *options, '--launcher', 'pytorch'],
                         path,
                         path,
                         cwd=folder,

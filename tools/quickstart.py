@@ -56,7 +56,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--config', default=str(CONFIG))
     parser.add_argument(
         '--work-dir',
-        help='default: work_dirs/quickstart, or with --config work_dirs/NAME',
+        help='default: work_dirs/quickstart, or with --config work_dirs/NAME; with '
+        '--pretrained, _pretrained is added',
     )
     parser.add_argument(
         '--iterations',
@@ -83,8 +84,10 @@ def main(args: argparse.Namespace) -> None:
     from mmvssm import engine
 
     work_dir = args.work_dir
-    if work_dir is None and args.config == str(CONFIG):
-        work_dir = 'work_dirs/quickstart'
+    if work_dir is None and (args.pretrained or args.config == str(CONFIG)):
+        own = args.config == str(CONFIG)
+        name = 'quickstart' if own else Path(args.config.split('::')[-1]).stem
+        work_dir = f'work_dirs/{name}{"_pretrained" if args.pretrained else ""}'
     cfg = engine.load_config(args.config, args.cfg_options, work_dir)
     if 'generator' not in cfg:
         raise engine.UsageError(
@@ -94,6 +97,11 @@ def main(args: argparse.Namespace) -> None:
         )
     make_data(cfg.train_dataloader.dataset.data_root, cfg.generator)
     weights = engine.choose_start(cfg, args.pretrained, resume='auto')
+    if args.pretrained and not weights:
+        print(
+            f'{cfg.work_dir} has checkpoints: the training goes on from the latest, '
+            f'and {args.pretrained} is not read again.'
+        )
     engine.lock_work_dir(cfg)
     set_schedule(cfg, args.iterations)
     # So that it can be interrupted and started again.
@@ -173,8 +181,7 @@ def next_steps(task: Task, cfg, config: str, checkpoint: str) -> str:
     if task is CLASSIFICATION:
         start = f"""\
   start a segmentor from these weights
-    {python} tools/quickstart.py --pretrained {checkpoint} \\
-        --work-dir work_dirs/quickstart_pretrained
+    {python} tools/quickstart.py --pretrained {checkpoint}
 """
         steps.insert(1, start)
     return ''.join(steps)

@@ -56,7 +56,9 @@ def write_classification_sheet(
         layout='constrained',
     )
     figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04)
-    panels = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    for panel in panels[len(images) :]:
+        panel.set_visible(False)
     for panel, image, truth, found, score in zip(
         panels, images, truths, predictions, scores
     ):
@@ -71,8 +73,6 @@ def write_classification_sheet(
             color=RIGHT if right else WRONG,
             fontweight='normal' if right else 'bold',
         )
-    for panel in panels:
-        panel.set_visible(False)
     figure.supxlabel(
         'above: true class; below: predicted class, its probability, '
         '✓ right or ✗ wrong',

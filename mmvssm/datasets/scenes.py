@@ -453,8 +453,8 @@ def random_object_scene(
     """
     background = random_patch(regions, height, width, rng)
     shorter = min(height, width)
-    centre = rng.uniform(0.25, 0.75, size=2) * (width, height)
-    placed = [(category, centre, shorter * rng.uniform(0.34, 0.48))]
+    centre = rng.uniform(0.3, 0.7, size=2) * (width, height)
+    placed = [(category, centre, shorter * rng.uniform(0.46, 0.64))]
     side = shorter * rng.uniform(0.16, 0.24)
     for spot in _free_spots([placed[0][1:]], height, width, side, rng):
         step = int(rng.integers(1, len(OBJECT_CLASSES)))

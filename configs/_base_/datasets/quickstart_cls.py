@@ -2,7 +2,7 @@
 dataset_type = 'CustomDataset'
 data_root = '{{$MMVSSM_QUICKSTART_CLS_ROOT:data/quickstart_cls}}'
 # Arguments with which tools/quickstart.py makes the data set (mmvssm.datasets).
-generator = dict(layout='imagenet', num_train=1400, num_val=280, size=128, seed=0)
+generator = dict(layout='imagenet', num_train=2100, num_val=280, size=128, seed=0)
 metainfo = dict(
     # In the order of the folders' names.
     classes=(
