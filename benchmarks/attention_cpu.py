@@ -44,9 +44,9 @@ import torch
 import torch.nn.functional as F
 from scan_cpu import passes
 from scan_cpu_inputs import op_inputs
-from timing import Effort, interleaved
 from torch import Tensor
 
+from mmvssm.analysis.measuring.timing import Effort, interleaved
 from mmvssm.collect_env import collect_env
 from mmvssm.engine import UsageError, run_tool
 from mmvssm.engine.launching.memory import keep_freed_memory

@@ -32,9 +32,9 @@ from unittest import mock
 import scan_cpu_peers as peers
 import torch
 import torch.nn.functional as F
-from timing import Effort, interleaved
 from torch import Tensor, nn
 
+from mmvssm.analysis.measuring.timing import Effort, interleaved
 from mmvssm.collect_env import collect_env
 from mmvssm.engine import UsageError, run_tool
 from mmvssm.engine.launching.memory import keep_freed_memory

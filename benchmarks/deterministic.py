@@ -35,10 +35,10 @@ def compare(name: str, size: int, rounds: int) -> dict:
     from mmengine.model import revert_sync_batchnorm
     from mmengine.optim import OptimWrapper
     from mmengine.registry import MODELS, init_default_scope
-    from timing import Effort, interleaved
     from training_memory import random_batch
 
     from mmvssm import engine
+    from mmvssm.analysis.measuring.timing import Effort, interleaved
 
     cfg = engine.load_config(str(HERE.parent / f'configs/{name}.py'))
     cfg.model.data_preprocessor.size = (size, size)

@@ -136,9 +136,9 @@ def run(settings: dict, task: str, logits: bool) -> dict:
     Returns:
         ``peak``, bytes, and ``seconds`` for all images.
     """
-    import process_memory
     import torch
 
+    from mmvssm.analysis.measuring import process_memory
     from mmvssm.engine.launching.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -175,8 +175,7 @@ def measure(settings: dict, task: str, logits: bool) -> dict:
 
 def main(args: argparse.Namespace) -> None:
     """Measure all, print a table, write the result."""
-    import process_memory
-
+    from mmvssm.analysis.measuring import process_memory
     from mmvssm.collect_env import collect_env
     from mmvssm.engine import UsageError, require_file
 

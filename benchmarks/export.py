@@ -25,9 +25,9 @@ from pathlib import Path
 
 import machines
 import torch
-from timing import Effort, interleaved
 
 from mmvssm import build_classifier
+from mmvssm.analysis.measuring.timing import Effort, interleaved
 from mmvssm.engine import UsageError, load_config, run_tool
 from mmvssm.export import DifferenceError, ExportError, to_onnx
 from mmvssm.export import verify as checks
@@ -61,9 +61,9 @@ def classifier(name: str) -> torch.nn.Module:
 
 def swin(name: str) -> torch.nn.Module:
     """mmseg's Swin as a classifier."""
-    import model_peers
+    from mmvssm.analysis.measuring import peers
 
-    return model_peers.swin(name, CLASSES)
+    return peers.swin(name, CLASSES)
 
 
 def segmentor(name: str) -> torch.nn.Module:

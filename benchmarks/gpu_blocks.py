@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 import gpu_floor
 import gpu_peers
 import torch
-from gpu_device import Device, reason
+from gpu_device import Device
 from gpu_op import passes
 from scan_cpu_inputs import ss2d_inputs
-from timing import Effort
 from torch import Tensor
 from unfused import is_fused, unfused
 
+from mmvssm.analysis.measuring.timing import Effort, reason
 from mmvssm.layers.bimamba import BidirectionalMamba
 from mmvssm.ops import bidirectional_scan, ss2d_scan
 from mmvssm.ops.bidirectional_scan.direction import Direction

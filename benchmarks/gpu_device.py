@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from importlib import metadata
 
 import torch
-from timing import Effort, samples
 
+from mmvssm.analysis.measuring.timing import Effort, reason, samples
 from mmvssm.ops.cuda import kernels
 
 # What is measured is to read this many times the cache before it reads the
@@ -165,12 +165,6 @@ class Device:
 def turns(items: Iterable) -> Callable[[], object]:
     """A function that returns one item after the other, for ever."""
     return itertools.cycle(list(items)).__next__
-
-
-def reason(error: Exception) -> str:
-    """An error in one short line."""
-    lines = str(error).strip().splitlines() or ['']
-    return f'{type(error).__name__}: {lines[0][:160]}'
 
 
 def _version(distribution: str) -> str:

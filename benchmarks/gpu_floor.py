@@ -28,7 +28,8 @@ from dataclasses import dataclass
 
 import torch
 from gpu_device import Device
-from timing import Effort
+
+from mmvssm.analysis.measuring.timing import Effort
 
 EFFORT = Effort(rounds=10, turn=0.0, limit=0.5)
 # Values that are copied, values in registers, and operations on each of these.

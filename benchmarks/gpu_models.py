@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 import gpu_peers
 import torch
 import torch.nn.functional as F
-from gpu_device import Device, reason, turns
-from model_peers import MMSEG, swin
-from timing import Effort
+from gpu_device import Device, turns
 from torch import Tensor, nn
 
 import mmvssm
+from mmvssm.analysis.measuring.peers import MMSEG, swin
+from mmvssm.analysis.measuring.timing import Effort, reason
 from mmvssm.ops import backend_status, use_backend
 
 CLASSES = 1000

@@ -11,9 +11,9 @@ import torch
 from gpu_device import Device, turns
 from gpu_report import COMPILED
 from scan_cpu_inputs import op_inputs
-from timing import Effort
 from torch import Tensor
 
+from mmvssm.analysis.measuring.timing import Effort, reason
 from mmvssm.ops import selective_scan
 
 # Tensors of op_inputs that have the dtype of the activations: u, delta, B, C.
@@ -116,7 +116,7 @@ def measure(
         try:
             errors[name] = error_of(scan.function, made[0])
         except Exception as error:
-            left_out[name] = gpu_peers.reason(error)
+            left_out[name] = reason(error)
     times = device.measure(
         {key: f for key, f in functions.items() if key[0] in errors}, effort
     )

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from gpu_device import Device, reason
-from timing import Effort
+from gpu_device import Device
+
+from mmvssm.analysis.measuring.timing import Effort, reason
 
 PARTS = {'op': 'gpu_op', 'blocks': 'gpu_blocks', 'models': 'gpu_models'}
 EFFORT = Effort(rounds=12, turn=0.0, limit=1.0)

@@ -11,9 +11,10 @@ from importlib import import_module
 
 import scan_cpu_peers
 import torch
-from gpu_device import Device, reason
+from gpu_device import Device
 from torch import Tensor
 
+from mmvssm.analysis.measuring.timing import reason
 from mmvssm.ops import backend_status, choose_backend, mamba_ssm, selective_scan
 
 # Backends of ours that are made for a GPU, and what stands for them on a CPU.

@@ -26,36 +26,30 @@ interruption. With ``--quick`` nothing is written unless ``--json`` says where t
 
 import argparse
 import functools
-import gc
 import itertools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import machines
-import models_cpu_probe
-import process_memory
 import torch
-from gpu_device import reason
 from gpu_part import read, write
 from models_cpu_report import summary
-from models_cpu_steps import (
+
+import mmvssm
+from mmvssm.analysis.measuring import probe
+from mmvssm.analysis.measuring.steps import (
     DTYPES,
     MODELS,
     MODES,
     PEERS,
     Case,
     Contender,
-    build,
     difference,
-    in_dtype,
-    make_step,
 )
-from timing import Effort, interleaved
-
-import mmvssm
+from mmvssm.analysis.measuring.timing import Effort, reason
+from mmvssm.analysis.measuring.turns import measure
 from mmvssm.engine import UsageError, run_tool
 from mmvssm.engine.launching.memory import keep_freed_memory
 
@@ -183,40 +177,6 @@ def rows(
     return found
 
 
-def measure(case: Case, who: list[Contender], effort: Effort, longest: float) -> dict:
-    """One row: images a second and peak memory of all contenders."""
-    torch.set_num_threads(case.threads)
-    if any(contender.compiled for contender in who):
-        # Code for other sizes and threads.
-        torch._dynamo.reset()
-    found, left_out, steps = {}, {}, {}
-    models = {}
-    for contender in who:
-        try:
-            found[contender.name] = models_cpu_probe.probe(contender, case, longest)
-            if (contender.model, contender.dtype) not in models:
-                model = in_dtype(build(contender.model, case.size), contender.dtype)
-                models[contender.model, contender.dtype] = model
-            model = models[contender.model, contender.dtype]
-            step = make_step(model, case, contender)
-            if contender.compiled:
-                # Compiles, which may fail, and is no part of a turn.
-                step()
-        except Exception as error:
-            unfit = isinstance(error, models_cpu_probe.Unfit)
-            left_out[contender.name] = str(error) if unfit else reason(error)
-            found.pop(contender.name, None)
-            print(f'  left out: {contender.name}: {left_out[contender.name]}')
-        else:
-            steps[contender.name] = step
-    for name, times in interleaved(steps, effort).items():
-        found[name].update(times, images_per_second=case.batch / times['median'])
-    # What this process holds, a probe cannot have.
-    models.clear(), steps.clear(), gc.collect()
-    process_memory.give_back()
-    return dict(case=asdict(case), contenders=found, left_out=left_out)
-
-
 def differences(args: argparse.Namespace, dtype: str, size: tuple[int, int]) -> dict:
     """How logits of a dtype differ from those of float32, for each model."""
     torch.set_num_threads(max(args.threads))
@@ -251,7 +211,7 @@ def run(args: argparse.Namespace) -> dict:
                 f'{other["machine"]}, not {facts["machine"]}; name another --json'
             )
     result = dict(runs=[*runs, facts], rows=list(done.values()))
-    models_cpu_probe.start(args.models)
+    probe.start(args.models)
     for name, asked, work in rows(args):
         row = done.get(name)
         if row and not args.again and asked <= {*row['contenders'], *row['left_out']}:

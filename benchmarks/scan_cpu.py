@@ -39,17 +39,17 @@ from pathlib import Path
 from unittest import mock
 
 import machines
-import process_memory
 import scan_cpu_memory
 import scan_cpu_peers as peers
 import scan_cpu_report as report
 import torch
 from scan_cpu_floor import MOVED, Floor, floor_seconds
 from scan_cpu_inputs import op_inputs, ss2d_inputs
-from timing import Effort, interleaved
 from torch import Tensor
 from unfused import unfused
 
+from mmvssm.analysis.measuring import process_memory
+from mmvssm.analysis.measuring.timing import Effort, interleaved
 from mmvssm.backbones import VSSM
 from mmvssm.engine import UsageError, run_tool
 from mmvssm.engine.launching.memory import keep_freed_memory

@@ -16,12 +16,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-import process_memory
 import torch
 from scan_cpu_inputs import op_inputs, ss2d_inputs
 from torch import Tensor
 from unfused import unfused
 
+from mmvssm.analysis.measuring import process_memory
 from mmvssm.ops import selective_scan, ss2d_scan
 
 # glibc's malloc: what is this large is mapped, so that freeing it unmaps it.

@@ -48,10 +48,10 @@ def take_steps(
         Parameters of the whole model, the second loss, and the bytes ``held`` and
         ``peak``.
     """
-    import process_memory
     from mmengine._strategy import DDPStrategy
     from training_memory import build_model, random_batch
 
+    from mmvssm.analysis.measuring import process_memory
     from mmvssm.engine import FSDPStrategy
 
     cfg, model = build_model(config, options)
@@ -90,8 +90,7 @@ def take_steps(
 
 def main(args: argparse.Namespace) -> None:
     """Measure both, print, write the result."""
-    import process_memory
-
+    from mmvssm.analysis.measuring import process_memory
     from mmvssm.collect_env import collect_env
     from mmvssm.engine import UsageError, require_file
 

@@ -90,9 +90,9 @@ def take_step(config: str, options: list[str] | None, with_cp: bool) -> dict:
     Returns:
         Settings, number of parameters, and ``peak``, bytes.
     """
-    import process_memory
     from mmengine.optim import build_optim_wrapper
 
+    from mmvssm.analysis.measuring import process_memory
     from mmvssm.engine.launching.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -126,8 +126,7 @@ def measure(config: str, options: list[str] | None, with_cp: bool) -> dict:
 
 def main(args: argparse.Namespace) -> None:
     """Measure all, print a table, write the result."""
-    import process_memory
-
+    from mmvssm.analysis.measuring import process_memory
     from mmvssm.collect_env import collect_env
     from mmvssm.engine import UsageError, require_file
 

@@ -74,32 +74,6 @@ def test_published_core_computes_ss2d(load):
     assert torch.equal(peers.no_ss2d(*inputs), inputs[0])
 
 
-def test_functions_take_turns(load):
-    timing = load('timing')
-    said, calls = iter([9.0, 3.0, 1.0, 2.0]), []
-
-    def first():
-        calls.append('first')
-        return next(said)
-
-    # Turns of no length: no call to warm up, one call that counts.
-    times = timing.interleaved(
-        {'first': first, 'second': lambda: calls.append('second')},
-        timing.Effort(rounds=3, turn=0.0),
-    )
-    assert calls == ['first', 'second'] * 4
-    assert times['first'] == dict(median=2.0, fastest=1.0, calls=3)
-    assert 0 < times['second']['fastest'] <= times['second']['median']
-
-
-def test_slow_functions_get_few_turns(load):
-    timing = load('timing')
-    times = timing.interleaved(
-        {'slow': lambda: None}, timing.Effort(rounds=9, turn=0.0, limit=0.0)
-    )
-    assert times['slow']['calls'] == 3
-
-
 def test_floor_is_the_larger_of_bytes_and_arithmetic(load):
     floor_seconds = load('scan_cpu_floor').floor_seconds
     shape = dict(batch=2, groups=3, channels=5, length=7, states=4)

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mmvssm.analysis.measuring import timing
 from mmvssm.ops.cuda import nvrtc
 
 
 def test_measure_keeps_every_repetition(load, device):
-    timing = load('timing')
     calls = []
 
     def broken():
@@ -32,7 +32,7 @@ def test_measure_keeps_every_repetition(load, device):
 def test_short_calls_share_a_sample(load, device):
     calls = []
     found = device.measure(
-        {'short': lambda: calls.append(1)}, load('timing').Effort(rounds=1, turn=0.0)
+        {'short': lambda: calls.append(1)}, timing.Effort(rounds=1, turn=0.0)
     )
     assert found['short']['calls'] == 50
     assert len(calls) >= 2 + 50
@@ -105,7 +105,7 @@ def test_measuring_a_gpu(load, monkeypatch, hide_host):
     gpu = PretendedGpu()
     gpu.install(monkeypatch)
     card = load('gpu_device').Device('cuda')
-    effort = load('timing').Effort(rounds=1, turn=0.0)
+    effort = timing.Effort(rounds=1, turn=0.0)
     found = card.measure({'call': gpu.call}, effort, hide_host)['call']
     assert found['peak'] == 75
     assert found['samples'] == pytest.approx([0.003]) and found['median'] == 0.003

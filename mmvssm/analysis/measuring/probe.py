@@ -9,10 +9,16 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-import process_memory
 import torch
-from gpu_device import reason
-from models_cpu_steps import Case, Contender, build, in_dtype, make_step, weight_bytes
+
+from mmvssm.analysis.measuring import process_memory
+from mmvssm.analysis.measuring.steps import (
+    Case,
+    Contender,
+    make_step,
+    weight_bytes,
+)
+from mmvssm.analysis.measuring.timing import reason
 
 # Part of the memory of the machine that a contender may take: while they take turns,
 # pieces that they leave between one another are lost.
@@ -33,8 +39,8 @@ class Unfit(Exception):
 
 def start(models: list[str]) -> None:
     """Let probes of these models find their modules imported (not on Windows)."""
-    # Those that are installed: the server does not look into this folder.
-    modules = ['mmvssm.engine', *['mmseg.models.backbones'] * ('swin_t' in models)]
+    swin = any('swin' in model for model in models)
+    modules = ['mmvssm.engine', *['mmseg.models.backbones'] * swin]
     if hasattr(_context(), 'set_forkserver_preload'):
         _context().set_forkserver_preload(modules)
 
@@ -130,7 +136,7 @@ def step(
     if limit:
         process_memory.hold_only_what_lives()
         _limit(process_memory.data() + limit)
-    model = in_dtype(build(contender.model, case.size), contender.dtype)
+    model = contender.build(case.size)
     run = make_step(model, case, contender)
     if contender.compiled:
         run()

@@ -108,23 +108,29 @@ class ConvNeXt(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, channels: int, heads: int):
+    def __init__(self, channels: int, heads: int, fused: bool):
         super().__init__()
         self.heads = heads
+        self.fused = fused
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*qkv.unbind())
+        q, k, v = qkv.unbind()
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        else:
+            weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            mixed = weights.softmax(-1) @ v
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 class _TransformerBlock(nn.Module):
-    def __init__(self, channels: int, heads: int):
+    def __init__(self, channels: int, heads: int, fused: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels, eps=1e-6)
-        self.attention = _Attention(channels, heads)
+        self.attention = _Attention(channels, heads, fused)
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
         self.mlp = nn.Sequential(
             nn.Linear(channels, 4 * channels),
@@ -140,7 +146,8 @@ class _TransformerBlock(nn.Module):
 class DeiT(nn.Module):
     """DeiT (https://arxiv.org/abs/2012.12877), by default its size S.
 
-    Its attention is torch's ``scaled_dot_product_attention``.
+    Its attention is torch's ``scaled_dot_product_attention``; or, without ``fused``,
+    that of the published code, which makes the matrix of all pairs of positions.
     """
 
     def __init__(
@@ -151,6 +158,7 @@ class DeiT(nn.Module):
         depth: int = 12,
         heads: int = 6,
         patch: int = 16,
+        fused: bool = True,
     ):
         super().__init__()
         positions = (size[0] // patch) * (size[1] // patch)
@@ -158,7 +166,7 @@ class DeiT(nn.Module):
         self.token = nn.Parameter(torch.zeros(1, 1, channels))
         self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + positions, channels))
         self.blocks = nn.Sequential(
-            *(_TransformerBlock(channels, heads) for _ in range(depth))
+            *(_TransformerBlock(channels, heads, fused) for _ in range(depth))
         )
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         self.head = nn.Linear(channels, classes)

@@ -77,3 +77,9 @@ def _timed(function: Callable[[], object]) -> tuple[float, float]:
     found = function()
     seconds = time.perf_counter() - start
     return seconds, found if isinstance(found, float) else seconds
+
+
+def reason(error: Exception) -> str:
+    """An error in one short line."""
+    lines = str(error).strip().splitlines() or ['']
+    return f'{type(error).__name__}: {lines[0][:160]}'

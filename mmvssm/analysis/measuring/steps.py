@@ -1,27 +1,43 @@
-"""The models that ``models_cpu.py`` compares, and what is done with them."""
+"""The models that are compared, and what is done with them."""
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import model_peers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmvssm
+from mmvssm.analysis.measuring import peers
 
 CLASSES = 1000
 MODES = ('inference', 'training')
 # float32; weights and images in bfloat16; autocast to bfloat16 of float32 weights.
 DTYPES = ('float32', 'bfloat16', 'autocast')
+_DEIT_T = dict(channels=192, heads=3)
+
+
+def _scaled_swin(size: tuple[int, int]) -> nn.Module:
+    window = max(1, max(size) // 32)
+    return peers.swin('swin_t', CLASSES, drop_path_rate=0.0, window_size=window)
+
+
+# ``materialised`` makes the matrix of all pairs of positions, as the published code of
+# DeiT does. ``scaled`` has windows of size / 32, as VMamba's article compares Swin.
 PEERS: dict[str, Callable[[tuple[int, int]], nn.Module]] = {
-    'swin_t': lambda size: model_peers.swin('swin_t', CLASSES, drop_path_rate=0.0),
-    'convnext_t': lambda size: model_peers.ConvNeXt(CLASSES),
-    'deit_s': lambda size: model_peers.DeiT(CLASSES, size),
+    'swin_t': lambda size: peers.swin('swin_t', CLASSES, drop_path_rate=0.0),
+    'convnext_t': lambda size: peers.ConvNeXt(CLASSES),
+    'deit_s': lambda size: peers.DeiT(CLASSES, size),
+    'deit_s_materialised': lambda size: peers.DeiT(CLASSES, size, fused=False),
+    'deit_t': lambda size: peers.DeiT(CLASSES, size, **_DEIT_T),
+    'deit_t_materialised': lambda size: peers.DeiT(
+        CLASSES, size, **_DEIT_T, fused=False
+    ),
+    'swin_t_scaled': _scaled_swin,
 }
 OURS = ('vmamba_t_s1l8', 'vmamba_s_s1l20', 'vim_t', 'vim_s', 'mambar_s', 'mlla_t')
-MODELS = (*OURS, *PEERS)
+MODELS = (*OURS, 'swin_t', 'convnext_t', 'deit_s')
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,7 @@ class Case:
     batch: int
     threads: int
     mode: str
+    device: str = 'cpu'
 
     @property
     def size(self) -> tuple[int, int]:
@@ -42,16 +59,29 @@ class Case:
     def name(self) -> str:
         threads = f'{self.threads} thread{"s" * (self.threads > 1)}'
         size = f'{self.width}x{self.height}'
-        return f'{self.mode}, {size}, batch {self.batch}, {threads}'
+        where = threads if self.device == 'cpu' else self.device
+        return f'{self.mode}, {size}, batch {self.batch}, {where}'
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model by name, one of ``DTYPES``, and whether ``torch.compile`` is used."""
+    """A model, one of ``DTYPES``, and whether ``torch.compile`` is used.
+
+    Attributes:
+        model: A name of ``PEERS`` or :func:`mmvssm.list_models`; with ``builder`` any.
+        builder: Builds the model from height and width. Another process must be able to
+            import it.
+    """
 
     model: str
     dtype: str = DTYPES[0]
     compiled: bool = False
+    builder: Callable[[tuple[int, int]], nn.Module] | None = None
+
+    def build(self, size: tuple[int, int]) -> nn.Module:
+        """The model in its dtype."""
+        model = self.builder(size) if self.builder else build(self.model, size)
+        return in_dtype(model, self.dtype)
 
     @property
     def way(self) -> str:
@@ -85,35 +115,51 @@ def make_step(model: nn.Module, case: Case, contender: Contender) -> Callable[[]
     """What is timed.
 
     Inference makes logits of a batch. Training also takes their cross-entropy and makes
-    all gradients. The step of the optimizer is not in it: it depends on the number of
+    all gradients; for a model that gives maps, the mean of their squares takes its
+    place. The step of the optimizer is not in it: it depends on the number of
     parameters alone.
 
     Args:
-        model: In the contender's dtype, see :func:`in_dtype`; its mode is set.
+        model: In the contender's dtype and on the case's device; its mode is set.
     """
     training = case.mode == 'training'
     model.train(training)
     compiled, dtype = contender.compiled, contender.dtype
     module = torch.compile(model, dynamic=False) if compiled else model
+    kind = torch.device(case.device).type
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(case.batch, 3, *case.size, generator=generator)
     labels = torch.randint(CLASSES, (case.batch,), generator=generator)
+    images, labels = images.to(case.device), labels.to(case.device)
     if dtype == 'bfloat16':
         images = images.bfloat16()
 
-    def logits() -> Tensor:
-        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'autocast'):
+    def outputs() -> Tensor | tuple[Tensor, ...]:
+        with torch.autocast(kind, torch.bfloat16, enabled=dtype == 'autocast'):
             return module(images)
+
+    def wait() -> None:
+        if kind != 'cpu':
+            torch.accelerator.synchronize(case.device)
 
     def infer() -> None:
         with torch.no_grad():
-            logits()
+            outputs()
+        wait()
 
     def train() -> None:
-        F.cross_entropy(logits().float(), labels).backward()
+        _loss(outputs(), labels).backward()
         model.zero_grad(set_to_none=True)
+        wait()
 
     return train if training else infer
+
+
+def _loss(found: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    if isinstance(found, Tensor) and found.ndim == 2:
+        return F.cross_entropy(found.float(), labels % found.shape[1])
+    maps = (found,) if isinstance(found, Tensor) else found
+    return sum(x.float().square().mean() for x in maps)
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Times and peak memory of whole models, ours and others, in one run."""
