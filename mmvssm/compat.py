@@ -209,6 +209,11 @@ def why_no_classification() -> str | None:
     )
 
 
+def why_no_timm() -> str | None:
+    """Why timm cannot be used here, or None where it can. It imports torchvision."""
+    return _why_not('timm', 'no timm that can be imported')
+
+
 def _why_not(module: str, what: str) -> str | None:
     try:
         import_module(module)

@@ -44,7 +44,8 @@ class Family:
         backbone: Its class. It takes the name of an arch, then keywords.
         archs: Arguments of each published arch, by the second part of the name.
         head: Makes the classification head, from the backbone, the name of the arch,
-            the number of classes, and options as keywords.
+            the number of classes, and options as keywords. ``head`` of this module is
+            its last layer, and ``pre_logits`` computes what that layer gets.
         classifier_args: Arguments of the backbone in a classifier.
         signature: Pattern of a name that every model of the family has, and no model
             of another family.
@@ -108,6 +109,7 @@ def _prefix(pattern: str, key: str) -> str | None:
 
 
 _FAMILIES: dict[str, Family] = {}
+_WATCHERS: list[Callable[[Family], None]] = []
 
 
 def register_family(family: Family) -> Family:
@@ -137,6 +139,8 @@ def register_family(family: Family) -> Family:
                 f"there is a model '{family.name}_{arch}' already; give the arch or "
                 'the family another name'
             )
+    for watch in _WATCHERS:
+        watch(family)
     _FAMILIES[family.name] = family
     return family
 
@@ -144,6 +148,13 @@ def register_family(family: Family) -> Family:
 def families() -> tuple[Family, ...]:
     """All families, in the order of their registration."""
     return tuple(_FAMILIES.values())
+
+
+def watch_families(watch: Callable[[Family], None]) -> None:
+    """Have a function called with each family, of now and of later registrations."""
+    for family in families():
+        watch(family)
+    _WATCHERS.append(watch)
 
 
 def models() -> list[tuple[str, Family, str]]:

@@ -93,7 +93,7 @@ import mmvssm
 for name in import_all('mmvssm'):
     try:
         importlib.import_module(name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if error.name not in ('mmpretrain', 'timm', 'torchvision'):
             raise  # These are optional, and modules of their own need them.
 for type_ in ('SafeCheckpointHook', 'PreemptionHook', 'NonFiniteLossHook'):

@@ -23,7 +23,7 @@ LAYERS = (
         'families',
     ),
     *('backbones', 'data_preprocessor', 'zoo', 'checkpoints', 'builders'),
-    *('pretrained', 'datasets', 'analysis', 'engine', 'classification'),
+    *('pretrained', 'timm', 'datasets', 'analysis', 'engine', 'classification'),
     *('analysis.studies', 'export'),
     *('collect_env', 'check_gpu'),
 )
