@@ -39,6 +39,23 @@ def test_listed_and_built(toy):
     assert [m.shape for m in maps] == [(1, 16, 8, 11)]
 
 
+def test_watchers_see_every_family(toy, monkeypatch):
+    monkeypatch.setattr(families, '_WATCHERS', [])
+    names = []
+    families.watch_families(lambda family: names.append(family.name))
+    assert names == [family.name for family in families.families()]
+    mmvssm.register_family(replace(toy['FAMILY'], name='later', title='Later'))
+    assert names[-1] == 'later'
+
+    def refuse(family):
+        raise ValueError('no')
+
+    monkeypatch.setattr(families, '_WATCHERS', [refuse])
+    with pytest.raises(ValueError, match='no'):
+        mmvssm.register_family(replace(toy['FAMILY'], name='last', title='Last'))
+    assert 'last_t' not in mmvssm.list_models()
+
+
 def test_published_names_are_converted(toy, tmp_path):
     net = randomised(mmvssm.build_classifier('toy_t', 5))
     published = {
