@@ -450,12 +450,18 @@ def _create(
     name: str,
     pretrained: bool = False,
     *,
-    features_only: bool = False,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
+    features_only: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a model for timm's ``create_model``."""
-    if pretrained and cache_dir is not None:
+    given = [_read_by_us(cfg) for cfg in (pretrained_cfg, pretrained_cfg_overlay)]
+    remote = any(
+        cfg.get('url') or cfg.get('hf_hub_id') for cfg in given if isinstance(cfg, dict)
+    )
+    if pretrained and cache_dir is not None and not remote:
         raise ValueError(
             'cache_dir has no effect on the weights of mmvssm: leave it out, and set '
             'the environment variable MMVSSM_CACHE_DIR'
@@ -465,7 +471,9 @@ def _create(
         partial(FeatureMaps if features_only else Classifier, *found),
         name,
         pretrained,
+        *given,
         pretrained_filter_fn=_convert,
+        cache_dir=cache_dir,
         # What belongs to the head.
         kwargs_filter=_HEAD_OPTIONS if features_only else None,
         **kwargs,
@@ -478,6 +486,17 @@ def _create(
     cfg['first_conv'] = next(convs, None)
     model.pretrained_cfg = model.default_cfg = cfg
     return model
+
+
+def _read_by_us(cfg: Any) -> Any:
+    """Have what a config of the user names loaded by :func:`load_checkpoint`.
+
+    Of a file with two copies of the weights timm would take another one, and a file in
+    its default config comes before an address in that of the user.
+    """
+    if isinstance(cfg, dict) and any(map(cfg.get, ('file', 'url', 'hf_hub_id'))):
+        return dict(file=None, custom_load=True) | cfg
+    return cfg
 
 
 def _default_cfg(name: str) -> PretrainedCfg:

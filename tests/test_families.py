@@ -18,6 +18,8 @@ from tiny import write_ade, write_config
 @pytest.fixture
 def toy(monkeypatch):
     """What the example defines; its family is forgotten afterwards."""
+    # What is imported in the test only would be forgotten with it.
+    MODELS.import_from_location()
     monkeypatch.setattr(families, '_FAMILIES', dict(families._FAMILIES))
     monkeypatch.setattr(MODELS, '_module_dict', dict(MODELS.module_dict))
     return run_example('Adding a family')

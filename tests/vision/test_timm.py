@@ -1,6 +1,7 @@
 """Every model of this package as one of timm."""
 
 import argparse
+import os
 import warnings
 
 import pytest
@@ -169,6 +170,7 @@ def served(tmp_path, monkeypatch):
     monkeypatch.setenv('MMVSSM_ZOO_MIRROR', server.address)
     state = mmvssm.build_classifier('vim_t').state_dict()
     serve(server, find('vim_t'), published_names('vim_t', state), tmp_path)
+    server.files['/file.pth'] = (tmp_path / 'file.pth').read_bytes()
     yield state
     server.close()
 
@@ -201,6 +203,18 @@ def test_pretrained(served, tmp_path):
         assert torch.equal(net.state_dict()[key], served[key])
         stem = net.backbone.patch_embed.proj.weight
         assert_close(stem.sum(1), served['backbone.patch_embed.proj.weight'].sum(1))
+    # By the address alone, and as the config of timm's own functions.
+    for options in (
+        dict(
+            pretrained_cfg_overlay=dict(
+                url=f'{os.environ["MMVSSM_ZOO_MIRROR"]}/file.pth'
+            ),
+            cache_dir=str(tmp_path / 'timm'),
+        ),
+        dict(pretrained_cfg=file),
+    ):
+        net = timm.create_model('vim_t', pretrained=True, **options)
+        assert torch.equal(net.state_dict()[key], served[key])
 
 
 @torch.no_grad()
@@ -409,6 +423,8 @@ def test_dilation_is_refused():
 @pytest.fixture
 def registries(monkeypatch):
     """Forgets what a test registers."""
+    # What is imported in the test only would be forgotten with it.
+    MODELS.import_from_location()
     monkeypatch.setattr(families, '_FAMILIES', dict(families._FAMILIES))
     monkeypatch.setattr(MODELS, '_module_dict', dict(MODELS.module_dict))
     known = set(timm.list_models())
