@@ -31,3 +31,4 @@ __all__ = [
 
 compat.apply()
 compat.import_behind_inferencers('mmvssm.engine')
+compat.import_behind_model_hub('mmvssm.classification.index')

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _NUMPY_DTYPES = ('bool', 'float32', 'float64', 'int32', 'int64', 'uint8', 'uint32')
 _OWN_SCOPE = 'mmvssm::'
 _INFERENCERS = 'mmengine.infer.infer'
+_MODEL_HUB = 'mmpretrain.apis.model'
 _CONFIGS = Path(__file__).parent / '.mim' / 'configs'
 
 
@@ -105,14 +106,14 @@ def find_own_models(weights_of: Callable[[str], str | None]) -> None:
     BaseInferencer._load_model_from_metafile = find_model
 
 
-class _BehindInferencers(MetaPathFinder):
-    """Imports a module as soon as mmengine's inferencers were imported."""
+class _Behind(MetaPathFinder):
+    """Imports a module as soon as another one was imported."""
 
-    def __init__(self, module: str):
-        self.module = module
+    def __init__(self, first: str, module: str):
+        self.first, self.module = first, module
 
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
-        if name != _INFERENCERS or self not in sys.meta_path:
+        if name != self.first or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
@@ -127,18 +128,38 @@ class _BehindInferencers(MetaPathFinder):
         return spec
 
 
+def import_behind(first: str, module: str) -> None:
+    """Import a module when somebody imports another one, or now if somebody has.
+
+    Args:
+        first: Name of the other one, which takes long to import or is optional.
+        module: Name of the module.
+    """
+    known = [x for x in sys.meta_path if isinstance(x, _Behind) and x.first == first]
+    if first in sys.modules:
+        import_module(module)
+    elif not known:
+        sys.meta_path.insert(0, _Behind(first, module))
+
+
 def import_behind_inferencers(module: str) -> None:
-    """Import a module when somebody imports mmengine's inferencers, or now if so.
+    """Import a module behind mmengine's inferencers.
 
     These import much, OpenCV among it, which ``import mmvssm`` does without.
 
     Args:
         module: Its name.
     """
-    if _INFERENCERS in sys.modules:
-        import_module(module)
-    elif not any(isinstance(finder, _BehindInferencers) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _BehindInferencers(module))
+    import_behind(_INFERENCERS, module)
+
+
+def import_behind_model_hub(module: str) -> None:
+    """Import a module behind MMPretrain's table of models.
+
+    Args:
+        module: Its name.
+    """
+    import_behind(_MODEL_HUB, module)
 
 
 def allow_mmengine_checkpoints() -> None:

@@ -114,6 +114,7 @@ def _vmamba_classifier(
         copy='model',
         metrics={'top-1': top_1},
         evaluation=f'{_CROP_875}; float16 autocast',
+        configs=(f'{model}_in1k',),
         crop=_CROP_875,
         licence=_VMAMBA_LICENCE,
         note=note,
@@ -342,6 +343,7 @@ def _vim_classifier(
         copy=copy,
         metrics=metrics,
         evaluation=f'{_CROP_875}; float32',
+        configs=(f'{model}_in1k',),
         crop=_CROP_875,
         licence=_VIM_LICENCE,
         megabytes=megabytes,
@@ -367,7 +369,7 @@ def _without_file(
         metrics=metrics,
         evaluation='as published',
         licence='none stated',
-        configs=() if kind == 'classifier' else (name,),
+        configs=(f'{name}_in1k',) if kind == 'classifier' else (name,),
         note=note,
     )
 
@@ -428,6 +430,8 @@ def _mambar_classifier(model: str, size: str, top_1: float, note: str = '') -> W
         copy='model',
         metrics={'top-1': top_1},
         evaluation=f'{_CROP_1}; bfloat16 autocast',
+        # The file is that of the last of three trainings.
+        configs=(f'{model}_stage3_in1k',),
         crop=_CROP_1,
         licence='none stated',
         note=note,
@@ -475,6 +479,7 @@ def _mlla_classifier(
         copy=None,
         metrics={'top-1': top_1},
         evaluation=f'{_CROP_875}; float32',
+        configs=(f'{model}_in1k',),
         crop=_CROP_875,
         licence=_MLLA_LICENCE,
         note=note,
