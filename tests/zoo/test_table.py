@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from mmengine.config import Config
 
@@ -28,7 +29,8 @@ def test_row(row):
         assert re.fullmatch(r'https://[^\s]+', row.url)
         assert Path(row.file).name == row.file and row.file.endswith('.pth')
     if row.kind == 'classifier':
-        assert not row.configs
+        (config,) = row.configs
+        assert (REPO / f'configs/classification/{config}.py').is_file()
     else:
         assert row.name == row.configs[0]
 
@@ -88,10 +90,14 @@ def test_copies(name, copy):
     assert find(name).copy == copy
 
 
-METAFILE = {
-    entry['Name']: entry
-    for entry in yaml.safe_load((REPO / 'configs/metafile.yml').read_text())['Models']
-}
+def metafile(path):
+    entries = yaml.safe_load((REPO / path).read_text())['Models']
+    assert len({entry['Name'] for entry in entries}) == len(entries)
+    return {entry['Name']: entry for entry in entries}
+
+
+METAFILE = metafile('configs/metafile.yml')
+CLASSIFIERS = metafile('configs/classification/metafile.yml')
 _SHOWN = ('mIoU', 'mIoU(ms+flip)', 'box AP', 'mask AP')
 TRAINED = [row for row in ROWS if row.kind != 'classifier' and row.url]
 
@@ -115,6 +121,52 @@ def test_metafile(name):
         found |= result['Metrics']
     metrics = row.metrics if row else {}
     assert found == {key: metrics[key] for key in _SHOWN if key in metrics}
+
+
+def test_every_model_is_a_classifier_of_the_metafile():
+    names = {row.name for row in ROWS if row.kind == 'classifier'}
+    models = {name for name in mmvssm.list_models() if 'study' not in name}
+    assert CLASSIFIERS.keys() == names | models
+
+
+@pytest.mark.parametrize('name', CLASSIFIERS)
+def test_metafile_of_classifiers(name):
+    entry, row = CLASSIFIERS[name], TABLE.get(name)
+    assert entry.get('Weights') == (row and row.url)
+    shown = {'top-1': 'Top 1 Accuracy', 'top-5': 'Top 5 Accuracy'}
+    metrics = row.metrics if row else {}
+    results = [result['Metrics'] for result in entry.get('Results', ())]
+    assert results == [{shown[k]: v for k, v in metrics.items()}] * bool(row)
+    if row:
+        assert entry['Config'] == f'configs/classification/{row.configs[0]}.py'
+    cfg = Config.fromfile(REPO / entry['Config'])
+    model = row.model if row else name
+    assert f'{_family(cfg)}_{cfg.model.backbone.arch}' == model
+    size = cfg.model.backbone.get('img_size', 224)
+    with torch.device('meta'):
+        net = mmvssm.build_classifier(model, img_size=size)
+    assert entry['Metadata']['Parameters'] == sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize('row', [row for row in ROWS if row.crop], ids=lambda r: r.name)
+def test_config_tests_with_the_published_crop(row):
+    cfg = Config.fromfile(REPO / f'configs/classification/{row.configs[0]}.py')
+    load, resize, crop, pack = cfg.test_dataloader.dataset.pipeline
+    assert load == dict(
+        type='LoadImageFromFile',
+        imdecode_backend='pillow',
+        color_type='color_ignore_orientation',
+    )
+    assert resize == dict(
+        type='ResizeEdge',
+        scale=row.crop.resized,
+        edge='short',
+        backend='pillow',
+        interpolation=row.crop.interpolation,
+    )
+    assert crop == dict(type='CenterCrop', crop_size=row.crop.size)
+    assert cfg.test_dataloader.dataset.split == 'val'
+    assert cfg.test_evaluator == dict(type='Accuracy', topk=(1, 5))
 
 
 @pytest.mark.parametrize('row', TRAINED, ids=lambda row: row.name)
