@@ -24,13 +24,16 @@ def parse_args() -> argparse.Namespace:
         '--data',
         metavar='CONFIG',
         help='config with the data set and schedule for all rows, such as '
-        "configs/_base_/ablation_quickstart.py (default: the rows' own, ADE20K)",
+        'configs/_base_/ablation_quickstart.py; with that of a classifier, such as '
+        'configs/classification/vmamba_t_s1l8_in1k.py, the rows are classifiers '
+        "(default: the rows' own, ADE20K)",
     )
     parser.add_argument(
         '--seeds', nargs='+', type=int, default=[0], metavar='N', help='default: 0'
     )
     parser.add_argument(
-        '--metric', default='mIoU', help='the metric to compare (default: mIoU)'
+        '--metric',
+        help='the metric to compare (default: mIoU, of classifiers accuracy/top1)',
     )
     parser.add_argument(
         '--work-dir',
@@ -70,18 +73,19 @@ def main(args: argparse.Namespace) -> None:
         print(tables.complexity_table(counted))
         return
     ablation.claim_work_dir(args.work_dir, configs[rows[0].name])
+    metric = args.metric or ablation.usual_metric(configs[rows[0].name])
     for row in rows:
         for seed in args.seeds:
             result = ablation.train_row(
-                row, configs[row.name], seed, args.work_dir, args.metric
+                row, configs[row.name], seed, args.work_dir, metric
             )
-            print(f'{row.name}, seed {seed}: {args.metric} {result["value"]:.2f}')
+            print(f'{row.name}, seed {seed}: {metric} {result["value"]:.2f}')
             summary = tables.summarise(
                 everything, ablation.finished(everything, args.work_dir)
             )
             stem = Path(args.work_dir) / 'ablation'
-            paths = tables.write_results(summary, args.metric, stem)
-    print(tables.result_table(summary, args.metric))
+            paths = tables.write_results(summary, metric, stem)
+    print(tables.result_table(summary, metric))
     print('\n'.join(map(str, paths)))
 
 

@@ -21,20 +21,24 @@ _MISSING = '-'
 _COLOURS = dict(baseline='#555555', worse='#c0504d', better='#2b6ea6', seed='#111111')
 
 
-def count_row(cfg: Config) -> tuple[Complexity, Complexity]:
+def count_row(cfg: Config) -> tuple[Complexity, Complexity | None]:
     """Parameters and FLOPs of a row.
 
     Args:
         cfg: Its config.
 
     Returns:
-        The result of :func:`count_classifier`, and that of the segmentor at 512x2048.
+        The counts of the row as a classifier at 224x224, see :func:`count_classifier`,
+        and those of the segmentor at 512x2048, None if the config is a classifier's.
     """
     # Nothing is computed, so the weights need neither memory nor values.
     with torch.device('meta'):
-        segmentor = revert_sync_batchnorm(MODELS.build(cfg.model))
-    shape = (1, segmentor.backbone.in_channels, *SEGMENTOR_SIZE)
-    return count_classifier(cfg), count_flops(segmentor, shape)
+        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    channels = model.backbone.in_channels
+    if 'head' in cfg.model:
+        shape = (1, channels, CLASSIFIER_SIZE, CLASSIFIER_SIZE)
+        return count_flops(model, shape), None
+    return count_classifier(cfg), count_flops(model, (1, channels, *SEGMENTOR_SIZE))
 
 
 def count_classifier(cfg: Config) -> Complexity:
@@ -52,7 +56,7 @@ def count_classifier(cfg: Config) -> Complexity:
 
 
 def complexity_table(
-    rows: Iterable[tuple[Any, tuple[Complexity, Complexity]]],
+    rows: Iterable[tuple[Any, tuple[Complexity, Complexity | None]]],
 ) -> str:
     """Markdown table of parameters and FLOPs, ours and those of the paper.
 
@@ -73,8 +77,8 @@ def complexity_table(
                 f'{paper["params"]} M' if paper else _MISSING,
                 f'{classifier.flops / 1e9:.2f} G',
                 f'{paper["flops"]} G' if paper else _MISSING,
-                f'{segmentor.params / 1e6:.2f} M',
-                f'{segmentor.flops / 1e9:.1f} G',
+                f'{segmentor.params / 1e6:.2f} M' if segmentor else _MISSING,
+                f'{segmentor.flops / 1e9:.1f} G' if segmentor else _MISSING,
             )
         )
     return _markdown(lines)

@@ -17,13 +17,16 @@ from mmvssm.engine.errors import UsageError
 from mmvssm.engine.labels.check import check_labels
 from mmvssm.engine.launching.work_dir import lock_work_dir
 from mmvssm.engine.runner import build_runner
+from mmvssm.families import families
 
-from .config import enable_resume, load_config
+from .config import enable_resume, is_classifier, load_config
 from .data import check_datasets, leaves
 from .explain import explain
 from .options import merge_options
 
-_HEADS = ('decode_head', 'auxiliary_head')
+_HEADS = ('decode_head', 'auxiliary_head', 'head')
+# Side of the images on which the papers' classifiers are trained.
+_IMAGE = 224
 # What belongs to one row, or to one start of the tool.
 _OWN = ('ablation', 'randomness', 'work_dir', 'resume', 'load_from', 'experiment_name')
 
@@ -92,9 +95,11 @@ def row_config(
             for all rows: a file of ``configs/_base_/datasets``, a whole
             experiment, or one like ``configs/_base_/ablation_quickstart.py``.
             Its entries take the place of the row's; only its ``model`` is
-            merged into the row's, without the backbone. Of its list
-            ``backbones`` the row gets the arguments of the entry that has the
-            type of the row's backbone. By default nothing moves.
+            merged into the row's, without the backbone. If it is a classifier and
+            the row a segmentor, the row becomes that classifier with its own
+            backbone; a row that is a classifier keeps its head. Of the list
+            ``backbones`` the row gets the arguments of the entry that has the type of
+            the row's backbone. By default nothing moves.
         options: ``'key.subkey=value'`` strings, which come last.
 
     Returns:
@@ -106,21 +111,30 @@ def row_config(
     """
     cfg = load_config(str(row.config))
     if data is not None:
-        _move_to_data(cfg, data)
+        cfg = _move_to_data(cfg, data)
     if options:
         merge_options(cfg, options, str(row.config))
     _fit_heads(cfg, row.name)
     return cfg
 
 
-def _move_to_data(cfg: Config, path: str) -> None:
-    data = load_config(path, required=('train_dataloader',)).to_dict()
+def _move_to_data(cfg: Config, path: str) -> Config:
+    given = load_config(path, required=('train_dataloader',))
+    classify = is_classifier(given) and not is_classifier(cfg)
+    data = given.to_dict()
     model = data.pop('model', {})
-    model.pop('backbone', None)
+    # A row that is a classifier may be about its head.
+    for part in ('backbone', *(('type', 'head') if is_classifier(cfg) else ())):
+        model.pop(part, None)
     kind = cfg.model.backbone.type
-    for given in data.pop('backbones', ()):
-        if given.pop('type') == kind:
-            model['backbone'] = given
+    if classify:
+        model['backbone'] = _arguments_in_classifier(kind)
+    for own in data.pop('backbones', ()):
+        if own.pop('type') == kind:
+            model['backbone'] = {**model.get('backbone', {}), **own}
+    if classify:
+        backbone = cfg.model.backbone
+        cfg = Config(dict(ablation=cfg.ablation, model=dict(backbone=backbone)))
     for key in set(data) - {'ablation', 'work_dir'}:
         cfg[key] = data[key]
     try:
@@ -129,6 +143,14 @@ def _move_to_data(cfg: Config, path: str) -> None:
         raise UsageError(
             f'the model of {path} does not fit the rows: {error}'
         ) from None
+    return cfg
+
+
+def _arguments_in_classifier(kind: str) -> dict[str, Any]:
+    """Arguments of a backbone of this type that a segmentor gives otherwise."""
+    found = (f for f in families() if f.backbone is MODELS.get(kind))
+    arguments = next((f.classifier_args for f in found), {})
+    return dict(img_size=_IMAGE, **arguments)
 
 
 def _fit_heads(cfg: Config, name: str) -> None:
@@ -143,12 +165,15 @@ def _fit_heads(cfg: Config, name: str) -> None:
     for key in _HEADS:
         head = cfg.model.get(key)
         if head:
-            index = head.in_index
+            index = head.get('in_index', -1)
             several = isinstance(index, Sequence)
             head.in_channels = (
                 [channels[i] for i in index] if several else channels[index]
             )
             head.num_classes = classes or head.num_classes
+    for part in (cfg, cfg.model):
+        if classes and 'num_classes' in (part.get('data_preprocessor') or {}):
+            part.data_preprocessor.num_classes = classes
 
 
 def _number_of_classes(dataset: dict) -> int | None:
@@ -176,7 +201,7 @@ def claim_work_dir(work_dir: str | Path, cfg: Config) -> None:
     settings = _plain(settings)
     settings['model'].pop('backbone')
     for key in _HEADS:
-        settings['model'].get(key, {}).pop('in_channels', None)
+        (settings['model'].get(key) or {}).pop('in_channels', None)
     path = Path(work_dir) / 'settings.json'
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,8 +226,17 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
+def usual_metric(cfg: Config) -> str:
+    """The metric that papers compare: top-1 accuracy of a classifier, or mIoU."""
+    return 'accuracy/top1' if is_classifier(cfg) else 'mIoU'
+
+
 def train_row(
-    row: Row, cfg: Config, seed: int, work_dir: str | Path, metric: str = 'mIoU'
+    row: Row,
+    cfg: Config,
+    seed: int,
+    work_dir: str | Path,
+    metric: str | None = None,
 ) -> dict:
     """Train and test a row, or go on where it was interrupted.
 
@@ -211,7 +245,7 @@ def train_row(
         cfg: Its config, of :func:`row_config`.
         seed: Of weights and order of the data.
         work_dir: The results are in ``work_dir/<row>/seed_<seed>``.
-        metric: Which of the metrics counts.
+        metric: Which of the metrics counts, by default :func:`usual_metric`.
 
     Returns:
         The result, which is also in ``result.json`` there: row, seed, metric,
@@ -233,6 +267,7 @@ def train_row(
     if result.exists():
         return json.loads(result.read_text())
     check_datasets(cfg, splits=('train', 'test'))
+    metric = metric or usual_metric(cfg)
     cfg = deepcopy(cfg)
     cfg.work_dir = str(folder)
     cfg.randomness = dict(seed=seed)
