@@ -34,6 +34,7 @@ from mmvssm.analysis.studies import (
     gates,
     norms,
     registers,
+    scaling,
     tokens,
 )
 
@@ -46,6 +47,7 @@ _MODULES = (
     registers,
     tokens,
     gates,
+    scaling,
     cam,
 )
 STUDIES = {module.STUDY.name: module.STUDY for module in _MODULES}

@@ -178,13 +178,20 @@ def parse_subjects(
     """Read ``--models``.
 
     Args:
-        entries: ``NAME_OR_CONFIG`` or ``NAME_OR_CONFIG=CHECKPOINT`` each.
+        entries: ``NAME_OR_CONFIG`` or ``NAME_OR_CONFIG=CHECKPOINT`` each. ``zoo``
+            stands for all classifiers whose accuracy was published, with random
+            weights.
         options: ``--cfg-options`` for all configs.
 
     Raises:
         UsageError: A name, a config or a file does not exist.
     """
-    found = [_parse(entry, options) for entry in entries]
+    names = [
+        name
+        for entry in entries
+        for name in (_published() if entry == 'zoo' else [entry])
+    ]
+    found = [_parse(name, options) for name in names]
     counts = Counter(subject.label for subject in found)
     labels, taken = [], Counter()
     for subject in found:
@@ -197,6 +204,18 @@ def parse_subjects(
         Subject(label, subject.source, subject.checkpoint, subject.cfg)
         for label, subject in zip(labels, found)
     ]
+
+
+def published_accuracy(name: str) -> float | None:
+    """Top-1 accuracy on ImageNet at 224 of a model, None if none was published."""
+    weights = zoo.TABLE.get(name)
+    if weights is None or weights.kind != 'classifier':
+        return None
+    return weights.metrics.get('top-1')
+
+
+def _published() -> list[str]:
+    return [name for name in list_models() if published_accuracy(name) is not None]
 
 
 def _parse(entry: str, options: Sequence[str] | None) -> Subject:

@@ -15,6 +15,7 @@ MORE = {
     'tokens': ('--num-images', 28),
     # With other random weights a map may be zero everywhere.
     'cam': ('--seed', 1),
+    'scaling': ('--peers', '--no-memory', '--seconds', 0, '--threads', 1),
 }
 # To be quick with several models.
 FEWER = {'norms': ('--layers', 0), 'attention': ('--modes', 'decayed')}

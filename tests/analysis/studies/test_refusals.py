@@ -53,6 +53,16 @@ def folder(tmp_path_factory):
         ('tokens --models vmamba.py --num-images 7', 'there are too few images'),
         ('tokens --models vmamba.py --batch-size 0', '--batch-size is at least 1'),
         ('tokens --models vmamba.py --decay -1', '--decay at least 0'),
+        ('attention --models vmamba.py --query 0.5 1.5', '--query takes Y X from 0'),
+        ('attention --models vmamba.py --query nan 0', '--query takes Y X from 0'),
+        ('attention --models vmamba.py --stage 4', '--stage of vmamba is 0 to 3'),
+        ('attention --models vmamba.py --block 1', '--block of vmamba is 0 to 0'),
+        ('gates --models vmamba.py --layers 4', '--layers of vmamba are 0 to 3'),
+        ('cam --models vmamba.py --layer x', 'the backbone of vmamba has no module x'),
+        ('cam --models vmamba.py --target 150', '--target is 0 to 149'),
+        ('scaling --models vmamba.py --peers vgg', '--peers: there is no vgg'),
+        ('scaling --models vmamba.py --batch 0', '--batch must be at least 1'),
+        ('scaling --models vmamba.py --seconds nan', '--seconds must not be negative'),
     ],
 )
 def test_one_sentence(command, said, folder, monkeypatch, capsys):
@@ -77,7 +87,11 @@ def test_weights_that_are_not_finite(folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    'stage, studies', [(0, ['erf']), (3, ['erf', 'norms', 'features', 'tokens'])]
+    'stage, studies',
+    [
+        (0, ['erf', 'attention', 'gates', 'cam']),
+        (3, ['erf', 'norms', 'features', 'tokens']),
+    ],
 )
 def test_outputs_that_are_not_finite(stage, studies, folder, monkeypatch, capsys):
     """Weights may be finite and too large."""
