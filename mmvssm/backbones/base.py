@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule, PretrainedInit
+from mmengine.model import BaseModule, PretrainedInit, TruncNormalInit
 from torch import Tensor, nn
 
 from mmvssm.backbones.padding import masked_maps
@@ -67,6 +67,7 @@ class Backbone(BaseModule):
         super().__init__(init_cfg)
         self.mask_padding = mask_padding
         self._depths: tuple[dict[str, int], int] | None = None
+        self._initialises = False
 
     def forward(
         self, x: Tensor, img_shapes: Sequence[Sequence[int]] | None = None
@@ -166,6 +167,17 @@ class Backbone(BaseModule):
         """
         _convert_state(self, state_dict, prefix)
 
+    def apply(self, fn: Callable[[nn.Module], None]) -> 'Backbone':
+        """Apply a function to all modules, but not an ``init_cfg`` of another module.
+
+        That of a whole model, as configs of MMPretrain have it for all linear layers,
+        would replace the published initialisation of step sizes and projections.
+        """
+        foreign = getattr(fn, '__module__', None) == TruncNormalInit.__module__
+        if foreign and not self._initialises:
+            return self
+        return super().apply(fn)
+
     def init_weights(self) -> None:
         """Apply ``init_cfg``.
 
@@ -182,7 +194,9 @@ class Backbone(BaseModule):
             cfg for cfg in cfgs if cfg['type'] in ('Pretrained', PretrainedInit)
         ]
         self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
+        self._initialises = True
         super().init_weights()
+        self._initialises = False
         self.init_cfg = given
         for cfg in pretrained:
             options = {key: cfg[key] for key in ('prefix', 'weights') if key in cfg}

@@ -4,6 +4,8 @@ import functools
 
 import pytest
 import torch
+from mmengine.model import BaseModule
+from torch import nn
 
 from families import FAMILIES
 
@@ -99,3 +101,32 @@ def test_no_check_in_a_graph(name):
         ):
             torch.testing.assert_close(got, y)
             torch.testing.assert_close(other, y)
+
+
+class Whole(BaseModule):
+    """A model whose ``init_cfg`` is for all layers of a kind, as MMPretrain's are."""
+
+    def __init__(self, backbone):
+        super().__init__([dict(type='Constant', layer='Linear', val=3.0, bias=5.0)])
+        self.backbone = backbone
+        self.head = nn.Linear(2, 2)
+
+
+@every_family
+def test_init_cfg_of_the_whole_model_leaves_the_backbone_as_published(name):
+    net = Whole(FAMILIES[name]())
+    before = {key: value.clone() for key, value in net.backbone.state_dict().items()}
+    net.init_weights()
+    assert (net.head.weight == 3).all() and (net.head.bias == 5).all()
+    for key, value in net.backbone.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+@every_family
+def test_its_own_init_cfg_is_carried_out(name):
+    net = FAMILIES[name](init_cfg=dict(type='Constant', layer='Linear', val=3.0))
+    net.init_weights()
+    linears = [x for x in net.modules() if isinstance(x, nn.Linear)]
+    assert linears and all((x.weight == 3).all() for x in linears)
+    net.apply(lambda module: setattr(module, 'seen', True))
+    assert all(module.seen for module in net.modules())

@@ -113,7 +113,7 @@ def _move_preprocessor(cfg: Config) -> None:
 
 
 def _check_classifier(cfg: Config, path: str) -> None:
-    """Refuse what trains and is not what it looks like, or fails after an epoch."""
+    """Refuse what trains and is not what it looks like."""
     model = cfg.get('model') or {}
     backbone, head = model.get('backbone') or {}, model.get('head') or {}
     if not isinstance(head, dict):
@@ -126,18 +126,6 @@ def _check_classifier(cfg: Config, path: str) -> None:
             f'{path}: mmvssm.PooledClsHead has the norm of the last map, so there '
             'would be two, one after the other: set model.backbone.out_norm=False.'
         )
-    number = head.get('num_classes')
-    for key in _LISTS_OR_DICTS:
-        metrics = cfg.get(key) or []
-        for metric in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
-            topk = metric.get('topk') or 0
-            most = max(topk) if isinstance(topk, (list, tuple)) else topk
-            if isinstance(number, int) and most > number:
-                raise UsageError(
-                    f'{path}: {key} counts whether the true class is among the first '
-                    f'{most}, and the model knows {number}: set {key}.topk to numbers '
-                    f'up to {number}.'
-                )
 
 
 def _check_types(cfg: Config, path: str) -> None:

@@ -73,8 +73,10 @@ def check_datasets(cfg: Config, splits: Iterable[str] = ('train', 'val')) -> Non
     Raises:
         UsageError: Something is missing, and the message lists where it looked
             and how to lay the data out; or an annotation file cannot be read or
-            has other categories.
+            has other categories; or a metric asks for more classes than there are.
     """
+    splits = list(splits)
+    _check_topk(cfg, splits)
     for dataset in check_folders(cfg, splits):
         if dataset.get('type') == 'CocoDataset':
             check_categories(dataset, cfg.get('default_scope'))
@@ -109,6 +111,29 @@ def check_folders(cfg: Config, splits: Iterable[str]) -> list[dict]:
             f'{looked}\n{"".join(layouts)}{_HOW_ELSE}'
         )
     return datasets
+
+
+def _check_topk(cfg: Config, splits: Iterable[str]) -> None:
+    """Refuse a metric that would fail after the first epoch."""
+    head = (cfg.get('model') or {}).get('head')
+    number = head.get('num_classes') if isinstance(head, dict) else None
+    for key, metric in _metrics(cfg, splits):
+        topk = metric.get('topk') or 0
+        most = max(topk) if isinstance(topk, (list, tuple)) else topk
+        if isinstance(number, int) and most > number:
+            raise UsageError(
+                f'{key} counts whether the true class is among the first {most}, and '
+                f'the model knows {number}: set {key}.topk to numbers up to {number}.'
+            )
+
+
+def _metrics(cfg: Config, splits: Iterable[str]) -> Iterator[tuple[str, dict]]:
+    for split in splits:
+        key = f'{split}_evaluator'
+        found = cfg.get(key) or []
+        for metric in found if isinstance(found, (list, tuple)) else [found]:
+            if isinstance(metric, dict):
+                yield key, metric
 
 
 def leaves(dataset: dict) -> Iterator[dict]:
@@ -168,12 +193,10 @@ def _is_of(dataset: dict, *kinds: str) -> bool:
 
 
 def _scored_against(cfg: Config, splits: Iterable[str]) -> Iterator[Path]:
-    for split in splits:
-        evaluators = cfg.get(f'{split}_evaluator') or []
-        for metric in evaluators if isinstance(evaluators, list) else [evaluators]:
-            path = metric.get('ann_file')
-            if path and '://' not in path:
-                yield Path(path)
+    for _, metric in _metrics(cfg, splits):
+        path = metric.get('ann_file')
+        if path and '://' not in path:
+            yield Path(path)
 
 
 def _has_data(path: Path) -> bool:

@@ -135,8 +135,9 @@ def test_two_norms(root):
 
 
 def test_more_classes_than_there_are(root):
-    with pytest.raises(UsageError, match=r'among the first 5, and the model knows 3'):
-        config(root, 'val_evaluator.update(topk=(1, 5))')
+    text = refused(root, 'val_evaluator.update(topk=(1, 5))')
+    assert text.startswith('val_evaluator counts whether the true class is among')
+    assert 'the first 5, and the model knows 3: set val_evaluator.topk' in text
 
 
 def test_sizes_of_images(root):
