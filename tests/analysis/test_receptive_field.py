@@ -70,7 +70,15 @@ def test_squares_against_loops(size):
     assert [tuple(x) for x in squares_of(field, shares)] == [
         (share, side, pytest.approx(area)) for share, side, area in expected
     ]
-    assert cumulative_shares(field)[-1].item() == pytest.approx(1)
+    for i, share in enumerate(cumulative_shares(field).tolist()):
+        inside = sum(
+            field[r, c].item()
+            for r in range(height)
+            for c in range(width)
+            if max(abs(r - height // 2), abs(c - width // 2)) <= i
+        )
+        assert share == pytest.approx(inside / total)
+    assert share == pytest.approx(1)
 
 
 def test_a_single_bright_pixel_is_in_the_smallest_square():
