@@ -38,7 +38,9 @@ def anchors(page):
     return {text.replace(' ', '-') for text in kept}
 
 
-@pytest.mark.parametrize('page', ['README.md', 'docs/models.md', 'docs/flops.md'])
+@pytest.mark.parametrize(
+    'page', ['README.md', 'docs/models.md', 'docs/flops.md', 'docs/studies.md']
+)
 def test_examples_run(page):
     blocks = examples(page)
     assert blocks

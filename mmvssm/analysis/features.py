@@ -30,7 +30,7 @@ def global_output(out: Layer) -> Tensor:
 
 
 def distance_map(patches: Tensor, target: Tensor, distance: str = 'l2') -> Tensor:
-    """Distance between an output and each local output (arXiv 2405.14858, Fig. 1).
+    """Distance between an output and each local output (arXiv 2405.14858).
 
     Args:
         patches: Local outputs (B, C, h, w).

@@ -1,7 +1,7 @@
 """Norms of local tokens: artifacts of Vim, and what registers do to them.
 
-The article on Mamba® (arXiv 2405.14858, Fig. 1 to 3) shows that tokens of very large
-norm appear in Vim's deep layers, in the background.
+The article on Mamba® (arXiv 2405.14858) shows that tokens of very large norm appear in
+Vim's deep layers, in the background.
 """
 
 from typing import NamedTuple

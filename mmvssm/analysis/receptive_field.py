@@ -1,7 +1,7 @@
 """Effective receptive field: how much each pixel matters to one place of the last map.
 
 The method is that of Luo et al. (arXiv 1701.04128), in the form of RepLKNet (arXiv
-2203.06717) and VMamba (arXiv 2401.10166, Fig. 7).
+2203.06717) and VMamba (arXiv 2401.10166).
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Effective receptive fields before and after training (VMamba, Fig. 7)."""
+"""Effective receptive fields before and after training, as VMamba draws them."""
 
 from typing import Any
 

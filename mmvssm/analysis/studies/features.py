@@ -1,4 +1,4 @@
-"""Distance between the global output and each local one (Mamba®, Fig. 1)."""
+"""Distance between the global output and each local one: feature maps of Mamba®."""
 
 import argparse
 from typing import Any

@@ -1,4 +1,4 @@
-"""Norms of local tokens by layer (Mamba®, Fig. 1 to 3)."""
+"""Norms of local tokens by layer, as Mamba® shows them."""
 
 import argparse
 import re
@@ -266,7 +266,9 @@ def _draw_layers(job: Job, results: dict[str, Any], titles: Sequence[str]) -> No
             pairs = zip(found['mean_inside'], found['mean_outside'])
             ratio = [a / b if a is not None and b else np.nan for a, b in pairs]
             axis.plot(layers, ratio, **style)
-    size.set(yscale='log', ylabel='L2 norm: largest, median (pale)')
+    every = [x for found in results.values() for x in found['median'] + found['max']]
+    plotting.scale_y(size, every)
+    size.set(ylabel='L2 norm: largest, median (pale)')
     share.set(ylabel=f'share of outliers ({_rule(job)})')
     for axis in others:
         axis.set(ylabel='mean norm on objects / elsewhere')
@@ -350,8 +352,10 @@ def _draw_training(job: Job, result: dict[str, Any], layers: Sequence[int]) -> N
         ('median', 'max', 'outlier_share'),
         ('median L2 norm', 'largest L2 norm', f'outliers ({_rule(job)})'),
     ):
+        drawn = []
         for i, layer in enumerate(layers):
             values = [found[key][layer] for found in result['norms']]
+            drawn += values
             axis.plot(
                 result['steps'],
                 values,
@@ -359,8 +363,7 @@ def _draw_training(job: Job, result: dict[str, Any], layers: Sequence[int]) -> N
                 **plotting.style(i),
             )
         axis.set(xlabel=result['unit'], ylabel=label)
-        if key != 'outlier_share':
-            axis.set_yscale('log')
+        plotting.scale_y(axis, drawn)
     plotting.add_legend(figure, axes[0, 0])
     plotting.save(figure, job.picture('training'))
 

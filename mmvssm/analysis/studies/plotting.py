@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 # Okabe and Ito's colours without yellow, which is faint on white.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
@@ -66,7 +67,7 @@ def new_plot(
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=_FONT - 1)
+        axis.tick_params(which='both', labelsize=_FONT - 1)
         axis.spines[['top', 'right']].set_visible(False)
     return figure, axes
 
@@ -147,6 +148,13 @@ def style(index: int) -> dict[str, Any]:
         markersize=4,
         linewidth=1.5,
     )
+
+
+def scale_y(axis: Axes, values: Sequence[float]) -> None:
+    """Make the vertical axis logarithmic if the values spread over a factor of ten."""
+    if min(values) > 0 and max(values) > 10 * min(values):
+        axis.set_yscale('log')
+        axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def add_legend(figure: Figure, axis: Axes, columns: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Where each register looks (Mamba®, project page: "parts")."""
+"""Where each register of Mamba® looks."""
 
 import argparse
 import math
