@@ -16,8 +16,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'model',
         metavar='CONFIG|MODEL_NAME',
-        help='a config of a segmentor, a name of mmvssm.list_models() for the '
-        'classifier, or a folder of mmvssm.save_pretrained',
+        help='a config of a segmentor or classifier, a name of mmvssm.list_models() '
+        'for the classifier, or a folder of mmvssm.save_pretrained',
     )
     parser.add_argument(
         '--out', required=True, metavar='FILE', help='the file to write'

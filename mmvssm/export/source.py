@@ -10,8 +10,15 @@ from torch import nn
 
 from mmvssm import zoo
 from mmvssm.builders import build_backbone, build_classifier, list_models
-from mmvssm.engine import UsageError, is_detector, load_config, published_weights
+from mmvssm.engine import (
+    UsageError,
+    is_classifier,
+    is_detector,
+    load_config,
+    published_weights,
+)
 from mmvssm.engine.checkpoints.weights import unwrap
+from mmvssm.engine.configs.image_sizes import inference_batches
 from mmvssm.engine.configs.options import parse_options
 from mmvssm.export.wrappers import is_segmentor
 from mmvssm.pretrained import load_pretrained
@@ -49,8 +56,8 @@ def load_source(
     """Build and fill a model.
 
     Args:
-        name: A config of a segmentor, one of :func:`mmvssm.list_models`, or a folder
-            (or ``hf://`` address) of :func:`mmvssm.save_pretrained`.
+        name: A config of a segmentor or classifier, one of :func:`mmvssm.list_models`,
+            or a folder (or ``hf://`` address) of :func:`mmvssm.save_pretrained`.
         checkpoint: A file, an address or a name of the zoo. None: what was published
             for the config or the name.
         task: Of a name, ``'maps'`` builds the backbone alone; of the config of a
@@ -131,6 +138,9 @@ def _from_config(
     source = None if from_scratch else checkpoint or published_weights(path)
     model = unwrap(load_model(cfg, source, 'cpu', weights))
     metadata = dict(model=path)
+    if is_classifier(cfg):
+        size = inference_batches(cfg)[0][1:]
+        return Source(model, source or 'random weights', size, metadata)
     if is_detector(cfg):
         model = model.backbone
     else:

@@ -188,14 +188,15 @@ def wrap(
     """Choose what is exported of a model.
 
     Args:
-        model: A classifier or backbone of this package, or a segmentor of mmseg, in
-            eval mode. Any other module is taken for a classifier.
+        model: A classifier or backbone of this package, a segmentor of mmseg, or a
+            classifier of MMPretrain, in eval mode. Any other module is taken for a
+            classifier.
         task: One of ``TASKS``. None: ``'maps'`` of a backbone, ``'seg'`` of a
             segmentor, else ``'logits'``.
         normalise: Whether images shall be RGB of 0 to 255, and the graph normalises
             them.
-        normalisation: What the model wants. None: as the data preprocessor of the
-            segmentor says; of others, ImageNet's mean and standard deviation.
+        normalisation: What the model wants. None: as its data preprocessor says;
+            without one, ImageNet's mean and standard deviation.
 
     Raises:
         ExportError: The model cannot be exported, or has no such outputs.
@@ -277,7 +278,7 @@ def refuse(model: nn.Module) -> None:
 def normalisation_of(model: nn.Module) -> Normalisation:
     """What the data preprocessor of a model does, else what ImageNet's models want."""
     preprocessor = getattr(model, 'data_preprocessor', None)
-    if not is_segmentor(model) or preprocessor is None:
+    if preprocessor is None:
         return Normalisation()
     if not getattr(preprocessor, '_enable_normalize', False):
         mean, std = (0.0,), (1.0,)
@@ -286,7 +287,8 @@ def normalisation_of(model: nn.Module) -> Normalisation:
         std = tuple(preprocessor.std.flatten().tolist())
     # Images are loaded by OpenCV, blue first; of other than three channels all keep
     # the order of the file.
-    swaps = getattr(preprocessor, '_channel_conversion', False)
+    names = ('_channel_conversion', 'to_rgb')  # The second is MMPretrain's.
+    swaps = any(getattr(preprocessor, name, False) for name in names)
     bgr = not swaps and _channels(model) == 3
     return Normalisation(mean, std, bgr)
 
