@@ -150,8 +150,6 @@ class Classifier(_Model, ImageClassifier):
         if self.has_tokens:
             self.num_prefix_tokens = len(backbone.token_positions(1))
         self.published_pool = 'token' if self.has_tokens else 'avg'
-        # The files' stem is adapted by load_checkpoint.
-        self._traits = dict(first_conv=None)
         self._probed = partial(_probe, family, arch, options)
         pool = self.published_pool if global_pool is None else global_pool
         self._set_pool(pool, num_classes)
@@ -337,7 +335,6 @@ class FeatureMaps(_Model, BaseModule):
             taken = blocks = _taken(out_indices, len(info))
         self.backbone = family.backbone(arch, **options, out_indices=tuple(blocks))
         self.feature_info = FeatureInfo(info, tuple(taken))
-        self._traits = dict(first_conv=None)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Image (B, in_chans, H, W) -> maps (B, C, H / stride, W / stride)."""
@@ -481,6 +478,7 @@ def _create(
     cfg = model.pretrained_cfg
     if features_only:
         cfg = pretrained_cfg_for_features(cfg)
+    # Set when weights are loaded: load_checkpoint has adapted the stem, not timm.
     stem = model.backbone.patch_embed.named_modules(prefix='backbone.patch_embed')
     convs = (part for part, module in stem if isinstance(module, nn.Conv2d))
     cfg['first_conv'] = next(convs, None)

@@ -134,6 +134,8 @@ def test_out_indices(indices, found):
         assert strides == [4 * 2**i for i in found]
         sizes = [(64 // stride, 96 // stride) for stride in strides]
         assert [tuple(out.shape[2:]) for out in outs] == sizes
+        if maps.neck is not None:
+            assert maps.neck.scales == tuple(16 / stride for stride in strides)
         sum(out.square().mean() for out in outs).backward()
         # No parameter that a loss cannot reach, so DDP works as it is.
         assert all(p.grad is not None for p in maps.parameters())
@@ -215,6 +217,34 @@ def test_pretrained(served, tmp_path):
     ):
         net = timm.create_model('vim_t', pretrained=True, **options)
         assert torch.equal(net.state_dict()[key], served[key])
+
+
+@torch.no_grad()
+def test_published_state_dict():
+    state = mmvssm.build_classifier('vim_t').state_dict()
+    source = dict(state_dict=published_names('vim_t', state))
+    net = timm.create_model(
+        *('vim_t', True),
+        pretrained_cfg_overlay=source,
+        num_classes=3,
+        in_chans=1,
+    )
+    key = 'backbone.layers.7.mixer.in_proj.weight'
+    assert torch.equal(net.state_dict()[key], state[key])
+    stem = state['backbone.patch_embed.proj.weight']
+    assert_close(net.backbone.patch_embed.proj.weight, stem.sum(1, keepdim=True))
+
+
+@torch.no_grad()
+def test_folder_of_timm(tmp_path):
+    net = timm.create_model('mambar_t', num_classes=3, in_chans=2).eval()
+    timm.models.save_for_hf(net, tmp_path, safe_serialization=True)
+    other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = image(2)
+    assert torch.equal(other(x), net(x))
+    own = mmvssm.build_classifier('mambar_t', 3, in_channels=2).eval()
+    mmvssm.load_checkpoint(own, tmp_path / 'model.safetensors')
+    assert torch.equal(own(x), net(x))
 
 
 @torch.no_grad()
