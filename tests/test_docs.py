@@ -39,7 +39,14 @@ def anchors(page):
 
 
 @pytest.mark.parametrize(
-    'page', ['README.md', 'docs/models.md', 'docs/flops.md', 'docs/studies.md']
+    'page',
+    [
+        'README.md',
+        'docs/models.md',
+        'docs/flops.md',
+        'docs/studies.md',
+        'docs/theory.md',
+    ],
 )
 def test_examples_run(page):
     blocks = examples(page)

@@ -198,5 +198,6 @@ def _words(text: str) -> list[str]:
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
+    # Tight, because labels may stand beyond the edge that the layout assumes.
+    figure.savefig(path, dpi=_DPI, bbox_inches='tight', pad_inches=0.08)
     return path

@@ -57,7 +57,9 @@ def selective_scan(
         h_t = \exp(\Delta_t A) h_{t-1} + \Delta_t B_t u_t, \quad
         y_t = (C_t \cdot h_t + D u_t) \, \mathrm{SiLU}(z_t)
 
-    where h is a vector of N states that starts at zero. State and accumulation are
+    where h is a vector of N states that starts at zero. A is discretised by zero-order
+    hold, and B by an Euler step, as in the published kernels; the articles' equations
+    have zero-order hold for both (docs/theory.md). State and accumulation are
     float32 (float64 for float64 inputs). Tensors may have any strides, and the output
     has those of ``u``. Channels-last tensors, (B, L, D) in memory, are the fastest on
     the CPU.
