@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from mmengine.dist import broadcast, get_world_size
 from mmengine.hooks import EMAHook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
@@ -20,7 +22,7 @@ class TimmEMAHook(EMAHook):
     The average begins as the weights that training begins with. After each step of the
     optimizer, so not after each of several batches whose gradients are added up, it is
     :math:`d \cdot average + (1 - d) \cdot weights`. That includes the running
-    statistics of norms.
+    statistics of norms; of several processes, those of the first.
 
     A classifier with a method ``teach``, as :class:`mmvssm.classification.
     MESAClassifier` has, gets the averaged model before each epoch.
@@ -90,6 +92,24 @@ class TimmEMAHook(EMAHook):
         """Average, if the weights have changed."""
         if runner.optim_wrapper.should_update():
             super().after_train_iter(runner, *args, **kwargs)
+            if get_world_size() > 1:
+                self._share_statistics()
+
+    def _share_statistics(self) -> None:
+        # A checkpoint has those of the first process. All must go on with them, or a
+        # resumed training would learn from other averages than one that ran through.
+        model = self.ema_model.module
+        weights = dict(model.named_parameters())
+        own = [
+            value
+            for name, value in model.state_dict().items()
+            if name not in weights and value.is_floating_point()
+        ]
+        if own:
+            flat = torch.cat([value.flatten() for value in own])
+            broadcast(flat)
+            for value, new in zip(own, flat.split([v.numel() for v in own])):
+                value.copy_(new.view_as(value))
 
     def _swap_ema_parameters(self) -> None:
         if self.evaluate == 'average':

@@ -130,7 +130,11 @@ class PreemptionHook(Hook):
         if not in_training or not self._asked_to_stop():
             return
         if not self.saver.has_saved(runner.iter):
-            if not self._can_save(runner):
+            averages = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+            # MMPretrain's may validate both copies in turn, and nobody can tell which
+            # of them the model has: this ends first.
+            twice = any(getattr(x, 'evaluate_on_origin', False) for x in averages)
+            if twice or not self._can_save(runner):
                 return
             for hook in runner.hooks:
                 # They put back the weights that are trained.

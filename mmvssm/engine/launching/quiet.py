@@ -17,6 +17,7 @@ _NOISE = {
     'The draw is False': 'pictures are drawn with --show and --show-dir only',
     'The prefix is not set in metric class': 'the metrics are called mIoU, not x/mIoU',
     r'Setting (OMP|MKL)_NUM_THREADS': "mmengine's default for several processes",
+    "'pin_memory' argument is set as true but no accelerator": 'a config is for both',
     # torch about a file; what it cannot read is an error, with this package's advice.
     'Detected pickle protocol': 'it names weights_only',
     # mmengine about its own code.

@@ -149,6 +149,32 @@ def test_added_batches_count_and_only_steps_are_averaged(tmp_path):
     close(without_counters(saved['state_dict']), without_counters(watch.average))
 
 
+def test_statistics_of_several_processes_are_those_of_the_first(average, monkeypatch):
+    _, _, runner = average
+    (hook,) = (h for h in runner.hooks if isinstance(h, TimmEMAHook))
+    model = hook.ema_model.module
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    monkeypatch.setattr('mmvssm.engine.hooks.ema.get_world_size', lambda: 2)
+    sent = []
+
+    def broadcast(values):
+        sent.append(values.clone())
+        values += 1
+
+    monkeypatch.setattr('mmvssm.engine.hooks.ema.broadcast', broadcast)
+    hook.after_train_iter(runner, 0)
+    assert len(sent) == 1
+    statistics = {'norm.running_mean', 'norm.running_var', 'ballast'}
+    weights = dict(model.named_parameters())
+    kept = hook.decay_with(2)
+    for name, value in without_counters(model.state_dict()).items():
+        raw = runner.model.state_dict()[name]
+        expected = kept * before[name] + (1 - kept) * raw
+        assert (name in statistics) != (name in weights)
+        torch.testing.assert_close(value, expected + (name in statistics))
+    model.load_state_dict(before)
+
+
 def test_a_test_behind_the_training_is_of_the_average(average):
     _, watch, runner = average
     watch.after_test_iter = lambda runner, **kwargs: watch.after_val_iter(runner, 0)

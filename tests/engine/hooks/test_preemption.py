@@ -7,6 +7,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from mmengine.hooks import EMAHook
 
 from mmvssm.engine import PreemptionHook, SafeCheckpointHook
 from mmvssm.engine.hooks import preemption
@@ -126,3 +127,23 @@ def test_worker_that_has_just_been_forked_is_not_meant(in_training, codes):
     hook._pid -= 1
     signal.raise_signal(TERM)
     assert (codes, hook.reason) == ([], '')
+
+
+@pytest.mark.parametrize('twice', [False, True])
+def test_a_validation_of_both_copies_of_the_weights_ends_first(
+    twice, in_training, monkeypatch
+):
+    """MMPretrain's EMAHook has two passes in one, and does not say which is under way."""
+    hook, runner = in_training
+    done = []
+    averages = EMAHook()
+    averages.evaluate_on_origin = twice
+    averages.after_val_epoch = lambda runner: done.append('swapped')
+    runner.hooks.append(averages)
+    runner.iter = 6  # Not saved.
+    monkeypatch.setattr(hook, '_can_save', lambda runner: True)
+    monkeypatch.setattr(hook.saver, 'save_now', lambda *args: done.append('saved'))
+    monkeypatch.setattr(hook, '_stop', lambda *args: done.append('stopped'))
+    hook.reason = 'SIGTERM'
+    hook.after_val_iter(runner)
+    assert done == ([] if twice else ['swapped', 'saved', 'stopped'])
