@@ -133,7 +133,7 @@ def test_worker_that_has_just_been_forked_is_not_meant(in_training, codes):
 def test_a_validation_of_both_copies_of_the_weights_ends_first(
     twice, in_training, monkeypatch
 ):
-    """MMPretrain's EMAHook has two passes in one, and does not say which is under way."""
+    """MMPretrain's EMAHook has two passes in one, and does not say which runs."""
     hook, runner = in_training
     done = []
     averages = EMAHook()
