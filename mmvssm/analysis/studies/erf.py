@@ -91,7 +91,7 @@ def _print(results: dict[str, Any]) -> None:
     rows = [
         [
             f'{label}, {state} training',
-            *(f'{s} ({a:.1%})' for s, a in zip(found['sides'], found['areas'])),
+            *(f'{s} ({a:.2%})' for s, a in zip(found['sides'], found['areas'])),
         ]
         for label, states in results.items()
         for state, found in states.items()

@@ -54,6 +54,15 @@ def test_families_side_by_side(study, configs, tmp_path, monkeypatch):
     check(tmp_path, study, list(families))
 
 
+def test_classifiers_by_name(tmp_path, monkeypatch):
+    command = ['registers', '--models', 'vim_t', 'mambar_t', '--size', 32, 48]
+    command += ['--num-images', 1, '--out-dir', tmp_path]
+    assert analyze(monkeypatch, *command) == 0
+    found = check(tmp_path, 'registers', ['vim_t', 'mambar_t'])
+    assert [x['registers'] for x in found['results'].values()] == [1, 12]
+    assert [x['task'] for x in found['models']] == ['classifier', 'classifier']
+
+
 @needs_detection
 @pytest.mark.parametrize('study', [name for name in STUDIES if name not in ONLY])
 def test_detector(study, tmp_path, monkeypatch):
