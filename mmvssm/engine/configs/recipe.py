@@ -68,6 +68,9 @@ def read_recipe(
         UsageError: The number of images is not known and needed, or an iteration is
             none of this training.
     """
+    for name, value in (('world_size', world_size), ('images', images)):
+        if value is not None and value < 1:
+            raise UsageError(f'{name} must be 1 or more, not {value}.')
     cfg = deepcopy(cfg)
     resume_within_epochs(cfg)
     init_default_scope(cfg.get('default_scope') or 'mmseg')
@@ -76,9 +79,14 @@ def read_recipe(
     world_size = world_size or _usual_world_size(cfg, per_process * counts)
     total = per_process * world_size * counts
     number, source = _count_images(cfg, images)
-    with _quietly(), _world(world_size):
+    with _quietly(), _world(world_size), _explained():
         model = _build_model(cfg)
         runner = _Plan(cfg, model, world_size, number or total)
+        if runner.batches == 0:
+            raise UsageError(
+                f'{number} images do not fill one batch of {per_process} images for '
+                f'each of {world_size} processes.'
+            )
         groups = _groups(runner, model)
         length = _length(runner)
         schedule = _schedule(runner, groups, at)
@@ -235,6 +243,15 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What a part says of its arguments is the config's fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f'the config cannot be carried out: {error}.') from error
 
 
 @contextmanager

@@ -216,3 +216,25 @@ def test_other_images_have_no_published_number():
         nowhere = ['train_dataloader.dataset.data_root=/nowhere']
         found = recipe(name, at=[0], options=nowhere)
         assert found['images'] == dict(number=None, source='not known')
+
+
+@pytest.mark.parametrize(
+    'options,settings,message',
+    [
+        ((), dict(world_size=0), 'world_size must be 1 or more, not 0'),
+        ((), dict(images=-1), 'images must be 1 or more, not -1'),
+        (('model.backbone.arch=x',), {}, 'cannot be carried out: unknown arch .x. of'),
+        (('param_scheduler.0.end=0',), {}, 'cannot be carried out: end should be lar'),
+    ],
+)
+def test_mistakes_are_one_sentence(options, settings, message):
+    with pytest.raises(UsageError, match=message):
+        recipe('upernet_vmamba_t', options=list(options), **settings)
+
+
+def test_too_few_images(tmp_path):
+    cfg = engine.load_config(str(write_toy(tmp_path, EPOCHS)))
+    cfg.train_dataloader.batch_sampler = None
+    cfg.train_dataloader.drop_last = True
+    with pytest.raises(UsageError, match='3 images do not fill one batch of 2 images'):
+        engine.read_recipe(cfg, images=3, world_size=4)
