@@ -1,11 +1,14 @@
 """Each study on a config of each family."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from mmvssm.analysis.studies import STUDIES
 from studies import SEGMENTORS, analyze, results_of, write_detector, write_segmentor
+from tiny import REPO
 from tiny_det import needs_detection
 
 pytest.importorskip('mmseg')
@@ -41,7 +44,27 @@ def check(out, study, labels):
     for path in pictures:
         with Image.open(path) as picture:
             assert np.asarray(picture.convert('L')).std() > 1, path
+    written = set(keys_of([found['results'][label] for label in labels]))
+    known = documented(study)
+    assert not known or not written - known, 'docs/studies.md has no such keys'
     return found
+
+
+def keys_of(part):
+    """Keys of all dicts in it, but for names of blocks and sizes."""
+    if isinstance(part, dict):
+        yield from (key for key in part if key.isidentifier())
+        part = list(part.values())
+    if isinstance(part, list):
+        for value in part:
+            yield from keys_of(value)
+
+
+def documented(study):
+    """What is marked as code in the study's section."""
+    page = (REPO / 'docs/studies.md').read_text()
+    section = page.partition(f'(`{study}`)\n')[2].partition('\n## ')[0]
+    return set(re.findall(r'`([^`]+)`', re.sub(r'```.*?```', '', section, flags=re.S)))
 
 
 @pytest.mark.parametrize('study', STUDIES)
