@@ -5,6 +5,7 @@ import os
 import warnings
 
 import pytest
+import segmentation_models_pytorch as smp
 import timm
 import torch
 from timm.models import _registry
@@ -217,6 +218,17 @@ def test_pretrained(served, tmp_path):
     ):
         net = timm.create_model('vim_t', pretrained=True, **options)
         assert torch.equal(net.state_dict()[key], served[key])
+
+
+def test_pretrained_encoder_of_smp(served):
+    net = smp.Linknet('tu-vim_t', encoder_weights=True, in_channels=1)
+    state = net.encoder.model.backbone.state_dict()
+    key = 'layers.7.mixer.in_proj.weight'
+    assert torch.equal(state[key], served[f'backbone.{key}'])
+    stem = served['backbone.patch_embed.proj.weight'].sum(1, keepdim=True)
+    assert_close(state['patch_embed.proj.weight'], stem)
+    params = smp.encoders.get_preprocessing_params('tu-vim_t')
+    assert params['mean'] == [0.485, 0.456, 0.406]
 
 
 @torch.no_grad()
