@@ -70,7 +70,8 @@ def _mixup(images: Tensor, scores: Tensor, alpha: float) -> tuple[Tensor, Tensor
 
 def _cutmix(images: Tensor, scores: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     weight = np.random.beta(alpha, alpha)
-    box = CutMix(alpha).cutmix_bbox_and_lam(images.shape[-2:], weight)
+    # Its boxes do not depend on its own parameter.
+    box = CutMix(1.0).cutmix_bbox_and_lam(images.shape[-2:], weight)
     (top, bottom, left, right), weight = box
     images = images.clone()
     patch = images.flip(0)[..., top:bottom, left:right]

@@ -494,7 +494,7 @@ def _short(value: Any) -> str:
         return describe_part(value) if 'type' in value else repr(dict(value))
     if isinstance(value, (list, tuple)):
         return f'[{", ".join(map(_short, value))}]'
-    return f'{value:.4g}' if isinstance(value, float) else str(value)
+    return f'{value:.6g}' if isinstance(value, float) else str(value)
 
 
 def _describe_batches(model: nn.Module) -> list[str]:

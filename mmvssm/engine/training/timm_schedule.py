@@ -5,6 +5,7 @@ from typing import Any
 
 from mmengine.optim import _ParamScheduler
 
+from mmvssm.engine.errors import UsageError
 from mmvssm.registry import PARAM_SCHEDULERS
 
 _NO_END = int(1e9)
@@ -47,7 +48,7 @@ class TimmCosineLR(_ParamScheduler):
         verbose: Print each rate.
 
     Raises:
-        ValueError: There is no end, or the warm-up does not fit.
+        UsageError: There is no end, or the warm-up does not fit.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class TimmCosineLR(_ParamScheduler):
         verbose: bool = False,
     ):
         length = end - begin
-        if end >= _NO_END or not 0 <= warmup < length or lag < 0:
-            raise ValueError(
-                f'TimmCosineLR needs an end, a warmup shorter than end - begin and a '
-                f'lag of 0 or more, got begin={begin}, end={end}, warmup={warmup}, '
-                f'lag={lag}'
+        if end >= _NO_END:
+            raise UsageError('TimmCosineLR needs an end, or a loop that has one.')
+        if not 0 <= warmup < length or lag < 0:
+            raise UsageError(
+                f'TimmCosineLR: warmup={warmup}, lag={lag} do not fit into {length} '
+                'steps: warmup must be shorter, and both 0 or more. Train longer, or '
+                'set param_scheduler.warmup.'
             )
         self.warmup, self.warmup_lr, self.eta_min = warmup, warmup_lr, eta_min
         self.length, self.lag = length, lag
@@ -89,9 +92,9 @@ class TimmCosineLR(_ParamScheduler):
     ) -> 'TimmCosineLR':
         """Build the scheduler by iteration from numbers of epochs."""
         if not by_epoch or not epoch_length:
-            raise ValueError(
-                'convert_to_iter_based needs by_epoch=True and an epoch with batches, '
-                f'got by_epoch={by_epoch}, epoch_length={epoch_length}'
+            raise UsageError(
+                'convert_to_iter_based=True of TimmCosineLR needs by_epoch=True and an '
+                'epoch with batches.'
             )
         return cls(
             *args,

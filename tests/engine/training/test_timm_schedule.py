@@ -7,7 +7,7 @@ import torch
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from mmvssm.engine import TimmCosineLR
+from mmvssm.engine import TimmCosineLR, UsageError
 
 PEAK, FIRST, LAST, WARM, LENGTH = 1e-3, 1e-6, 1e-5, 4, 20
 
@@ -91,10 +91,16 @@ def test_a_resumed_schedule_goes_on():
 
 
 @pytest.mark.parametrize(
-    'options', [dict(end=int(1e9)), dict(warmup=20), dict(lag=-1), dict(warmup=-1)]
+    'options,message',
+    [
+        (dict(end=int(1e9)), 'needs an end'),
+        (dict(warmup=20), 'warmup=20, lag=1 do not fit into 20 steps'),
+        (dict(lag=-1), 'both 0 or more'),
+        (dict(warmup=-1), 'both 0 or more'),
+    ],
 )
-def test_what_does_not_fit_is_refused(options):
-    with pytest.raises(ValueError, match='TimmCosineLR needs an end'):
+def test_what_does_not_fit_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
         rates(**options)
 
 

@@ -44,6 +44,23 @@ def test_three_augment_is_that_of_pillow_and_torchvision():
     assert seen == {0, 1, 2}
 
 
+def test_simple_random_crop_is_made_of_other_parts():
+    steps = [
+        dict(type='mmpretrain.ResizeEdge', scale=32, edge='short', backend='pillow'),
+        dict(
+            type='mmpretrain.RandomCrop',
+            crop_size=32,
+            padding=4,
+            padding_mode='reflect',
+        ),
+        dict(type='mmvssm.ThreeAugment'),
+    ]
+    found = dict(img=np.full((50, 40, 3), 9, np.uint8))
+    for step in steps:
+        found = TRANSFORMS.build(step)(found)
+    assert found['img'].shape == (32, 32, 3)
+
+
 # Batches
 
 
