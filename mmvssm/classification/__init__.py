@@ -6,6 +6,7 @@ is missing it raises one sentence that says what to install.
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -50,6 +51,8 @@ def _builder(name: str) -> Callable[..., Any]:
         return _import(name)(*args, **kwargs)
 
     build.__name__ = build.__qualname__ = name
+    # For who wants to know which arguments it takes.
+    build.load_class = partial(_import, name)
     return build
 
 

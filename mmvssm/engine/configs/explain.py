@@ -178,8 +178,9 @@ def _explain_arguments(
     message: str, frames: list[dict], names: dict, nodes: list
 ) -> str | None:
     built = next((f for f in reversed(frames) if {'registry', 'cfg'} <= set(f)), {})
+    built = dict(built, obj_cls=_loaded(built.get('obj_cls')))
     kind = built.get('obj_type')
-    inner = frames[-1] is built
+    inner = {'registry', 'cfg'} <= set(frames[-1])
     if inner and 'cfg should be a dict' in message:
         return f'a part of the config must be a dict with a type: {built["cfg"]!r:.80}.'
     if found := _UNEXPECTED.search(message):
@@ -222,6 +223,11 @@ def _explain_unexpected(
     listed = f'. It takes {", ".join(known)}.' if known else '.'
     place = f'{path}: ' if path else ''
     return f'{place}{who} takes no {key!r}{did_you_mean(near(key, known), listed)}'
+
+
+def _loaded(called: Any) -> Any:
+    """The class behind a function that imports it (:mod:`mmvssm.classification`)."""
+    return called.load_class() if hasattr(called, 'load_class') else called
 
 
 def _shown(kind: Any) -> str:

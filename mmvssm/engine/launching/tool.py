@@ -17,6 +17,7 @@ from mmvssm.checkpoints import CheckpointError
 from mmvssm.engine.checkpoints.loaders import install_safe_loaders
 from mmvssm.engine.configs.explain import explain
 from mmvssm.engine.errors import UsageError
+from mmvssm.errors import MissingPackageError
 
 from .memory import keep_freed_memory
 from .quiet import silence_noise
@@ -76,7 +77,7 @@ def _debugs() -> bool:
 
 def _describe(error: Exception) -> tuple[int, str]:
     """The exit code, and the sentence."""
-    if isinstance(error, (UsageError, CheckpointError)):
+    if isinstance(error, (UsageError, CheckpointError, MissingPackageError)):
         return 2, _message(error)
     # The error itself must not be lost to another one.
     with suppress(Exception):

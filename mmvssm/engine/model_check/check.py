@@ -79,6 +79,8 @@ def probe_model(runner: Runner) -> None:
 def _find_error(wrapped: nn.Module, cfg: Config, processes: int) -> str:
     """Log warnings; returns the error, '' without one."""
     model = unwrap(wrapped)
+    if is_classifier(cfg) and (text := _wrong_channels(model)):
+        return text
     sample = _sample_of(cfg)
     smallest = min((batch[1:] for batch in training_batches(cfg)), key=math.prod)
     size, large = (_within(smallest, side) for side in (_SMALL, _LARGE))
@@ -116,6 +118,23 @@ def _find_error(wrapped: nn.Module, cfg: Config, processes: int) -> str:
         return text
     print_log(text, 'current', logging.WARNING)
     return ''
+
+
+def _wrong_channels(model: nn.Module) -> str:
+    """A classifier's head for another number of channels than it gets."""
+    neck = getattr(model, 'neck', None)
+    if neck is not None and type(neck).__name__ != 'GlobalAveragePooling':
+        return ''
+    wanted = getattr(model.head, 'in_channels', None)
+    channels = getattr(model.backbone, 'out_channels', None)
+    if not isinstance(wanted, int) or not isinstance(channels, tuple):
+        return ''
+    if wanted == channels[-1]:
+        return ''
+    return (
+        f'model.head.in_channels is {wanted}, and the last map of the backbone has '
+        f'{channels[-1]} channels: set model.head.in_channels={channels[-1]}.'
+    )
 
 
 def _sample_of(cfg: Config) -> Callable[[Size], Any]:

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
 from PIL import Image
 
 from mmvssm.engine import (
@@ -14,6 +15,7 @@ from mmvssm.engine import (
     load_config,
     scope_of,
 )
+from mmvssm.engine.configs.explain import explain
 from mmvssm.engine.configs.image_sizes import inference_batches, training_batches
 from mmvssm.engine.labels.check import findings, inspect_data
 from mmvssm.engine.model_check.check import _find_error
@@ -161,6 +163,50 @@ def test_the_model_check_takes_every_family(root, family, monkeypatch):
     cfg = config(root, family=family)
     said, _ = error_of(cfg)
     assert said == ''
+
+
+@pytest.mark.parametrize('family', PARTS)
+def test_channels_of_the_head(root, family):
+    said, model = error_of(
+        config(root, "model['head'].update(in_channels=24)", family=family)
+    )
+    channels = model.backbone.out_channels[-1]
+    assert f'the last map of the backbone has {channels} channels' in said
+    assert said.endswith(f'set model.head.in_channels={channels}.')
+
+
+@pytest.mark.parametrize(
+    'more, words',
+    [
+        (
+            "model['head'].update(in_chanels=16)",
+            "model.head: mmvssm.PooledClsHead takes no 'in_chanels'; did you mean "
+            "'in_channels'?",
+        ),
+        (
+            "model['head'].pop('in_channels')",
+            'model.head: mmvssm.PooledClsHead is missing 1 required positional '
+            "argument: 'in_channels'.",
+        ),
+        (
+            "model['head'].update(los=dict())",
+            "model.head: mmvssm.PooledClsHead takes no 'los'; did you mean 'loss'?",
+        ),
+        (
+            "model['head'].update(type='PooledClsHead')",
+            "'PooledClsHead' is not in mmpretrain's model registry; did you mean "
+            "'mmvssm.PooledClsHead'?",
+        ),
+    ],
+)
+def test_mistakes_in_a_head(root, more, words):
+    cfg = config(root, more)
+    with (
+        DefaultScope.overwrite_default_scope('mmpretrain'),
+        pytest.raises((TypeError, KeyError)) as error,
+    ):
+        Runner.build_model(None, cfg.model)
+    assert words in explain(error.value, cfg)
 
 
 def test_a_map_that_the_head_does_not_use(root, caplog):
