@@ -1,13 +1,14 @@
 """Class activation maps of classifiers, segmentors and detectors (Grad-CAM)."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
 from mmvssm.analysis import cam
@@ -16,6 +17,7 @@ from mmvssm.analysis.studies.common import Job, Study, print_table, rounded
 from mmvssm.analysis.studies.images import StudyImage
 from mmvssm.analysis.studies.subjects import StudyModel
 from mmvssm.engine import UsageError
+from mmvssm.engine.labels.report import registered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,10 +103,19 @@ def _explain(
         return value
 
     values = cam.grad_cam(layer, reshape, score)
-    names = (getattr(model.net, 'dataset_meta', None) or {}).get('classes') or ()
-    number = noted['target']
+    names, number = _class_names(model), noted['target']
     name = names[number] if number < len(names) else f'class {number}'
     return _Explained(image, values.double().cpu(), number, name, noted['score'])
+
+
+def _class_names(model: StudyModel) -> Sequence[str]:
+    """Names of the classes, as the config's test data has them; or none."""
+    data = (model.subject.cfg or {}).get('test_dataloader') or {}
+    dataset = data.get('dataset') or {}
+    kind = registered(DATASETS, dataset.get('type'))
+    given = (dataset.get('metainfo') or {}).get('classes')
+    names = given or (getattr(kind, 'METAINFO', None) or {}).get('classes') or ()
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _check(target: int | None, classes: int) -> None:

@@ -334,18 +334,54 @@ def _draw_scatter(job: Job, results: dict[str, Any]) -> None:
         own = sorted(p for p in points if p[2].split('_')[0] == group)
         style = dict(plotting.style(i), linestyle='none', markersize=7)
         axis.plot([p[0] for p in own], [p[1] for p in own], label=group, **style)
-    for x, y, label in points:
-        axis.annotate(
-            label, (x, y), xytext=(5, 3), textcoords='offset points', fontsize=7
-        )
     axis.set(
         xscale='log',
         xlabel=f'ms an image of 224x224, batch {job.options.batch}, {job.device}',
         ylabel='published top-1 in %',
     )
+    axis.xaxis.set_major_formatter(LogFormatter())
+    axis.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axis.tick_params(which='minor', labelsize=7)
     axis.margins(x=0.18, y=0.08)
+    _name_points(axis, points)
     plotting.add_legend(figure, axis)
     plotting.save(figure, job.picture('scatter'))
+
+
+def _name_points(axis: Axes, points: list[tuple[float, float, str]]) -> None:
+    """Write names beside points, on whichever side is free."""
+    axis.figure.draw_without_rendering()
+    scale = 72 / axis.figure.dpi
+    places = {p: axis.transData.transform(p[:2]) * scale for p in points}
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places.values()]
+    for point in sorted(points):
+        x, y = places[point]
+        width, height = 4.2 * len(point[2]), 8
+        boxes = []
+        for dy in (-3, 5, -11, 13, -19, 21, -27):
+            for dx in (6, -6):
+                left, low = x + dx - (width if dx < 0 else 0), y + dy
+                boxes.append(((dx, dy), (left, low, left + width, low + height)))
+        free = (b for b in boxes if not any(_meet(b[1], other) for other in taken))
+        offset, box = next(free, boxes[0])
+        taken.append(box)
+        axis.annotate(
+            *point[2:],
+            point[:2],
+            xytext=offset,
+            textcoords='offset points',
+            ha='left' if offset[0] > 0 else 'right',
+            fontsize=7,
+        )
+
+
+def _meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return (
+        one[0] < other[2]
+        and other[0] < one[2]
+        and one[1] < other[3]
+        and other[1] < one[3]
+    )
 
 
 def _print(job: Job, results: dict[str, Any]) -> None:
