@@ -1,5 +1,5 @@
 _base_ = './default_runtime.py'
 default_scope = 'mmpretrain'
 visualizer = dict(type='UniversalVisualizer')
-# tools/test.py --tta is for segmentors.
-tta_model = None
+# For tools/test.py --tta, with a tta_pipeline: averages the scores of each image.
+tta_model = dict(type='AverageClsScoreTTA')

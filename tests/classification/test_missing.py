@@ -19,7 +19,7 @@ PARTS = [
 ]
 
 
-@pytest.mark.parametrize('registry, name', PARTS, ids=lambda x: str(x)[:24])
+@pytest.mark.parametrize('registry, name', PARTS, ids=[name for _, name in PARTS])
 def test_a_part_says_what_to_install(registry, name):
     with pytest.raises(MissingPackageError) as error:
         registry.build(dict(type=f'mmvssm.{name}'))

@@ -81,6 +81,35 @@ def test_inference_agrees_with_the_test(work, tested):
             assert picture.height > 200
 
 
+FLIPPED = """
+tta_pipeline = [
+    *test_pipeline[:3],
+    dict(type='TestTimeAug', transforms=[
+        [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
+        [dict(type='PackInputs')]])]
+"""
+
+
+def test_averages_over_flips(work, tested):
+    """The scores are the mean of those of the image and of the flipped one."""
+    write_config(work / 'tta.py', work / 'data', FLIPPED)
+    more = 'for part in (val_dataloader, test_dataloader):\n'
+    more += "    part['dataset'].update(pipeline=[*test_pipeline[:3], "
+    more += "dict(type='RandomFlip', prob=1.0), dict(type='PackInputs')])\n"
+    write_config(work / 'flipped.py', work / 'data', more)
+    scores = {}
+    for name, flags in (('tta', ['--tta']), ('flipped', [])):
+        options = ('--work-dir', f'{name}_out', '--out', name)
+        run('test.py', f'{name}.py', 'out/epoch_2.pth', *options, *flags, cwd=work)
+    for name in ('predicted', 'tta', 'flipped'):
+        rows = json.loads((work / name / 'predictions.json').read_text())
+        order = [np.argsort(row['category_numbers']) for row in rows]
+        scores[name] = [np.array(r['scores'])[o] for r, o in zip(rows, order)]
+    mean = np.add(scores['predicted'], scores['flipped']) / 2
+    np.testing.assert_allclose(scores['tta'], mean, rtol=1e-5)
+    assert not np.allclose(scores['predicted'], scores['flipped'], rtol=1e-5)
+
+
 def test_what_cannot_be_read_is_skipped(work):
     (work / 'broken.png').write_bytes(b'no image')
     log = run(

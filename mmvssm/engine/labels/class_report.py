@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import dump
 from mmengine.logging import print_log
@@ -53,7 +54,8 @@ class ClassReport(BaseMetric):
         """Keep labels and the best scores of a batch."""
         for sample in data_samples:
             labels = sample['gt_label'].tolist() if 'gt_label' in sample else []
-            scores = sample['pred_score']
+            # Models of other tasks of MMPretrain need not have scores.
+            scores = sample.get('pred_score', torch.empty(0))
             best = scores.topk(min(TOP, len(scores)))
             self.results.append(
                 dict(
@@ -73,9 +75,9 @@ class ClassReport(BaseMetric):
         names += [str(i) for i in range(len(names), number)]
         if self.predictions:
             _write(self.predictions, [_describe(found, names) for found in results])
-        if any(len(found['labels']) != 1 for found in results):
+        if any(len(x['labels']) != 1 or not x['numbers'] for x in results):
             print_log(
-                'No report on classes: it needs one true class for each image.',
+                'No report on classes: it needs a true class and scores of each image.',
                 'current',
                 level=30,
             )

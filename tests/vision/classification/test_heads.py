@@ -124,6 +124,19 @@ def test_a_backbone_of_another_form_is_refused(family, option, words):
         net(torch.randn(IMAGES))
 
 
+def test_the_last_of_several_maps_is_taken():
+    net = build('vmamba').eval()
+    images = torch.randn(IMAGES)
+    expected = net(images)
+    net.backbone = type(net.backbone)(
+        dict(PARTS['vmamba'][0]['arch']), out_indices=(0, 1), out_norm=False
+    ).eval()
+    source = build('vmamba')
+    net.load_state_dict(source.state_dict())
+    torch.testing.assert_close(net(images), source.eval()(images), rtol=0, atol=0)
+    assert not torch.allclose(net(images), expected)
+
+
 def test_a_pooled_head_refuses_tokens():
     net = build('vmamba')
     net.backbone = build('vim').backbone
