@@ -10,6 +10,15 @@ from mmvssm.engine import ClassReport
 CLASSES = ('ant', 'bee', 'cat', 'dog')
 
 
+@pytest.fixture
+def said(monkeypatch):
+    """What is logged."""
+    texts = []
+    where = 'mmvssm.engine.labels.class_report.print_log'
+    monkeypatch.setattr(where, lambda text, *_, **__: texts.append(text))
+    return texts
+
+
 def sample(label, *scores, **more):
     labels = torch.tensor([label] if isinstance(label, int) else label)
     return dict(gt_label=labels, pred_score=torch.tensor(scores), **more)
@@ -59,10 +68,9 @@ def test_counts(tmp_path):
     assert found[1]['scores'][0] == pytest.approx(0.6)
 
 
-def test_the_worst_are_logged(capsys):
+def test_the_worst_are_logged(said):
     evaluate([sample(0, 0.1, 0.9, 0.0, 0.0), sample(1, 0.0, 1.0, 0.0, 0.0)], worst=1)
-    said = capsys.readouterr()
-    text = said.out + said.err
+    (text,) = said
     assert 'ant    0.0 % of 1 images, taken for bee (1)' in text
     assert 'bee  100' not in text
 
@@ -76,10 +84,10 @@ def test_the_worst_are_logged(capsys):
     ],
     ids=['two classes', 'no class', 'no scores'],
 )
-def test_no_report_without_one_class_and_scores(odd, tmp_path, capsys):
+def test_no_report_without_one_class_and_scores(odd, tmp_path, said):
     options = dict(out_file=str(tmp_path / 'classes.json'))
     options['predictions'] = str(tmp_path / 'predictions.json')
     assert evaluate([sample(0, 1.0, 0.0, 0.0, 0.0), odd], **options) == {}
-    assert 'No report on classes' in ''.join(capsys.readouterr())
+    assert 'No report on classes' in said[0]
     assert not (tmp_path / 'classes.json').exists()
     assert len(json.loads((tmp_path / 'predictions.json').read_text())) == 2
