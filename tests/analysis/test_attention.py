@@ -94,7 +94,7 @@ def test_matrix_times_input_is_the_output_of_vim(states, average):
         torch.testing.assert_close(mixed(mixing).mT * F.silu(z), want, **TOLERANCE)
 
 
-def test_layers_that_adapters_changed(monkeypatch):
+def test_layers_that_adapters_changed():
     torch.manual_seed(0)
     net = FAMILIES['mambar']().double()
     image = torch.randn(1, 3, 16, 24, dtype=torch.float64)
@@ -184,6 +184,35 @@ def test_attention_by_loops(route, mode):
     torch.testing.assert_close(some, want[[4, 0]], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize('name', ['baseline', 'input_gate'])
+def test_linear_attention_by_loops(name):
+    torch.manual_seed(0)
+    arch = dict(depths=(1,), dims=8, head_dim=4)
+    net = LinearAttentionStudy(arch, **STUDIES[name], out_indices=(0,)).double()
+    image = torch.randn(1, 3, 8, 12, dtype=torch.float64)
+    (mixing,) = record_mixings(net, image)
+    (route,) = mixing.routes.values()
+    q, k = ((F.elu(x[0]) + 1).tolist() for x in route.inputs[:2])
+    length, heads = 6, 2
+    for mode in MODES:
+        want = torch.zeros(length, length, dtype=torch.float64)
+        for h in range(heads):
+            own = range(4 * h, 4 * h + 4)
+            for t in range(length):
+                dots = [sum(q[t][c] * k[s][c] for c in own) for s in range(length)]
+                norm = 1.0
+                if mode == 'decayed':
+                    norm = length * (sum(dots) / length + 1e-6)
+                for s in range(length):
+                    gate = 1.0
+                    if mode != 'CB' and route.dt is not None:
+                        gate = sum(float(route.dt[c, s]) for c in own) / 4
+                    want[t, s] += dots[s] / norm * gate / heads
+        torch.testing.assert_close(attention(route, mode), want)
+        some = attention(route, mode, [3, 1])
+        torch.testing.assert_close(some, want[[3, 1]])
+
+
 def test_blocks_of_channels(route, monkeypatch):
     want = attention(route, 'decayed')
     monkeypatch.setattr('mmvssm.analysis.attention._BLOCK', 1)
@@ -263,8 +292,8 @@ def test_rollout_by_hand():
         rollout([])
 
 
-def test_what_cannot_be_looked_into(small_image=(1, 3, 32, 32)):
-    image = torch.zeros(small_image)
+def test_what_cannot_be_looked_into():
+    image = torch.zeros(1, 3, 32, 32)
     net = VSSM(dict(depths=(1,), dims=4, forward_type='v052dc_noz'), out_indices=(0,))
     with pytest.raises(ValueError, match='no one matrix'):
         list(record_mixings(net, image))

@@ -28,6 +28,7 @@ from mmvssm.analysis.measuring.turns import measure
 from mmvssm.analysis.studies import plotting
 from mmvssm.analysis.studies.common import Job, Study, print_table, rounded
 from mmvssm.analysis.studies.subjects import Subject, published_accuracy
+from mmvssm.backbones import set_img_shapes
 from mmvssm.engine import UsageError
 
 # Sides of the published measurements.
@@ -161,6 +162,7 @@ class Whole(nn.Module):
         self.task = task
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        set_img_shapes(images, [images.shape[2:]] * len(images))
         if self.task == 'detector':
             return tuple(self.net.extract_feat(images))
         return self.net(images)

@@ -17,6 +17,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from mmvssm import zoo
+from mmvssm.backbones import set_img_shapes
 from mmvssm.builders import build_classifier, list_models
 from mmvssm.checkpoints import load_checkpoint
 from mmvssm.engine import (
@@ -158,7 +159,10 @@ class StudyModel:
         scale = list(self.mean), list(self.std)
         values = torch.from_numpy(pixels.copy()).to(self.device)
         mean, std = (values.new_tensor(x, dtype=torch.float32) for x in scale)
-        return ((values.float() - mean) / std).permute(2, 0, 1)[None].contiguous()
+        images = ((values.float() - mean) / std).permute(2, 0, 1)[None].contiguous()
+        # For backbones with mask_padding: nothing of it is padding.
+        set_img_shapes(images, [(height, width)])
+        return images
 
     def describe(self) -> dict[str, Any]:
         """What the JSON of a study says of the model."""

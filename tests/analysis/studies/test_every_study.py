@@ -22,6 +22,8 @@ MORE = {
 }
 # To be quick with several models.
 FEWER = {'norms': ('--layers', 0), 'attention': ('--modes', 'decayed')}
+# Those that run more of a model than its backbone, which may want to know the padding.
+MASKED = ('cam', 'scaling')
 # Of which models a study can be made; of all, where nothing is said.
 ONLY = {'registers': ('mambar',)}
 
@@ -92,5 +94,7 @@ def test_detector(study, tmp_path, monkeypatch):
     path = write_detector(tmp_path)
     command = [study, '--models', path, '--size', 64, '--num-images', 1]
     command += ['--out-dir', tmp_path, *MORE.get(study, ())]
+    if study in MASKED:
+        command += ['--cfg-options', 'model.backbone.mask_padding=True']
     assert analyze(monkeypatch, *command) == 0
     check(tmp_path, study, ['detector'])

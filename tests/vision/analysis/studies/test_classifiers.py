@@ -34,6 +34,30 @@ def test_side_by_side(study, config, tmp_path, monkeypatch):
     assert set(found['results']) == {'tiny_cls', 'deit_tiny_patch16_224'}
 
 
+@pytest.mark.parametrize(
+    'study, more',
+    [
+        ('attention', ['--modes', 'decayed']),
+        ('gates', []),
+        ('cam', []),
+        ('scaling', ['--peers', '--no-memory', '--seconds', 0, '--train']),
+    ],
+)
+def test_mixers_of_this_package(study, more, config, tmp_path, monkeypatch, capsys):
+    command = [study, '--models', config, '--size', 64, '--num-images', 1, *more]
+    assert analyze(monkeypatch, *command, '--out-dir', tmp_path) == 0
+    assert set(results_of(tmp_path, study)['results']) == {'tiny_cls'}
+    if study == 'scaling':
+        found = results_of(tmp_path, study)['results']['tiny_cls']
+        assert None not in found['training']['images_per_second']
+        command[2] = DEIT
+        assert analyze(monkeypatch, *command, '--out-dir', tmp_path) == 0
+    else:
+        command[2] = DEIT
+        assert analyze(monkeypatch, *command, '--out-dir', tmp_path) == 2
+        assert 'deit_tiny_patch16_224: VisionTransformer' in capsys.readouterr().err
+
+
 def test_weights_of_a_config(config, tmp_path):
     (subject,) = parse_subjects([str(config)])
     first = subject.build(seed=1).net
