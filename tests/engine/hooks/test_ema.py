@@ -7,6 +7,7 @@ import torch
 from mmengine.hooks import Hook
 
 from mmvssm import engine
+from mmvssm.checkpoints.read import read_state_dict
 from mmvssm.compat import allow_mmengine_checkpoints
 from mmvssm.engine import TimmEMAHook, UsageError
 from toy import EPOCHS, same_bits, write_toy
@@ -116,6 +117,10 @@ def test_raw_weights_are_validated_and_saved(raw):
     assert same_bits(watch.validated, watch.raw)
     close(without_counters(saved['state_dict_ema']), without_counters(watch.average))
     assert 'ema_state_dict' not in saved
+    # What --weights takes of it.
+    keys = {None: 'state_dict', 'raw': 'state_dict', 'ema': 'state_dict_ema'}
+    for copy, key in keys.items():
+        assert same_bits(read_state_dict(folder / 'out/epoch_3.pth', copy), saved[key])
 
 
 @pytest.mark.parametrize('kind', ['average', 'raw'])
