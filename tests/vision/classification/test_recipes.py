@@ -419,3 +419,50 @@ def test_an_epoch_of_four_batches(name, imagenet, tmp_path):
     kinds = {'loss', 'loss_mesa'} if name == 'mlla_t' else {'loss'}
     logged = {key.removeprefix('train/') for key in runner.message_hub.log_scalars}
     assert kinds <= logged
+
+
+@pytest.mark.parametrize(
+    'name,before,sides',
+    [
+        ('mambar_b_stage2', 'mambar_b_stage1', (32, 56)),
+        ('mambar_b_384', 'mambar_b_stage3', (56, 96)),
+        ('vim_t_stride8', 'vim_t', (32, 32)),
+    ],
+)
+def test_a_training_starts_from_the_one_before(name, before, sides, imagenet, tmp_path):
+    """With its head, and position embeddings of another grid."""
+    from mmengine.registry import DefaultScope
+    from mmpretrain.registry import MODELS
+
+    nets = []
+    for config, side in ((before, sides[0]), (name, sides[1])):
+        cfg = load(config)
+        given = cfg.get('load_from')
+        cfg = shrink(cfg, imagenet, tmp_path)
+        cfg.model.backbone.img_size = side
+        if nets:
+            assert given
+            if 'stride8' in name:
+                cfg.model.backbone.arch.stride = 2
+            file = tmp_path / 'before.pth'
+            torch.save(dict(state_dict=nets[0].state_dict()), file)
+            cfg.load_from = str(file)
+            assert engine.choose_start(cfg) == [str(file)]
+        with DefaultScope.overwrite_default_scope('mmpretrain'):
+            nets.append(MODELS.build(cfg.model))
+    nets[1].init_weights()
+    old, new = (dict(net.named_parameters()) for net in nets)
+    assert old.keys() == new.keys()
+    for key, value in new.items():
+        if key == 'backbone.pos_embed':
+            assert value.shape[1] > old[key].shape[1]
+        else:
+            assert torch.equal(value, old[key]), key
+    if name.startswith('mambar'):
+        cells, more = (math.isqrt(x['backbone.pos_embed'].shape[1]) for x in (old, new))
+        grid = old['backbone.pos_embed'].detach().unflatten(1, (cells, cells))
+        resized = torch.nn.functional.interpolate(
+            grid.permute(0, 3, 1, 2), (more, more), mode='bicubic', align_corners=False
+        )
+        expected = resized.flatten(2).transpose(1, 2)
+        torch.testing.assert_close(new['backbone.pos_embed'], expected)
