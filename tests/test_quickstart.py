@@ -198,6 +198,14 @@ def test_config_with_other_data_is_refused(tmp_path):
     assert 'configs/*_quickstart.py' in done.stderr and 'Traceback' not in done.stderr
 
 
+def test_weights_that_are_not_there(tmp_path):
+    """Said before any data is made."""
+    command = [REPO / 'tools/quickstart.py', '--pretrained', 'none.pth']
+    done = warm.run(command, cwd=tmp_path)
+    assert done.returncode == 2 and 'no checkpoint at' in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_config_knows_the_classes():
     metainfo = Config.fromfile(CONFIG).metainfo
     assert tuple(metainfo.classes) == QUICKSTART_CLASSES

@@ -95,13 +95,15 @@ def main(args: argparse.Namespace) -> None:
             'configs/*_quickstart.py and configs/classification/*_quickstart.py do. '
             'Use tools/train.py.'
         )
-    make_data(cfg.train_dataloader.dataset.data_root, cfg.generator)
     weights = engine.choose_start(cfg, args.pretrained, resume='auto')
     if args.pretrained and not weights:
         print(
             f'{cfg.work_dir} has checkpoints: the training goes on from the latest, '
             f'and {args.pretrained} is not read again.'
         )
+    for source in weights:
+        engine.require_file(source, 'checkpoint')
+    make_data(cfg.train_dataloader.dataset.data_root, cfg.generator)
     engine.lock_work_dir(cfg)
     set_schedule(cfg, args.iterations)
     # So that it can be interrupted and started again.
@@ -146,10 +148,8 @@ def draw(task: Task, runner, metrics: dict, folder: Path) -> list[Path]:
     if task is CLASSIFICATION:
         from mmvssm.analysis import classification_sheet as sheets
 
-        counts, classes = (
-            metrics['confusion_matrix/result'],
-            dataset.metainfo['classes'],
-        )
+        classes = dataset.metainfo['classes']
+        counts = metrics['confusion_matrix/result']
         return [
             sheets.write_classifier_sheet(path, model, dataset),
             sheets.write_confusion(folder / 'confusion.png', counts, classes),

@@ -28,19 +28,23 @@ def run(folder, tool, *arguments):
     return done.stdout
 
 
-def quickstart(folder, *arguments, iterations=2):
+def quickstart(folder, *arguments, options=()):
     return run(
-        *(folder, 'tools/quickstart.py', *arguments, '--iterations', iterations),
+        *(folder, 'tools/quickstart.py', *arguments),
         *('--cfg-options', 'generator.size=64', 'train_dataloader.batch_size=2'),
         *('generator.num_train=14', 'generator.num_val=7'),
-        *('param_scheduler.0.end=1', 'param_scheduler.1.begin=1'),
+        *('param_scheduler.0.end=1', 'param_scheduler.1.begin=1', *options),
     )
 
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
+    """Of 2 or 3 iterations, those that a slow machine does."""
     folder = tmp_path_factory.mktemp('quickstart_cls')
-    return folder, quickstart(folder, '--config', CONFIG, '--work-dir', 'work')
+    options = ('schedules=[2,3]', 'training_seconds=1e-9')
+    options += ('train_cfg.max_iters=3', 'param_scheduler.1.end=3')
+    where = ('--config', CONFIG, '--work-dir', 'work')
+    return folder, quickstart(folder, *where, options=options)
 
 
 def test_writes_what_it_says(finished):
@@ -56,6 +60,7 @@ def test_writes_what_it_says(finished):
         assert min(Image.open(work / name).size) > 100
     for name in ('metrics.json', 'contact_sheet.png', 'confusion.png', 'iter_2.pth'):
         assert f'work/{name}' in said
+    assert 'The training has 2 iterations' in said
     assert f'top-1 accuracy {metrics["accuracy/top1"]:.1f} % on 7 held-out' in said
 
 
@@ -69,13 +74,13 @@ def test_its_next_steps_work(finished):
     )
     run(folder, 'tools/infer.py', *classify)
     assert list((folder / classify[-1]).iterdir())
-    said = quickstart(folder, *segment)
+    said = quickstart(folder, *segment, '--iterations', 2)
     assert 'This training starts from work/iter_2.pth' in said
     # All of the backbone: its output norms are a segmentor's alone.
     assert 'loaded 128 of 136 tensors of the model from a VMamba classifier' in said
     assert 'only in the file, not used: classifier.* (4)' in said
     assert (folder / 'work_dirs/quickstart_pretrained/metrics.json').is_file()
-    again = quickstart(folder, *segment)
+    again = quickstart(folder, *segment, '--iterations', 2)
     assert 'goes on from the latest, and work/iter_2.pth is not read again' in again
 
 
