@@ -52,10 +52,10 @@ def write_classification_sheet(
         )
     rows = -(-len(images) // COLUMNS)
     figure = Figure(
-        figsize=(COLUMNS * PANEL_INCHES, rows * (PANEL_INCHES + 0.5)),
+        figsize=(COLUMNS * PANEL_INCHES, rows * (PANEL_INCHES + 0.6) + 0.3),
         layout='constrained',
     )
-    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04)
+    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.06, hspace=0.06)
     panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for panel in panels[len(images) :]:
         panel.set_visible(False)
