@@ -91,14 +91,6 @@ def read_recipe(
         length = _length(runner)
         schedule = _schedule(runner, groups, at)
         hooks = _averages(cfg, total)
-    augments = _describe_batches(model)
-    wrapper = runner.optim_wrapper
-    # What is off or left to torch goes without saying.
-    settings = {
-        key: value
-        for key, value in wrapper.optimizer.defaults.items()
-        if value is not None and not isinstance(value, bool)
-    }
     return dict(
         model=_describe_model(cfg, model),
         batch=dict(
@@ -109,13 +101,13 @@ def read_recipe(
         ),
         images=dict(number=number, source=source),
         length=length,
-        optimizer=dict(type=type(wrapper.optimizer).__name__, **settings),
+        optimizer=_describe_optimizer(runner),
         precision=_precision(cfg),
-        clip_grad=dict(wrapper.clip_grad_kwargs or {}) or None,
+        clip_grad=dict(runner.optim_wrapper.clip_grad_kwargs or {}) or None,
         averages=[*hooks, *_taught(model)],
         groups=groups,
         schedule=schedule,
-        augmentations=dict(images=_pipelines(cfg), batches=augments),
+        augmentations=dict(images=_pipelines(cfg), batches=_batch_augments(model)),
         start=_start(cfg),
     )
 
@@ -359,6 +351,17 @@ def _groups(runner: _Plan, model: nn.Module) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def _describe_optimizer(runner: _Plan) -> dict[str, Any]:
+    optimizer = runner.optim_wrapper.optimizer
+    # What is off or left to torch goes without saying.
+    settings = {
+        key: value
+        for key, value in optimizer.defaults.items()
+        if value is not None and not isinstance(value, bool)
+    }
+    return dict(type=type(optimizer).__name__, **settings)
+
+
 def _length(runner: _Plan) -> dict[str, int | None]:
     loop = runner._train_loop
     return dict(
@@ -497,7 +500,7 @@ def _short(value: Any) -> str:
     return f'{value:.6g}' if isinstance(value, float) else str(value)
 
 
-def _describe_batches(model: nn.Module) -> list[str]:
+def _batch_augments(model: nn.Module) -> list[str]:
     """What the data preprocessor does to whole batches in training."""
     preprocessor = getattr(model, 'data_preprocessor', None)
     own = [
