@@ -17,7 +17,8 @@ train_pipeline = [
     load,
     crop,
     flip,
-    # timm's rand-m9-mstd0.5-inc1. timm ignores colour jitter beside it.
+    # timm's rand-m9-mstd0.5-inc1, but computed by OpenCV, not by Pillow. timm ignores
+    # colour jitter beside it.
     dict(
         type='RandAugment',
         policies='timm_increasing',

@@ -17,7 +17,7 @@ param_scheduler = dict(
     convert_to_iter_based=True,
 )
 # 0.9996 at a batch of 4096, 0.9999 at 1024. It is what MESA learns from. Which weights
-# the published figures belong to is not stated.
+# the published figures belong to is not stated; the published code validates both.
 custom_hooks = [
     dict(type='mmvssm.TimmEMAHook', decay=0.9996, base_batch_size=4096),
 ]

@@ -131,7 +131,7 @@ def format_recipe(recipe: Mapping[str, Any]) -> str:
         'model': f'{model["type"]}, {model["backbone"]} {arch}, {drop}, {weights}',
         'starts from': ', '.join(recipe['start']) or 'random weights',
         'batch': f'{size} = {batch["total"]}',
-        'images': f'{images["number"]} ({images["source"]})',
+        'images': f'{images["number"] or "number"} ({images["source"]})',
         'length': time,
         'optimizer': describe_part(optimizer),
         'precision': recipe['precision'],
