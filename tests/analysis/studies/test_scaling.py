@@ -7,10 +7,10 @@ from PIL import Image
 
 from mmvssm.analysis.measuring import steps
 from mmvssm.analysis.studies import scaling
+from mmvssm.analysis.studies.images import open_images
 from mmvssm.analysis.studies.subjects import parse_subjects, published_accuracy
+from mmvssm.engine import UsageError
 from studies import analyze, results_of
-
-QUICK = ['--no-memory', '--seconds', 0, '--threads', 1]
 
 
 class Brightness(torch.nn.Module):
@@ -114,14 +114,13 @@ def test_growth_and_holes():
     assert scaling._growth(result) == [None, 1.0, 1.0, None, 2.0]
 
 
-def test_accuracy(monkeypatch, tmp_path):
+def test_accuracy(tmp_path):
     for name, values in (('bright', (250, 200, 20)), ('dark', (0, 10, 30))):
         folder = tmp_path / 'data' / name
         folder.mkdir(parents=True)
         for i, value in enumerate(values):
             pixels = np.full((20, 20, 3), value, np.uint8)
             Image.fromarray(pixels).save(folder / f'{i}.png')
-    torch.save(dict(model={}), tmp_path / 'weights.pth')
 
     class Model:
         net, task, label = Brightness(), 'classifier', 'it'
@@ -129,14 +128,15 @@ def test_accuracy(monkeypatch, tmp_path):
             lambda pixels: 150 - torch.tensor(pixels).float().permute(2, 0, 1)[None]
         )
 
-    from mmvssm.analysis.studies.images import open_images
-
     class Job:
         source = open_images(None, str(tmp_path / 'data'), 0, labelled=True)
         progress = staticmethod(lambda items, what: items)
 
     # One bright image is dark.
     assert scaling._accuracy(Job, Model, (16, 16)) == pytest.approx(5 / 6)
+    Model.net = lambda images: torch.zeros(1, 1000)
+    with pytest.raises(UsageError, match='2 class folders, and it knows 1000 classes'):
+        scaling._accuracy(Job, Model, (16, 16))
 
 
 def test_the_zoo_is_a_list_of_models():
