@@ -130,6 +130,29 @@ def test_the_checkpoint_is_the_packages_own(work):
     assert saved['meta']['dataset_meta']['classes'] == CLASSES
 
 
+def test_names_of_classes(work):
+    """Without names in the data set or the checkpoint, classes have numbers."""
+    torch.save(build().state_dict(), work / 'bare.pth')
+    image = ('infer.py', 'data/val/blob/0.png', '--config', 'tiny.py', '--checkpoint')
+    run(*image, 'bare.pth', '--out-dir', 'numbers', cwd=work)
+    found = json.loads((work / 'numbers/0_classes.json').read_text())
+    assert {x['category']: x['category_number'] for x in found} == {
+        '0': 0,
+        '1': 1,
+        '2': 2,
+    }
+    named = "test_dataloader.dataset.metainfo=dict(classes=('a', 'b'))"
+    log = run(*image, 'bare.pth', '--cfg-options', named, cwd=work, code=2)
+    assert 'error: metainfo of the test data set has 2 classes, and the model' in log
+
+
+def test_the_backbone_alone_can_be_loaded(work):
+    options = ('--work-dir', 'started', '--pretrained', 'out/epoch_2.pth')
+    log = run('train.py', 'tiny.py', *options, cwd=work)
+    assert 'loaded 48 of 48 tensors of the model from a VMamba classifier' in log
+    assert 'only in the file, not used: classifier.* (4)' in log
+
+
 def test_a_checkpoint_of_another_model_is_refused(work):
     torch.save(dict(state_dict=build(num_classes=5).state_dict()), work / 'five.pth')
     log = run('test.py', 'tiny.py', 'five.pth', '--work-dir', 'no', cwd=work, code=2)

@@ -110,6 +110,9 @@ def look(model: nn.Module, size: tuple[int, int], sample: Any) -> Seen:
     made_up = MadeUpMaps(shapes, device, spec)
     model = copy.deepcopy(model, {id(model.backbone): made_up})
     _sample_few(model)
+    if hasattr(model, 'teach'):
+        # Of its losses, that of the average of its weights needs a hook.
+        model.teach(model, -1)
     found = _watch_norms(model)
     images = torch.zeros(1, 3, *size, device=device)
     losses = model(images, [sample.to(device)], mode='loss')

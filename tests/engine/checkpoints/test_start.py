@@ -60,6 +60,20 @@ def test_sources(cfg, wanted):
         assert 'pretrained' not in cfg.model.backbone
 
 
+def test_pretrained_of_a_classifier_is_of_the_whole_model():
+    """MMPretrain's ``pretrained=`` fills the head, too; that of mmseg 0.x does not."""
+    cfg = config(model=dict(pretrained='a.pth'), default_scope='mmpretrain')
+    assert choose_start(cfg) == ['a.pth']
+    assert cfg.model.init_cfg == pretrained('a.pth')
+    assert 'init_cfg' not in cfg.model.backbone and 'pretrained' not in cfg.model
+    cfg = config(model=dict(pretrained='a.pth'), default_scope='mmseg')
+    assert choose_start(cfg) == ['a.pth']
+    assert cfg.model.backbone.init_cfg == pretrained('a.pth')
+    both = dict(pretrained='a.pth', init_cfg=pretrained('b.pth'))
+    with pytest.raises(UsageError, match='both name its weights'):
+        choose_start(config(model=both, default_scope='mmpretrain'))
+
+
 def test_flags():
     cfg = config(IMAGENET)
     assert choose_start(cfg, 'b.pth', weights='ema') == ['b.pth']

@@ -19,6 +19,7 @@ from mmvssm.engine.configs.explain import explain
 from mmvssm.engine.configs.image_sizes import inference_batches, training_batches
 from mmvssm.engine.labels.check import findings, inspect_data
 from mmvssm.engine.model_check.check import _find_error
+from mmvssm.engine.model_check.probe import look
 from mmvssm.registry import MODELS
 from tiny_cls import CLASSES, PARTS, write_config, write_folders
 
@@ -163,6 +164,19 @@ def test_the_model_check_takes_every_family(root, family, monkeypatch):
     cfg = config(root, family=family)
     said, _ = error_of(cfg)
     assert said == ''
+
+
+def test_the_model_check_looks_into_mesa(root, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        'mmvssm.engine.model_check.check.look',
+        lambda *args: seen.append(look(*args)) or seen[-1],
+    )
+    more = "model.update(type='mmvssm.MESAClassifier', ratio=1.0, begin=0)"
+    said, model = error_of(config(root, more, family='mlla'))
+    assert said == '' and seen[0].all_used and not seen[0].idle
+    # The model itself still asks for its hook.
+    assert not model.has_hook
 
 
 @pytest.mark.parametrize('family', PARTS)
