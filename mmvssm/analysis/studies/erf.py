@@ -70,7 +70,10 @@ def _draw_fields(job: Job, fields: dict[tuple[str, str], Tensor]) -> None:
 
 def _draw_shares(job: Job, fields: dict[tuple[str, str], Tensor]) -> None:
     figure, ((axis,),) = plotting.new_plot(cell=(5.5, 3.6))
-    for i, ((label, state), field) in enumerate(fields.items()):
+    labels = list(dict.fromkeys(label for label, _ in fields))
+    for (label, state), field in fields.items():
+        look = plotting.style(labels.index(label))
+        look['linestyle'] = '--' if state == 'before' else '-'
         reached = erf.cumulative_shares(field).numpy()
         sides = 2 * np.arange(len(reached)) + 1
         axis.plot(
@@ -78,7 +81,7 @@ def _draw_shares(job: Job, fields: dict[tuple[str, str], Tensor]) -> None:
             reached,
             label=f'{label}, {state} training',
             markevery=max(len(sides) // 8, 1),
-            **plotting.style(i),
+            **look,
         )
     axis.set(xlabel='side of the square in pixels', ylabel='share of the gradient')
     axis.set_ylim(0, 1.02)
