@@ -316,13 +316,14 @@ def note_grid(module: nn.Module) -> None:
     It goes into their metadata, as torch's version numbers do, from ``module.grid``:
     no name is added, and ``torch.save`` writes it along.
     """
+    module.register_state_dict_post_hook(_note_grid)
 
-    def note(
-        module: nn.Module, state: dict, prefix: str, metadata: dict[str, Any]
-    ) -> None:
-        metadata['grid'] = tuple(module.grid)
 
-    module.register_state_dict_post_hook(note)
+# Not inside, or whole models could not be pickled.
+def _note_grid(
+    module: nn.Module, state: dict, prefix: str, metadata: dict[str, Any]
+) -> None:
+    metadata['grid'] = tuple(module.grid)
 
 
 def fit_grid(

@@ -1,6 +1,7 @@
-"""What every backbone says of images that it does not take."""
+"""What every backbone says of images that it does not take; whole models in files."""
 
 import functools
+import io
 
 import pytest
 import torch
@@ -130,3 +131,17 @@ def test_its_own_init_cfg_is_carried_out(name):
     assert linears and all((x.weight == 3).all() for x in linears)
     net.apply(lambda module: setattr(module, 'seen', True))
     assert all(module.seen for module in net.modules())
+
+
+@every_family
+@torch.no_grad()
+def test_whole_models_are_saved(name):
+    file = io.BytesIO()
+    torch.save(model(name), file)
+    file.seek(0)
+    other = torch.load(file, weights_only=False)
+    x = torch.randn(1, 3, 32, 32)
+    for mine, theirs in zip(other(x), model(name)(x), strict=True):
+        assert torch.equal(mine, theirs)
+    metadata = model(name).state_dict()._metadata
+    assert other.state_dict()._metadata == metadata
