@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.ticker import LogFormatter, NullFormatter
 from torch import Tensor, nn
 
@@ -278,15 +279,26 @@ def _draw(job: Job, results: dict[str, Any]) -> None:
             axis.set_ylim(bottom=0)
         elif values is not _top1:
             axis.set_yscale('log')
-            # Plain numbers, and between powers of ten where there are few of them.
-            axis.yaxis.set_major_formatter(LogFormatter())
-            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-            axis.tick_params(which='minor', labelsize=7)
+            _plain_numbers(axis, axis.yaxis)
         _tick_sides(axis, sides)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     plotting.add_legend(figure, axes.flat[0])
     plotting.save(figure, job.picture())
+
+
+class _Plain(LogFormatter):
+    """Numbers without powers of ten."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f'{x:g}' if super().__call__(x, pos) else ''
+
+
+def _plain_numbers(axis: Axes, which: Axis) -> None:
+    """Numbers of a logarithmic axis; between powers of ten, if there are few powers."""
+    which.set_major_formatter(_Plain())
+    which.set_minor_formatter(_Plain(minor_thresholds=(1.5, 0.5)))
+    axis.tick_params(which='minor', labelsize=7)
 
 
 def _tick_sides(axis: Axes, sides: list[float]) -> None:
@@ -341,9 +353,7 @@ def _draw_scatter(job: Job, results: dict[str, Any]) -> None:
         xlabel=f'ms an image of 224x224, batch {job.options.batch}, {job.device}',
         ylabel='published top-1 in %',
     )
-    axis.xaxis.set_major_formatter(LogFormatter())
-    axis.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    axis.tick_params(which='minor', labelsize=7)
+    _plain_numbers(axis, axis.xaxis)
     axis.margins(x=0.18, y=0.08)
     _name_points(axis, points)
     plotting.add_legend(figure, axis)
