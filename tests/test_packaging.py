@@ -127,7 +127,10 @@ def source(tmp_path):
     'names',
     [
         ('mmcv', 'mmseg', 'mmdet'),
-        ('mmcv', 'mmseg', 'mmdet', 'cv2', 'mamba_ssm', 'skimage', 'timm'),
+        (
+            *('mmcv', 'mmseg', 'mmdet', 'cv2', 'mamba_ssm', 'skimage'),
+            *('timm', 'torchvision', 'mmpretrain', 'segmentation_models_pytorch'),
+        ),
     ],
 )
 def test_package_needs_torch_and_mmengine_only(names):
