@@ -50,6 +50,7 @@ def run(job: Job) -> dict[str, Any]:
     """Explain each image by each model, draw and list."""
     results, found = {}, {}
     for model in job.models():
+        model.require_head()
         layer, reshape, name = choose_layer(model, job.options.layer)
         found[model.title] = rows = []
         for image in job.progress(job.images(), f'cam of {model.label}'):

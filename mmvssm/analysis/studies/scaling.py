@@ -200,6 +200,7 @@ def _facts(job: Job, subject: Subject) -> dict[str, Any]:
     )
     labelled = job.options.data and job.source.labels
     if labelled and model.task == 'classifier' and subject.checkpoint:
+        model.require_head()
         found['accuracy'] = [_accuracy(job, model, size) for size in job.sizes]
     return found
 

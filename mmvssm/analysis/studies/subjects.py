@@ -164,6 +164,19 @@ class StudyModel:
         set_img_shapes(images, [(height, width)])
         return images
 
+    def require_head(self) -> None:
+        """For studies of what a classifier predicts.
+
+        Raises:
+            UsageError: Its checkpoint has left the head as it was initialised.
+        """
+        if self.loaded_head is False:
+            raise UsageError(
+                f'{self.subject.checkpoint} has no head for {self.label}, or one of '
+                'another number of classes: what it would predict is random. Give the '
+                'checkpoint of the whole classifier, or its config.'
+            )
+
     def describe(self) -> dict[str, Any]:
         """What the JSON of a study says of the model."""
         return dict(

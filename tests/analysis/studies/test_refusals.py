@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mmvssm
 from mmvssm.analysis.studies.subjects import parse_subjects
 from studies import analyze, write_segmentor
 
@@ -17,6 +18,11 @@ def folder(tmp_path_factory):
     write_segmentor(path, 'vmamba')
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path / 'a.png')
     torch.save(dict(state_dict=dict(a=torch.zeros(2))), path / 'other.pth')
+    backbone = mmvssm.build_backbone('vim_t')
+    torch.save(backbone.state_dict(), path / 'backbone.pth')
+    for name in ('x', 'y'):
+        (path / 'set' / name).mkdir(parents=True)
+        (path / f'set/{name}/a.png').write_bytes((path / 'a.png').read_bytes())
     (path / 'a_file').touch()
     (path / 'work').mkdir()
     return path
@@ -48,6 +54,8 @@ def folder(tmp_path_factory):
         ('norms --models vmamba.py --cutoff 0', 'must be positive'),
         ('norms --models vmamba.py --masks a.png', '--masks needs --images'),
         ('registers --models vmamba.py', 'neither registers nor class tokens'),
+        ('cam --models vim_t=backbone.pth', 'has no head for vim_t'),
+        ('scaling --models vim_t=backbone.pth --data set', 'has no head for vim_t'),
         ('tokens --models vmamba.py --images a.png', 'needs labels'),
         ('tokens --models vmamba.py --data work', 'no image in'),
         ('tokens --models vmamba.py --num-images 7', 'there are too few images'),

@@ -89,6 +89,11 @@ def test_head_of_a_classifier(tmp_path, monkeypatch):
         assert model.task == 'classifier'
         weight = model.backbone.patch_embed.proj.weight
         assert torch.equal(weight, net.backbone.patch_embed.proj.weight)
+        if loaded:
+            model.require_head()
+            continue
+        with pytest.raises(UsageError, match='backbone.pth has no head for vim_t'):
+            model.require_head()
 
 
 @pytest.mark.parametrize('bgr_to_rgb', [True, False])
