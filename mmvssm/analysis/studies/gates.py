@@ -206,6 +206,7 @@ def _draw_layers(job: Job, results: dict[str, Any], titles: dict[str, str]) -> N
     forget.set(ylabel='forget gate exp(ΔA), mean', ylim=(0, 1.02))
     left.set(xlabel='distance in positions', ylabel='left in the state', ylim=(0, 1.02))
     left.set_xscale('symlog', linthresh=1)
+    left.set_xticks(_DISTANCES[::2], list(map(str, _DISTANCES[::2])))
     ratio.set(ylabel='Δ inside objects / outside')
     ratio.axhline(1, color='0.6', linewidth=0.8)
     lengths.set(ylabel='deviation of token lengths', yscale='log')
