@@ -198,6 +198,8 @@ def test_hugging_face_by_its_library(tmp_path, monkeypatch):
         '    return f"/{repository}/{file}/{revision}"\n'
     )
     monkeypatch.syspath_prepend(tmp_path)
+    # Where the library is installed, something may have imported it.
+    monkeypatch.delitem(sys.modules, 'huggingface_hub', raising=False)
     monkeypatch.delenv('MMVSSM_ZOO_MIRROR', raising=False)
     assert fetch('hf://me/mine/b.pth') == Path('/me/mine/b.pth/main')
     with pytest.raises(ZooError, match='mine/b.pth@none: no such revision$'):
