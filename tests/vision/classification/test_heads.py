@@ -135,6 +135,9 @@ def test_the_last_of_several_maps_is_taken():
     net.load_state_dict(source.state_dict())
     torch.testing.assert_close(net(images), source.eval()(images), rtol=0, atol=0)
     assert not torch.allclose(net(images), expected)
+    stages = [net.extract_feat(images, stage=x) for x in ('backbone', 'pre_logits')]
+    last = net.head.classifier.pre_logits(stages[0][1])
+    torch.testing.assert_close(stages[1], last, rtol=0, atol=0)
 
 
 def test_a_pooled_head_refuses_tokens():
