@@ -296,13 +296,13 @@ _WEIGHTS = ('--checkpoint', 'out/iter_2.pth')
             'infer.py',
             ('ade/images', '--config', 'tiny.py', *_WEIGHTS),
             'test_dataloader.dataset.pipeline.1.type',
-            'mmvssm.Resize',
+            'mmvssm.ResizeToMultiple',
         ),
         (
             'check_data.py',
             ('tiny.py',),
             'val_dataloader.dataset.pipeline.1.type',
-            'mmvssm.Resize',
+            'mmvssm.ResizeToMultiple',
         ),
         (
             'run_ablation.py',
@@ -321,7 +321,7 @@ def test_an_unknown_type_is_one_sentence(
     said = fail(monkeypatch, capsys, tool, *args, '--cfg-options', f'{key}={name}')
     last = said.splitlines()[-1]
     assert last.startswith(f"error: {key}: '{name}' is not in mm")
-    meant = {'VSSM': 'mmvssm.VSSM', 'mmvssm.Resize': 'Resize'}[name]
+    meant = {'VSSM': 'mmvssm.VSSM', 'mmvssm.ResizeToMultiple': 'ResizeToMultiple'}[name]
     assert f"did you mean '{meant}'" in last
 
 
