@@ -249,8 +249,8 @@ def _mixing(
     if isinstance(module, SS2D):
         routes = _ss2d_routes(record.calls, size)
     elif isinstance(module, BidirectionalMamba):
-        routes = _bidirectional_routes(record.calls)
-        scale = 0.5 if module.average else 1.0
+        routes = _bidirectional_routes(record.calls, module.directions)
+        scale = 0.5 if module.average and len(routes) == 2 else 1.0
         tokens = backbone.token_positions(len(patches))
         length = len(patches) + len(tokens)
         patches = torch.tensor(
@@ -273,7 +273,7 @@ def _ss2d_routes(calls: list, size: tuple[int, int]) -> dict[str, ScanRoute]:
     }
 
 
-def _bidirectional_routes(calls: list) -> dict[str, ScanRoute]:
+def _bidirectional_routes(calls: list, directions: str) -> dict[str, ScanRoute]:
     if calls[0][0] is bidirectional_scan:
         x, _, *weights = calls[0][1].inputs
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -281,12 +281,16 @@ def _bidirectional_routes(calls: list) -> dict[str, ScanRoute]:
         ways = (x.to(wide), x.to(wide).flip(-1))
         found = [direction_scan(*pair) for pair in zip(ways, weights)]
     else:
-        # Layers that adapters changed are called one by one.
+        # Layers that adapters changed are called one by one, and so are those of the
+        # other choices of directions.
         found = [call.inputs for _, call in calls]
     places = torch.arange(found[0].u.shape[2], device=found[0].u.device)
+    ways = dict(forward=places, backward=places.flip(0))
+    if directions in ways:
+        ways = {directions: ways[directions]}
     return {
-        'forward': _scan_route(found[0], places),
-        'backward': _scan_route(found[1], places.flip(0)),
+        name: _scan_route(scan, ways[name])
+        for name, scan in zip(ways, found, strict=True)
     }
 
 

@@ -36,6 +36,7 @@ ARCH_DEFAULTS = dict(
 _FEATURES = ('hidden', 'residual')
 _LAST = ('none', 'add', 'norm')
 _OUT_TYPES = ('featmap', 'cls_token', 'avg_featmap')
+_DIRECTIONS = ('both', 'shared_conv', 'alternate', 'forward')
 
 
 class PatchEmbed(nn.Module):
@@ -74,8 +75,8 @@ class IsotropicMamba(Backbone):
             stored for the grid of patches of this size.
         in_channels, out_indices, frozen_stages, with_cp, drop_path_rate,
             average, residual_in_fp32, feature, last_layer_process,
-            return_tokens, classification, out_type, init_cfg, mask_padding: See
-            :class:`Vim`.
+            return_tokens, classification, out_type, init_cfg, mask_padding,
+            directions, flip_sequences: See :class:`Vim`.
     """
 
     token_names: tuple[str, ...] = ()
@@ -99,9 +100,17 @@ class IsotropicMamba(Backbone):
         out_type: str | None,
         init_cfg: dict | list[dict] | None,
         mask_padding: bool = False,
+        directions: str = 'both',
+        flip_sequences: float = 0.0,
     ):
         super().__init__(init_cfg, mask_padding)
         check_in_channels(in_channels)
+        check_choice('directions', directions, _DIRECTIONS)
+        if not 0 <= flip_sequences <= 1:
+            raise ValueError(
+                f'flip_sequences is a probability from 0 to 1, got {flip_sequences}'
+            )
+        self.flip_sequences = flip_sequences
         channels, depth = arch['embed_dims'], arch['depth']
         self.depth = depth
         check_choice('feature', feature, _FEATURES)
@@ -148,6 +157,7 @@ class IsotropicMamba(Backbone):
                 d_conv=arch['d_conv'],
                 expand=arch['expand'],
                 average=average,
+                directions=_direction(directions, i),
             )
             for i in range(num_blocks)
         )
@@ -190,7 +200,12 @@ class IsotropicMamba(Backbone):
         if positions:
             tokens = tokens.to(patches.dtype).expand(x.shape[0], -1, -1)
         x = insert_tokens(patches, tokens, positions)
-        outs = self._run_blocks(x, self._rotation(x, size, positions))
+        rotation = self._rotation(x, size, positions)
+        if self.training and self.flip_sequences and self._flips():
+            rotation = rotation and tuple(table.flip(1) for table in rotation)
+            outs = [out.flip(1) for out in self._run_blocks(x.flip(1), rotation)]
+        else:
+            outs = self._run_blocks(x, rotation)
         return tuple(self._unfold(out, size, positions) for out in outs)
 
     def whole_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -203,6 +218,9 @@ class IsotropicMamba(Backbone):
     def map_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """Height and width of each map, of an image of whole patches."""
         return [self._grid_of(size)] * len(self.out_indices)
+
+    def _flips(self) -> bool:
+        return torch.rand(()).item() < self.flip_sequences
 
     def _run_blocks(
         self, x: torch.Tensor, rotation: tuple[torch.Tensor, ...] | None
@@ -298,7 +316,7 @@ class IsotropicMamba(Backbone):
         """
         for block in self.layers:
             block.mixer.out_proj.weight.div_(math.sqrt(depth))
-            if as_published:
+            if as_published and hasattr(block.mixer, 'dt_proj_b'):
                 dt_proj = block.mixer.dt_proj_b
                 dt_proj.reset_parameters()
                 nn.init.zeros_(dt_proj.bias)
@@ -367,6 +385,13 @@ def _check_out_type(out_type: str, return_tokens: bool, mask_padding: bool) -> N
             f'mask_padding=True is for maps, and out_type={out_type!r} returns none: '
             'leave one of the two out'
         )
+
+
+def _direction(directions: str, block: int) -> str:
+    """``directions`` of the mixer of a block."""
+    if directions == 'alternate':
+        return 'backward' if block % 2 else 'forward'
+    return directions
 
 
 def _out_indices(indices: Sequence[int] | None, depth: int) -> tuple[int, ...]:

@@ -111,6 +111,14 @@ class Vim(IsotropicMamba):
             checkpoint=...)`` loads published files without conversion, by
             :func:`mmvssm.load_checkpoint`, and logs what matched.
         pretrained: The older way to say so: the ``checkpoint`` alone.
+        directions: The paper's table 4: ``'both'`` (as published), each block scans
+            from both ends, each time after a convolution of its own; ``'shared_conv'``,
+            the two scans of a block share a convolution; ``'alternate'``, every second
+            block scans from the end, the others from the start; ``'forward'``, all scan
+            from the start alone. Published files fit ``'both'``.
+        flip_sequences: Probability with which training turns the sequences of a batch
+            round before the blocks, and their outputs back again: the paper's
+            "bidirectional sequence", for ``directions='forward'``.
         mask_padding: For batches of images of several sizes, padded at the bottom
             and right: compute the maps of each image as if it were alone, and set
             them to zero beyond it. The images of each size run on their own. It
@@ -151,6 +159,8 @@ class Vim(IsotropicMamba):
         init_cfg: dict | list[dict] | None = None,
         pretrained: str | None = None,
         mask_padding: bool = False,
+        directions: str = 'both',
+        flip_sequences: float = 0.0,
     ):
         arch = resolve_arch(arch, ARCH_ZOO, 'Vim')
         check_choice('cls_token', cls_token, _CLASS_TOKENS)
@@ -172,6 +182,8 @@ class Vim(IsotropicMamba):
             out_type=out_type,
             init_cfg=with_pretrained(init_cfg, pretrained),
             mask_padding=mask_padding,
+            directions=directions,
+            flip_sequences=flip_sequences,
         )
         channels = arch['embed_dims']
         if rope and channels % 4:
@@ -289,7 +301,7 @@ FAMILY = register_family(
         archs=ARCH_ZOO,
         head=_head,
         classifier_args=dict(classification=True, cls_token='middle'),
-        signature=r'layers\.\d+\.mixer\.A_b_log',
+        signature=r'layers\.\d+\.mixer\.A_log',
         unless='pos_embed_cls',  # A name of Mamba®, which has the same mixer.
         depth=block_depth,
         describe=partial(describe, archs=ARCH_ZOO, name='vim', title='Vim'),

@@ -91,15 +91,18 @@ class ClassTokenClsHead(_TokensClsHead):
     """A linear layer on the class token, or the mean of several: the head of Vim.
 
     The backbone needs ``classification=True`` and, as published,
-    ``cls_token='middle'``. Without a class token the mean of the patches is taken.
+    ``cls_token='middle'``. Without a class token the patches are pooled.
 
     Args:
         in_channels: Channels of the tokens, such as 192.
         num_classes, **kwargs: See :class:`PooledClsHead`.
+        pooling: Of the patches: see :class:`mmvssm.heads.ClassTokenHead`.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, **kwargs: Any):
-        classifier = ClassTokenHead(in_channels, num_classes)
+    def __init__(
+        self, in_channels: int, num_classes: int, pooling: str = 'mean', **kwargs: Any
+    ):
+        classifier = ClassTokenHead(in_channels, num_classes, pooling=pooling)
         super().__init__(classifier, in_channels, num_classes, **kwargs)
 
 
@@ -111,7 +114,7 @@ class RegisterClsHead(_TokensClsHead):
     Args:
         in_channels: Channels of the registers, such as 384.
         num_classes, **kwargs: See :class:`PooledClsHead`.
-        num_registers, reduce, pooling: See :class:`mmvssm.heads.RegisterHead`.
+        num_registers, reduce, pooling, widen: See :class:`mmvssm.heads.RegisterHead`.
             Published: 12 registers and ``reduce`` 1, 2 and 4 of the tiny, small and
             base model, 16 and 8 of the large one.
     """
@@ -123,10 +126,11 @@ class RegisterClsHead(_TokensClsHead):
         num_registers: int = 12,
         reduce: int = 1,
         pooling: str = 'concat',
+        widen: int = 1,
         **kwargs: Any,
     ):
         classifier = RegisterHead(
-            in_channels, num_classes, num_registers, reduce, pooling
+            in_channels, num_classes, num_registers, reduce, pooling, widen=widen
         )
         super().__init__(classifier, in_channels, num_classes, **kwargs)
 

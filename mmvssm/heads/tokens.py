@@ -9,6 +9,7 @@ from mmengine.model import BaseModule
 from torch import nn
 
 _POOLINGS = ('concat', 'mean', 'one', 'patches')
+_PATCH_POOLINGS = ('mean', 'max')
 
 
 class ClassTokenHead(BaseModule):
@@ -18,6 +19,12 @@ class ClassTokenHead(BaseModule):
         in_channels: Channels C of the tokens.
         num_classes: Number of classes K.
         init_cfg: mmengine's initialisation config.
+        pooling: What is done without class tokens. ``'mean'``: the mean of the
+            patches. ``'max'``: every patch is classified, and each class gets its
+            largest logit (arXiv 2401.09417, table 5).
+
+    Raises:
+        ValueError: There is no such pooling.
     """
 
     def __init__(
@@ -25,18 +32,34 @@ class ClassTokenHead(BaseModule):
         in_channels: int,
         num_classes: int = 1000,
         init_cfg: dict | list[dict] | None = None,
+        pooling: str = 'mean',
     ):
         super().__init__(init_cfg)
+        if pooling not in _PATCH_POOLINGS:
+            raise ValueError(
+                f'pooling must be one of {_PATCH_POOLINGS}, got {pooling!r}'
+            )
+        self.pooling = pooling
         self.head = _linear(in_channels, num_classes)
 
     def pre_logits(self, x: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Map (B, C, H, W) and class tokens (B, n, C) -> features (B, C)."""
+        """The input of ``head``.
+
+        Args:
+            x: Map (B, C, H, W) and class tokens (B, n, C).
+
+        Returns:
+            Features (B, C); (B, H * W, C) for the maximum over the patches.
+        """
         patches, tokens = x
-        return tokens.mean(1) if tokens.shape[1] else patches.mean((2, 3))
+        if tokens.shape[1]:
+            return tokens.mean(1)
+        return patches.flatten(2).mT if self.pooling == 'max' else patches.mean((2, 3))
 
     def forward(self, x: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Map (B, C, H, W) and class tokens (B, n, C) -> logits (B, K)."""
-        return self.head(self.pre_logits(x))
+        logits = self.head(self.pre_logits(x))
+        return logits.amax(1) if logits.ndim == 3 else logits
 
 
 class RegisterHead(BaseModule):
@@ -52,10 +75,13 @@ class RegisterHead(BaseModule):
             use ``'mean'`` (of the registers), ``'one'`` (the first register) or
             ``'patches'`` (the mean of the patches), and ignore ``reduce``.
         init_cfg: mmengine's initialisation config.
+        widen: Each register is projected to C * widen channels instead, and then
+            normalised in the same way. The article has a widened class token, and does
+            not say how it was done.
 
     Raises:
-        ValueError: The pooling is unknown or needs registers, or ``reduce``
-            does not divide the channels.
+        ValueError: The pooling is unknown or needs registers, ``reduce`` does not
+            divide the channels, or ``widen`` is given with it.
     """
 
     def __init__(
@@ -66,6 +92,7 @@ class RegisterHead(BaseModule):
         reduce: int = 1,
         pooling: str = 'concat',
         init_cfg: dict | list[dict] | None = None,
+        widen: int = 1,
     ):
         super().__init__(init_cfg)
         if pooling not in _POOLINGS:
@@ -78,13 +105,19 @@ class RegisterHead(BaseModule):
             raise ValueError(
                 f'reduce must divide the {in_channels} channels, got {reduce}'
             )
+        if widen < 1 or (widen > 1 and reduce > 1):
+            raise ValueError(
+                f'widen is 1 or more, and reduce=1 with it: got widen={widen}, '
+                f'reduce={reduce}'
+            )
         self.pooling = pooling
         self.neck = None
         features = in_channels
         if pooling == 'concat':
-            features = num_registers * in_channels // reduce
-            if reduce > 1:
-                self.neck = _linear(in_channels, in_channels // reduce, bias=False)
+            one = in_channels * widen // reduce
+            features = num_registers * one
+            if one != in_channels:
+                self.neck = _linear(in_channels, one, bias=False)
                 self.norm_neck = nn.RMSNorm(features, eps=1e-5)
         self.head = _linear(features, num_classes)
 

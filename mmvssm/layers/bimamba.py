@@ -24,6 +24,7 @@ from mmvssm.ops import (
 )
 from mmvssm.registry import MODELS
 
+DIRECTIONS = ('both', 'shared_conv', 'forward', 'backward')
 # Of one direction: conv1d, x_proj, dt_proj, A_log, D.
 _Parts: TypeAlias = tuple[nn.Module, nn.Module, nn.Module, torch.Tensor, torch.Tensor]
 _CONVS = (nn.Conv1d,)
@@ -45,16 +46,25 @@ class BidirectionalMamba(nn.Module):
         d_conv: Width of the causal convolution.
         expand: Channels inside, relative to C.
         average: Average the two directions; otherwise add them up.
+        directions: ``'both'``, as published: each direction has a convolution and a
+            scan of its own. The paper's table 4 tries others: ``'shared_conv'``, two
+            scans of what one causal convolution gives; ``'forward'``, one
+            convolution and one scan, as in Mamba. ``'backward'`` is that from the
+            other end.
+
+    Raises:
+        ValueError: There is no such choice of directions.
 
     Note:
         ``A_log``, ``D`` and the bias of the step sizes enter the scan in
         float32 (or float64), for a sequence of any dtype.
 
-        One op computes both directions from the weights of ``conv1d``, ``x_proj``,
-        ``dt_proj`` and those with ``_b``. If one of them has hooks or is not the plain
-        layer, all of them are called, with the same result up to rounding; see
-        docs/adapters.md. ``conv1d`` then gets (B, D, L), and the first L positions of
-        its output are used; ``conv1d_b`` gets the flipped sequence.
+        With ``'both'`` one op computes the two directions from the weights of
+        ``conv1d``, ``x_proj``, ``dt_proj`` and those with ``_b``. If one of them has
+        hooks or is not the plain layer, all of them are called, with the same result
+        up to rounding; see docs/adapters.md. ``conv1d`` then gets (B, D, L), and the
+        first L positions of its output are used; ``conv1d_b`` gets the flipped
+        sequence.
     """
 
     def __init__(
@@ -64,23 +74,31 @@ class BidirectionalMamba(nn.Module):
         d_conv: int = 4,
         expand: int = 2,
         average: bool = True,
+        directions: str = 'both',
     ):
         super().__init__()
+        if directions not in DIRECTIONS:
+            raise ValueError(f'directions must be one of {DIRECTIONS}: {directions!r}')
         inner = expand * channels
         dt_rank = math.ceil(channels / 16)
         self.average = average
+        self.directions = directions
+        scans = {'': 'A_log', '_b': 'A_b_log'}
+        if directions in ('forward', 'backward'):
+            del scans['_b']
         states = torch.arange(1.0, d_state + 1).log().repeat(inner, 1)
-        for suffix, decay in (('', 'A_log'), ('_b', 'A_b_log')):
+        for suffix, decay in scans.items():
             self.register_parameter(decay, nn.Parameter(states.clone()))
             self.register_parameter(f'D{suffix}', nn.Parameter(torch.ones(inner)))
         self.in_proj = Linear(channels, 2 * inner, bias=False)
-        for suffix in ('', '_b'):
-            # As published: causal is what comes out once its end is cut off.
-            conv = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
+        for suffix in scans:
+            if suffix == '' or directions == 'both':
+                # As published: causal is what comes out once its end is cut off.
+                conv = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
+                self.add_module(f'conv1d{suffix}', conv)
             x_proj = nn.Linear(inner, dt_rank + 2 * d_state, bias=False)
             dt_proj = nn.Linear(dt_rank, inner)
             init_step_size(dt_proj)
-            self.add_module(f'conv1d{suffix}', conv)
             self.add_module(f'x_proj{suffix}', x_proj)
             self.add_module(f'dt_proj{suffix}', dt_proj)
         self.out_proj = Linear(inner, channels, bias=False)
@@ -93,33 +111,51 @@ class BidirectionalMamba(nn.Module):
                 ``dt_proj`` gives something of another shape.
         """
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        parts = (
-            (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
-            (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
-        )
-        directions = _read_weights(parts)
+        directions = None
+        if self.directions == 'both':
+            directions = _read_weights((self._forward_parts(), self._backward_parts()))
         if directions is None:
-            return self.out_proj(self._call_modules(x, z, parts))
+            return self.out_proj(self._call_modules(x, z))
         y = bidirectional_scan(x.mT, z.mT, *directions, average=self.average)
         return self.out_proj(y.mT)
 
-    def _call_modules(
-        self, x: torch.Tensor, z: torch.Tensor, parts: tuple[_Parts, _Parts]
-    ) -> torch.Tensor:
+    def _forward_parts(self) -> _Parts:
+        return self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D
+
+    def _backward_parts(self) -> _Parts:
+        conv = self.conv1d if self.directions == 'shared_conv' else self.conv1d_b
+        return conv, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
+
+    def _call_modules(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """What :func:`bidirectional_scan` computes, by calling the modules.
+
+        Without one of the directions, or with one convolution for both, the op does not
+        compute it.
 
         Args:
             x, z: Sequence and gate (B, L, D).
-            parts: Modules and parameters of both directions.
 
         Returns:
             (B, L, D) in the dtype that the op gives.
         """
-        forward, backward = parts
-        y = _scan_one_direction(x, *forward)
-        y = y + _scan_one_direction(x.flip(1), *backward).flip(1)
-        y = y * F.silu(_full(z)) * (0.5 if self.average else 1.0)
+        y = self._scan_directions(x)
+        halve = self.average and self.directions in ('both', 'shared_conv')
+        y = y * F.silu(_full(z)) * (0.5 if halve else 1.0)
         return y if autocast.is_enabled(x) else y.to(x.dtype)
+
+    def _scan_directions(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of the directions, without the gate."""
+        if self.directions == 'backward':
+            return _scan_one_direction(x.flip(1), *self._forward_parts()).flip(1)
+        if self.directions == 'shared_conv':
+            conv, *forward = self._forward_parts()
+            _, *backward = self._backward_parts()
+            u = _convolve(x, conv)
+            return _scan(u, *forward) + _scan(u.flip(2), *backward).flip(1)
+        y = _scan_one_direction(x, *self._forward_parts())
+        if self.directions == 'both':
+            y = y + _scan_one_direction(x.flip(1), *self._backward_parts()).flip(1)
+        return y
 
 
 def _read_weights(parts: tuple[_Parts, _Parts]) -> list[Direction] | None:
@@ -176,8 +212,12 @@ def _scan_one_direction(
     Returns:
         (B, L, D), float32 (float64 for float64 input).
     """
+    return _scan(_convolve(x, conv), x_proj, dt_proj, A_log, D)
+
+
+def _convolve(x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
+    """Sequence (B, L, D) -> what the scan reads (B, D, L), of the same dtype."""
     batch, length, channels = x.shape
-    states = A_log.shape[1]
     u = conv(x.mT)
     if not _has_shape(u, batch, channels) or u.shape[2] < length:
         raise ValueError(
@@ -185,7 +225,19 @@ def _scan_one_direction(
             f'more positions, of which the first {length} are used; got '
             f'{_describe(u)}. An nn.Conv1d there needs padding=kernel_size - 1'
         )
-    u = F.silu(_full(u[..., :length])).to(x.dtype)
+    return F.silu(_full(u[..., :length])).to(x.dtype)
+
+
+def _scan(
+    u: torch.Tensor,
+    x_proj: nn.Module,
+    dt_proj: nn.Module,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+) -> torch.Tensor:
+    """Scan of u (B, D, L) by one direction's modules -> (B, L, D)."""
+    batch, channels, length = u.shape
+    states = A_log.shape[1]
     read = x_proj(u.mT)
     if not _has_shape(read, batch, length) or read.shape[2] <= 2 * states:
         raise ValueError(

@@ -76,15 +76,26 @@ def test_matrix_times_input_is_the_output_of_ss2d(orders, states):
     torch.testing.assert_close(mixed(mixing), want.flatten(1), **TOLERANCE)
 
 
-@pytest.mark.parametrize('average', [True, False])
-@pytest.mark.parametrize('states', [1, 16])
-def test_matrix_times_input_is_the_output_of_vim(states, average):
+@pytest.mark.parametrize(
+    'states,average,directions',
+    [
+        (1, True, 'both'),
+        (16, True, 'both'),
+        (16, False, 'both'),
+        (16, True, 'shared_conv'),
+        (16, True, 'alternate'),
+    ],
+)
+def test_matrix_times_input_is_the_output_of_vim(states, average, directions):
     torch.manual_seed(0)
     arch = dict(embed_dims=4, depth=2, patch_size=4, stride=4, d_state=states)
-    net = Vim(arch, img_size=16, cls_token='middle', average=average).double()
+    options = dict(average=average, directions=directions)
+    net = Vim(arch, img_size=16, cls_token='middle', **options).double()
     image = torch.randn(1, 3, 12, 20, dtype=torch.float64)
     first, second = record_mixings(net, image)
     assert (first.position, second.position) == ((0,), (1,))
+    if directions == 'alternate':
+        assert [*first.routes, *second.routes] == ['forward', 'backward']
     for mixing in (first, second):
         assert mixing.size == (3, 5) and mixing.patches.tolist() == [
             place for place in range(16) if place != 7

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import mmvssm
 from mmvssm.backbones import Vim
 from mmvssm.layers import resize_position
 
@@ -137,3 +138,74 @@ def test_dtype_of_the_stream(in_fp32):
     first, last = net(torch.randn(1, 3, 32, 32, dtype=torch.bfloat16))
     assert first.dtype == (torch.float32 if in_fp32 else torch.bfloat16)
     assert last.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    'directions,mixers',
+    [
+        ('both', ['both'] * 4),
+        ('shared_conv', ['shared_conv'] * 4),
+        ('alternate', ['forward', 'backward', 'forward', 'backward']),
+        ('forward', ['forward'] * 4),
+    ],
+)
+def test_directions_of_the_blocks(directions, mixers, tmp_path):
+    arguments = dict(img_size=16, classification=True, directions=directions)
+    net = Vim(TINY, **arguments)
+    assert [block.mixer.directions for block in net.layers] == mixers
+    out, _ = net(torch.randn(2, 3, 16, 16))[0]
+    out.square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    # Own files of all of them are known as Vim's.
+    torch.save(net.state_dict(), tmp_path / 'vim.pth')
+    other = Vim(TINY, **arguments)
+    mmvssm.load_checkpoint(other, str(tmp_path / 'vim.pth'))
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+@torch.no_grad()
+def test_a_single_direction_reaches_the_end_alone():
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 16, 16)
+    other = image.clone()
+    other[..., 8:, 8:] += 1
+    for directions, few in (('forward', True), ('alternate', False)):
+        net = Vim(TINY, img_size=16, directions=directions, out_indices=(3,)).eval()
+        (a,), (b,) = net(image), net(other)
+        assert ((a - b).abs().amax(1)[0, 0] == 0).all() == few
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('rope', [False, True])
+def test_flipped_sequences(rope):
+    """Forward blocks on a turned sequence do what backward blocks do."""
+    torch.manual_seed(0)
+    options = dict(img_size=16, cls_token='head', rope=rope, drop_path_rate=0.0)
+    options.update(return_tokens=True)
+    net = Vim(TINY, directions='forward', flip_sequences=1.0, **options)
+    plain = Vim(TINY, directions='forward', **options)
+    plain.load_state_dict(net.state_dict())
+    image = torch.randn(2, 3, 16, 16)
+    for flipped, straight in zip(net.eval()(image), plain(image)):
+        assert all(map(torch.equal, flipped, straight))
+    for block in plain.layers:
+        block.mixer.directions = 'backward'
+    for flipped, straight in zip(net.train()(image), plain(image)):
+        for a, b in zip(flipped, straight):
+            torch.testing.assert_close(a, b)
+    state = torch.get_rng_state()
+    plain(image)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    'arguments,message',
+    [
+        (dict(directions='none'), "directions must be one of .*'forward'"),
+        (dict(flip_sequences=2), 'probability from 0 to 1, got 2'),
+    ],
+)
+def test_wrong_directions(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Vim(TINY, **arguments)

@@ -77,3 +77,30 @@ def test_initialisation():
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         RegisterHead(8, 5, **arguments)
+
+
+@torch.no_grad()
+def test_maximum_over_the_patches(features):
+    patches, tokens = features
+    head = ClassTokenHead(8, 5, pooling='max')
+    want = torch.stack([head.head(x) for x in patches.flatten(2).unbind(2)]).amax(0)
+    torch.testing.assert_close(head((patches, tokens[:, :0])), want)
+    assert head.pre_logits((patches, tokens[:, :0])).shape == (2, 12, 8)
+    with pytest.raises(ValueError, match="one of \\('mean', 'max'\\), got 'sum'"):
+        ClassTokenHead(8, 5, pooling='sum')
+
+
+@torch.no_grad()
+def test_widened_class_token(features):
+    patches, tokens = features
+    head = RegisterHead(8, 5, num_registers=1, widen=3)
+    assert {k: tuple(v.shape) for k, v in head.state_dict().items()} == {
+        'neck.weight': (24, 8),
+        'norm_neck.weight': (24,),
+        'head.weight': (5, 24),
+        'head.bias': (5,),
+    }
+    wide = torch.nn.functional.rms_norm(head.neck(tokens[:, 0]), (24,), eps=1e-5)
+    torch.testing.assert_close(head.pre_logits((patches, tokens[:, :1])), wide)
+    with pytest.raises(ValueError, match='reduce=1 with it'):
+        RegisterHead(8, 5, reduce=2, widen=3)

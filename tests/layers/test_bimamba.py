@@ -111,3 +111,77 @@ def test_drop_path_acts_on_what_comes_in():
     # The first block has no branch before it.
     assert torch.equal(block(x, None)[1], x)
     assert torch.equal(block.eval()(x, residual)[1], x + residual)
+
+
+def copied(directions, **weights):
+    """A mixer of these directions, with the weights of a bidirectional one."""
+    both = BidirectionalMamba(8)
+    mixer = BidirectionalMamba(8, directions=directions)
+    mixer.load_state_dict(
+        {key: both.state_dict()[weights.get(key, key)] for key in mixer.state_dict()}
+    )
+    return both, mixer
+
+
+@torch.no_grad()
+def test_two_directions_are_the_sum_of_single_ones():
+    both, forward = copied('forward')
+    backward = BidirectionalMamba(8, directions='backward')
+    own = {'A_log': 'A_b_log', 'D': 'D_b'}
+    for key in backward.state_dict():
+        layer, _, kind = key.partition('.')
+        if layer in ('conv1d', 'x_proj', 'dt_proj'):
+            own[key] = f'{layer}_b.{kind}'
+    weights = both.state_dict()
+    backward.load_state_dict({k: weights[own.get(k, k)] for k in backward.state_dict()})
+    x = torch.randn(2, 7, 8)
+    torch.testing.assert_close(2 * both(x), forward(x) + backward(x))
+
+
+@torch.no_grad()
+def test_single_directions_see_one_side():
+    x = torch.randn(1, 7, 8)
+    other = x.clone()
+    other[:, 3] += 1
+    for directions, seen in (('forward', slice(3)), ('backward', slice(4, None))):
+        _, mixer = copied(directions)
+        changed = (mixer(x) - mixer(other)).abs().amax(2)[0] > 1e-6
+        assert not changed[seen].any() and changed.sum() == 4
+        assert 'x_proj_b.weight' not in mixer.state_dict()
+
+
+@torch.no_grad()
+def test_scans_that_share_a_convolution():
+    both, mixer = copied('shared_conv')
+    assert set(both.state_dict()) - set(mixer.state_dict()) == {
+        'conv1d_b.weight',
+        'conv1d_b.bias',
+    }
+    x = torch.randn(2, 7, 8)
+    seen, z = mixer.in_proj(x).chunk(2, dim=-1)
+    u = torch.nn.functional.silu(mixer.conv1d(seen.mT)[..., :7])
+
+    def scan(u, x_proj, dt_proj, A_log, D):
+        rank = dt_proj.in_features
+        dt, B, C = x_proj(u.mT).split((rank, 16, 16), dim=-1)
+        dt = torch.nn.functional.softplus(dt_proj(dt))
+        state, out = torch.zeros(2, 16, 16), []
+        for t in range(7):
+            decay = (dt[:, t, :, None] * -A_log.exp()).exp()
+            gain = (dt[:, t] * u[..., t])[..., None] * B[:, t, None]
+            state = decay * state + gain
+            out.append((state * C[:, t, None]).sum(-1) + D * u[..., t])
+        return torch.stack(out, dim=1)
+
+    y = scan(u, mixer.x_proj, mixer.dt_proj, mixer.A_log, mixer.D)
+    back = (mixer.x_proj_b, mixer.dt_proj_b, mixer.A_b_log, mixer.D_b)
+    y = (y + scan(u.flip(2), *back).flip(1)) / 2
+    want = mixer.out_proj(y * torch.nn.functional.silu(z))
+    torch.testing.assert_close(mixer(x), want, atol=1e-6, rtol=1e-4)
+    both.conv1d_b.load_state_dict(both.conv1d.state_dict())
+    assert not torch.allclose(mixer(x), both(x))
+
+
+def test_unknown_directions():
+    with pytest.raises(ValueError, match="one of .*'shared_conv'.*: 'none'"):
+        BidirectionalMamba(8, directions='none')

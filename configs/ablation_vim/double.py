@@ -1,0 +1,3 @@
+_base_ = './baseline.py'
+ablation = dict(order=2, row='Class tokens at both ends', paper=dict(top1='74.3'))
+model = dict(backbone=dict(cls_token='double'))
