@@ -1,5 +1,5 @@
-# For `tools/run_ablation.py --data`: the rows of configs/ablation or
-# configs/ablation_scan as small classifiers. The images are those of
+# For `tools/run_ablation.py --data`: the rows of configs/ablation, ablation_scan,
+# ablation_registers or ablation_vim as small classifiers. The images are those of
 # `tools/make_quickstart_data.py --classification`, at half their resolution.
 _base_ = ['./datasets/quickstart_cls.py', './default_runtime_cls.py']
 resize = dict(type='Resize', scale=(64, 64))
@@ -37,6 +37,19 @@ backbones = [
         arch=dict(depths=(1, 1, 2, 1), dims=32),
         drop_path_rate=0.0,
     ),
+    # 64 patches. A number of registers is not in the arch.
+    dict(
+        type='mmvssm.MambaR',
+        arch=dict(_delete_=True, embed_dims=64, depth=6, patch_size=8, stride=8),
+        img_size=64,
+        drop_path_rate=0.0,
+    ),
+    dict(
+        type='mmvssm.Vim',
+        arch=dict(_delete_=True, embed_dims=64, depth=6, patch_size=8, stride=8),
+        img_size=64,
+        drop_path_rate=0.0,
+    ),
 ]
 # The head gets its channels and classes from the row and the data.
 model = dict(
@@ -66,6 +79,8 @@ train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters)
 val_dataloader = val_cfg = val_evaluator = None
 test_cfg = dict(type='TestLoop')
 test_evaluator = [dict(type='Accuracy', topk=(1,))]
+# None of a row that is a classifier by itself, such as averages of its weights.
+custom_hooks = []
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),

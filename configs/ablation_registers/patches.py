@@ -1,3 +1,3 @@
 _base_ = './baseline.py'
-ablation = dict(order=13, row='Prediction from the mean of the patches', paper=None)
+ablation = dict(order=12, row='Prediction from the mean of the patches', paper=None)
 model = dict(head=dict(pooling='patches'))

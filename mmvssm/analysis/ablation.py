@@ -18,7 +18,15 @@ from mmvssm.heads import ClassificationHead, ImageClassifier
 CLASSIFIER_SIZE = 224
 SEGMENTOR_SIZE = (512, 2048)
 _MISSING = '-'
-_COLOURS = dict(baseline='#555555', worse='#c0504d', better='#2b6ea6', seed='#111111')
+_COLOURS = dict(
+    baseline='#555555',
+    unclear='#8a8a8a',
+    worse='#c0504d',
+    better='#2b6ea6',
+    seed='#111111',
+)
+# A difference counts if it is larger than so many spreads of the baseline's seeds.
+_CLEAR = 2
 
 
 def count_row(cfg: Config) -> tuple[Complexity, Complexity | None]:
@@ -32,8 +40,12 @@ def count_row(cfg: Config) -> tuple[Complexity, Complexity | None]:
         and those of the segmentor at 512x2048, None if the config is a classifier's.
     """
     # Nothing is computed, so the weights need neither memory nor values.
+    parts = cfg.model
+    if 'head' in cfg.model and 'img_size' in cfg.model.backbone:
+        backbone = {**cfg.model.backbone, 'img_size': CLASSIFIER_SIZE}
+        parts = {**cfg.model, 'backbone': backbone}
     with torch.device('meta'):
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+        model = revert_sync_batchnorm(MODELS.build(parts))
     channels = model.backbone.in_channels
     if 'head' in cfg.model:
         shape = (1, channels, CLASSIFIER_SIZE, CLASSIFIER_SIZE)
@@ -74,9 +86,9 @@ def complexity_table(
                 row.label,
                 f'[{row.name}]({row.name}.py)',
                 f'{classifier.params / 1e6:.2f} M',
-                f'{paper["params"]} M' if paper else _MISSING,
+                f'{paper["params"]} M' if 'params' in paper else _MISSING,
                 f'{classifier.flops / 1e9:.2f} G',
-                f'{paper["flops"]} G' if paper else _MISSING,
+                f'{paper["flops"]} G' if 'flops' in paper else _MISSING,
                 f'{segmentor.params / 1e6:.2f} M' if segmentor else _MISSING,
                 f'{segmentor.flops / 1e9:.1f} G' if segmentor else _MISSING,
             )
@@ -94,15 +106,18 @@ def summarise(rows: Sequence[Any], results: Iterable[Mapping]) -> list[dict]:
 
     Returns:
         A dict for each row with results: ``row``, ``label``, ``seeds``,
-        ``values`` (one for each seed), ``mean``, ``difference`` (of the mean from the
-        baseline's; None without a baseline), ``seconds_per_iteration`` and
-        ``paper`` (top-1 accuracy) with ``paper_difference``; None if the paper
-        has no such row.
+        ``values`` (one for each seed), ``mean``, ``spread`` (the largest value minus
+        the smallest; None of one seed), ``difference`` (of the mean from the
+        baseline's; None without a baseline), ``clear`` (whether the difference is
+        larger than twice the spread of the baseline; None for the baseline itself and
+        where its spread is not known), ``seconds_per_iteration`` and ``paper``
+        (top-1 accuracy) with ``paper_difference``; None if the paper has no such row.
     """
     by_row = {row.name: [] for row in rows}
     for result in results:
         by_row[result['row']].append(result)
     first = [result['value'] for result in by_row[rows[0].name]]
+    noise = _spread(first)
     top1 = _top1(rows[0])
     summary = []
     for row in rows:
@@ -113,6 +128,8 @@ def summarise(rows: Sequence[Any], results: Iterable[Mapping]) -> list[dict]:
         times = [result['seconds_per_iteration'] for result in found]
         times = [seconds for seconds in times if seconds is not None]
         paper = _top1(row)
+        difference = fmean(values) - fmean(first) if first else None
+        known = row is not rows[0] and noise is not None
         summary.append(
             dict(
                 row=row.name,
@@ -120,7 +137,9 @@ def summarise(rows: Sequence[Any], results: Iterable[Mapping]) -> list[dict]:
                 seeds=[result['seed'] for result in found],
                 values=values,
                 mean=fmean(values),
-                difference=fmean(values) - fmean(first) if first else None,
+                spread=_spread(values),
+                difference=difference,
+                clear=abs(difference) > _CLEAR * noise if known else None,
                 seconds_per_iteration=fmean(times) if times else None,
                 paper=paper,
                 paper_difference=None if None in (paper, top1) else paper - top1,
@@ -129,8 +148,12 @@ def summarise(rows: Sequence[Any], results: Iterable[Mapping]) -> list[dict]:
     return summary
 
 
+def _spread(values: Sequence[float]) -> float | None:
+    return max(values) - min(values) if len(values) > 1 else None
+
+
 def _top1(row: Any) -> float | None:
-    return float(row.paper['top1']) if row.paper else None
+    return float(row.paper['top1']) if row.paper and 'top1' in row.paper else None
 
 
 def write_results(
@@ -168,7 +191,9 @@ def result_table(summary: Sequence[Mapping], metric: str) -> str:
         (
             'Row',
             metric,
+            'spread',
             'from baseline',
+            'over twice the spread',
             'seeds',
             's/iteration',
             'top-1 in the paper',
@@ -182,7 +207,9 @@ def result_table(summary: Sequence[Mapping], metric: str) -> str:
             (
                 line['label'],
                 f'{line["mean"]:.2f}{spread}',
+                _plain(line['spread'], 2),
                 _signed(line['difference'], 2),
+                {True: 'yes', False: 'no', None: _MISSING}[line['clear']],
                 str(len(values)),
                 _plain(line['seconds_per_iteration'], 3),
                 _plain(line['paper'], 1),
@@ -195,7 +222,8 @@ def result_table(summary: Sequence[Mapping], metric: str) -> str:
 def draw_results(summary: Sequence[Mapping], metric: str, path: str | Path) -> Path:
     """Draw bars: what was measured, and what the paper has.
 
-    The band is the range of the baseline's seeds.
+    The dark band is the range of the baseline's seeds. The light one reaches twice
+    their spread to both sides of their mean: a row that ends inside it is grey.
 
     Args:
         summary: Of :func:`summarise`.
@@ -216,7 +244,10 @@ def draw_results(summary: Sequence[Mapping], metric: str, path: str | Path) -> P
         axes.barh(
             labels,
             [value or 0.0 for value in values],
-            color=[_colour(line[difference]) for line in summary],
+            color=[
+                _colour(line[difference], axes is paper or line['clear'] is not False)
+                for line in summary
+            ],
         )
         for i, line in enumerate(summary):
             if values[i] is not None:
@@ -246,6 +277,10 @@ def draw_results(summary: Sequence[Mapping], metric: str, path: str | Path) -> P
             zorder=0,
         )
         ours.axvline(first['mean'], color='black', lw=0.8)
+        room = _CLEAR * (first['spread'] or 0.0)
+        ours.axvspan(
+            first['mean'] - room, first['mean'] + room, color='black', alpha=0.06
+        )
     for i, line in enumerate(summary):
         seeds = len(line['values'])
         ours.plot(line['values'], [i] * seeds, 'o', color=_COLOURS['seed'], ms=4)
@@ -254,9 +289,11 @@ def draw_results(summary: Sequence[Mapping], metric: str, path: str | Path) -> P
     return Path(path)
 
 
-def _colour(difference: float | None) -> str:
+def _colour(difference: float | None, clear: bool) -> str:
     if not difference:
         return _COLOURS['baseline']
+    if not clear:
+        return _COLOURS['unclear']
     return _COLOURS['better' if difference > 0 else 'worse']
 
 

@@ -6,6 +6,7 @@ from PIL import Image
 pytest.importorskip('mmseg')
 
 from mmvssm.analysis import ablation as tables
+from mmvssm.analysis.flops import Complexity
 from mmvssm.engine.configs.ablation import Row
 
 ROWS = [
@@ -34,6 +35,23 @@ def test_summary():
     assert gate['paper_difference'] == pytest.approx(0.2)
     assert gate['seconds_per_iteration'] is None and own['seeds'] == [3]
     assert own['paper'] is own['paper_difference'] is None
+    # Twice the spread of the baseline is 4.
+    assert (base['spread'], gate['spread']) == (2.0, None)
+    assert [line['clear'] for line in (base, gate, own)] == [None, False, True]
+
+
+def test_one_seed_of_the_baseline_has_no_spread():
+    summary = tables.summarise(ROWS, [RESULTS[0], *RESULTS[2:]])
+    assert [line['clear'] for line in summary] == [None, None, None]
+
+
+def test_rows_with_some_figures_of_the_paper():
+    rows = [ROWS[0], Row('some', 'Some', None, dict(top1='77.0'))]
+    some = tables.summarise(rows, [result('base', 0, 1.0), result('some', 0, 2.0)])[1]
+    assert some['paper_difference'] == pytest.approx(-0.6)
+    counted = Complexity(2_000_000, 3_000_000_000, {})
+    line = tables.complexity_table([(rows[1], (counted, None))]).splitlines()[2]
+    assert line == '| Some | [some](some.py) | 2.00 M | - | 3.00 G | - | - | - |'
 
 
 def test_summary_without_a_baseline_or_a_row():
@@ -56,9 +74,11 @@ def test_files(tmp_path):
     table = paths[1].read_text().splitlines()
     assert len(table) == 2 + len(ROWS)
     assert table[2] == (
-        '| Baseline | 31.00 (30.00 to 32.00) | +0.00 | 2 | 0.500 | 77.6 | +0.0 |'
+        '| Baseline | 31.00 (30.00 to 32.00) | 2.00 | +0.00 | - | 2 | 0.500 | 77.6 '
+        '| +0.0 |'
     )
-    assert table[4] == '| Our own | 40.00 | +9.00 | 1 | 0.500 | - | - |'
+    assert table[3].startswith('| + Gate | 28.50 | - | -2.50 | no | 1 |')
+    assert table[4] == '| Our own | 40.00 | - | +9.00 | yes | 1 | 0.500 | - | - |'
     with Image.open(paths[2]) as image:
         assert image.width > 500 and len(image.convert('RGB').getcolors(10**6)) > 10
 

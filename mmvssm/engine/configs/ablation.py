@@ -39,7 +39,7 @@ class Row:
         name: The name of its config without ``.py``.
         label: What a table calls it.
         config: The config.
-        paper: What the paper has for it, as it prints it: ``params``
+        paper: What the paper has for it, as it prints it, of ``params``
             (millions), ``flops`` (10^9) and ``top1`` (per cent); None if there
             is no such row.
     """
@@ -97,7 +97,8 @@ def row_config(
             Its entries take the place of the row's; only its ``model`` is
             merged into the row's, without the backbone. If it is a classifier and
             the row a segmentor, the row becomes that classifier with its own
-            backbone; a row that is a classifier keeps its head. Of the list
+            backbone. A row that is a classifier keeps its type and head, and the rest
+            of its model only if the config has no ``model``. Of the list
             ``backbones`` the row gets the arguments of the entry that has the type of
             the row's backbone. By default nothing moves.
         options: ``'key.subkey=value'`` strings, which come last.
@@ -123,15 +124,19 @@ def _move_to_data(cfg: Config, path: str) -> Config:
     classify = is_classifier(given) and not is_classifier(cfg)
     data = given.to_dict()
     model = data.pop('model', {})
-    # A row that is a classifier may be about its head.
-    for part in ('backbone', *(('type', 'head') if is_classifier(cfg) else ())):
+    # A row that is a classifier may be about its head; how it is trained, with mixed
+    # images for example, is the data's.
+    own = ('type', 'backbone', 'head') if is_classifier(cfg) else ('backbone',)
+    if model and is_classifier(cfg):
+        cfg.model = {key: cfg.model[key] for key in own}
+    for part in own:
         model.pop(part, None)
     kind = cfg.model.backbone.type
     if classify:
         model['backbone'] = _arguments_in_classifier(kind)
-    for own in data.pop('backbones', ()):
-        if own.pop('type') == kind:
-            model['backbone'] = {**model.get('backbone', {}), **own}
+    for small in data.pop('backbones', ()):
+        if small.pop('type') == kind:
+            model['backbone'] = {**model.get('backbone', {}), **small}
     if classify:
         backbone = cfg.model.backbone
         cfg = Config(dict(ablation=cfg.ablation, model=dict(backbone=backbone)))

@@ -104,7 +104,10 @@ model = dict(
     head = cfg.model.head
     assert (head.type, head.pooling) == ('mmvssm.RegisterClsHead', 'mean')
     assert (head.in_channels, head.num_classes) == (16, 7)
-    assert cfg.model.data_preprocessor.num_classes == 7
-    assert cfg.model.data_preprocessor.mixup == 0.8
+    # What mixes the images of ImageNet is not the head's.
+    assert (
+        cfg.data_preprocessor.num_classes == 7 and 'mixup' not in cfg.data_preprocessor
+    )
+    assert 'data_preprocessor' not in cfg.model and not cfg.custom_hooks
     found = ablation.train_row(row, cfg, 0, tmp_path / 'out')
     assert 0 <= found['value'] <= 100
