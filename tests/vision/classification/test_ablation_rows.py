@@ -1,6 +1,7 @@
 """Rows about registers and about Vim: each is built, counted, trained and predicts."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -58,6 +59,12 @@ NAMES = [(folder, name) for folder in SWITCHES for name in SWITCHES[folder]]
 KEEPS_REDUCE = ('baseline', 'start', 'middle', 'one', 'mean', 'patches')
 
 
+@cache
+def config(folder, name):
+    """As published. Tests only read it."""
+    return ablation.row_config(ROWS[folder][name])
+
+
 def readme(folder):
     return (REPO / 'configs' / folder / 'README.md').read_text()
 
@@ -70,7 +77,7 @@ def test_the_tables_are_complete():
 
 @pytest.mark.parametrize('folder,name', NAMES)
 def test_settings(folder, name):
-    model = ablation.row_config(ROWS[folder][name]).model
+    model = config(folder, name).model
     backbone, head = SWITCHES[folder][name]
     common = dict(classification=True)
     if folder == 'ablation_vim':
@@ -108,7 +115,7 @@ def test_loss_and_prediction_of_the_small_form(folder, name):
 @pytest.mark.parametrize('folder,name', NAMES)
 def test_parameters_and_flops_are_those_of_the_readme(folder, name):
     row = ROWS[folder][name]
-    counted, _ = count_row(ablation.row_config(row))
+    counted, _ = count_row(config(folder, name))
     line = re.search(rf'^\|.*\({name}\.py\).*$', readme(folder), re.M)
     cells = [cell.strip() for cell in line[0].split('|')]
     params, flops = counted.params / 1e6, counted.flops / 1e9
