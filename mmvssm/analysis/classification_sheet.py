@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from mmengine.dataset import pseudo_collate
 
 from mmvssm.analysis.contact_sheet import PANEL_INCHES, evenly_spaced
-from mmvssm.analysis.pictures import load_picture
+from mmvssm.analysis.pictures import load_picture, save_figure
 
 COLUMNS = 6
 # Blue and vermilion differ for every eye; the marks say the same without colour.
@@ -78,7 +78,7 @@ def write_classification_sheet(
         '✓ right or ✗ wrong',
         fontsize=9,
     )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def write_classifier_sheet(
@@ -169,11 +169,4 @@ def write_confusion(
                 )
     right = np.trace(counts) / max(counts.sum(), 1)
     panel.set_title(f'{right:.1%} of {counts.sum()} images right', fontsize=11)
-    return _save(figure, path)
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format='png', dpi=110)
-    return path
+    return save_figure(figure, path)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from mmengine.dataset import pseudo_collate
 
-from mmvssm.analysis.pictures import load_picture
+from mmvssm.analysis.pictures import load_picture, save_figure
 
 IGNORED = 255
 IGNORED_COLOUR = (255, 255, 255)
@@ -80,10 +80,7 @@ def write_contact_sheet(
         fontsize=9,
         frameon=False,
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format='png', dpi=110)
-    return path
+    return save_figure(figure, path)
 
 
 def write_model_contact_sheet(

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch, Rectangle
 from mmengine.dataset import pseudo_collate
 
 from mmvssm.analysis.contact_sheet import PANEL_INCHES, evenly_spaced
-from mmvssm.analysis.pictures import load_picture
+from mmvssm.analysis.pictures import load_picture, save_figure
 
 MASK_OPACITY = 0.45
 
@@ -93,10 +93,7 @@ def write_detection_sheet(
         fontsize=9,
         frameon=False,
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format='png', dpi=110)
-    return path
+    return save_figure(figure, path)
 
 
 def write_detector_sheet(

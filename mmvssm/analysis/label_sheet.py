@@ -10,6 +10,7 @@ from matplotlib.patches import Patch
 
 from mmvssm.analysis.contact_sheet import IGNORED, IGNORED_COLOUR
 from mmvssm.analysis.detection_sheet import MASK_OPACITY, Objects, draw_objects
+from mmvssm.analysis.pictures import save_figure
 
 PANEL_INCHES = 2.8
 _IN_A_ROW = 4
@@ -129,7 +130,7 @@ def write_class_sheet(
         panel.set_title(title, fontsize=8)
     for panel in figure.axes:
         panel.set_axis_off()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _start(
@@ -176,11 +177,4 @@ def _finish(
             fontsize=8,
             frameon=False,
         )
-    return _save(figure, path)
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format='png', dpi=110)
-    return path
+    return save_figure(figure, path)

@@ -1,9 +1,14 @@
 """Images of any channels and dtype, as pictures to look at."""
 
+import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def to_picture(image: np.ndarray, bgr: bool = True) -> np.ndarray:
@@ -64,3 +69,15 @@ def load_picture(path: str, dataset: Any) -> np.ndarray:
     """
     load = transforms_of(dataset)[0]
     return to_picture(np.asarray(load(dict(img_path=path))['img']), loads_bgr(load))
+
+
+def save_figure(figure: 'Figure', path: str | os.PathLike) -> Path:
+    """Write a figure as PNG; its folder is made if it is not there.
+
+    Returns:
+        The file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format='png', dpi=110)
+    return path

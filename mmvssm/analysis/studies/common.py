@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from mmengine.device import get_device
 
 from mmvssm.analysis.studies.images import ImageSource, StudyImage, open_images
 from mmvssm.analysis.studies.subjects import StudyModel, Subject, parse_subjects
 from mmvssm.engine import UsageError
+from mmvssm.engine.inference.device import checked_device
 from mmvssm.ops.checks import NaNInputError
 
 T = TypeVar('T')
@@ -254,22 +254,6 @@ def parse_sizes(given: Sequence[str] | None, study: Study) -> list[tuple[int, in
 
 def _is_positive(text: str) -> bool:
     return text.isascii() and text.isdigit() and int(text) > 0
-
-
-def checked_device(device: str | None) -> str:
-    """The device to use; by default the accelerator, if the machine has one.
-
-    Raises:
-        UsageError: There is no such device.
-    """
-    device = device or get_device()
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f'cannot use the device {device!r}: {str(error).splitlines()[0]}'
-        ) from error
-    return device
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import nn
 
+from mmvssm.analysis.pictures import save_figure
 from mmvssm.engine.labels.class_report import TOP
 
 VERB = 'classified'
@@ -71,4 +72,4 @@ def save_overlay(picture: np.ndarray, found: list[dict], path: Path) -> None:
     right.set(xlim=(0, 1), ylim=(len(found) - 0.5, -0.9), yticks=[])
     right.set_xlabel('probability', fontsize=9)
     right.spines[['top', 'right', 'left']].set_visible(False)
-    figure.savefig(path, format='png', dpi=110)
+    save_figure(figure, path)

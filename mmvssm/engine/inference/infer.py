@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from PIL import Image, UnidentifiedImageError
@@ -24,6 +23,7 @@ from mmvssm.checkpoints.read import read_content
 from mmvssm.engine.checkpoints.weights import load_weights
 from mmvssm.engine.configs.config import is_classifier, is_detector, scope_of
 from mmvssm.engine.errors import UsageError
+from mmvssm.engine.inference.device import checked_device
 from mmvssm.engine.inference.labels_only import leave_out_logits
 
 # What a transform or a model raises of an image that it cannot take. Anything else is a
@@ -132,13 +132,7 @@ def load_model(
         UsageError: There is no such device, or the checkpoint or the names of the
             classes do not belong to the model.
     """
-    device = device or get_device()
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f'cannot use the device {device!r}: {str(error).splitlines()[0]}'
-        ) from error
+    device = checked_device(device)
     cfg = copy.deepcopy(cfg)
     cfg.setdefault('test_pipeline', cfg.test_dataloader.dataset.pipeline)
     init_default_scope(scope_of(cfg))

@@ -1,7 +1,6 @@
 """Look at the annotations of a data set in COCO's format."""
 
 import json
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,13 +9,12 @@ from .reading import (
     Reader,
     Sample,
     UnreadableError,
-    missing_files,
-    sample_order,
+    read_samples,
+    report_missing_images,
     size_remedy,
 )
 from .report import DatasetReport, shorten
 
-_MOST_UNREADABLE = 5
 # Boxes may be rounded, and end this many pixels outside.
 _SLACK = 2
 # So many of the boxes outside are no accident.
@@ -216,41 +214,17 @@ def inspect_objects(
         images: How many to read, None for all.
         seconds: The time limit.
     """
-    missing = missing_files(reader)['image']
-    if missing:
-        index, image, _ = missing[0]
-        more = f', and {len(missing) - 1} more' if len(missing) > 1 else ''
-        report.add(
-            'error',
-            f'{image} of {report.labels} is missing{more}: add it, or set '
-            'data_prefix.img to the folder that file_name starts from.',
-            index,
-        )
-    gone = {index for index, *_ in missing}
-    end = time.monotonic() + seconds if seconds else None
-    unreadable = 0
-    order = sample_order(len(reader), images)
-    for position, index in enumerate(order if images is None else order[:images]):
-        if position and end and time.monotonic() > end:
-            break
-        if index in gone:
-            continue
-        try:
-            sample = reader.read(index)
-            _check_sample(sample, report)
-            report.read += 1
-        except UnreadableError as error:
-            unreadable += 1
-            if unreadable <= _MOST_UNREADABLE:
-                report.add('error', str(error), index)
-    if unreadable > _MOST_UNREADABLE:
-        report.add('error', f'{unreadable} images of {report.labels} in all.')
+    gone = report_missing_images(
+        reader, report, 'set data_prefix.img to the folder that file_name starts from'
+    )
+    read_samples(
+        *(reader, report, lambda index, sample: _check_sample(sample, report)),
+        *(gone, images, seconds),
+    )
 
 
 def _check_sample(sample: Sample, report: DatasetReport) -> None:
-    height, width, *channels = sample.image.shape
-    report.sizes[f'{height}x{width}'] += 1
-    report.channels[channels[0] if channels else 1] += 1
+    height, width = sample.image.shape[:2]
     said = int(sample.results['height']), int(sample.results['width'])
     if said != (height, width):
         remedy = size_remedy(

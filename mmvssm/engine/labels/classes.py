@@ -1,15 +1,12 @@
 """Look at the images and class labels of a classifier's data set."""
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .reading import Reader, UnreadableError, missing_files, sample_order
+from .reading import Reader, read_samples, report_missing_images
 from .report import DatasetReport, Finding, shorten
-
-_MOST_UNREADABLE = 5
 
 
 def inspect_classes(
@@ -30,7 +27,15 @@ def inspect_classes(
     """
     report.images = len(reader)
     _count(reader, report, number)
-    _open(reader, report, images, seconds)
+    gone = set()
+    if seconds is None:
+        gone = report_missing_images(
+            reader,
+            report,
+            'set data_prefix to the folder that the names in the annotation file start '
+            'from',
+        )
+    read_samples(reader, report, lambda index, sample: None, gone, images, seconds)
 
 
 def _count(reader: Reader, report: DatasetReport, number: int | None) -> None:
@@ -62,43 +67,6 @@ def _count(reader: Reader, report: DatasetReport, number: int | None) -> None:
             f'{report.labels} has no image of {len(empty)} of the {len(names)} '
             f'classes: {shorten(empty)}.',
         )
-
-
-def _open(
-    reader: Reader, report: DatasetReport, images: int | None, seconds: float | None
-) -> None:
-    missing = missing_files(reader)['image'] if seconds is None else []
-    if missing:
-        index, path, _ = missing[0]
-        more = f', and {len(missing) - 1} more' if missing[1:] else ''
-        report.add(
-            'error',
-            f'{path} of {report.labels} is missing{more}: add it, or set data_prefix '
-            'to the folder that the names in the annotation file start from.',
-            index,
-        )
-    gone = {index for index, *_ in missing}
-    end = time.monotonic() + seconds if seconds else None
-    unreadable = 0
-    order = sample_order(len(reader), images)
-    for position, index in enumerate(order if images is None else order[:images]):
-        if position and end and time.monotonic() > end:
-            break
-        if index in gone:
-            continue
-        try:
-            sample = reader.read(index)
-        except UnreadableError as error:
-            unreadable += 1
-            if unreadable <= _MOST_UNREADABLE:
-                report.add('error', str(error), index)
-            continue
-        height, width, *channels = sample.image.shape
-        report.sizes[f'{height}x{width}'] += 1
-        report.channels[channels[0] if channels else 1] += 1
-        report.read += 1
-    if unreadable > _MOST_UNREADABLE:
-        report.add('error', f'{unreadable} images of {report.labels} in all.')
 
 
 def compare_classes(found: Sequence[tuple[DatasetReport, Any]]) -> None:

@@ -1,7 +1,6 @@
 """Look at the masks of a segmentation data set."""
 
 import os
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ from .reading import (
     Sample,
     UnreadableError,
     missing_files,
-    sample_order,
+    read_samples,
     size_remedy,
     unused_images,
 )
@@ -20,7 +19,6 @@ from .report import DatasetReport, shorten
 
 # A mask is read into 8 bits.
 _LABELS = 256
-_MOST_UNREADABLE = 5
 
 
 class MaskCounts:
@@ -90,29 +88,17 @@ def inspect_masks(
     report.images = len(reader)
     gone = _check_files(reader, report)
     counts, ignored = MaskCounts(), ignored_label(heads)
-    end = time.monotonic() + seconds if seconds else None
-    unreadable = 0
-    for position, index in enumerate(sample_order(len(reader), images)):
-        enough = images is not None and position >= images
-        if enough and (end is None or _is_varied(counts, ignored)):
-            break
-        if position and end and time.monotonic() > end:
-            break
-        if index in gone:
-            continue
-        try:
-            sample = reader.read(index)
-            _check_sample(sample, report)
-        except UnreadableError as error:
-            unreadable += 1
-            if unreadable <= _MOST_UNREADABLE:
-                report.add('error', str(error), index)
-            continue
-        report.read += 1
+
+    def look(index: int, sample: Sample) -> None:
+        _check_sample(sample)
         if sample.labels is not None:
             counts.add(index, sample)
-    if unreadable > _MOST_UNREADABLE:
-        report.add('error', f'{unreadable} images or masks of {report.labels} in all.')
+
+    read_samples(
+        *(reader, report, look, gone, images, seconds),
+        suffices=lambda: _is_varied(counts, ignored),
+        what='images or masks',
+    )
     classes = class_names(dataset, heads)
     _summarise(counts, report, classes, dataset, ignored)
     if counts.total:
@@ -201,11 +187,9 @@ def _check_orphans(reader: Reader, report: DatasetReport, folder: str) -> None:
         )
 
 
-def _check_sample(sample: Sample, report: DatasetReport) -> None:
-    """Count sizes and channels; raise where the mask does not fit its image."""
-    height, width, *channels = sample.image.shape
-    report.sizes[f'{height}x{width}'] += 1
-    report.channels[channels[0] if channels else 1] += 1
+def _check_sample(sample: Sample) -> None:
+    """Raise where the mask does not fit its image."""
+    height, width = sample.image.shape[:2]
     if sample.labels is None:
         return
     mask, stored, labels = sample.mask_path, sample.stored, sample.labels

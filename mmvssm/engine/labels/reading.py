@@ -4,7 +4,8 @@ import contextlib
 import copy
 import io
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from mmengine.fileio import get
 from mmengine.registry import DATASETS, TRANSFORMS
 from PIL import Image
 
-from .report import registered
+from .report import DatasetReport, registered
 
 # Transforms of other packages run as well: they may change labels.
 _KNOWN_PACKAGES = ('mmcv', 'mmdet', 'mmengine', 'mmseg', 'mmpretrain')
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 ORIENTATION = 0x0112
+# Files of a data set that are named one by one.
+_MOST_UNREADABLE = 5
 
 
 class UnreadableError(Exception):
@@ -155,6 +158,80 @@ def missing_files(reader: Reader) -> dict[str, list[tuple[int, str, str]]]:
         if mask and not is_there(mask):
             found['mask'].append((index, image, mask))
     return found
+
+
+def report_missing_images(
+    reader: Reader, report: DatasetReport, remedy: str
+) -> set[int]:
+    """Report the images that are not there in one finding.
+
+    Args:
+        reader: Of the data set.
+        report: The finding is added to it.
+        remedy: What to do other than to add the image.
+
+    Returns:
+        Their numbers.
+    """
+    missing = missing_files(reader)['image']
+    if missing:
+        index, image, _ = missing[0]
+        more = f', and {len(missing) - 1} more' if len(missing) > 1 else ''
+        report.add(
+            'error',
+            f'{image} of {report.labels} is missing{more}: add it, or {remedy}.',
+            index,
+        )
+    return {index for index, *_ in missing}
+
+
+def read_samples(
+    reader: Reader,
+    report: DatasetReport,
+    look: Callable[[int, Sample], None],
+    gone: Collection[int] = (),
+    images: int | None = None,
+    seconds: float | None = None,
+    suffices: Callable[[], bool] = lambda: True,
+    what: str = 'images',
+) -> None:
+    """Read images of a data set, and count their sizes and channels.
+
+    Args:
+        reader: Of the data set.
+        report: Counts, and files that cannot be read, are added to it.
+        look: Gets the number of each image and its sample. It may raise
+            :class:`UnreadableError`.
+        gone: Numbers of images that are not to be read.
+        images: How many to read, None for all.
+        seconds: The time limit.
+        suffices: Whether ``images`` are enough. If not, and if there is a time limit,
+            others are read until it is reached.
+        what: What is read, for the message.
+    """
+    end = time.monotonic() + seconds if seconds else None
+    unreadable = 0
+    for position, index in enumerate(sample_order(len(reader), images)):
+        enough = images is not None and position >= images
+        if enough and (end is None or suffices()):
+            break
+        if position and end and time.monotonic() > end:
+            break
+        if index in gone:
+            continue
+        try:
+            sample = reader.read(index)
+            height, width, *channels = sample.image.shape
+            report.sizes[f'{height}x{width}'] += 1
+            report.channels[channels[0] if channels else 1] += 1
+            look(index, sample)
+            report.read += 1
+        except UnreadableError as error:
+            unreadable += 1
+            if unreadable <= _MOST_UNREADABLE:
+                report.add('error', str(error), index)
+    if unreadable > _MOST_UNREADABLE:
+        report.add('error', f'{unreadable} {what} of {report.labels} in all.')
 
 
 def unused_images(folder: str, suffix: str) -> list[str]:

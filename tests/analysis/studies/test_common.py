@@ -8,7 +8,6 @@ import torch
 from mmvssm.analysis.studies import STUDIES
 from mmvssm.analysis.studies.common import (
     Study,
-    checked_device,
     file_name,
     not_finite,
     parse_sizes,
@@ -73,13 +72,6 @@ def test_spread():
 def test_file_name():
     assert file_name('vim_t (2) a/b.pth') == 'vim_t__2__a_b.pth'
     assert file_name('../..') == 'model'
-
-
-def test_device():
-    assert checked_device('cpu') == 'cpu'
-    for device in ('cuda:77', 'nonsense'):
-        with pytest.raises(UsageError, match='cannot use the device'):
-            checked_device(device)
 
 
 def test_table(capsys):
