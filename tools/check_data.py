@@ -53,7 +53,8 @@ def main(args: argparse.Namespace) -> int:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         dump([found.report.as_dict() for found in inspected], args.json, indent=2)
     number = len(list(findings(inspected)))
-    print(f'{number} findings' if number else 'nothing found')
+    some = '1 finding' if number == 1 else f'{number} findings'
+    print(some if number else 'nothing found')
     if args.sheet:
         for path in write_sheet(args.sheet, inspected, ignored_of(cfg)):
             print(f'labels drawn in: {path}')

@@ -30,23 +30,27 @@ class Task(NamedTuple):
         images: Where the held-out images are, in the data's folder.
         data: Name of the data set that the published models of this kind train on.
         config: The config of such a model.
+        page: The page of the docs on these.
     """
 
     does: str
     images: str
     data: str
     config: str
+    page: str
 
 
 SEGMENTATION = Task(
-    'segment', 'images/validation/*', 'ADE20K', 'configs/upernet_vmamba_t.py'
+    *('segment', 'images/validation/*', 'ADE20K'),
+    *('configs/upernet_vmamba_t.py', 'docs/segmentation.md'),
 )
 DETECTION = Task(
-    'find objects in', 'val2017/*', 'COCO', 'configs/mask_rcnn_vmamba_t_1x.py'
+    *('find objects in', 'val2017/*', 'COCO'),
+    *('configs/mask_rcnn_vmamba_t_1x.py', 'docs/detection.md'),
 )
 CLASSIFICATION = Task(
     *('classify', 'val/*/*', 'ImageNet'),
-    'configs/classification/vmamba_t_s1l8_in1k.py',
+    *('configs/classification/vmamba_t_s1l8_in1k.py', 'docs/classification.md'),
 )
 
 
@@ -174,7 +178,7 @@ def next_steps(task: Task, cfg, config: str, checkpoint: str) -> str:
         --out-dir {work_dir / 'infer'}
 """,
         f"""\
-  train on {task.data} (the README says how to lay it out)
+  train on {task.data} ({task.page} says how to lay it out)
     {python} tools/train.py {task.config}
 """,
     ]

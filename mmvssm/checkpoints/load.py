@@ -135,7 +135,8 @@ def load_checkpoint(
         )
     checkpoint = to_canonical(read, what)
     if not allow_nan:
-        _refuse_nan(checkpoint.tensors, what)
+        otherwise = ', or load it all the same with allow_nan=True'
+        refuse_nan(checkpoint.tensors, what, otherwise)
     backbone = model.get_submodule(owner.prefix.removesuffix('.'))
     checkpoint.backbone, notes = family.fit(
         checkpoint.backbone, backbone, checkpoint.grids
@@ -194,19 +195,15 @@ def fits(given: torch.Tensor, wanted: torch.Tensor) -> bool:
     return given.shape == wanted.shape and same_kind
 
 
-def _is_finite(value: torch.Tensor) -> bool:
-    if value.is_floating_point() and value.element_size() == 1:
-        value = value.float()  # torch does not ask numbers of 8 bits.
-    return bool(value.isfinite().all())
-
-
-def _refuse_nan(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+def refuse_nan(
+    tensors: Mapping[str, torch.Tensor], what: str, otherwise: str = ''
+) -> None:
+    """Raise :class:`CheckpointError` if a tensor is not finite, and name the first."""
     bad = [key for key, value in tensors.items() if not _is_finite(value)]
     if bad:
         raise CheckpointError(
             f'{what} holds NaN or infinite weights: {_first(bad)}. A training that '
-            'diverged leaves such a file; take an earlier one, or load it all the same '
-            'with allow_nan=True'
+            f'diverged leaves such a file; take an earlier one{otherwise}'
         )
 
 

@@ -23,8 +23,8 @@ class ClsDataPreprocessor(_ClsDataPreprocessor):
     mixed. This differs from MMPretrain's ``RandomErasing``, which comes before
     normalisation and so has its noise cut at black and white, and from its ``Mixup``
     and ``CutMix``, which pair images at random: here image i of n is mixed with image
-    n - 1 - i. Labels are smoothed by the head's loss, which is the same before and
-    after mixing.
+    n - 1 - i, so with an odd n the one in the middle stays as it is. Labels are
+    smoothed by the head's loss, which is the same before and after mixing.
 
     Args:
         mixup: Both parameters of the Beta distribution of mixup's weight; 0 for none.
@@ -33,7 +33,8 @@ class ClsDataPreprocessor(_ClsDataPreprocessor):
         args, kwargs: Of ``ClsDataPreprocessor``; ``num_classes`` is needed.
 
     Raises:
-        UsageError: The model's ``train_cfg`` mixes batches, too.
+        UsageError: The model's ``train_cfg`` mixes batches, too, or an option is out
+            of its range.
     """
 
     def __init__(
@@ -45,6 +46,14 @@ class ClsDataPreprocessor(_ClsDataPreprocessor):
         batch_augments: dict | None = None,
         **kwargs: Any,
     ):
+        for name, value in (('mixup', mixup), ('cutmix', cutmix), ('erase', erase)):
+            most = 1 if name == 'erase' else math.inf
+            if not isinstance(value, (int, float)) or not 0 <= value <= most:
+                span = 'from 0 to 1' if most == 1 else 'of 0 or more'
+                raise UsageError(
+                    f'{name} of mmvssm.ClsDataPreprocessor must be a number {span}, '
+                    f'not {value!r}.'
+                )
         augments = [partial(_mixup, alpha=mixup)] if mixup else []
         augments += [partial(_cutmix, alpha=cutmix)] if cutmix else []
         if batch_augments and (augments or erase):

@@ -32,10 +32,18 @@ class MESAClassifier(ImageClassifier):
         ratio: Weight of the second term.
         begin: First epoch, from 0, with the second term.
         args, kwargs: Of ``ImageClassifier``.
+
+    Raises:
+        UsageError: ``ratio`` or ``begin`` is negative.
     """
 
     def __init__(self, *args: Any, ratio: float = 1.0, begin: int = 75, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if not (ratio > 0 and begin >= 0):
+            raise UsageError(
+                f'MESAClassifier takes a ratio above 0 and a begin of 0 or more, not '
+                f'ratio={ratio}, begin={begin}.'
+            )
         self.ratio, self.begin = ratio, begin
         self.has_hook = False
         # Not a module of this one: it has no part in its parameters and its state.

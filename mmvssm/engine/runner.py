@@ -9,6 +9,7 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import join_path
 from mmengine.runner import FlexibleRunner, Runner, save_checkpoint
 
+from .configs.config import check_training
 from .errors import UsageError
 from .training.epoch_loop import resume_within_epochs
 from .training.sharding import WholeWeightsHook
@@ -24,8 +25,10 @@ def build_runner(cfg: Config) -> 'Runner | ShardedRunner':
 
     Raises:
         UsageError: The strategy is another than :class:`FSDPStrategy`, there is no
-            launcher, or the config has what cannot be sharded.
+            launcher, or the config has what cannot be sharded, or what does not work
+            on this machine or with this batch.
     """
+    check_training(cfg)
     resume_within_epochs(cfg)
     strategy = cfg.get('strategy')
     if strategy is None:

@@ -112,13 +112,26 @@ def test_averages_over_flips(work, tested):
 
 def test_what_cannot_be_read_is_skipped(work):
     (work / 'broken.png').write_bytes(b'no image')
+    (work / 'empty.png').write_bytes(b'')
+    images = ('broken.png', 'empty.png', 'data/val/blob/0.png')
     log = run(
-        *('infer.py', 'broken.png', 'data/val/blob/0.png', '--config', 'tiny.py'),
+        *('infer.py', *images, '--config', 'tiny.py'),
         *('--checkpoint', 'out/epoch_2.pth', '--out-dir', 'some'),
         cwd=work,
         code=1,
     )
-    assert '1 of 2 images classified' in log and 'skipped broken.png' in log
+    assert '1 of 3 images classified' in log and 'skipped broken.png' in log
+    assert 'skipped empty.png: the file is empty\n' in log
+
+
+def test_it_can_be_exported(work):
+    pytest.importorskip('onnx')
+    log = run(
+        *('export.py', 'tiny.py', '--checkpoint', 'out/epoch_2.pth'),
+        *('--out', 'tiny.onnx'),
+        cwd=work,
+    )
+    assert 'loaded all' in log and (work / 'tiny.onnx').stat().st_size
 
 
 def test_the_checkpoint_is_the_packages_own(work):
@@ -186,3 +199,62 @@ def test_data_are_looked_into(work):
     log = run('check_data.py', 'tiny.py', '--sheet', 'sheet.png', cwd=work)
     assert 'train: 12 images, 12 read' in log and 'nothing found' in log
     assert (work / 'sheet_train.png').is_file()
+
+
+def test_weights_that_are_not_finite_are_refused(work):
+    """A class whose score is NaN would be the best one of every image."""
+    state = torch.load(work / 'out/epoch_2.pth', weights_only=False)
+    key = next(k for k in state['state_dict'] if k.startswith('head.'))
+    state['state_dict'][key].view(-1)[0] = float('nan')
+    torch.save(state, work / 'nan.pth')
+    given = ('--config', 'tiny.py', '--checkpoint', 'nan.pth', '--out-dir', 'nan')
+    for command in (
+        ('test.py', 'tiny.py', 'nan.pth', '--work-dir', 'nan'),
+        ('infer.py', 'data/val', *given),
+    ):
+        log = run(*command, cwd=work, code=2)
+        assert 'error: nan.pth holds NaN or infinite weights: head.' in log
+
+
+@pytest.mark.parametrize('name', ('vmamba_t_s1l9', 'vim-t'))
+def test_a_name_that_is_spelled_wrong(name, work):
+    log = run('test.py', name, cwd=work, code=2)
+    meant = {'vmamba_t_s1l9': 'vmamba_t_s1l8', 'vim-t': 'vim_t'}[name]
+    assert f"{name!r} is no name of the zoo; did you mean '{meant}'" in log
+
+
+NO_BATCH = 'train_dataloader has no batch'
+MIXED = 'mixes each image with another one of its batch'
+
+
+@pytest.mark.parametrize(
+    ('more', 'words'),
+    (
+        ('train_dataloader.update(batch_size=99, drop_last=True)', NO_BATCH),
+        ("optim_wrapper.update(type='AmpOptimWrapper')", 'train with --amp bfloat16'),
+        (
+            "train_dataloader['batch_size'] = 1\nmodel['data_preprocessor']."
+            "update(type='mmvssm.ClsDataPreprocessor', mixup=0.8)",
+            f'model.data_preprocessor.mixup {MIXED}',
+        ),
+        (
+            "train_dataloader['batch_size'] = 1\n"
+            "model['train_cfg'] = dict(augments=dict(type='CutMix', alpha=1.0))",
+            f'CutMix of model.train_cfg.augments {MIXED}',
+        ),
+        (
+            "train_dataloader['batch_size'] = 0",
+            'train_dataloader.batch_size must be a whole number of 1 or more, not 0.',
+        ),
+        (
+            "val_dataloader['num_workers'] = -1",
+            'val_dataloader.num_workers must be a whole number of 0 or more, not -1.',
+        ),
+    ),
+)
+def test_trainings_that_would_not_do_what_they_say(more, words, work):
+    if 'Amp' in more and torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    write_config(work / 'bad.py', work / 'data', more)
+    log = run('train.py', 'bad.py', '--work-dir', 'bad', cwd=work, code=2)
+    assert words in log.splitlines()[-1]

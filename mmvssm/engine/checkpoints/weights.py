@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmvssm.checkpoints import CheckpointError, trust
 from mmvssm.checkpoints.canonical import split_keys, to_canonical
-from mmvssm.checkpoints.load import fits
+from mmvssm.checkpoints.load import fits, refuse_nan
 from mmvssm.checkpoints.read import read_state_dict, read_weights
 from mmvssm.engine.checkpoints.start import pretrained_entries
 from mmvssm.engine.errors import UsageError, require_file
@@ -40,7 +40,7 @@ def load_weights(model: nn.Module, path: str, weights: str | None = None) -> Non
     Raises:
         UsageError: No such file, or it does not belong to the model; the
             message counts what matched in each part of the model.
-        CheckpointError: The file cannot be read.
+        CheckpointError: The file cannot be read, or weights are NaN or infinite.
     """
     require_file(path, 'checkpoint')
     model = unwrap(model)
@@ -57,9 +57,10 @@ def load_weights(model: nn.Module, path: str, weights: str | None = None) -> Non
             'Give the config the checkpoint was trained with. (A backbone '
             'alone is a start for training: tools/train.py --pretrained.)'
         )
-    model.load_state_dict(
-        {key: value for key, value in state.items() if key in wanted}, strict=False
-    )
+    state = {key: value for key, value in state.items() if key in wanted}
+    # A class whose score is NaN is the most likely one: wrong, without an error.
+    refuse_nan(state, path)
+    model.load_state_dict(state, strict=False)
     # For the model card.
     model.loaded_from = (*getattr(model, 'loaded_from', ()), path)
     report = f'loaded all {len(wanted)} tensors of the model from {path}'

@@ -12,7 +12,7 @@ from mmvssm.compat import why_no_classification, why_no_detection
 from mmvssm.engine.errors import UsageError
 from mmvssm.engine.labels.metric import count_nan_classes
 
-from .explain import TOOLBOXES, is_scope
+from .explain import TOOLBOXES, did_you_mean, is_scope, near
 from .images import check_channels, check_readers, explain_small_images
 from .options import merge_options
 
@@ -142,6 +142,14 @@ def _check_types(cfg: Config, path: str) -> None:
                 value = value.get(part) if isinstance(value, (Config, dict)) else None
             if value is not None and not isinstance(value, kinds):
                 raise UsageError(f'{path}: {key} must be {what}, not {value!r:.80}.')
+    for loader in _DATALOADERS:
+        for key, least in (('batch_size', 1), ('num_workers', 0)):
+            value = (cfg.get(loader) or {}).get(key, least)
+            if not isinstance(value, int) or value < least:
+                raise UsageError(
+                    f'{path}: {loader}.{key} must be a whole number of {least} or '
+                    f'more, not {value!r:.80}.'
+                )
 
 
 def is_detector(cfg: Config) -> bool:
@@ -206,8 +214,13 @@ def _read(path: str) -> Config:
     packaged = '::' in path
     if not packaged and not Path(path).is_file():
         beside = sorted(p.name for p in Path(path).parent.glob('*.py'))
-        hint = f' That folder has {", ".join(beside)}.' if beside else ''
-        raise UsageError(f'no config file at {Path(path).absolute()}.{hint}')
+        hint = f'. That folder has {", ".join(beside)}.' if beside else '.'
+        if not Path(path).suffix and path == Path(path).name:
+            names = [name for name, row in zoo.TABLE.items() if row.configs]
+            otherwise = '; `python -m mmvssm.zoo list` shows them.'
+            meant = did_you_mean(near(path, names), otherwise)
+            hint = f', and {path!r} is no name of the zoo{meant}'
+        raise UsageError(f'no config file at {Path(path).absolute()}{hint}')
     try:
         if packaged:
             return Config.fromstring(f'_base_ = {path!r}', '.py')
@@ -217,6 +230,45 @@ def _read(path: str) -> Config:
         raise UsageError(
             f'cannot read the config {path}: {type(error).__name__}: {error}'
         ) from error
+
+
+def check_training(cfg: Config) -> None:
+    """Refuse a training that fails at its first step, or does not do what it says.
+
+    Args:
+        cfg: The config.
+
+    Raises:
+        UsageError: float16 without a GPU, or a batch of one image that is to be mixed.
+    """
+    kind = str((cfg.get('optim_wrapper') or {}).get('type'))
+    if kind.rpartition('.')[2] == 'AmpOptimWrapper' and get_device() == 'cpu':
+        raise UsageError(
+            "optim_wrapper.type='AmpOptimWrapper' needs a GPU and this machine has "
+            'none: train with --amp bfloat16, or in float32 with an OptimWrapper, '
+            'which takes no dtype and no loss_scale.'
+        )
+    size = (cfg.get('train_dataloader') or {}).get('batch_size', 1)
+    if is_classifier(cfg) and size == 1 and (mixing := _mixing(cfg.model)):
+        raise UsageError(
+            f'{mixing} mixes each image with another one of its batch, and '
+            'train_dataloader.batch_size=1 has none: set it to 2 or more, or leave '
+            'the mixing out.'
+        )
+
+
+def _mixing(model: dict) -> str | None:
+    """What of a classifier mixes the images of a batch."""
+    preprocessor = model.get('data_preprocessor') or {}
+    for key in ('mixup', 'cutmix'):
+        if preprocessor.get(key):
+            return f'model.data_preprocessor.{key}'
+    augments = (model.get('train_cfg') or {}).get('augments') or []
+    for part in augments if isinstance(augments, (list, tuple)) else [augments]:
+        kind = part.get('type') if isinstance(part, dict) else part
+        if kind in ('Mixup', 'CutMix', 'ResizeMix'):
+            return f'{kind} of model.train_cfg.augments'
+    return None
 
 
 def enable_amp(cfg: Config, dtype: str = 'bfloat16') -> None:

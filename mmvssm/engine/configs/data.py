@@ -110,7 +110,22 @@ def check_folders(cfg: Config, splits: Iterable[str]) -> list[dict]:
             f'no data. Looked for, and did not find or found empty:\n'
             f'{looked}\n{"".join(layouts)}{_HOW_ELSE}'
         )
+    for dataset in datasets:
+        _check_class_folders(dataset)
     return datasets
+
+
+def _check_class_folders(dataset: dict) -> None:
+    """Refuse images that lie beside one another, with nothing that says their class."""
+    named = dataset.get('ann_file') or not dataset.get('with_label', True)
+    if named or not _is_of(dataset, *_CLASS_FOLDERS):
+        return
+    for path in _needed(dataset):
+        if not any(child.is_dir() for child in path.iterdir()):
+            raise UsageError(
+                f'{path.absolute()} has no folders of classes: an image belongs into '
+                'the folder of its class, CLASS/NAME.jpg.'
+            )
 
 
 def _check_topk(cfg: Config, splits: Iterable[str]) -> None:

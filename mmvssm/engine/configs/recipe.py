@@ -115,6 +115,7 @@ def read_recipe(
 def format_recipe(recipe: Mapping[str, Any]) -> str:
     """What :func:`read_recipe` found, as text."""
     batch, length, images = (recipe[key] for key in ('batch', 'length', 'images'))
+    source = images['source']
     size = f'{batch["processes"]} processes x {batch["per_process"]} images'
     if batch['added_up'] > 1:
         size += f' x {batch["added_up"]} batches added up'
@@ -131,7 +132,7 @@ def format_recipe(recipe: Mapping[str, Any]) -> str:
         'model': f'{model["type"]}, {model["backbone"]} {arch}, {drop}, {weights}',
         'starts from': ', '.join(recipe['start']) or 'random weights',
         'batch': f'{size} = {batch["total"]}',
-        'images': f'{images["number"] or "number"} ({images["source"]})',
+        'images': f'{images["number"]} ({source})' if images['number'] else source,
         'length': time,
         'optimizer': describe_part(optimizer),
         'precision': recipe['precision'],

@@ -240,8 +240,10 @@ def _transform(
 def _refuse_cut_file(path: Path) -> None:
     """Raise OSError for a file that is cut short, where Pillow knows its format.
 
-    OpenCV would take it, and fill up with grey.
+    OpenCV would take it, and fill up with grey. And for one without content.
     """
+    if not path.stat().st_size:
+        raise OSError('the file is empty')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', Image.DecompressionBombWarning)
         try:

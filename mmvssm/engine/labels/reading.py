@@ -325,6 +325,8 @@ def _why(transform: Any, image: str, mask: str | None, error: Exception) -> str:
     name = type(transform).__name__
     if not name.startswith('LoadAnn'):
         is_loading = name.startswith('Load')
+        if is_loading and Path(image).is_file() and not Path(image).stat().st_size:
+            return f'{image} cannot be read: the file is empty.'
         return (
             f'{image} cannot be read{"" if is_loading else f" by {name}"}: {error!r}.'
         )

@@ -30,10 +30,14 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
 
     Attributes:
         position: How many batches of the present epoch are done.
+
+    Raises:
+        UsageError: The loader has no batches.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        _refuse_no_batch(self.dataloader)
         self.position = 0
 
     def run(self) -> Any:
@@ -101,6 +105,14 @@ def resume_within_epochs(cfg: Config) -> bool:
     return True
 
 
+def _refuse_no_batch(loader: DataLoader) -> None:
+    if not len(loader):
+        raise UsageError(
+            'train_dataloader has no batch: the data set is empty, or has fewer '
+            'images than batch_size while drop_last is on.'
+        )
+
+
 class BatchesBehind:
     """The batches behind those seen for ``IterBasedTrainLoop``, without end.
 
@@ -127,11 +139,7 @@ class BatchesBehind:
         self.iterator: Iterator | None = None
         if is_endless(loader):
             return
-        if not len(loader):
-            raise UsageError(
-                'train_dataloader has no batch: the data set is empty, or has fewer '
-                'images than batch_size while drop_last is on.'
-            )
+        _refuse_no_batch(loader)
         self.epoch, self.position = divmod(seen, len(loader))
 
     def __iter__(self) -> 'BatchesBehind':

@@ -160,3 +160,16 @@ def test_positions_of_another_image_size_are_resized(path, monkeypatch):
     (text,) = said
     assert 'pos_embed was resized from 4x4 to 6x4' in text
     assert 'weights: state_dict' in text
+
+
+@pytest.mark.parametrize('value', (float('nan'), float('inf')))
+def test_weights_that_are_not_finite_are_refused(value, path):
+    state = Segmentor().state_dict()
+    state['decode_head.bias'] = torch.full((5,), value)
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match='infinite weights: decode_head.bias'):
+        load_weights(Segmentor(), path)
+    # Nothing predicts with it.
+    good = Segmentor().state_dict()
+    torch.save({**good, 'auxiliary_head.bias': torch.full((5,), value)}, path)
+    load_weights(Segmentor(), path)

@@ -187,6 +187,17 @@ def test_no_hook_for_the_average_is_refused(tmp_path):
         train(tmp_path / 'none', custom_hooks=[])
 
 
+@pytest.mark.parametrize('options', [dict(ratio=-1.0), dict(begin=-1)])
+def test_settings_out_of_range_are_refused(options):
+    model = config().model
+    model.update(options)
+    with (
+        DefaultScope.overwrite_default_scope('mmpretrain'),
+        pytest.raises(UsageError, match='a ratio above 0 and a begin of 0 or more'),
+    ):
+        MODELS.build(model)
+
+
 def test_shards_are_refused(tmp_path):
     cfg = config(strategy=dict(type='mmvssm.FSDPStrategy'))
     cfg.work_dir, cfg.launcher = str(tmp_path), 'pytorch'

@@ -172,6 +172,16 @@ def test_two_ways_to_mix_are_refused():
         preprocess(mixup=0.8, batch_augments=augments)
 
 
+@pytest.mark.parametrize('name', ['mixup', 'cutmix', 'erase'])
+@pytest.mark.parametrize('value', [-0.5, 1.5, float('nan'), 'much'])
+def test_options_out_of_range_are_refused(name, value):
+    if value == 1.5 and name != 'erase':
+        preprocess(**{name: value})
+        return
+    with pytest.raises(UsageError, match=f'{name} of mmvssm.ClsDataPreprocessor must'):
+        preprocess(**{name: value})
+
+
 # Repeated augmentation
 
 

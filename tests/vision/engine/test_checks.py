@@ -96,6 +96,22 @@ def test_an_image_that_cannot_be_read(root):
     assert 'data/train/blob/1.png cannot be read' in refused(root)
 
 
+def test_an_empty_file(root):
+    (root / 'train/blob/1.png').write_bytes(b'')
+    assert '1.png cannot be read: the file is empty. (' in refused(root)
+
+
+def test_images_without_folders_of_classes(root):
+    for path in list((root / 'train').glob('*/*')):
+        path.rename(root / 'train' / f'{path.parent.name}_{path.name}')
+    for folder in list((root / 'train').glob('*/')):
+        folder.rmdir()
+    assert 'data/train has no folders of classes' in refused(root)
+    # A list says what they are.
+    (root / 'list.txt').write_text('blob_0.png 0\n')
+    check_datasets(config(root, "train_dataloader['dataset']['ann_file'] = 'list.txt'"))
+
+
 def test_a_missing_image(root):
     (root / 'list.txt').write_text('train/blob/0.png 0\ntrain/cross/9.png 1\n')
     listed = "train_dataloader['dataset'].update(data_prefix='', ann_file='list.txt')"
