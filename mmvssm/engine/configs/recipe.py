@@ -59,7 +59,8 @@ def read_recipe(
             of the published data set.
 
     Returns:
-        A dict for JSON: ``model``, ``batch``, ``images``, ``length``, ``optimizer``,
+        A dict for JSON: ``model``, ``batch``, ``base_batch`` (that the config's rates
+        are for, where it says so), ``images``, ``length``, ``optimizer``,
         ``precision``, ``clip_grad``, ``averages`` (copies of the weights), ``groups``
         (of parameters), ``schedule`` (rates and decay of each group at each iteration),
         ``augmentations`` (of images, of batches) and ``start``.
@@ -99,6 +100,7 @@ def read_recipe(
             added_up=counts,
             total=total,
         ),
+        base_batch=_base_batch(cfg),
         images=dict(number=number, source=source),
         length=length,
         optimizer=_describe_optimizer(runner),
@@ -119,6 +121,9 @@ def format_recipe(recipe: Mapping[str, Any]) -> str:
     size = f'{batch["processes"]} processes x {batch["per_process"]} images'
     if batch['added_up'] > 1:
         size += f' x {batch["added_up"]} batches added up'
+    size += f' = {batch["total"]}'
+    if recipe['base_batch'] not in (None, batch['total']):
+        size += f'; the config is for {recipe["base_batch"]}'
     time = f'{length["iterations"]} iterations'
     if length['epochs']:
         of = f'{length["epochs"]} epochs of {length["iterations_per_epoch"]} iterations'
@@ -131,7 +136,7 @@ def format_recipe(recipe: Mapping[str, Any]) -> str:
     parts = {
         'model': f'{model["type"]}, {model["backbone"]} {arch}, {drop}, {weights}',
         'starts from': ', '.join(recipe['start']) or 'random weights',
-        'batch': f'{size} = {batch["total"]}',
+        'batch': size,
         'images': f'{images["number"]} ({source})' if images['number'] else source,
         'length': time,
         'optimizer': describe_part(optimizer),
@@ -262,8 +267,12 @@ def _world(size: int) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+def _base_batch(cfg: Config) -> int | None:
+    return (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
+
+
 def _usual_world_size(cfg: Config, batch: int) -> int:
-    base = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
+    base = _base_batch(cfg)
     return base // batch if base and base % batch == 0 else 1
 
 

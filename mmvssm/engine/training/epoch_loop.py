@@ -30,18 +30,19 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
 
     Attributes:
         position: How many batches of the present epoch are done.
-
-    Raises:
-        UsageError: The loader has no batches.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        _refuse_no_batch(self.dataloader)
         self.position = 0
 
     def run(self) -> Any:
-        """Train; returns the model."""
+        """Train; returns the model.
+
+        Raises:
+            UsageError: The loader has no batches.
+        """
+        _refuse_no_batch(self.dataloader)
         self.position = self._saved_position()
         return super().run()
 

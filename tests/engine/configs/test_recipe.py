@@ -204,6 +204,9 @@ def test_tool_prints_text_and_json(tmp_path):
         '  1. LoadImageFromFile()',
     ):
         assert line in text.splitlines()
+    fewer = engine.format_recipe(engine.read_recipe(cfg, at=[0], world_size=3))
+    line = 'batch        3 processes x 2 images = 6; the config is for 16'
+    assert line in fewer.splitlines()
     assert math.isfinite(found['model']['parameters'])
     assert not list(tmp_path.iterdir())
 
