@@ -40,13 +40,13 @@ backbones = [
     # 64 patches. A number of registers is not in the arch.
     dict(
         type='mmvssm.MambaR',
-        arch=dict(_delete_=True, embed_dims=64, depth=6, patch_size=8, stride=8),
+        arch=dict(_delete_=True, embed_dims=64, depth=4, patch_size=8, stride=8),
         img_size=64,
         drop_path_rate=0.0,
     ),
     dict(
         type='mmvssm.Vim',
-        arch=dict(_delete_=True, embed_dims=64, depth=6, patch_size=8, stride=8),
+        arch=dict(_delete_=True, embed_dims=64, depth=4, patch_size=8, stride=8),
         img_size=64,
         drop_path_rate=0.0,
     ),
@@ -62,10 +62,10 @@ model = dict(
     ),
 )
 
-max_iters = 400
+max_iters = 1000
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.05, fused=True),
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05, fused=True),
     paramwise_cfg=dict(flat_decay_mult=0.0, bias_decay_mult=0.0),
 )
 param_scheduler = [
@@ -86,7 +86,7 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='mmvssm.SafeCheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1
+        type='mmvssm.SafeCheckpointHook', by_epoch=False, interval=250, max_keep_ckpts=1
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='VisualizationHook', enable=False),
