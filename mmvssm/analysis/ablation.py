@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
@@ -267,26 +268,26 @@ def draw_results(summary: Sequence[Mapping], metric: str, path: str | Path) -> P
             axes.set_xlim(max(0.0, min(known) - room), max(known) + 0.15 * room)
         axes.set_title(title, fontsize=11, fontweight='bold')
         axes.set_xlabel('difference from the baseline in brackets; axis cut')
-    first = summary[0]
-    if first['difference'] is not None:
-        ours.axvspan(
-            min(first['values']),
-            max(first['values']),
-            color='black',
-            alpha=0.12,
-            zorder=0,
-        )
-        ours.axvline(first['mean'], color='black', lw=0.8)
-        room = _CLEAR * (first['spread'] or 0.0)
-        ours.axvspan(
-            first['mean'] - room, first['mean'] + room, color='black', alpha=0.06
-        )
+    if summary[0]['difference'] is not None:
+        _draw_spread(ours, summary[0])
     for i, line in enumerate(summary):
         seeds = len(line['values'])
         ours.plot(line['values'], [i] * seeds, 'o', color=_COLOURS['seed'], ms=4)
     ours.invert_yaxis()
     figure.savefig(path, dpi=100)
     return Path(path)
+
+
+def _draw_spread(axes: Axes, baseline: Mapping) -> None:
+    mean, values = baseline['mean'], baseline['values']
+    room = _CLEAR * (baseline['spread'] or 0.0)
+    bands = ((min(values), max(values), 0.12), (mean - room, mean + room, 0.06))
+    for left, right, alpha in bands:
+        axes.axvspan(left, right, color='black', alpha=alpha, zorder=0)
+    axes.axvline(mean, color='black', lw=0.8)
+    if room:
+        text = 'grey: within twice the spread of the baseline'
+        axes.set_xlabel(f'{axes.get_xlabel()}\n{text}')
 
 
 def _colour(difference: float | None, clear: bool) -> str:
