@@ -72,7 +72,9 @@ def main(args: argparse.Namespace) -> None:
         counted = ((row, tables.count_row(configs[row.name])) for row in rows)
         print(tables.complexity_table(counted))
         return
-    ablation.claim_work_dir(args.work_dir, configs[rows[0].name])
+    # Always by the baseline: a row may have a head of its own.
+    baseline = ablation.row_config(everything[0], args.data, args.cfg_options)
+    ablation.claim_work_dir(args.work_dir, baseline)
     metric = args.metric or ablation.usual_metric(configs[rows[0].name])
     for row in rows:
         for seed in args.seeds:

@@ -1,5 +1,7 @@
 """The rows of the ablations as classifiers."""
 
+import runpy
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -105,9 +107,23 @@ model = dict(
     assert (head.type, head.pooling) == ('mmvssm.RegisterClsHead', 'mean')
     assert (head.in_channels, head.num_classes) == (16, 7)
     # What mixes the images of ImageNet is not the head's.
-    assert (
-        cfg.data_preprocessor.num_classes == 7 and 'mixup' not in cfg.data_preprocessor
-    )
-    assert 'data_preprocessor' not in cfg.model and not cfg.custom_hooks
+    assert cfg.model.data_preprocessor.num_classes == 7
+    assert 'mixup' not in cfg.model.data_preprocessor and not cfg.custom_hooks
     found = ablation.train_row(row, cfg, 0, tmp_path / 'out')
     assert 0 <= found['value'] <= 100
+
+
+def test_rows_with_heads_of_their_own_share_a_folder(data, tmp_path, monkeypatch):
+    tool = str(REPO / 'tools/run_ablation.py')
+    shape = ('model.backbone.arch.embed_dims=16', 'model.backbone.arch.depth=2')
+    for name in ('baseline', 'class_token'):
+        args = ('--configs', str(REPO / 'configs/ablation_registers'), '--rows', name)
+        args += ('--data', SMALL, '--work-dir', str(tmp_path), '--cfg-options')
+        monkeypatch.setattr(
+            'sys.argv', [tool, *args, *shape, *options_of_classes(data)]
+        )
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(tool, run_name='__main__')
+        assert not stop.value.code
+    table = (tmp_path / 'ablation.md').read_text()
+    assert 'Mamba-R B' in table and 'a class token' in table
