@@ -95,9 +95,8 @@ def test_a_row_that_is_a_classifier_keeps_its_head(data, tmp_path):
     text = f"""
 _base_ = {str(base)!r}
 ablation = dict(order=0, row='Mean', paper=None)
-arch = dict(embed_dims=16, depth=2, patch_size=16, registers=3, _delete_=True)
 model = dict(
-    backbone=dict(arch=arch),
+    backbone=dict(registers=3),
     head=dict(num_registers=3, pooling='mean'))
 """
     (tmp_path / 'mean.py').write_text(text)
@@ -105,7 +104,7 @@ model = dict(
     cfg = ablation.row_config(row, SMALL, options_of_classes(data))
     head = cfg.model.head
     assert (head.type, head.pooling) == ('mmvssm.RegisterClsHead', 'mean')
-    assert (head.in_channels, head.num_classes) == (16, 7)
+    assert (head.in_channels, head.num_classes) == (64, 7)
     # What mixes the images of ImageNet is not the head's.
     assert cfg.model.data_preprocessor.num_classes == 7
     assert 'mixup' not in cfg.model.data_preprocessor and not cfg.custom_hooks
