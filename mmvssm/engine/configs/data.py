@@ -118,7 +118,7 @@ def check_folders(cfg: Config, splits: Iterable[str]) -> list[dict]:
 def _check_class_folders(dataset: dict) -> None:
     """Refuse images that lie beside one another, with nothing that says their class."""
     named = dataset.get('ann_file') or not dataset.get('with_label', True)
-    if named or not _is_of(dataset, *_CLASS_FOLDERS):
+    if named or _has_list(dataset) or not _is_of(dataset, *_CLASS_FOLDERS):
         return
     for path in _needed(dataset):
         if not any(child.is_dir() for child in path.iterdir()):
@@ -126,6 +126,15 @@ def _check_class_folders(dataset: dict) -> None:
                 f'{path.absolute()} has no folders of classes: an image belongs into '
                 'the folder of its class, CLASS/NAME.jpg.'
             )
+
+
+def _has_list(dataset: dict) -> bool:
+    """Whether MMPretrain's ``ImageNet`` finds a list of images by itself, or none."""
+    split = dataset.get('split')
+    if not split or not _is_of(dataset, 'ImageNet'):
+        return False
+    root = Path(dataset.get('data_root') or '').expanduser()
+    return split == 'test' or (root / 'meta' / f'{split}.txt').exists()
 
 
 def _check_topk(cfg: Config, splits: Iterable[str]) -> None:

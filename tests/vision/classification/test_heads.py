@@ -8,7 +8,7 @@ from mmseg.registry import MODELS as SEG_MODELS
 
 import mmvssm
 from mmvssm.families import families
-from mmvssm.heads import ImageClassifier
+from mmvssm.heads import ImageClassifier, RegisterHead
 from tiny_cls import PARTS, build
 
 FAMILIES = tuple(PARTS)
@@ -22,7 +22,7 @@ def own_classifier(net):
     head = net.head.classifier
     backbone = net.backbone
     options = {}
-    if hasattr(head, 'pooling'):
+    if isinstance(head, RegisterHead):
         options = dict(reduce=2)
     arch = next(iter(family.archs))
     other = family.head(backbone, arch, net.head.num_classes, **options)
