@@ -7,11 +7,11 @@ import pytest
 
 import warm
 from families import FAMILIES
-from toy import environment, free_port
+from toy import environment
 
 # Prints, of each family and way, the largest differences to a whole model.
 _SCRIPT = """
-import json, os, sys
+import faulthandler, json, os, sys
 import torch, torch.distributed as dist
 from torch import nn
 from families import FAMILIES
@@ -19,7 +19,11 @@ from mmvssm.engine import FSDPStrategy
 from mmvssm.engine.training.sharding import (
     class_name, clip_whole_norm, find_blocks, shard, whole_weights)
 
-dist.init_process_group('gloo')
+# Processes that wait for each other say where, and end.
+faulthandler.dump_traceback_later(200, exit=True)
+# Another test may take a port before it is used here, but no file.
+dist.init_process_group('gloo', init_method='file://' + os.environ['MEETING'],
+                        rank=int(os.environ['RANK']), world_size=2)
 rank = dist.get_rank()
 
 class Net(nn.Module):
@@ -142,18 +146,16 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp('shards')
     script = folder / 'script.py'
     script.write_text(_SCRIPT)
-    meeting = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), WORLD_SIZE='2')
-    meeting['CHECKPOINT'] = str(folder / 'saved.pth')
+    files = dict(MEETING=str(folder / 'meeting'), CHECKPOINT=str(folder / 'saved.pth'))
     paths = [folder / f'{rank}.txt' for rank in range(2)]
     ranks = []
     try:
         for rank, path in enumerate(paths):
-            own = dict(RANK=str(rank), LOCAL_RANK=str(rank))
-            env = {**os.environ, **environment(), **meeting, **own}
+            own = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
+            env = {**os.environ, **environment(), **files, **own}
             errors = path.with_suffix('.err')
             ranks.append(warm.start([script], path, errors, cwd=folder, env=env))
-        # Not a measurement: those that wait for each other must not hang the tests.
-        codes = [rank.wait(300) for rank in ranks]
+        codes = [rank.wait() for rank in ranks]
     except BaseException:
         for rank in ranks:
             warm.kill(rank)
