@@ -37,7 +37,7 @@ def checkout(tmp_path):
 def run(checkout, main, vision, main_status, vision_status, fails=''):
     """Exit status and lines."""
     # These tests may run within a .ci/run that has set its own.
-    outer = {name: x for name, x in os.environ.items() if not name.startswith('MMVSSM_')}
+    outer = {k: v for k, v in os.environ.items() if not k.startswith('MMVSSM_')}
     done = subprocess.run(
         [checkout / '.ci/run'],
         env=dict(
