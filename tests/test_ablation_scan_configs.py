@@ -141,11 +141,16 @@ def test_parameters_and_flops_are_those_of_the_paper_and_of_the_readme(name, cou
         assert f'{flops - EXTRA_FLOPS.get(name, 0):.2f}' == paper.flops
 
 
-def test_published_accuracies_are_in_the_readme():
+def test_published_accuracies_and_speeds_are_in_the_readme():
     for name, row in ROWS.items():
         if row.paper:
             line = re.search(rf'^\| `{name}` .*$', README, re.M)[0]
-            assert line.split('|')[2].strip() == row.paper.top1, name
+            speeds = [
+                row.paper.get(f'{mode}_images_per_second', '-')
+                for mode in ('inference', 'training')
+            ]
+            cells = [cell.strip() for cell in line.split('|')[2:-1]]
+            assert cells == [row.paper.top1, *speeds], name
 
 
 def test_segmentor_is_counted():

@@ -2,7 +2,7 @@
 
 A finished row is not trained again, and an interrupted row continues: run the same
 command as often as needed. You may train some rows and seeds now and others later.
---count trains nothing and only prints parameters and FLOPs.
+--count and --speed train nothing: they print parameters and FLOPs, or images a second.
 """
 
 import argparse
@@ -51,6 +51,23 @@ def parse_args() -> argparse.Namespace:
         '--count', action='store_true', help='print parameters and FLOPs and stop'
     )
     parser.add_argument(
+        '--speed',
+        action='store_true',
+        help='measure images a second of the rows as classifiers of 224x224, inference '
+        'and training, on the CPU and in turns; print them and stop',
+    )
+    parser.add_argument(
+        '--batch',
+        type=int,
+        default=1,
+        help='images of a step with --speed (default: 1)',
+    )
+    parser.add_argument(
+        '--threads',
+        type=int,
+        help="of torch with --speed (default: torch's own choice)",
+    )
+    parser.add_argument(
         '--configs',
         default=str(REPOSITORY / 'configs/ablation'),
         help='folder with the configs of the rows',
@@ -59,9 +76,17 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Count; or train the rows that are not finished, and write the table."""
+    """Count or time; or train the rows that are not finished, and write the table."""
+    import torch
+
     from mmvssm.analysis import ablation as tables
+    from mmvssm.analysis.measuring.timing import Effort
+    from mmvssm.collect_env import collect_env
+    from mmvssm.engine import UsageError
     from mmvssm.engine.configs import ablation
+
+    if min(args.batch, args.threads or 1) < 1:
+        raise UsageError('--batch and --threads must be at least 1.')
 
     everything = ablation.load_rows(args.configs)
     rows = ablation.select_rows(everything, args.rows)
@@ -71,6 +96,14 @@ def main(args: argparse.Namespace) -> None:
     if args.count:
         counted = ((row, tables.count_row(configs[row.name])) for row in rows)
         print(tables.complexity_table(counted))
+        return
+    if args.speed:
+        threads = args.threads or torch.get_num_threads()
+        effort = Effort(rounds=25, turn=0.02, limit=5.0)
+        speeds = tables.measure_speed(configs, args.batch, threads, effort)
+        machine = collect_env()['Machine']
+        print(f'batch {args.batch}, {threads} threads of', machine['CPU'])
+        print(tables.speed_table(rows, speeds))
         return
     # Always by the baseline: a row may have a head of its own.
     baseline = ablation.row_config(everything[0], args.data, args.cfg_options)

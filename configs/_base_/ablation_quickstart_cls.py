@@ -1,7 +1,7 @@
 # For `tools/run_ablation.py --data`: the rows of configs/ablation, ablation_scan,
 # ablation_registers or ablation_vim as small classifiers. The images are drawn as those
-# of the quickstart, but are more: each is seen three or four times, so that no row learns
-# them by heart. They are taken at half their resolution. Make them with
+# of the quickstart and taken at half their resolution. They are more, so that each is
+# seen three or four times and no row learns them by heart. Make them with
 #     python tools/make_quickstart_data.py --classification --num-train 14000 \
 #         --num-val 2100 --root data/ablation_cls
 _base_ = ['./datasets/quickstart_cls.py', './default_runtime_cls.py']

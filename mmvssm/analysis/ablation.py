@@ -1,6 +1,7 @@
 """Tables and the chart of an ablation."""
 
 import csv
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -12,8 +13,12 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
+from torch import nn
 
 from mmvssm.analysis.flops import Complexity, count_flops
+from mmvssm.analysis.measuring.steps import MODES, Case, Contender
+from mmvssm.analysis.measuring.timing import Effort
+from mmvssm.analysis.measuring.turns import measure
 from mmvssm.heads import ClassificationHead, ImageClassifier
 
 CLASSIFIER_SIZE = 224
@@ -40,32 +45,110 @@ def count_row(cfg: Config) -> tuple[Complexity, Complexity | None]:
         The counts of the row as a classifier at 224x224, see :func:`count_classifier`,
         and those of the segmentor at 512x2048, None if the config is a classifier's.
     """
-    # Nothing is computed, so the weights need neither memory nor values.
-    parts = cfg.model
-    if 'head' in cfg.model and 'img_size' in cfg.model.backbone:
-        backbone = {**cfg.model.backbone, 'img_size': CLASSIFIER_SIZE}
-        parts = {**cfg.model, 'backbone': backbone}
-    with torch.device('meta'):
-        model = revert_sync_batchnorm(MODELS.build(parts))
-    channels = model.backbone.in_channels
     if 'head' in cfg.model:
-        shape = (1, channels, CLASSIFIER_SIZE, CLASSIFIER_SIZE)
-        return count_flops(model, shape), None
-    return count_classifier(cfg), count_flops(model, (1, channels, *SEGMENTOR_SIZE))
+        return count_classifier(cfg), None
+    # Nothing is computed, so the weights need neither memory nor values.
+    with torch.device('meta'):
+        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    shape = (1, model.backbone.in_channels, *SEGMENTOR_SIZE)
+    return count_classifier(cfg), count_flops(model, shape)
 
 
 def count_classifier(cfg: Config) -> Complexity:
-    """Parameters and FLOPs of a row's backbone as the paper counts them.
-
-    That is for a classifier with 1000 classes at 224x224.
-    """
-    arguments = dict(img_size=CLASSIFIER_SIZE, out_indices=(3,), out_norm=False)
+    """Parameters and FLOPs of :func:`build_classifier` at 224x224."""
     with torch.device('meta'):
-        backbone = MODELS.build({**cfg.model.backbone, **arguments})
-        head = ClassificationHead(backbone.out_channels[-1])
-        classifier = ImageClassifier(backbone, head)
-    shape = (1, backbone.in_channels, CLASSIFIER_SIZE, CLASSIFIER_SIZE)
-    return count_flops(classifier, shape)
+        model = revert_sync_batchnorm(build_classifier(cfg))
+    channels = model.backbone.in_channels
+    return count_flops(model, (1, channels, CLASSIFIER_SIZE, CLASSIFIER_SIZE))
+
+
+def build_classifier(cfg: Config) -> nn.Module:
+    """A row as the papers count and time it: a classifier of images of 224x224.
+
+    Args:
+        cfg: Its config. If it is a segmentor's, its backbone gets a head of 1000
+            classes.
+
+    Returns:
+        The model, with random weights, (B, C, 224, 224) -> (B, classes).
+    """
+    backbone = {**cfg.model.backbone}
+    if 'head' in cfg.model:
+        if 'img_size' in backbone:
+            backbone['img_size'] = CLASSIFIER_SIZE
+        return MODELS.build({**cfg.model, 'backbone': backbone})
+    backbone.update(img_size=CLASSIFIER_SIZE, out_indices=(3,), out_norm=False)
+    net = MODELS.build(backbone)
+    return ImageClassifier(net, ClassificationHead(net.out_channels[-1]))
+
+
+def measure_speed(
+    configs: Mapping[str, Config], batch: int, threads: int, effort: Effort
+) -> dict[str, dict[str, float | None]]:
+    """Images a second of rows that take turns on the CPU, see :func:`build_classifier`.
+
+    Args:
+        configs: The config of each row, by its name.
+        batch: Images of a step.
+        threads: Of torch.
+        effort: How long to measure.
+
+    Returns:
+        By row ``inference`` and ``training``, which is a step without the optimizer's;
+        None if the row could not be run, of which the reason is printed.
+    """
+    size = (CLASSIFIER_SIZE, CLASSIFIER_SIZE)
+    who = [
+        Contender(name, builder=lambda _, cfg=cfg: build_classifier(cfg))
+        for name, cfg in configs.items()
+    ]
+    found = {name: {} for name in configs}
+    for mode in MODES:
+        case = Case(*size, batch, threads, mode)
+        measured = measure(case, who, effort, longest=math.inf, memory=False)
+        for contender in who:
+            facts = measured['contenders'].get(contender.name, {})
+            found[contender.model][mode] = facts.get('images_per_second')
+    return found
+
+
+def speed_table(
+    rows: Sequence[Any], speeds: Mapping[str, Mapping[str, float | None]]
+) -> str:
+    """Markdown table of :func:`measure_speed`, beside the paper's.
+
+    Args:
+        rows: Each a :class:`mmvssm.engine.configs.ablation.Row`. What the others are
+            compared with is the first one.
+        speeds: By the names of the rows.
+    """
+    lines = [
+        (
+            *('Row', 'inference, images/s', '/ first', 'in the paper'),
+            *('training, images/s', '/ first', 'in the paper'),
+        )
+    ]
+    for row in rows:
+        line = [row.label]
+        for mode in MODES:
+            speed, first = (speeds[name][mode] for name in (row.name, rows[0].name))
+            published = [_published_speed(x, mode) for x in (row, rows[0])]
+            line += [
+                _plain(speed, 2),
+                _ratio(speed, first),
+                _ratio(*published),
+            ]
+        lines.append(tuple(line))
+    return _markdown(lines)
+
+
+def _published_speed(row: Any, mode: str) -> float | None:
+    value = (row.paper or {}).get(f'{mode}_images_per_second')
+    return None if value is None else float(value)
+
+
+def _ratio(a: float | None, b: float | None) -> str:
+    return _MISSING if None in (a, b) else f'{a / b:.2f}'
 
 
 def complexity_table(

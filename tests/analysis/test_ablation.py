@@ -1,12 +1,15 @@
 import csv
 
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 pytest.importorskip('mmseg')
 
 from mmvssm.analysis import ablation as tables
 from mmvssm.analysis.flops import Complexity
+from mmvssm.analysis.measuring.timing import Effort
 from mmvssm.engine.configs.ablation import Row
 
 ROWS = [
@@ -52,6 +55,41 @@ def test_rows_with_some_figures_of_the_paper():
     counted = Complexity(2_000_000, 3_000_000_000, {})
     line = tables.complexity_table([(rows[1], (counted, None))]).splitlines()[2]
     assert line == '| Some | [some](some.py) | 2.00 M | - | 3.00 G | - | - | - |'
+
+
+def test_table_of_speeds():
+    figures = dict(inference_images_per_second='200', training_images_per_second='50')
+    rows = [
+        Row('base', 'Baseline', None, figures),
+        Row('own', 'Our own', None, None),
+        Row('half', 'Half', None, dict(figures, inference_images_per_second='100')),
+    ]
+    found = (dict(inference=4.0, training=x) for x in (1.0, None, 0.75))
+    table = tables.speed_table(rows, dict(zip(('base', 'own', 'half'), found)))
+    assert table.splitlines()[2:] == [
+        '| Baseline | 4.00 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 |',
+        '| Our own | 4.00 | 1.00 | - | - | - | - |',
+        '| Half | 4.00 | 1.00 | 0.50 | 0.75 | 0.75 | 1.00 |',
+    ]
+
+
+def test_speeds_are_those_of_the_model_that_is_counted(monkeypatch):
+    """A row that fails stops no other."""
+    built = []
+
+    def build(cfg):
+        built.append(cfg)
+        if cfg == 'bad':
+            raise ValueError('no model')
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 7))
+
+    monkeypatch.setattr(tables, 'build_classifier', build)
+    effort = Effort(1, 0.0, 0.0)
+    threads = torch.get_num_threads()
+    found = tables.measure_speed(dict(a='good', b='bad'), 2, threads, effort)
+    assert built == ['good', 'bad'] * 2
+    assert all(found['a'][mode] > 0 for mode in ('inference', 'training'))
+    assert found['b'] == dict(inference=None, training=None)
 
 
 def test_summary_without_a_baseline_or_a_row():
