@@ -27,7 +27,13 @@ from mmvssm.analysis.measuring.steps import (
 from mmvssm.analysis.measuring.timing import Effort, reason
 from mmvssm.analysis.measuring.turns import measure
 from mmvssm.analysis.studies import plotting
-from mmvssm.analysis.studies.common import Job, Study, print_table, rounded
+from mmvssm.analysis.studies.common import (
+    Job,
+    Study,
+    print_table,
+    rounded,
+    write_json,
+)
 from mmvssm.analysis.studies.subjects import Subject, published_accuracy
 from mmvssm.backbones import set_img_shapes
 from mmvssm.engine import UsageError
@@ -103,6 +109,8 @@ def run(job: Job) -> dict[str, Any]:
         for mode in modes:
             case = Case(*size, options.batch, options.threads, mode, job.device)
             _add(results, who, case, _measure(case, who, options))
+        # Large sizes take long. Who stops them keeps the small ones.
+        write_json(job, results)
     _draw(job, results)
     _draw_scatter(job, results)
     _print(job, results)

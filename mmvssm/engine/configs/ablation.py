@@ -259,14 +259,14 @@ def train_row(
 
     Raises:
         UsageError: The data is not there, the row was begun with another
-            backbone, or there is no such metric.
+            model, or there is no such metric.
     """
     folder = Path(work_dir) / row.name / f'seed_{seed}'
-    backbone = _plain(cfg.model.backbone)
-    begun, result = folder / 'backbone.json', folder / 'result.json'
-    if begun.exists() and json.loads(begun.read_text()) != backbone:
+    model = _plain(cfg.model)
+    begun, result = folder / 'model.json', folder / 'result.json'
+    if begun.exists() and json.loads(begun.read_text()) != model:
         raise UsageError(
-            f'{folder} was begun with another backbone. Delete it, or take another '
+            f'{folder} was begun with another model. Delete it, or take another '
             '--work-dir.'
         )
     if result.exists():
@@ -281,7 +281,7 @@ def train_row(
     # Runners that share a name would share their logs.
     cfg.experiment_name = f'{row.name}_{seed}_{time.time_ns()}'
     with lock_work_dir(cfg):
-        begun.write_text(json.dumps(backbone))
+        begun.write_text(json.dumps(model))
         runner = build_runner(cfg)
         announce_start(cfg, weights)
         check_labels(cfg, splits=('train', 'test'))
@@ -297,7 +297,7 @@ def train_row(
             value=float(metrics[metric]),
             metrics={key: float(value) for key, value in metrics.items()},
             seconds_per_iteration=None if times is None else float(times.mean()),
-            backbone=backbone,
+            backbone=model['backbone'],
         )
         # All of it or nothing: the file says that the row is finished.
         unfinished = result.with_suffix('.tmp')

@@ -53,6 +53,22 @@ def job(monkeypatch, tmp_path):
     return run
 
 
+def test_who_stops_it_keeps_the_sizes_that_are_done(job, tmp_path, monkeypatch):
+    measure = scaling.measure
+
+    def stop(case, *args):
+        if case.height == 64:
+            raise KeyboardInterrupt
+        return measure(case, *args)
+
+    monkeypatch.setattr(scaling, 'measure', stop)
+    with pytest.raises(AssertionError, match='130'):
+        job('--models', 'vim_t', '--size', 32, 48, 64, '--peers', 'quick')
+    kept = results_of(tmp_path, 'scaling')['results']
+    for label in ('vim_t', 'quick'):
+        assert len(kept[label]['inference']['images_per_second']) == 2
+
+
 def test_sizes_modes_and_models(job, tmp_path):
     sizes = ['--size', 64, 32, '32x64', 64]
     options = ['--peers', 'slow', '--train', '--batch', 2, '--threads', 1]

@@ -114,8 +114,13 @@ def test_train_skip_and_go_on(data, tmp_path, monkeypatch):
 
     with pytest.raises(UsageError, match=r'other settings \(train_cfg\)'):
         train(options=['train_cfg.max_iters=3'])
-    with pytest.raises(UsageError, match='begun with another backbone'):
+    with pytest.raises(UsageError, match='begun with another model'):
         train(options=['model.backbone.shortcut=True'])
+    # Of a row's own head the settings that all rows share say nothing.
+    cfg = ablation.row_config(rope, data)
+    cfg.model.decode_head.dropout_ratio = 0.5
+    with pytest.raises(UsageError, match='begun with another model'):
+        ablation.train_row(rope, cfg, 0, tmp_path)
 
 
 def test_missing_data_and_metric(data, tmp_path):
