@@ -25,6 +25,7 @@ from mmvssm.engine.checkpoints.files import (
     write_whole,
 )
 from mmvssm.engine.checkpoints.loaders import safely
+from mmvssm.engine.checkpoints.resumed import kept_settings
 from mmvssm.engine.checkpoints.weights import check_resumed, check_start, unwrap
 from mmvssm.engine.training.epoch_loop import (
     BatchesBehind,
@@ -125,7 +126,9 @@ class SafeCheckpointHook(CheckpointHook):
             runner._load_from = self.start_from
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Refuse another model's; keep the generators' states until training starts.
+        """Refuse another model's, and say which settings do not change.
+
+        The generators' states are kept until training starts.
 
         Raises:
             UsageError: To resume from a checkpoint of another model.
@@ -133,6 +136,12 @@ class SafeCheckpointHook(CheckpointHook):
         if not runner._resume:
             return
         check_resumed(unwrap(runner.model).state_dict(), checkpoint['state_dict'])
+        if kept := kept_settings(runner, checkpoint):
+            runner.logger.warning(
+                'resuming keeps settings of the checkpoint that the config has '
+                f'changed: {"; ".join(kept)}. To train with those of the config, start '
+                'from its weights: --cfg-options load_from=PATH, without --resume.'
+            )
         states = checkpoint.get('rng')
         if states is None:
             return
