@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -382,9 +383,27 @@ def train_pair(folder, *options, **variables):
 
 
 def free_port():
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        return str(listener.getsockname()[1])
+    """A port for a program to listen on, as text."""
+    return str(free_ports(1)[0])
+
+
+def free_ports(count):
+    """Ports on which nobody listens.
+
+    They are below those that the system gives to sockets without a port. So no other
+    socket gets one by chance before its program listens.
+    """
+    given = Path('/proc/sys/net/ipv4/ip_local_port_range')
+    first_given = int(given.read_text().split()[0]) if given.exists() else 32768
+    found = []
+    # A test's seed would have processes at the same time take the same ports.
+    for port in random.SystemRandom().sample(range(10_000, first_given), 1000):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(('127.0.0.1', port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError('there are no free ports')
 
 
 def train_ranks(folder, *options, event='', **variables):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from toy import wait
+from toy import free_ports, wait
 
 _DAEMONS = ('munged', 'slurmctld', 'slurmd')
 _REQUIRED = os.environ.get('MMVSSM_REQUIRE_SLURM', '0') not in ('', '0')
@@ -82,7 +82,7 @@ class Cluster:
         key.chmod(0o400)
         (self.folder / 'state').mkdir()
         host = socket.gethostname().split('.')[0]
-        controller, *ports = _free_ports(1 + len(_NODES))
+        controller, *ports = free_ports(1 + len(_NODES))
         nodes = '\n'.join(
             f'NodeName={name} NodeHostname={host} '
             f'NodeAddr=127.0.0.1 Port={port} CPUs=64 State=UNKNOWN'
@@ -201,14 +201,6 @@ def _end_with_parent() -> None:
     """Should the tests be killed, the daemons end, too."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
-def _free_ports(number: int) -> list[int]:
-    listeners = [socket.create_server(('127.0.0.1', 0)) for _ in range(number)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
 
 
 def skip_unless_installed() -> None:
