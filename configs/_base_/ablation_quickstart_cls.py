@@ -73,6 +73,7 @@ max_iters = 3000
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.05, fused=True),
+    constructor='mmvssm.GroupedOptimWrapperConstructor',
     paramwise_cfg=dict(flat_decay_mult=0.0, bias_decay_mult=0.0),
 )
 param_scheduler = [

@@ -31,6 +31,7 @@ training_seconds = 240
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.05, fused=True),
+    constructor='mmvssm.GroupedOptimWrapperConstructor',
     paramwise_cfg=dict(norm_decay_mult=0.0, flat_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )

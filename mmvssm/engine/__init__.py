@@ -46,6 +46,7 @@ from .runner import build_runner
 from .training.epoch_loop import ResumableEpochLoop
 from .training.layer_decay import LayerDecayOptimWrapperConstructor
 from .training.optim import Bf16OptimWrapper
+from .training.optimizer_groups import GroupedOptimWrapperConstructor
 from .training.schedule import measure_iteration, set_iterations
 from .training.sharding import FSDPStrategy
 from .training.timm_schedule import TimmCosineLR
@@ -57,6 +58,7 @@ __all__ = [
     'FSDPStrategy',
     'Float32RegionsHook',
     'LabelsOnlyHook',
+    'GroupedOptimWrapperConstructor',
     'LayerDecayOptimWrapperConstructor',
     'NonFiniteLossError',
     'NonFiniteLossHook',

@@ -8,6 +8,7 @@ optim_wrapper = dict(
     ),
     # timm's rule: parameters with one axis and biases have no weight decay, nor what
     # the model names. A_log and dt_projs_bias have two axes, so they have it.
+    constructor='mmvssm.GroupedOptimWrapperConstructor',
     paramwise_cfg=dict(
         flat_decay_mult=0.0,
         bias_decay_mult=0.0,

@@ -5,8 +5,32 @@ from typing import Any
 
 from mmengine.runner import Runner
 
+from mmvssm.engine.errors import UsageError
+
 # State of a scheduler that no config sets.
 _PROGRESS = ('last_step', 'base_values', 'verbose')
+
+
+def check_groups(runner: Runner, checkpoint: Mapping[str, Any]) -> None:
+    """Check that the optimizer's state fits the groups that the config makes.
+
+    Args:
+        runner: Whose optimizer is as the config has it.
+        checkpoint: What it resumes from.
+
+    Raises:
+        UsageError: It has another number of groups, or of parameters in one.
+    """
+    groups, saved = _groups(runner.optim_wrapper, checkpoint.get('optimizer'))
+    sizes, before = ([len(g['params']) for g in part] for part in (groups, saved))
+    if saved and sizes != before:
+        raise UsageError(
+            f'the optimizer of the checkpoint to resume from has {len(before)} groups '
+            f'of {sum(before)} parameters, and that of the config {len(sizes)} of '
+            f'{sum(sizes)}: the optim_wrapper was another one (constructor, '
+            'paramwise_cfg). Give the config it was trained with, or start from its '
+            'weights: --cfg-options load_from=PATH, without --resume.'
+        )
 
 
 def kept_settings(runner: Runner, checkpoint: Mapping[str, Any]) -> list[str]:
@@ -29,11 +53,18 @@ def kept_settings(runner: Runner, checkpoint: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _groups(wrapper: Any, saved: Any) -> tuple[list, list]:
+    """Groups of an optimizer and of its saved state; none of several optimizers."""
+    # The wrapper's own list has one more, which is not saved with them.
+    groups = getattr(getattr(wrapper, 'optimizer', None), 'param_groups', None)
+    if not isinstance(groups, list) or not isinstance(saved, Mapping):
+        return [], []
+    return groups, saved.get('param_groups', [])
+
+
 def _of_groups(wrapper: Any, saved: Any) -> Iterator[str]:
-    groups = getattr(wrapper, 'param_groups', None)
-    if isinstance(groups, list) and isinstance(saved, Mapping):
-        for now, before in zip(groups, saved.get('param_groups', ())):
-            yield from _differences('', _settings(now), _settings(before))
+    for now, before in zip(*_groups(wrapper, saved)):
+        yield from _differences('', _settings(now), _settings(before))
 
 
 def _settings(group: Mapping) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from mmvssm.engine.checkpoints.files import (
     write_whole,
 )
 from mmvssm.engine.checkpoints.loaders import safely
-from mmvssm.engine.checkpoints.resumed import kept_settings
+from mmvssm.engine.checkpoints.resumed import check_groups, kept_settings
 from mmvssm.engine.checkpoints.weights import check_resumed, check_start, unwrap
 from mmvssm.engine.training.epoch_loop import (
     BatchesBehind,
@@ -131,11 +131,13 @@ class SafeCheckpointHook(CheckpointHook):
         The generators' states are kept until training starts.
 
         Raises:
-            UsageError: To resume from a checkpoint of another model.
+            UsageError: To resume from a checkpoint of another model, or whose optimizer
+                has other groups of parameters.
         """
         if not runner._resume:
             return
         check_resumed(unwrap(runner.model).state_dict(), checkpoint['state_dict'])
+        check_groups(runner, checkpoint)
         if kept := kept_settings(runner, checkpoint):
             runner.logger.warning(
                 'resuming keeps settings of the checkpoint that the config has '

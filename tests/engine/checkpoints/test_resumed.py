@@ -8,7 +8,8 @@ import torch
 from mmengine.optim import LinearLR, OptimWrapper, PolyLR
 from torch import nn
 
-from mmvssm.engine.checkpoints.resumed import kept_settings
+from mmvssm.engine import UsageError
+from mmvssm.engine.checkpoints.resumed import check_groups, kept_settings
 from toy import train_each, write_toy
 
 SAYS = 'resuming keeps settings of the checkpoint that the config has changed: '
@@ -71,12 +72,23 @@ def test_settings_of_schedulers():
     assert kept == ['2 param_schedulers, not 1']
 
 
+def test_other_groups_of_parameters():
+    before = saved(runner())
+    check_groups(runner(), before)
+    other = before['optimizer']['param_groups']
+    for groups in (other[:1], [dict(other[0], params=[0, 1]), other[1]]):
+        with pytest.raises(UsageError, match='groups of . parameters, and that of the'):
+            check_groups(runner(), dict(optimizer=dict(param_groups=groups)))
+
+
 def test_checkpoint_without_an_optimizer_and_several_optimizers():
     now = runner()
     assert kept_settings(now, {}) == []
     several = SimpleNamespace(optim_wrapper=dict(a=1), param_schedulers=dict(a=[]))
     before = dict(optimizer=dict(a={}), param_schedulers=dict(a=[]))
     assert kept_settings(several, before) == []
+    for checkpoint in ({}, before):
+        check_groups(now, checkpoint), check_groups(several, checkpoint)
 
 
 def test_training_says_so_once_it_resumes(tmp_path):
