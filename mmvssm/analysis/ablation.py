@@ -333,22 +333,12 @@ def draw_results(summary: Sequence[Mapping], metric: str, path: str | Path) -> P
                 for line in summary
             ],
         )
-        for i, line in enumerate(summary):
-            if values[i] is not None:
-                text = f'{values[i]:.1f}'
-                axes.annotate(
-                    f'{text} ({_signed(line[difference], 1)})',
-                    (0.01, i),
-                    xycoords=('axes fraction', 'data'),
-                    color='white',
-                    va='center',
-                    fontsize=9,
-                )
         known = [value for value in values if value is not None]
         known += [v for line in summary for v in line['values']] if axes is ours else []
         if known:
             room = 0.6 * (max(known) - min(known)) or 1.0
             axes.set_xlim(max(0.0, min(known) - room), max(known) + 0.15 * room)
+        _write_values(axes, values, [line[difference] for line in summary])
         axes.set_title(title, fontsize=11, fontweight='bold')
         axes.set_xlabel('difference from the baseline in brackets; axis cut')
     if summary[0]['difference'] is not None:
@@ -359,6 +349,26 @@ def draw_results(summary: Sequence[Mapping], metric: str, path: str | Path) -> P
     ours.invert_yaxis()
     figure.savefig(path, dpi=100)
     return Path(path)
+
+
+def _write_values(
+    axes: Axes, values: Sequence[float | None], differences: Sequence[float | None]
+) -> None:
+    """Write into each bar what it is, or beside it if it is short."""
+    left, right = axes.get_xlim()
+    for i, value in enumerate(values):
+        if value is None:
+            continue
+        fits = value - left > 0.35 * (right - left)
+        axes.annotate(
+            f'{value:.1f} ({_signed(differences[i], 1)})',
+            (left if fits else value, i),
+            xytext=(4 if fits else 8, 0),
+            textcoords='offset points',
+            color='white' if fits else _COLOURS['seed'],
+            va='center',
+            fontsize=9,
+        )
 
 
 def _draw_spread(axes: Axes, baseline: Mapping) -> None:
