@@ -96,7 +96,9 @@ def test_training_says_so_once_it_resumes(tmp_path):
     first = ('SIGTERM@6', '--work-dir', 'out')
     same = ('SIGTERM@8', '--work-dir', 'out', '--resume')
     other = ('', *same[1:], '--cfg-options', 'optim_wrapper.optimizer.lr=0.7')
-    runs = train_each(tmp_path, first, same, other)
-    assert [code for code, _ in runs] == [75, 75, 0], runs[-1][1]
-    assert [SAYS in log for _, log in runs] == [False, False, True]
+    rules = 'optim_wrapper.paramwise_cfg=dict(norm_decay_mult=0.0)'
+    runs = train_each(tmp_path, first, same, (*other[:-1], rules), other)
+    assert [code for code, _ in runs] == [75, 75, 2, 0], runs[-1][1]
+    assert 'error: the optimizer of the checkpoint to resume from' in runs[2][1]
+    assert [SAYS in log for _, log in runs] == [False, False, False, True]
     assert ', not 0.7; ' in runs[-1][1] or ', not 0.7. ' in runs[-1][1]
